@@ -1,0 +1,88 @@
+"""Choosing α: the merged updates are put on the base at several scales, nothing is merged again."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Optional
+
+import torch
+from transformers import PreTrainedModel
+
+from .checkpoints import Checkpoint
+from .evaluation import LabelledSamples, accuracy
+from .passes import MergedUpdates
+from .planning import MergePlan
+from .weights import canonical_names
+
+
+COARSE = [round(0.1 + 0.3 * i, 1) for i in range(10)]  # 0.1, 0.4, …, 2.8
+FINE = 0.1
+
+
+def search_alpha(score: Callable[[float], float], progress: Callable = iter) -> tuple[float, dict[float, float]]:
+    """The α in 0.1, 0.2, …, 3.0 with the highest score, searched by steps of 0.3 first and of 0.1 around the best.
+
+    Of equal scores the one with the better neighbours wins, then the smaller. Returns the α, and the scores seen.
+    """
+    scores: dict[float, float] = {}
+    for alpha in progress(COARSE):
+        scores[alpha] = score(alpha)
+    middle = _best(scores, 0.3)
+    for step in (-2, -1, 1, 2):
+        alpha = round(middle + step * FINE, 1)
+        if alpha > 0 and alpha not in scores:
+            scores[alpha] = score(alpha)
+    return _best(scores, FINE), dict(sorted(scores.items()))
+
+
+def _best(scores: dict[float, float], step: float) -> float:
+    def beside(alpha: float) -> float:
+        near = [scores[a] for a in (round(alpha - step, 1), round(alpha + step, 1)) if a in scores]
+        return sum(near) / len(near) if near else 0.0
+
+    return max(scores, key=lambda alpha: (round(scores[alpha], 9), round(beside(alpha), 9), -alpha))
+
+
+class CandidateModels:
+    """The models to score: every expert's around one shared copy of the merged body, or the merged model as a whole.
+
+    Memory: one body, and all heads.
+    """
+
+    def __init__(self, plan: MergePlan, device: torch.device, whole: bool = False):
+        self.plan, self.device = plan, device
+        self._shared = set(plan.heads.shared)
+        self._body: dict[str, torch.nn.Parameter] = {}
+        self.whole = self._build(plan.base, []) if whole else None
+        self.by_task = {} if whole else {t: self._build(e, plan.heads.own[t]) for t, e in plan.experts.items()}
+
+    def _build(self, checkpoint: Checkpoint, own: list[str]) -> PreTrainedModel:
+        model = self.plan.base.load_model_as(type(checkpoint.skeleton), checkpoint.config).float()
+        state = model.state_dict()
+        with torch.no_grad():
+            for name in own:
+                state[checkpoint.names[name]].copy_(checkpoint.tensor(name))
+        for name, live in canonical_names(model).items():
+            module_name, _, leaf = live.rpartition(".")
+            parameters = model.get_submodule(module_name)._parameters
+            if name in self._shared and leaf in parameters:
+                parameters[leaf] = self._body.setdefault(name, parameters[leaf])
+        model.tie_weights()
+        return model.to(self.device).eval()
+
+    @torch.no_grad()
+    def set_alpha(self, updates: MergedUpdates, alpha: float) -> None:
+        for name, parameter in self._body.items():
+            parameter.copy_(updates.weight(name, alpha))
+
+
+def score_candidates(
+    models: CandidateModels,
+    validation: Mapping[str, LabelledSamples],
+    score_fn: Optional[Callable[[Any], float] | Mapping[str, Callable[[Any], float]]],
+    batch_size: int,
+) -> dict[str, float]:
+    """One score per task: accuracy on its labelled rows, or what `score_fn` says."""
+    if models.whole is not None:
+        return {"merged": float(score_fn(models.whole))}
+    if score_fn is not None:
+        return {task: float(score(models.by_task[task])) for task, score in score_fn.items()}
+    return {task: accuracy(models.by_task[task], data, batch_size) for task, data in validation.items()}

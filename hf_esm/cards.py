@@ -1,0 +1,56 @@
+"""The model card of a merged model, from the template in `model_cards/`."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .checkpoints import LoraCheckpoint, ModelSource
+from .planning import MergePlan
+from .version import __version__
+
+
+TEMPLATE = "merged.md"
+
+
+def write_card(folder: Path, plan: MergePlan, sources: dict[str, ModelSource], alpha: float, options: Any) -> None:
+    """Write `README.md`: what was merged and how, how to load it, licence and limits."""
+    licences = {licence for licence in plan.licences.values() if licence != "not stated"}
+    task_heads = [task for task, own in plan.heads.own.items() if own]
+    data = ModelCardData(
+        base_model=[source.repo_id for source in sources.values() if source.repo_id] or None,
+        base_model_relation="merge" if any(source.repo_id for source in sources.values()) else None,
+        library_name="transformers",
+        license=licences.pop() if len(licences) == 1 else None,
+        tags=["merge", "hf_esm", plan.method.name],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=_template(),
+        base=plan.base.source or type(plan.base.skeleton).__name__,
+        experts=[
+            {
+                "task": task,
+                "source": expert.source or "live model",
+                "revision": expert.revision,
+                "kind": "LoRA" if isinstance(expert, LoraCheckpoint) else type(expert.skeleton).__name__,
+                "licence": plan.licences.get(task, "not stated"),
+                "labels": list(expert.config.id2label.values()) if plan.heads.own[task] else [],
+            }
+            for task, expert in plan.experts.items()
+        ],
+        method=plan.method.name,
+        alpha=alpha,
+        model_class=type(plan.base.skeleton).__name__,
+        task_heads=task_heads,
+        version=__version__,
+        num_samples=options.num_samples,
+        uses_statistics=plan.method.needs_statistics,
+    )
+    card.save(folder / "README.md")
+
+
+def _template() -> str:
+    """The template, from the installed package or from the checkout that it is developed in."""
+    places = (Path(__file__).parent / "model_cards", Path(__file__).parents[1] / "model_cards")
+    return next(place / TEMPLATE for place in places if place.is_dir()).read_text(encoding="utf-8")

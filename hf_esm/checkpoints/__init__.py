@@ -1,0 +1,21 @@
+"""Where weights come from (a Hub id at a pinned commit, a folder, a live model, a LoRA adapter) and go (a folder)."""
+
+from .lora import LoraCheckpoint
+from .reader import Checkpoint, FolderCheckpoint, LiveCheckpoint
+from .sources import ModelSource, open_checkpoint, resolve_source
+from .writer import ShardedWriter, publish_folder, staging_folder, write_plan
+
+
+__all__ = [
+    "Checkpoint",
+    "FolderCheckpoint",
+    "LiveCheckpoint",
+    "LoraCheckpoint",
+    "ModelSource",
+    "ShardedWriter",
+    "open_checkpoint",
+    "publish_folder",
+    "resolve_source",
+    "staging_folder",
+    "write_plan",
+]

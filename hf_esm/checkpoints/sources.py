@@ -1,0 +1,209 @@
+"""From what a user writes for a model to a checkpoint: an id, a folder, an adapter, a live model."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import transformers
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from ..errors import HfEsmError
+from .lora import LoraCheckpoint
+from .reader import _DTYPES, Checkpoint, FolderCheckpoint, LiveCheckpoint, TensorFiles
+
+
+@dataclass
+class ModelSource:
+    """A model that a user named, with a Hub revision resolved to its commit.
+
+    Attributes:
+        title: what messages call it, such as `expert 'sst2' (me/bert-sst2)`.
+        model: the live model, if one was given.
+        folder: where its files are; for a Hub id, the snapshot with the small files.
+        repo_id: its id on the Hub, if it has one.
+        revision: the commit on the Hub.
+        token: access token for the Hub.
+        allow_pickle: whether `.bin` files may be read.
+        trust_remote_code: whether code from the model's repository may be run.
+    """
+
+    title: str
+    model: Optional[PreTrainedModel] = None
+    folder: Optional[Path] = None
+    repo_id: Optional[str] = None
+    revision: Optional[str] = None
+    token: Optional[str | bool] = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def is_adapter(self) -> bool:
+        folder = self.folder
+        return folder is not None and (folder / "adapter_config.json").is_file() and not self._has_weights()
+
+    def _has_weights(self) -> bool:
+        return any(self.folder.glob("model*.safetensors*")) or (self.folder / "config.json").is_file()
+
+    @property
+    def record(self) -> Any:
+        """How a recipe names it again."""
+        if self.repo_id:
+            return {"path": self.repo_id, "revision": self.revision}
+        if self.model is not None:
+            return getattr(self.model, "name_or_path", "") or type(self.model).__name__
+        return str(self.folder)
+
+    def card(self) -> str:
+        """The text of its README, empty if it has none."""
+        if self.folder is not None and (self.folder / "README.md").is_file():
+            return (self.folder / "README.md").read_text(encoding="utf-8")
+        return ""
+
+    def fetch(self) -> None:
+        """Download the weights of a Hub model."""
+        if self.repo_id:
+            patterns = ["*.safetensors", *_SMALL_FILES] + (["*.bin"] if self.allow_pickle else [])
+            self.folder = Path(
+                _on_hub(
+                    self.title,
+                    snapshot_download,
+                    self.repo_id,
+                    self.revision,
+                    self.token,
+                    allow_patterns=patterns,
+                    ignore_patterns=["*/*"],
+                )
+            )
+
+
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "README.md"]
+
+
+def resolve_source(
+    spec: Any,
+    title: str,
+    token: Optional[str | bool] = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> ModelSource:
+    """Find out what `spec` names, and its commit; fetches small files only.
+
+    Args:
+        spec: a folder, a Hub id (`"me/model"`, `"me/model@revision"`), `{"path": …, "revision": …}`, or a live model.
+        title: what messages call it.
+    """
+    options = {"token": token, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    if isinstance(spec, PreTrainedModel):
+        return ModelSource(f"{title} ({type(spec).__name__})", model=spec, **options)
+    if isinstance(spec, torch.nn.Module):
+        raise HfEsmError(
+            f"{title} is a {type(spec).__name__}, not a Transformers model. For a PEFT model, pass the folder or id of "
+            "its adapter, or `model.merge_and_unload()`."
+        )
+    revision = None
+    if isinstance(spec, dict):
+        spec, revision = spec.get("path"), spec.get("revision")
+    if not isinstance(spec, (str, os.PathLike)):
+        raise HfEsmError(f"{title}: expected a Hub id, a folder or a live model, not {type(spec).__name__}.")
+    folder = Path(spec).expanduser()
+    title = f"{title} ({spec})"
+    if folder.is_dir():
+        return ModelSource(title, folder=folder, **options)
+    repo_id, _, tag = str(spec).partition("@")
+    revision = revision or tag or None
+    if str(spec).startswith((".", "/", "~")) or str(spec).count("/") > 1:
+        raise HfEsmError(f"{title}: there is no such folder.")
+    snapshot = Path(
+        _on_hub(
+            title, snapshot_download, repo_id, revision, token, allow_patterns=_SMALL_FILES, ignore_patterns=["*/*"]
+        )
+    )
+    return ModelSource(title, folder=snapshot, repo_id=repo_id, revision=snapshot.name, **options)
+
+
+def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, headers_only: bool = False) -> Checkpoint:
+    """The checkpoint behind a source: its names, shapes and dtypes now, its weights when they are asked for.
+
+    Args:
+        base: the base model, which an adapter needs.
+        headers_only: read no more than names and shapes; for a Hub model, weights are not downloaded.
+    """
+    if source.model is not None:
+        return LiveCheckpoint(source.model, source.title)
+    if source.is_adapter:
+        if base is None:
+            raise HfEsmError(f"{source.title} is a PEFT adapter; the base must be a full model.")
+        source.fetch()  # an adapter is small, and its shapes alone do not say what it changes
+        checkpoint = LoraCheckpoint(source.folder, source.title, base)
+    else:
+        config, model_class = _model_class(source)
+        if headers_only and source.repo_id:
+            files = _hub_headers(source)
+        else:
+            source.fetch()
+            files = TensorFiles.open(source.folder, source.title, source.allow_pickle)
+        options = {"trust_remote_code": True} if source.trust_remote_code else {}
+        checkpoint = FolderCheckpoint(source.folder, source.title, model_class, config, files, load_options=options)
+    checkpoint.source, checkpoint.revision = source.repo_id or str(source.folder), source.revision
+    return checkpoint
+
+
+def _model_class(source: ModelSource) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    """The config, and the class that its `architectures` names."""
+    if not (source.folder / "config.json").is_file():
+        raise HfEsmError(f"{source.title}: no config.json (nor adapter_config.json) in {source.folder}.")
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise HfEsmError(f"{source.title}: its config.json cannot be used: {error}") from None
+    architecture = (config.architectures or [None])[0]
+    if architecture is None:
+        return config, AutoModel._model_mapping[type(config)]
+    if hasattr(transformers, architecture):
+        return config, getattr(transformers, architecture)
+    references = [
+        ref for ref in (getattr(config, "auto_map", None) or {}).values() if ref.endswith(f".{architecture}")
+    ]
+    if references and source.trust_remote_code:
+        return config, get_class_from_dynamic_module(references[0], source.folder)
+    remedy = "Pass trust_remote_code=True if you trust its code." if references else "Upgrade transformers."
+    raise HfEsmError(f"{source.title}: Transformers {transformers.__version__} has no class {architecture}. {remedy}")
+
+
+def _hub_headers(source: ModelSource) -> TensorFiles:
+    """Names, shapes and dtypes of a Hub model's weights, from the first bytes of its files."""
+    metadata = _on_hub(
+        source.title, HfApi(token=source.token).get_safetensors_metadata, source.repo_id, source.revision
+    )
+    headers = {
+        name: (tuple(tensor.shape), _DTYPES[tensor.dtype])
+        for file in metadata.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
+
+    def refuse(key: str) -> torch.Tensor:
+        raise RuntimeError(f"{source.title}: only headers were read, '{key}' was not downloaded")
+
+    return TensorFiles(headers, refuse)
+
+
+def _on_hub(title: str, call: Any, repo_id: str, revision: Optional[str], token: Any = None, **options: Any) -> Any:
+    """Call the Hub client, with errors in the words of the one who named the model."""
+    if token is not None:
+        options["token"] = token
+    try:
+        return call(repo_id, revision=revision, **options)
+    except HFValidationError:
+        raise HfEsmError(f"{title}: neither a folder nor a Hub id.") from None
+    except LocalEntryNotFoundError:
+        raise HfEsmError(
+            f"{title}: neither a folder nor in the local cache, and the Hub cannot be reached. Check the name, or go "
+            "online."
+        ) from None
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise HfEsmError(f"{title}: the Hub refuses it: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,150 @@
+"""What the caller of a merge gave: checked early, found, read and encoded."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from .checkpoints import ModelSource
+from .errors import HfEsmError
+from .evaluation import LabelledSamples, load_labelled
+from .methods import MergeMethod
+from .options import MergeOptions
+from .planning import MergePlan
+from .proxies import Sample, encode, is_samples_file, load_processor, read_rows
+from .statistics import FILE_NAME, ActivationStatistics
+
+
+def name_experts(experts: Any) -> dict[str, Any]:
+    """Experts by task name, from a mapping, pairs, or a list of paths (named by their last part)."""
+    if not isinstance(experts, Mapping):
+        pairs = [e if isinstance(e, (tuple, list)) else (Path(str(e)).name.partition("@")[0], e) for e in experts]
+        names = [name for name, _ in pairs]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise HfEsmError(f"Two experts are named {sorted(twice)[0]!r}. Give each task a name of its own.")
+        experts = dict(pairs)
+    for name in experts:
+        if not re.fullmatch(r"[\w-][\w.-]*", str(name)) or name == "base":
+            raise HfEsmError(f"Task name {name!r}: use letters, digits, '.', '_' and '-' ('base' is taken).")
+    if len(experts) < 2:
+        raise HfEsmError(f"Merging takes at least two experts; got {list(experts) or 'none'}.")
+    return dict(experts)
+
+
+def check_arguments(
+    options: MergeOptions, method: MergeMethod, experts: dict, calibration: Any, validation: Any, score_fn: Any
+) -> None:
+    """What can be said before any file is opened."""
+    for what, given in (("calibration", calibration), ("validation", validation), ("score_fn", score_fn)):
+        if isinstance(given, Mapping) and (unknown := given.keys() - experts.keys()):
+            raise HfEsmError(
+                f"{what} names {sorted(unknown)[0]!r}, which is no expert; there are {', '.join(experts)}."
+            )
+    if isinstance(options.alpha, str) and options.alpha != "auto":
+        raise HfEsmError(f"alpha must be a number or 'auto', not {options.alpha!r}.")
+    if options.alpha == "auto":
+        if not method.tunable:
+            raise HfEsmError(f"Method {method.name!r} has no alpha to choose; leave alpha out.")
+        if validation is None and score_fn is None:
+            raise HfEsmError("alpha='auto' needs validation rows per task, or score_fn. Or give alpha a number.")
+        if score_fn is None and (lacking := experts.keys() - validation.keys()):
+            raise HfEsmError(f"alpha='auto': there are no validation rows for {sorted(lacking)[0]!r}.")
+    if options.output_dir and Path(options.output_dir).expanduser().exists() and not options.overwrite:
+        raise HfEsmError(f"{options.output_dir} exists. Choose another output_dir, or pass overwrite=True.")
+
+
+def torch_dtype(name: Optional[str]) -> Optional[torch.dtype]:
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
+    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise HfEsmError(f"dtype must be a floating-point dtype of torch such as 'bfloat16', not {name!r}.")
+    return dtype if name is not None else None
+
+
+def find_processors(
+    plan: MergePlan, sources: dict[str, ModelSource], given: Any, options: MergeOptions
+) -> dict[str, Any]:
+    """The tokenizer or processor for each expert, and under `"base"` the one that the merged model gets."""
+    found = {}
+    for name, source in sources.items():
+        folder = source.folder or Path(getattr(source.model, "name_or_path", "") or ".no-folder")
+        found[name] = given or (load_processor(folder, options.trust_remote_code) if folder.is_dir() else None)
+    first = next((processor for processor in found.values() if processor is not None), None)
+    return {name: processor or found["base"] or first for name, processor in found.items()}
+
+
+def gather_statistics(
+    plan: MergePlan, sources: dict, calibration: Any, processors: dict, method: MergeMethod, options: MergeOptions
+) -> tuple[dict[str, Optional[ActivationStatistics]], dict[str, list[Sample]]]:
+    """Statistics that exist, and the encoded proxies of the tasks that have none yet."""
+    statistics: dict[str, Optional[ActivationStatistics]] = dict.fromkeys(plan.experts)
+    samples: dict[str, list] = {}
+    if not method.needs_statistics:
+        return statistics, samples
+    if isinstance(calibration, (str, os.PathLike)):
+        folder = Path(calibration).expanduser()
+        calibration = {task: folder / f"{task}.safetensors" for task in plan.experts}
+    for task, expert in plan.experts.items():
+        given = (calibration or {}).get(task)
+        if given is None:
+            beside = sources[task].folder and sources[task].folder / FILE_NAME
+            if not beside or not beside.is_file():
+                raise HfEsmError(
+                    f"{expert.title}: no calibration samples, and no {FILE_NAME} beside its weights. Give about "
+                    f"{options.num_samples or 32} unlabelled inputs of the task, or choose a method that needs none "
+                    "('tsv-m')."
+                )
+            statistics[task] = ActivationStatistics.load(beside)
+        elif isinstance(given, ActivationStatistics):
+            statistics[task] = given
+        elif _is_statistics_file(given):
+            statistics[task] = ActivationStatistics.load(given)
+        else:
+            title = f"calibration of '{task}'"
+            rows = read_rows(given, title, options)
+            samples[task] = encode(rows, processors[task], expert.config, title, options)
+    return statistics, samples
+
+
+def _is_statistics_file(given: Any) -> bool:
+    if not isinstance(given, (str, os.PathLike)) or not str(given).endswith(".safetensors"):
+        return isinstance(given, (str, os.PathLike)) and (Path(given) / FILE_NAME).is_file()
+    return not is_samples_file(Path(given))
+
+
+def read_validation(
+    plan: MergePlan, validation: Any, processors: dict, options: MergeOptions
+) -> dict[str, LabelledSamples]:
+    everything = replace(options, num_samples=0)
+    return {
+        task: load_labelled(rows, processors[task], plan.experts[task].config, f"validation of '{task}'", everything)
+        for task, rows in (validation or {}).items()
+    }
+
+
+def check_statistics(
+    plan: MergePlan, statistics: dict[str, Optional[ActivationStatistics]], warn: Callable[[str], None]
+) -> None:
+    """Statistics must be of this architecture; maps without any are named."""
+    for task, found in statistics.items():
+        if found is None:
+            continue
+        lacking = []
+        for name, linear in plan.base.linear.items():
+            if name not in plan.heads.shared or linear.slices:
+                continue
+            if name not in found:
+                lacking.append(name)
+                continue
+            width = plan.base.shape(name)[0 if linear.transposed else 1]
+            if found.width(name) != width:
+                raise HfEsmError(
+                    f"The statistics of '{task}' have {found.width(name)} inputs for '{name}', the base has {width}: "
+                    "they are of another model. Calibrate again."
+                )
+        if lacking:
+            some = ", ".join(lacking[:3])
+            warn(f"'{task}': no statistics for {len(lacking)} linear maps ({some}); they are merged by TSV-M.")

@@ -1,0 +1,108 @@
+"""Linear algebra on plain tensors: streamed factors, essential directions, polar factors, truncated SVDs.
+
+Everything that is decomposed here is decomposed in float64, whatever the dtype of the input: eigenvalues enter the
+methods with small exponents (`λ^0.15`), and a polar factor gives its weakest direction the same weight as its strongest,
+so rounding noise would be promoted to signal. Each decomposition takes the eigenproblem of the smaller side.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+# Singular values below this fraction of the largest one count as zero: float32 inputs carry no information there.
+RELATIVE_CUTOFF = 1e-6
+
+
+def triangular_factor(rows: Tensor) -> Tensor:
+    """A matrix `R` of at most `d` rows with `RᵀR = rowsᵀ rows`: the triangular factor of a QR of `rows` `[n, d]`.
+
+    Nothing is squared, so no precision is lost. `rows` itself is returned where it has at most `d` rows. The factor
+    of several blocks of rows is the factor of their factors, stacked.
+    """
+    if rows.shape[0] <= rows.shape[1]:
+        return rows
+    return torch.linalg.qr(rows, mode="r").R
+
+
+@dataclass
+class EssentialSubspace:
+    """The leading principal directions of an output shift `ΔO = X Δᵀ`.
+
+    Attributes:
+        directions: `[d_out, k]` float64, orthonormal columns, strongest first.
+        squares: `[k]` float64, the squared singular values of `ΔO` along them.
+        total: the sum of all squared singular values, the discarded ones included.
+    """
+
+    directions: Tensor
+    squares: Tensor
+    total: float
+
+    @property
+    def energy_kept(self) -> float:
+        """Share of the output shift's energy that the kept directions carry, in [0, 1]; 1 for a shift of zero."""
+        return float(self.squares.sum() / self.total) if self.total > 0 else 1.0
+
+
+def essential_subspace(factor: Tensor, delta: Tensor, rank: int) -> EssentialSubspace:
+    """Essential subspace decomposition (arXiv 2602.20208) of one weight's update.
+
+    Args:
+        factor: `[m, d_in]`, any matrix with the Gram matrix of the layer's inputs (see `triangular_factor`).
+        delta: `[d_out, d_in]`, the update of the weight.
+        rank: directions to keep; fewer come back where the shift's numerical rank is lower.
+    """
+    shift = factor.double() @ delta.double().T
+    if shift.shape[0] < shift.shape[1]:
+        squares, left = _leading_eigenpairs(shift @ shift.T, rank)
+        directions = (shift.T @ left) / squares.sqrt()
+    else:
+        squares, directions = _leading_eigenpairs(shift.T @ shift, rank)
+    return EssentialSubspace(directions, squares, float(shift.square().sum()))
+
+
+def polar_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`U Vᵀ` of the SVD `U S Vᵀ` of `matrix` `[p, q]` on its numerical range, and the mean of its singular values.
+
+    Directions whose singular value is numerically zero are left out of the factor (an SVD would fill them with
+    arbitrary ones), while the mean runs over all `min(p, q)` values, zeros included. Both come back in float64.
+    """
+    matrix = matrix.double()
+    wide = matrix.shape[0] <= matrix.shape[1]
+    gram = matrix @ matrix.T if wide else matrix.T @ matrix
+    squares, vectors = torch.linalg.eigh(gram)
+    mean = squares.clamp_min(0).sqrt().mean()
+    kept = _significant(squares)
+    vectors = vectors[:, kept]
+    root = (vectors / squares[kept].sqrt()) @ vectors.T
+    return (root @ matrix if wide else matrix @ root), mean
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading `rank` singular triplets `U [p, k], S [k], Vh [k, q]` of `matrix`, in float64.
+
+    `k` is smaller than `rank` where the numerical rank is.
+    """
+    matrix = matrix.double()
+    if matrix.shape[0] <= matrix.shape[1]:
+        squares, left = _leading_eigenpairs(matrix @ matrix.T, rank)
+        values = squares.sqrt()
+        return left, values, (left.T @ matrix) / values[:, None]
+    squares, right = _leading_eigenpairs(matrix.T @ matrix, rank)
+    values = squares.sqrt()
+    return (matrix @ right) / values, values, right.T
+
+
+def _leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The `rank` largest eigenvalues of a Gram matrix, descending, with their vectors; numerically zero ones dropped."""
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    kept = _significant(values)
+    return values[kept], vectors[:, kept]
+
+
+def _significant(squares: Tensor) -> Tensor:
+    """Which squared singular values are not numerically zero."""
+    return squares > squares.max().clamp_min(0) * RELATIVE_CUTOFF**2

@@ -1,0 +1,304 @@
+"""`merge_models`: several fine-tunes of one checkpoint in, one merged model out."""
+
+import logging
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Optional
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, tqdm
+from huggingface_hub import HfApi
+from transformers import PreTrainedModel
+
+from .alpha import CandidateModels, score_candidates, search_alpha
+from .calibration import collect_statistics
+from .checkpoints import open_checkpoint, publish_folder, resolve_source, staging_folder
+from .heads import load_task_model
+from .inputs import (
+    check_arguments,
+    check_statistics,
+    find_processors,
+    gather_statistics,
+    name_experts,
+    read_validation,
+    torch_dtype,
+)
+from .methods import resolve_method
+from .options import MergeOptions
+from .output import PROXIES_FOLDER, write_files, write_model
+from .passes import MergedUpdates, WeightReport, merge_weights, scale_layers
+from .planning import MergePlan, check_disk, check_values, plan_merge
+from .statistics import ActivationStatistics, Provenance
+
+
+logger = logging.getLogger(__name__)
+
+
+def merge_models(
+    base: Any,
+    experts: Any,
+    *,
+    calibration: Any = None,
+    validation: Optional[Mapping[str, Any]] = None,
+    score_fn: Optional[Callable[[Any], float] | Mapping[str, Callable[[Any], float]]] = None,
+    processor: Any = None,
+    token: Optional[str | bool] = None,
+    callback: Optional[Callable[[str, int, int], None]] = None,
+    accelerator: Optional[Accelerator] = None,
+    dry_run: bool = False,
+    **options: Any,
+) -> "MergeResult | MergePlan":
+    """Merge fine-tunes of one checkpoint into one model, without training.
+
+    Args:
+        base: the checkpoint that the experts were tuned from: a Hub id (`"me/model"`, `"me/model@revision"`), a folder,
+            `{"path": …, "revision": …}`, or a live `PreTrainedModel`.
+        experts: by task name, the same, or the folder or id of a PEFT LoRA adapter. At least two.
+        calibration: by task name, unlabelled proxy samples: strings, pairs of strings, rows (`text`, `text_pair`,
+            `image`, `audio`, or the columns that `columns` names), ready model inputs (`input_ids`, …), images, a
+            `datasets.Dataset`, a `DataLoader`, a data file, `{"path": …}` for `datasets.load_dataset`; or
+            `ActivationStatistics`, or the path of a statistics file. Or the one folder that `statistics_dir` named
+            in an earlier merge. Not needed for experts that have a statistics file beside their weights, nor by
+            methods that use none.
+        validation: by task name, labelled rows (column `label`), for `alpha="auto"`.
+        score_fn: used by `alpha="auto"` instead: called with the merged model, or, given by task name, with each
+            task's model; higher is better.
+        processor: tokenizer or processor, where none stands beside the models.
+        token: access token for the Hub.
+        callback: called as `callback(stage, done, total)`.
+        accelerator: the Accelerate instance to run under; by default a new one.
+        dry_run: stop after the checks that need no weights, and return the `MergePlan`.
+        options: fields of `MergeOptions`: `method`, `alpha`, `heads`, `output_dir`, `num_samples`, …
+
+    Returns a `MergeResult`, the same on every process.
+
+    Raises:
+        HfEsmError: on input that cannot be merged, before any long work; nothing is left at `output_dir`.
+    """
+    unknown = options.keys() - {f.name for f in fields(MergeOptions)}
+    if unknown:
+        raise TypeError(f"merge_models has no argument {sorted(unknown)[0]!r}")
+    options = MergeOptions(**options)
+    method = resolve_method(options.method)
+    accelerator = accelerator or Accelerator()
+    run = _Run(options, accelerator, callback)
+    experts = name_experts(experts)
+    check_arguments(options, method, experts, calibration, validation, score_fn)
+    open_options = {
+        "token": token,
+        "allow_pickle": options.allow_pickle,
+        "trust_remote_code": options.trust_remote_code,
+    }
+
+    with run.stage("reading headers"), accelerator.main_process_first():
+        sources = {"base": resolve_source(base, "base", **open_options)}
+        sources |= {task: resolve_source(spec, f"expert '{task}'", **open_options) for task, spec in experts.items()}
+        opened = open_checkpoint(sources["base"], headers_only=dry_run)
+        checkpoints = {task: open_checkpoint(sources[task], opened, dry_run) for task in experts}
+        plan = plan_merge(opened, checkpoints, method, options.heads, torch_dtype(options.dtype), sources)
+    if dry_run:
+        return plan
+    for warning in plan.warnings:
+        run.warn(warning)
+    output = Path(options.output_dir).expanduser() if options.output_dir else None
+    if output is not None:
+        check_disk(plan, output)
+    processors = find_processors(plan, sources, processor, options)
+    statistics, samples = gather_statistics(plan, sources, calibration, processors, method, options)
+    labelled = read_validation(plan, validation, processors, options) if options.alpha == "auto" else {}
+    with run.stage("checking weights"):
+        check_values(plan, run.progress("Checking weights"))
+
+    with ExitStack() as stack:
+        folder = _shared_folder(stack, output, accelerator)
+        scratch = folder / ".scratch"
+        scratch.mkdir(exist_ok=True)
+        accelerator.wait_for_everyone()
+        with run.stage("calibrating"):
+            for task, proxies in run.progress("Calibrating")(samples.items()):
+                found = _calibrate(plan, task, proxies, accelerator, options)
+                kept = (
+                    Path(options.statistics_dir).expanduser() / f"{task}.safetensors"
+                    if options.statistics_dir
+                    else None
+                )
+                path = kept or scratch / f"statistics-{task}.safetensors"
+                if accelerator.is_main_process:
+                    found.save(path, compact=kept is not None)
+                del found
+                accelerator.wait_for_everyone()
+                statistics[task] = ActivationStatistics.load(path)
+        check_statistics(plan, statistics, run.warn)
+        with run.stage("merging"):
+            rank, size = accelerator.process_index, accelerator.num_processes
+            reports = merge_weights(plan, statistics, scratch, rank, size, run.progress("Merging"))
+            if size > 1:
+                reports = {name: report for part in gather_object([reports]) for name, report in part.items()}
+            scale_layers(reports, method, {name for name in reports if _is_matrix(plan, name)})
+            accelerator.wait_for_everyone()
+            updates = MergedUpdates(plan.base, reports, sorted(scratch.glob("updates-*.safetensors")))
+        with run.stage("choosing alpha"):
+            alpha, scores = _choose_alpha(plan, updates, labelled, score_fn, accelerator, run)
+        result = MergeResult(
+            folder,
+            alpha,
+            scores,
+            [reports[name] for name in plan.base.names if name in reports],
+            run.seconds,
+            run.warnings,
+            plan,
+        )
+        with run.stage("writing"):
+            if accelerator.is_main_process:
+                write_model(folder, plan, updates, alpha, options, run.progress("Writing"))
+                write_files(folder, plan, sources, processors, samples, calibration, options, result)
+                shutil.rmtree(scratch)
+                if output is not None:
+                    publish_folder(folder, output, options.overwrite)
+            accelerator.wait_for_everyone()
+        if output is None:
+            result._temporary = stack.pop_all()
+        else:
+            result.output_dir = output
+    return result
+
+
+@dataclass
+class MergeResult:
+    """What a merge did.
+
+    Attributes:
+        output_dir: folder with the merged model (a temporary one, gone with this object, if none was asked for).
+        alpha: scale of the merged update.
+        alpha_scores: mean validation score by α, if it was searched.
+        weights: what became of each merged weight: rule, norms, scales, energy kept.
+        seconds: time by stage.
+        warnings: what was noticed on the way.
+        plan: the checks' outcome: models, commits, heads, method.
+    """
+
+    output_dir: Path
+    alpha: float
+    alpha_scores: dict[float, float]
+    weights: list[WeightReport]
+    seconds: dict[str, float]
+    warnings: list[str]
+    plan: MergePlan
+    _temporary: Any = field(default=None, repr=False)
+
+    def load_model(self, **kwargs: Any) -> PreTrainedModel:
+        """The merged model, in the base's class; `kwargs` go to `from_pretrained`."""
+        return type(self.plan.base.skeleton).from_pretrained(self.output_dir, **kwargs)
+
+    def load_task_model(self, task: str, **kwargs: Any) -> PreTrainedModel:
+        """The merged body with the head of one task; see `heads.load_task_model`."""
+        return load_task_model(self.output_dir, task, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, private: Optional[bool] = None, token: Any = None, **kwargs: Any) -> Any:
+        """Upload the merged model, its heads, card and recipe. Calibration samples stay here."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=self.output_dir, ignore_patterns=[f"{PROXIES_FOLDER}/*"], **kwargs
+        )
+
+    def __str__(self) -> str:
+        how = Counter(report.how for report in self.weights)
+        lines = [f"{self.plan.method.name}: {len(self.plan.experts)} experts merged, alpha {self.alpha:g}"]
+        lines.append("  weights  " + ", ".join(f"{count} by {rule}" for rule, count in how.items()))
+        energies = [value for report in self.weights for value in report.energy_kept.values()]
+        if energies:
+            lines.append(f"  energy   {sum(energies) / len(energies):.1%} of the output shifts kept on average")
+        lines.append("  time     " + ", ".join(f"{stage} {value:.1f} s" for stage, value in self.seconds.items()))
+        lines += [f"  warning  {warning}" for warning in self.warnings]
+        return "\n".join([*lines, f"  written  {self.output_dir}"])
+
+
+class _Run:
+    """Stages, times, warnings and progress of one merge."""
+
+    def __init__(self, options: MergeOptions, accelerator: Accelerator, callback: Optional[Callable]):
+        self.options, self.accelerator, self.callback = options, accelerator, callback
+        self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+        if self.accelerator.is_main_process:
+            logger.warning(message)
+
+    def progress(self, description: str) -> Callable[[Iterable], Iterator]:
+        """A wrapper for iterables: a named bar on the main process, and the caller's callback."""
+
+        def wrap(items: Any) -> Iterator:
+            items = list(items)
+            bar = tqdm(items, desc=description, disable=not self.options.progress or not items)
+            for done, item in enumerate(bar):
+                yield item
+                if self.callback is not None:
+                    self.callback(description, done + 1, len(items))
+
+        return wrap
+
+
+def _shared_folder(stack: ExitStack, output: Optional[Path], accelerator: Accelerator) -> Path:
+    """A folder that all processes work in, removed in the end: beside the output, else a temporary one."""
+    folder = [None]
+    if accelerator.is_main_process:
+        place = output or Path(tempfile.gettempdir()) / "hf_esm"
+        folder = [stack.enter_context(staging_folder(place))]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(folder)
+    return folder[0]
+
+
+def _calibrate(
+    plan: MergePlan, task: str, samples: list, accelerator: Accelerator, options: MergeOptions
+) -> ActivationStatistics:
+    expert = plan.experts[task]
+    provenance = Provenance(expert.source, expert.revision, len(samples), options.seed)
+    return collect_statistics(
+        expert.load_model(),
+        samples,
+        accelerator=accelerator,
+        batch_size=options.batch_size,
+        provenance=provenance,
+    )
+
+
+def _is_matrix(plan: MergePlan, name: str) -> bool:
+    return name in plan.base.linear or len(plan.base.shape(name)) == 2
+
+
+def _choose_alpha(
+    plan: MergePlan, updates: MergedUpdates, labelled: dict, score_fn: Any, accelerator: Accelerator, run: _Run
+) -> tuple[float, dict[float, float]]:
+    """The given α, the method's own, or the best on validation; the main process scores, all get the same."""
+    alpha = run.options.alpha
+    if alpha != "auto":
+        return plan.method.default_alpha if alpha is None else float(alpha), {}
+    outcome = [None]
+    if accelerator.is_main_process:
+        models = CandidateModels(plan, accelerator.device, whole=callable(score_fn))
+
+        def score(candidate: float) -> float:
+            models.set_alpha(updates, candidate)
+            scores = score_candidates(models, labelled, score_fn, run.options.batch_size)
+            return sum(scores.values()) / len(scores)
+
+        outcome = [search_alpha(score, run.progress("Choosing alpha"))]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    return outcome[0]

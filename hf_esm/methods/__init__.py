@@ -1,0 +1,84 @@
+"""Merge methods: each a dataclass of settings with a function of one layer's stack.
+
+To add one, write such a dataclass (`name`, `default_alpha`, `tunable`, `needs_statistics`, `layer_exponent`, and
+`merge(stack) -> Merged`) and give it a line in `METHODS`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any, Protocol
+
+from ..errors import HfEsmError
+from .averaging import Mean, TaskArithmetic
+from .essential import EssentialMerge
+from .singular_vectors import TSVM
+from .stack import Merged, Stack
+
+
+class MergeMethod(Protocol):
+    """What `merge_models` asks of a method.
+
+    Attributes:
+        name: its name in messages and recipes.
+        default_alpha: the scale of the merged update where none is given.
+        tunable: whether α means anything to it.
+        needs_statistics: whether linear maps are merged with activation statistics.
+        layer_exponent: exponent of the scale between layers of one type, `(‖Δ_M‖ / mean ‖Δ_M‖)^layer_exponent`; 0 for
+            none.
+    """
+
+    name: str
+    default_alpha: float
+    tunable: bool
+    needs_statistics: bool
+    layer_exponent: float
+
+    def merge(self, stack: Stack) -> Merged:
+        """Merge one weight of all experts."""
+
+
+METHODS: dict[str, Callable[[], MergeMethod]] = {
+    "mean": Mean,
+    "task-arithmetic": TaskArithmetic,
+    "tsv-m": TSVM,
+    "esm": EssentialMerge,
+    "esm-roberta": EssentialMerge.roberta,
+    "esm-vit": EssentialMerge.vit,
+}
+
+
+def resolve_method(method: str | Mapping[str, Any] | MergeMethod) -> MergeMethod:
+    """A method from its name, from `{"name": …, setting: value}`, or as it is."""
+    if isinstance(method, str):
+        method = {"name": method}
+    if not isinstance(method, Mapping):
+        return method
+    settings = dict(method)
+    name = settings.pop("name", None)
+    if name not in METHODS:
+        raise HfEsmError(f"There is no method {name!r}; there are {', '.join(METHODS)}.")
+    made = METHODS[name]()
+    known = {field.name for field in fields(made)}
+    if unknown := settings.keys() - known:
+        raise HfEsmError(f"Method {name!r} has no setting {sorted(unknown)}; it has {sorted(known) or 'none'}.")
+    return replace(made, **settings)
+
+
+def describe_method(method: MergeMethod) -> dict[str, Any]:
+    """A method as a recipe writes it: its name and every setting, so that a later default changes nothing."""
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(method).items()}
+    return {"name": method.name, **settings}
+
+
+__all__ = [
+    "METHODS",
+    "TSVM",
+    "EssentialMerge",
+    "Mean",
+    "MergeMethod",
+    "Merged",
+    "Stack",
+    "TaskArithmetic",
+    "describe_method",
+    "resolve_method",
+]

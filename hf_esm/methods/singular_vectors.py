@@ -1,0 +1,48 @@
+"""Task Singular Vectors (arXiv 2412.00081)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..linalg import polar_factor, truncated_svd
+from .stack import Merged, Stack, mean_update
+
+
+def merge_singular_vectors(deltas: list[Tensor], keep_scale: bool = False) -> Tensor:
+    """TSV-M of one matrix: the leading `⌊min(d)/T⌋` triplets of each update, whitened across tasks, and added up.
+
+    Args:
+        deltas: `T` updates `[d_out, d_in]`.
+        keep_scale: multiply each polar factor by the mean of its stack's singular values, as ESM's published
+            RoBERTa code does.
+
+    Returns the merged update, float64. Tasks whose update is zero contribute nothing.
+    """
+    rank = max(min(deltas[0].shape) // len(deltas), 1)
+    triplets = [truncated_svd(delta, rank) for delta in deltas]
+    left = torch.cat([u for u, _, _ in triplets], dim=1)
+    values = torch.cat([s for _, s, _ in triplets])
+    right = torch.cat([vh for _, _, vh in triplets])
+    if not len(values):
+        return deltas[0].new_zeros(deltas[0].shape, dtype=torch.float64)
+    (left, left_mean), (right, right_mean) = polar_factor(left), polar_factor(right)
+    merged = (left * values) @ right
+    return merged * left_mean * right_mean if keep_scale else merged
+
+
+@dataclass
+class TSVM:
+    """TSV-M: every matrix by its whitened task singular vectors, everything else averaged."""
+
+    name: ClassVar[str] = "tsv-m"
+    default_alpha: ClassVar[float] = 1.0
+    tunable: ClassVar[bool] = True
+    needs_statistics: ClassVar[bool] = False
+    layer_exponent: ClassVar[float] = 0.0
+
+    def merge(self, stack: Stack) -> Merged:
+        if not stack.is_matrix:
+            return mean_update(stack, scaled=True)
+        return Merged(merge_singular_vectors(stack.deltas).float(), self.name)

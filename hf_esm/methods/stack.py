@@ -1,0 +1,58 @@
+"""What a merge method sees: one weight of every expert. And what it gives back."""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from ..statistics import InputStatistics
+
+
+@dataclass
+class Stack:
+    """One weight of all `T` experts, as updates of the base.
+
+    Attributes:
+        name: the weight's name in the base model.
+        layer_type: the name with its integers removed; weights of one type share a scale between layers.
+        deltas: `T` float32 tensors of one shape: `[d_out, d_in]` for a matrix, anything for other parameters.
+        is_linear: whether it is the matrix of a linear map, rather than an embedding or a parameter of another kind.
+        statistics: per expert, what is known of the map's inputs, or None. Only linear maps have any.
+    """
+
+    name: str
+    layer_type: str
+    deltas: list[Tensor]
+    is_linear: bool = False
+    statistics: list[Optional[InputStatistics]] = field(default_factory=list)
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.deltas[0].dim() == 2
+
+    @property
+    def is_calibrated(self) -> bool:
+        return bool(self.statistics) and all(s is not None for s in self.statistics)
+
+
+@dataclass
+class Merged:
+    """A merged update, before α and the scale between layers.
+
+    Attributes:
+        delta: float32, of the shape of the stack's deltas.
+        how: the rule that made it, in a word (`"esm"`, `"tsv-m"`, `"mean"`, `"sum"`).
+        scaled: whether α multiplies it.
+        info: figures for the report, such as the energy kept per expert.
+    """
+
+    delta: Tensor
+    how: str
+    scaled: bool = True
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def mean_update(stack: Stack, scaled: bool) -> Merged:
+    """The plain average of the experts' updates: the rule for biases, norms and convolutions in every method."""
+    return Merged(torch.stack(stack.deltas).mean(0), "mean", scaled)

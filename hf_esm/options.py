@@ -1,0 +1,77 @@
+"""The arguments of `merge_models` in one place: keyword arguments, recipe and command line flags are all read off here."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from .proxies import ProxyOptions
+
+
+@dataclass
+class MergeOptions(ProxyOptions):
+    """Everything about a merge but the models and the data.
+
+    Attributes:
+        method: name of a method, `{"name": …, setting: value}`, or its settings dataclass.
+        alpha: scale of the merged update; a number, `"auto"` to choose it on validation data, or None for the
+            method's default.
+        heads: what every task keeps to itself; see `heads.plan_heads`.
+        dtype: of the written weights, by its name in torch; by default each keeps the base's.
+        output_dir: folder to write, which must not exist yet.
+        overwrite: replace the output folder, once the new one is whole.
+        max_shard_size: largest file of weights.
+        statistics_dir: folder to keep the activation statistics in, one file per task, for later merges.
+        batch_size: samples per batch and process while calibrating and validating.
+        allow_pickle: read `.bin` checkpoints.
+        trust_remote_code: run code that comes with a model.
+        progress: show progress bars.
+    """
+
+    method: Any = field(
+        default="esm", metadata={"help": "merge method: mean, task-arithmetic, tsv-m, esm, esm-roberta, esm-vit"}
+    )
+    alpha: Optional[float | str] = field(
+        default=None,
+        metadata={"help": "scale of the merged update: a number, or 'auto' to choose it on validation data"},
+    )
+    heads: Any = field(
+        default="auto", metadata={"help": "what tasks keep to themselves: auto, merge, keep, or module names"}
+    )
+    dtype: Optional[str] = field(default=None, metadata={"help": "dtype of the written weights (default: the base's)"})
+    output_dir: Optional[str] = field(default=None, metadata={"help": "folder to write; it must not exist yet"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the output folder"})
+    max_shard_size: str = field(default="5GB", metadata={"help": "largest file of weights"})
+    statistics_dir: Optional[str] = field(
+        default=None, metadata={"help": "folder to keep the activation statistics in, for later merges"}
+    )
+    batch_size: int = field(default=8, metadata={"help": "samples per batch and process"})
+    allow_pickle: bool = field(default=False, metadata={"help": "read .bin checkpoints (can run code)"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a model"})
+    progress: bool = field(default=True, metadata={"help": "show progress bars"})
+
+
+@dataclass
+class MergeRequest:
+    """One merge: models, data, options.
+
+    Attributes:
+        base: the checkpoint that the experts were tuned from.
+        experts: by task name.
+        calibration: per task, proxy samples or statistics; see `merge_models`.
+        validation: per task, labelled rows to choose α on.
+        score_fn: what to choose α by instead.
+        processor: tokenizer or processor to use instead of the one beside the models.
+        token: access token for the Hub.
+        callback: called as `callback(stage, done, total)` while the merge goes on.
+        options: the rest.
+    """
+
+    base: Any
+    experts: Any
+    calibration: Any = None
+    validation: Optional[Mapping[str, Any]] = None
+    score_fn: Optional[Callable | Mapping[str, Callable]] = None
+    processor: Any = None
+    token: Optional[str | bool] = None
+    callback: Optional[Callable[[str, int, int], None]] = None
+    options: MergeOptions = field(default_factory=MergeOptions)

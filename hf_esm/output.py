@@ -1,0 +1,146 @@
+"""What stands in the folder of a merged model: weights, configs, processor, heads, proxies, recipe, report, card."""
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoConfig, GenerationConfig
+
+from .cards import write_card
+from .checkpoints import ModelSource, ShardedWriter
+from .checkpoints.writer import output_dtype, to_stored, write_plan
+from .heads import save_head
+from .inputs import torch_dtype
+from .methods import describe_method
+from .options import MergeOptions
+from .passes import MergedUpdates
+from .planning import MergePlan
+from .proxies import Sample, save_samples
+from .version import __version__
+
+
+RECIPE_FILE = "merge_recipe.yaml"
+RECIPE_VERSION = 1
+REPORT_FILE = "merge_report.json"
+PROXIES_FOLDER = "calibration"
+
+
+def write_model(
+    folder: Path,
+    plan: MergePlan,
+    updates: MergedUpdates,
+    alpha: float,
+    options: MergeOptions,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> None:
+    """Pass two: every weight of the base with its scaled update, in the layout that `save_pretrained` would write."""
+    base, dtype = plan.base, torch_dtype(options.dtype)
+    groups = write_plan(base, dtype)
+    planned = {key: tensor for group in groups for key, tensor in group.stored.items()}
+    extra = base.extra_tensors() if base.extra else {}
+    planned |= {key: torch.empty_like(tensor, device="meta") for key, tensor in extra.items()}
+    with ShardedWriter(folder, planned, options.max_shard_size) as writer:
+        for group in progress(groups):
+            tensors = {
+                name: updates.weight(name, alpha).to(output_dtype(base.dtype(name), dtype)) for name in group.names
+            }
+            for key, tensor in to_stored(base, tensors).items():
+                writer.write(key, tensor)
+        for key, tensor in extra.items():
+            writer.write(key, tensor)
+
+
+def write_files(
+    folder: Path,
+    plan: MergePlan,
+    sources: dict,
+    processors: dict,
+    samples: dict,
+    calibration: Any,
+    options: MergeOptions,
+    result: Any,
+) -> None:
+    """All that stands beside the weights: configs, processor, heads, proxies, recipe, report, card."""
+    model = plan.base.skeleton
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if options.dtype:
+        config.dtype = torch_dtype(options.dtype)
+    config.save_pretrained(folder)
+    if model.can_generate():
+        _generation_config(sources["base"]).save_pretrained(folder)
+    if processors["base"] is not None:
+        _with_chat_template(processors).save_pretrained(folder)
+    for task, expert in plan.experts.items():
+        save_head(folder, task, expert, plan.heads.own[task])
+    recorded = _record_calibration(folder, plan, calibration, samples)
+    recipe = {
+        "recipe_version": RECIPE_VERSION,
+        "hf_esm_version": __version__,
+        "base": sources["base"].record,
+        "experts": {task: sources[task].record for task in plan.experts},
+        **({"calibration": recorded} if recorded else {}),
+        "method": describe_method(plan.method),
+        "alpha": result.alpha,
+        **{name: getattr(options, name) for name in _RECORDED if getattr(options, name) is not None},
+    }
+    (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    report = {
+        "alpha": result.alpha,
+        "alpha_scores": result.alpha_scores,
+        "seconds": {stage: round(value, 3) for stage, value in result.seconds.items()},
+        "warnings": result.warnings,
+        "weights": [asdict(weight) for weight in result.weights],
+    }
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_card(folder, plan, sources, result.alpha, options)
+
+
+# Options that a recipe repeats; the others say where and how, not what.
+_RECORDED = ("heads", "num_samples", "seed", "max_length", "columns", "dtype", "max_shard_size", "batch_size")
+
+
+def _record_calibration(folder: Path, plan: MergePlan, calibration: Any, samples: dict[str, list[Sample]]) -> dict:
+    """Where the recipe finds the calibration again: where it was, or the very samples, saved beside the recipe."""
+    recorded: dict[str, Any] = {}
+    for task in plan.experts:
+        if isinstance(calibration, (str, os.PathLike)):
+            recorded[task] = str(Path(calibration).absolute() / f"{task}.safetensors")
+            continue
+        given = (calibration or {}).get(task)
+        if isinstance(given, (str, os.PathLike)):
+            recorded[task] = str(Path(given).absolute())
+        elif isinstance(given, Mapping) and "path" in given:
+            recorded[task] = dict(given)
+        elif task in samples:
+            recorded[task] = f"{PROXIES_FOLDER}/{task}.safetensors"
+            save_samples(samples[task], folder / recorded[task])
+    return recorded
+
+
+def _generation_config(source: ModelSource) -> GenerationConfig:
+    """The base's generation settings."""
+    if source.model is not None:
+        return source.model.generation_config
+    try:
+        return GenerationConfig.from_pretrained(source.folder)
+    except OSError:  # older models keep them in config.json
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(source.folder))
+
+
+def _with_chat_template(processors: dict[str, Any]) -> Any:
+    """The merged model's processor; a base without a chat template takes that of the first expert that has one."""
+    processor = processors["base"]
+    if hasattr(processor, "chat_template") and processor.chat_template is None:
+        templates = [getattr(other, "chat_template", None) for other in processors.values()]
+        template = next((found for found in templates if found), None)
+        if template is not None:
+            processor = copy.deepcopy(processor)
+            processor.chat_template = template
+    return processor

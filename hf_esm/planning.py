@@ -1,0 +1,260 @@
+"""What a merge will do, found out from headers alone: who fits, what is merged how, what it costs, what is missing."""
+
+import math
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from huggingface_hub import ModelCard
+
+from .checkpoints import Checkpoint, LoraCheckpoint, ModelSource
+from .errors import HfEsmError
+from .heads import HeadPlan, plan_heads
+from .methods import MergeMethod
+from .weights import body_prefix
+
+
+@dataclass
+class MergePlan:
+    """The outcome of all checks that need no weight. `print` it, or run `hf-esm inspect`.
+
+    Attributes:
+        base: the base's checkpoint.
+        experts: the experts' checkpoints by task.
+        method: the method with its settings.
+        heads: which weights are merged, kept per task, or left as the base has them.
+        kinds: how many weights are linear maps, other matrices, and parameters of other kinds.
+        licences: licence by model, as their cards state them.
+        output_bytes: size of the merged weights.
+        scratch_bytes: size of the unscaled updates that are kept on disk while merging.
+        memory_bytes: what merging needs: the largest weight, once per expert and for the work on it.
+        calibration_bytes: what calibrating needs: the largest expert.
+        seconds: roughly how long merging takes here, from the operations of its eigenproblems.
+        warnings: what the user should know.
+    """
+
+    base: Checkpoint
+    experts: dict[str, Checkpoint]
+    method: MergeMethod
+    heads: HeadPlan
+    kinds: dict[str, int]
+    licences: dict[str, str]
+    output_bytes: int
+    scratch_bytes: int
+    memory_bytes: int
+    calibration_bytes: int
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.method.name} merge of {len(self.experts)} experts into {self.base.title}", ""]
+        for task, expert in self.experts.items():
+            kind = "LoRA adapter" if isinstance(expert, LoraCheckpoint) else type(expert.skeleton).__name__
+            commit = f" @ {expert.revision[:12]}" if expert.revision else ""
+            labels = f", {expert.config.num_labels} labels" if self.heads.own[task] else ""
+            own = f", keeps {len(self.heads.own[task])} weights of its own" if self.heads.own[task] else ""
+            lines.append(f"  {task}: {expert.source or 'live model'}{commit}, {kind}{labels}{own}")
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items() if count)
+        lines += [
+            "",
+            f"  merged     {kinds}",
+            f"  untouched  {len(self.heads.kept_from_base)} weights of the base",
+            "  licences   " + "; ".join(f"{name}: {licence}" for name, licence in self.licences.items()),
+            f"  disk       {_size(self.output_bytes)} for the model, {_size(self.scratch_bytes)} scratch",
+            f"  memory     {_size(self.calibration_bytes)} to calibrate, {_size(self.memory_bytes)} to merge",
+            f"  time       about {_duration(self.seconds)} to merge, besides reading and calibrating",
+        ]
+        return "\n".join(lines + [f"  warning    {warning}" for warning in self.warnings])
+
+
+def plan_merge(
+    base: Checkpoint,
+    experts: dict[str, Checkpoint],
+    method: MergeMethod,
+    heads: Any = "auto",
+    dtype: Optional[torch.dtype] = None,
+    sources: Optional[Mapping[str, ModelSource]] = None,
+) -> MergePlan:
+    """Check that the experts are fine-tunes of the base, and say what merging them means.
+
+    Raises:
+        HfEsmError: if an expert is of another architecture or shape, or lacks weights.
+    """
+    warnings: list[str] = []
+    for expert in experts.values():
+        _check_architecture(base, expert)
+    head_plan = plan_heads(base, experts, heads)
+    for expert in experts.values():
+        _check_weights(base, expert, head_plan)
+        if expert.extra:
+            warnings.append(
+                f"{expert.title}: its file holds weights its model has no place for: {_some(expert.extra)}."
+            )
+        if isinstance(expert, LoraCheckpoint):
+            named = expert.peft_config.base_model_name_or_path
+            if named and base.source and Path(named).name != Path(base.source).name:
+                warnings.append(f"{expert.title}: trained on {named}, merged over {base.source}.")
+    if not head_plan.shared:
+        raise HfEsmError(f"{base.title} and its experts share no weights to merge.")
+    licences = {name: _licence(source) for name, source in (sources or {}).items()}
+    known = {licence for licence in licences.values() if licence != "not stated"}
+    if len(known) > 1:
+        warnings.append(f"the licences differ ({', '.join(sorted(known))}): check that they allow one merged model.")
+    elements = {name: math.prod(base.shape(name)) for name in head_plan.shared}
+    output = sum(
+        math.prod(base.shape(n)) * (dtype if dtype and base.dtype(n).is_floating_point else base.dtype(n)).itemsize
+        for n in base.names
+    )
+    return MergePlan(
+        base,
+        experts,
+        method,
+        head_plan,
+        _kinds(base, head_plan.shared),
+        licences,
+        output,
+        4 * sum(elements.values()),
+        4 * max(elements.values()) * (2 * len(experts) + 6),
+        max(expert.nbytes if not isinstance(expert, LoraCheckpoint) else base.nbytes for expert in experts.values()),
+        _estimate_seconds(base, head_plan.shared, len(experts)),
+        head_plan.warnings + warnings,
+    )
+
+
+def check_disk(plan: MergePlan, output: Path) -> None:
+    """Raise if the disk of the output folder cannot hold the merge."""
+    place = output.absolute().parent
+    while not place.exists():
+        place = place.parent
+    needed, free = plan.output_bytes + plan.scratch_bytes, shutil.disk_usage(place).free
+    if needed > free:
+        raise HfEsmError(
+            f"{output}: merging needs {_size(needed)} on disk and {_size(free)} are free. Make room there."
+        )
+
+
+def check_values(plan: MergePlan, progress: Any = iter) -> None:
+    """Read every weight that will be merged once, and raise if one is not finite or an expert equals the base."""
+    changed = dict.fromkeys(plan.experts, False)
+    for name in progress(plan.heads.shared):
+        weight = plan.base.tensor(name)
+        _check_finite(weight, plan.base, name)
+        for task, expert in plan.experts.items():
+            if isinstance(expert, LoraCheckpoint):
+                if not expert.changes(name):
+                    continue
+                update = expert.update(name, weight)
+                _check_finite(update, expert, name)
+                changed[task] = changed[task] or bool(update.any())
+            else:
+                tuned = expert.tensor(name)
+                _check_finite(tuned, expert, name)
+                changed[task] = changed[task] or not torch.equal(tuned, weight)
+    for task, differs in changed.items():
+        if not differs:
+            raise HfEsmError(f"{plan.experts[task].title} equals the base in every merged weight. Leave it out.")
+
+
+def _check_finite(tensor: torch.Tensor, checkpoint: Checkpoint, name: str) -> None:
+    # A sum is finite if all its terms are, and is the cheaper look at a sound weight.
+    if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():
+        raise HfEsmError(f"{checkpoint.title}: weight '{checkpoint.names[name]}' holds NaN or infinite values.")
+
+
+def _check_architecture(base: Checkpoint, expert: Checkpoint) -> None:
+    own, other = base.config.model_type, expert.config.model_type
+    if own != other:
+        raise HfEsmError(
+            f"{expert.title} is a {other} model, but the base is a {own}. Experts must be fine-tunes of it."
+        )
+
+
+def _check_weights(base: Checkpoint, expert: Checkpoint, heads: HeadPlan) -> None:
+    """Every weight of the body that one has and the other lacks, and every shape, before any weight is read."""
+    if expert.missing:
+        raise HfEsmError(
+            f"{expert.title}: the file lacks {_some(expert.missing)}, which its {type(expert.skeleton).__name__} needs. "
+            "Save the model again with `save_pretrained`."
+        )
+    prefix = body_prefix(base.skeleton)
+    in_body = [name for name, live in base.names.items() if not prefix or live == prefix + name]
+    owned = {name for names in heads.own.values() for name in names}
+    # A body built without one of the base's parts (BERT without its pooler) is no error; one with half a part is.
+    parts = {name.split(".")[0] for name in expert.names}
+    lacking = [n for n in in_body if n not in expert.names and n not in owned and n.split(".")[0] in parts]
+    if lacking:
+        raise HfEsmError(f"{expert.title} lacks {_some(lacking)}, which the base has. Is it a fine-tune of this base?")
+    for name in heads.shared:
+        ours, theirs = base.shape(name), expert.shape(name)
+        if ours == theirs:
+            continue
+        if len(ours) == 2 and ours[1:] == theirs[1:] and base.linear.get(name) is None:
+            raise HfEsmError(
+                f"{expert.title}: '{expert.names[name]}' has {theirs[0]} rows, the base has {ours[0]}. If its vocabulary "
+                "was resized, call `model.resize_token_embeddings` to bring both to one size."
+            )
+        raise HfEsmError(f"{expert.title}: '{expert.names[name]}' is {theirs}, in the base it is {ours}.")
+
+
+def _licence(source: ModelSource) -> str:
+    text = source.card()
+    licence = ModelCard(text, ignore_metadata_errors=True).data.license if text else None
+    return licence if isinstance(licence, str) else "not stated"
+
+
+def _kinds(base: Checkpoint, shared: list[str]) -> dict[str, int]:
+    count = Counter(
+        "linear maps"
+        if name in base.linear
+        else "other matrices"
+        if len(base.shape(name)) == 2
+        else "other parameters"
+        for name in shared
+    )
+    return dict(sorted(count.items()))
+
+
+def _estimate_seconds(base: Checkpoint, shared: list[str], tasks: int) -> float:
+    """The eigenproblems of all shared matrices, at the speed of one that is timed here."""
+    probe = torch.randn(768, 768, dtype=torch.float64)
+    torch.linalg.eigh(probe + probe.T)
+    start = time.perf_counter()
+    torch.linalg.eigh(probe + probe.T)
+    per_cube = (time.perf_counter() - start) / 768**3
+    total = 0.0
+    for name in shared:
+        shape = base.shape(name)
+        if len(shape) >= 2 and (name in base.linear or len(shape) == 2):
+            slices = math.prod(shape[:-2])
+            total += slices * (
+                tasks * min(shape[-2:]) ** 3 + sum(side**3 for side in shape[-2:] if side < 4 * min(shape[-2:]))
+            )
+    return total * per_cube
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,0 +1,242 @@
+"""Whatever users call data, turned into samples that a model takes: strings, pairs, rows, images, datasets, loaders."""
+
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from datasets import Dataset, IterableDataset, load_dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoProcessor, PretrainedConfig
+from transformers.image_utils import is_valid_image
+
+from .errors import HfEsmError
+
+
+FORMAT = "hf_esm.proxies"
+FORMAT_VERSION = 1
+# What a row may hold that is model input as it is.
+READY_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values", "inputs_embeds")
+COLUMNS = ("text", "text_pair", "image", "audio", "label")
+LONGEST = 512  # tokens, unless `max_length` says otherwise
+
+# One model input per name, unbatched and unpadded.
+Sample = dict[str, Tensor]
+
+
+@dataclass
+class ProxyOptions:
+    """How samples are chosen and encoded.
+
+    Attributes:
+        num_samples: how many are taken, at random where there are more; 0 takes all.
+        seed: seed of that choice.
+        max_length: tokens that a text is cut to; by default what the model takes, at most 512.
+        columns: names of the columns for `text`, `text_pair`, `image`, `audio` and `label`, where they differ.
+    """
+
+    num_samples: int = field(default=32, metadata={"help": "proxy samples per task"})
+    seed: int = field(default=0, metadata={"help": "seed of their selection"})
+    max_length: Optional[int] = field(
+        default=None, metadata={"help": "tokens a text is cut to (default: at most 512)"}
+    )
+    columns: Mapping[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "columns that hold text, text_pair, image, audio or label, as text=NAME"},
+    )
+
+
+def load_processor(folder: str | os.PathLike, trust_remote_code: bool = False) -> Any:
+    """The tokenizer, image processor, feature extractor or processor in a folder; None if there is none."""
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def read_rows(data: Any, title: str, options: ProxyOptions) -> list[Any]:
+    """`num_samples` entries of whatever holds data, chosen with `seed`.
+
+    Args:
+        data: a sequence, a `datasets.Dataset`, a `DataLoader`, a column mapping, the path of a data file (JSON lines,
+            JSON, CSV, Parquet, text) or of saved proxies, or `{"path": …, "name": …, "split": …}` for
+            `datasets.load_dataset`.
+        title: what messages call it.
+    """
+    if isinstance(data, (str, os.PathLike)):
+        data = _read_file(Path(data), title)
+    elif isinstance(data, Mapping) and "path" in data:
+        arguments = {"split": "train", **data}
+        data = load_dataset(arguments.pop("path"), **arguments)
+    elif isinstance(data, Mapping):
+        length = len(next(iter(data.values()), ()))
+        data = [{name: column[i] for name, column in data.items()} for i in range(length)]
+    if isinstance(data, DataLoader):
+        data = list(_split_batches(data, options.num_samples))
+    if isinstance(data, IterableDataset):
+        data = list(data.take(options.num_samples)) if options.num_samples else list(data)
+    if not isinstance(data, (Sequence, Dataset)):
+        data = list(data) if isinstance(data, Iterable) else [data]
+    if not len(data):
+        raise HfEsmError(f"{title}: no samples.")
+    chosen = range(len(data))
+    if options.num_samples and len(data) > options.num_samples:
+        chosen = sorted(random.Random(options.seed).sample(chosen, options.num_samples))
+    return [data[i] for i in chosen]
+
+
+def _read_file(path: Path, title: str) -> Any:
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+    if not path.is_file():
+        raise HfEsmError(f"{title}: there is no file {path}.")
+    if path.suffix == ".safetensors":
+        return load_samples(path)
+    if path.suffix not in kinds:
+        raise HfEsmError(f"{title}: {path} is none of {', '.join(kinds)} or .safetensors.")
+    return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+
+
+def _split_batches(loader: DataLoader, count: int) -> Iterator[dict[str, Any]]:
+    """The samples of a loader's batches, as many as are wanted."""
+    taken = 0
+    for batch in loader:
+        for i in range(len(next(iter(batch.values())))):
+            yield {name: column[i] for name, column in batch.items()}
+            taken += 1
+            if taken == count:
+                return
+
+
+def encode(
+    rows: list[Any], processor: Any, config: PretrainedConfig, title: str, options: ProxyOptions
+) -> list[Sample]:
+    """Rows as unbatched, unpadded model inputs, labels left out; those of an encoder-decoder stay, as its targets."""
+    first = rows[0]
+    if isinstance(first, Mapping) and any(name in first for name in READY_INPUTS):
+        samples = [_ready(row, config) for row in rows]
+    else:
+        if processor is None:
+            raise HfEsmError(
+                f"{title}: no tokenizer or processor beside the model, which its samples need. Save one into the "
+                "model's folder, pass `processor=`, or give ready model inputs (`input_ids`, `pixel_values`, …)."
+            )
+        samples = [_encode_row(row, processor, config, title, options) for row in rows]
+    for i, sample in enumerate(samples):
+        mask = sample.get("attention_mask")
+        if any(tensor.numel() == 0 for tensor in sample.values()) or (mask is not None and not mask.any()):
+            raise HfEsmError(f"{title}: sample {i} has no real token. Leave it out.")
+    return samples
+
+
+def _ready(row: Mapping[str, Any], config: PretrainedConfig) -> Sample:
+    dropped = {"label", "label_ids", "idx"} | (set() if config.is_encoder_decoder else {"labels"})
+    sample = {}
+    for name, value in row.items():
+        if name not in dropped and not isinstance(value, str) and value is not None:
+            sample[name] = torch.as_tensor(value)
+    if "input_ids" in sample and "attention_mask" not in sample:
+        sample["attention_mask"] = torch.ones_like(sample["input_ids"])
+    return sample
+
+
+def _encode_row(row: Any, processor: Any, config: PretrainedConfig, title: str, options: ProxyOptions) -> Sample:
+    fields = row_fields(row, title, options)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    found: dict[str, Any] = {}
+    try:
+        if "text" in fields:
+            found |= tokenizer(
+                fields["text"],
+                fields.get("text_pair"),
+                truncation=True,
+                max_length=text_limit(tokenizer, config, options),
+            )
+        if "image" in fields:
+            images = getattr(processor, "image_processor", processor)
+            found |= images(fields["image"], return_tensors="pt")
+        if "audio" in fields:
+            sound = fields["audio"]
+            rate = sound.get("sampling_rate") if isinstance(sound, Mapping) else None
+            extractor = getattr(processor, "feature_extractor", processor)
+            found |= extractor(sound["array"] if rate else sound, sampling_rate=rate, return_tensors="pt")
+    except (TypeError, ValueError) as error:
+        raise HfEsmError(f"{title}: {type(processor).__name__} does not take such a sample: {error}") from None
+    # Processors give batches of one where tensors were asked for, and plain lists for text.
+    return {name: value[0] if isinstance(value, Tensor) else torch.as_tensor(value) for name, value in found.items()}
+
+
+def row_fields(row: Any, title: str, options: ProxyOptions) -> dict[str, Any]:
+    """A row's `text`, `text_pair`, `image`, `audio` and `label`, as far as it has them."""
+    if isinstance(row, str):
+        return {"text": row}
+    if isinstance(row, (tuple, list)) and len(row) == 2 and all(isinstance(part, str) for part in row):
+        return {"text": row[0], "text_pair": row[1]}
+    if isinstance(row, Mapping):
+        columns = {name: options.columns.get(name, name) for name in COLUMNS}
+        fields = {name: row[column] for name, column in columns.items() if row.get(column) is not None}
+        if fields.keys() & {"text", "image", "audio"}:
+            return fields
+        raise HfEsmError(
+            f"{title}: a row has the columns {sorted(row)}; say which hold the input, as in "
+            "columns={'text': 'sentence1', 'text_pair': 'sentence2'}."
+        )
+    if is_valid_image(row):
+        return {"image": row}
+    raise HfEsmError(
+        f"{title}: cannot read a sample of type {type(row).__name__}; give strings, pairs, rows or images."
+    )
+
+
+def text_limit(tokenizer: Any, config: PretrainedConfig, options: ProxyOptions) -> int:
+    """Tokens that a text is cut to."""
+    limits = [getattr(tokenizer, "model_max_length", LONGEST), getattr(config, "max_position_embeddings", LONGEST)]
+    limits = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    return options.max_length or min(LONGEST, *limits)
+
+
+def collate(samples: list[Sample], config: PretrainedConfig) -> dict[str, Tensor]:
+    """A batch, padded on the right; padding is 0 in every mask."""
+    padding = {"input_ids": getattr(config, "pad_token_id", None) or 0, "labels": -100}
+    padding["decoder_input_ids"] = padding["input_ids"]
+    batch = {}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        if any(value.shape != values[0].shape for value in values):
+            values = torch.nn.utils.rnn.pad_sequence(values, True, padding.get(name, 0))
+        batch[name] = torch.stack(list(values))
+    return batch
+
+
+def save_samples(samples: list[Sample], path: Path) -> None:
+    """Write encoded samples, so that a recipe can repeat the calibration exactly."""
+    tensors = {f"{i}.{name}": value.contiguous() for i, sample in enumerate(samples) for name, value in sample.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, {"format": FORMAT, "version": str(FORMAT_VERSION)})
+
+
+def is_samples_file(path: Path) -> bool:
+    """Whether a safetensors file was written by `save_samples`."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
+def load_samples(path: Path) -> list[Sample]:
+    """What `save_samples` wrote."""
+    samples: dict[int, Sample] = {}
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT or metadata.get("version") != str(FORMAT_VERSION):
+            raise HfEsmError(f"{path}: neither statistics nor proxies that this hf_esm can read.")
+        for key in file.keys():
+            index, _, name = key.partition(".")
+            samples.setdefault(int(index), {})[name] = file.get_tensor(key)
+    return [samples[i] for i in sorted(samples)]

@@ -1,0 +1,90 @@
+"""The linear maps of a live model: names, orientation, slices, types. Works on the meta device, reads no values."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A linear map inside a model, or a stack of them held as one three-dimensional parameter.
+
+    Attributes:
+        weight: name of the parameter.
+        module: name of the module that holds it.
+        transposed: the parameter is stored as `[d_in, d_out]` (`Conv1D`, some mixture-of-experts weights).
+        slices: 0 for a single matrix, else the number of experts in a `[slices, …, …]` parameter.
+    """
+
+    weight: str
+    module: str
+    transposed: bool = False
+    slices: int = 0
+
+
+def linear_maps(model: nn.Module) -> dict[str, LinearMap]:
+    """Every linear map of `model` by the name of its weight, weights that are tied to another one left out."""
+    own = {name for name, _ in model.named_parameters()}
+    maps = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            found = {"weight": LinearMap("", "", isinstance(module, Conv1D))}
+        else:
+            found = {
+                name: LinearMap("", "", getattr(module, "is_transposed", False), parameter.shape[0])
+                for name, parameter in module.named_parameters(recurse=False)
+                if parameter.dim() == 3 and _holds_experts(module, parameter)
+            }
+        for name, kind in found.items():
+            weight = f"{module_name}.{name}" if module_name else name
+            if weight in own:
+                maps[weight] = LinearMap(weight, module_name, kind.transposed, kind.slices)
+    return maps
+
+
+def _holds_experts(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a three-dimensional parameter is a stack of matrices, by what its module says of itself."""
+    return hasattr(module, "is_transposed") or getattr(module, "num_experts", None) == parameter.shape[0]
+
+
+def to_matrices(tensor: Tensor, linear: LinearMap | None) -> list[Tensor]:
+    """A parameter as the matrices `[d_out, d_in]` that it holds; a parameter of another kind as it is."""
+    if linear is None:
+        return [tensor]
+    slices = list(tensor) if linear.slices else [tensor]
+    return [matrix.T for matrix in slices] if linear.transposed else slices
+
+
+def from_matrices(matrices: list[Tensor], linear: LinearMap | None) -> Tensor:
+    """The inverse of `to_matrices`."""
+    if linear is None:
+        return matrices[0]
+    matrices = [matrix.T for matrix in matrices] if linear.transposed else matrices
+    return torch.stack(matrices) if linear.slices else matrices[0].contiguous()
+
+
+def layer_type(name: str) -> str:
+    """The name with its integers removed: weights of one type stand in different layers at the same place."""
+    return ".".join(part for part in name.split(".") if not re.fullmatch(r"\d+", part))
+
+
+def body_prefix(model: PreTrainedModel) -> str:
+    """What stands before the names of the shared body's weights, as `"bert."` in a task model; empty for a body."""
+    prefix = model.base_model_prefix
+    return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def canonical_names(model: PreTrainedModel) -> dict[str, str]:
+    """`{canonical: own name}` of every parameter and persistent buffer, those tied to another one left out.
+
+    The canonical name of a weight of the body is its name inside the body, so that it is the same in a bare body and
+    in every task model built on it; that of any other weight is its own name.
+    """
+    prefix = body_prefix(model)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    names = [name for name in model.state_dict() if name not in tied]
+    return {name.removeprefix(prefix): name for name in names}

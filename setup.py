@@ -1,0 +1,38 @@
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "hf_esm" / "version.py").read_text()).group(1)
+
+setup(
+    name="hf_esm",
+    version=version,
+    description="Merge fine-tunes of one checkpoint into one multi-task model (ESM), for transformers, peft and accelerate",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["hf_esm", "hf_esm.checkpoints", "hf_esm.methods", "hf_esm.model_cards"],
+    package_dir={"hf_esm": "hf_esm", "hf_esm.model_cards": "model_cards"},
+    package_data={"hf_esm.model_cards": ["*.md"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.23",
+        "peft>=0.21",
+        "accelerate>=1.15",
+        "safetensors>=0.8",
+        "datasets>=5.2",
+        "huggingface_hub>=2.4",
+        "jinja2",
+        "pyyaml",
+    ],
+    extras_require={
+        "demo": ["matplotlib", "pillow", "scikit-learn"],
+        "test": ["matplotlib", "pillow", "pytest", "scikit-learn"],
+        "quality": ["ruff"],
+    },
+    entry_points={"console_scripts": ["hf-esm=hf_esm.cli:main"]},
+)
