@@ -2,10 +2,12 @@
 
 from .calibration import collect_statistics
 from .errors import HfEsmError
+from .evaluation import Scores, evaluate
 from .heads import load_task_model
-from .merge import MergeResult, merge_models
+from .merge import MergeResult, calibrate, merge_models
 from .methods import METHODS, TSVM, EssentialMerge, Mean, TaskArithmetic
 from .planning import MergePlan
+from .recipes import load_recipe
 from .statistics import ActivationStatistics
 from .version import __version__
 
@@ -19,9 +21,13 @@ __all__ = [
     "Mean",
     "MergePlan",
     "MergeResult",
+    "Scores",
     "TaskArithmetic",
     "__version__",
+    "calibrate",
     "collect_statistics",
+    "evaluate",
+    "load_recipe",
     "load_task_model",
     "merge_models",
 ]

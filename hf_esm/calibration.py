@@ -1,9 +1,10 @@
 """Running an expert over its proxy samples, and keeping what its linear maps read."""
 
+import copy
 import inspect
 import weakref
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -12,13 +13,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device, tqdm
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from .errors import HfEsmError
 from .linalg import triangular_factor
-from .proxies import Sample, collate
+from .proxies import Sample, batch_indices, collate
 from .statistics import ActivationStatistics, InputStatistics, Provenance
 from .weights import canonical_names, linear_maps
+
+
+# A linear map by its weight, and which of its calls within one pass.
+_Call = tuple[str, int]
 
 
 @dataclass
@@ -50,54 +55,10 @@ class _Accumulator:
         self.pending, self.waiting = [], 0
 
 
-@dataclass
-class Frame:
-    """What the forward pass of one (nested) model says of its tokens.
-
-    Attributes:
-        mask: which tokens are real, `[B, L]`, or None.
-        encoder_states: the encoder's output that a decoder reads.
-        encoder_mask: which of its tokens are real.
-        model: whose forward pass it is.
-    """
-
-    mask: Optional[Tensor]
-    encoder_states: Optional[Tensor]
-    encoder_mask: Optional[Tensor]
-    model: PreTrainedModel
-
-    def real_tokens(self, inputs: Tensor) -> Optional[Tensor]:
-        """The mask that belongs to a map's input `[B, L, d]`: its shape is exactly the input's, or there is none."""
-        mask = self.encoder_mask if inputs is self.encoder_states else self.mask
-        if mask is None:
-            return None
-        if mask.shape == inputs.shape[:-1]:
-            return mask
-        if inputs.dim() == 2 and inputs.shape[0] == mask.numel():  # tokens laid out in one row
-            return mask.flatten()
-        shrink = getattr(self.model, "_get_feature_vector_attention_mask", None)
-        if shrink is not None and inputs.dim() == 3:  # audio: the mask counts samples, the layers see frames
-            return shrink(inputs.shape[1], mask).bool()
-        return None
-
-
-def token_mask(mask: Any) -> Optional[Tensor]:
-    """Which tokens are real, `[B, L]`, from a mask of any form that Transformers hands down."""
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    if not isinstance(mask, Tensor):
-        return None
-    if mask.dim() == 4:  # a token attends to itself exactly if it is real
-        mask = mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        return mask if mask.dtype == torch.bool else mask >= 0
-    return mask.bool()
-
-
 class InputRecorder:
-    """Hooks on a model's linear maps that add every real token they read to an accumulator.
+    """Hooks on a model's linear maps that add every row they read to an accumulator.
 
-    Maps that read the same tensor share one. Padding is left out by the mask of the innermost model that runs; inputs
-    that are not tokens of the batch (DeBERTa's relative positions) are left out too.
+    Maps that read the same tensor share one. Nothing here knows of padding: the model has to be run without.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -110,70 +71,62 @@ class InputRecorder:
         }
         self.accumulators: dict[str, _Accumulator] = {}
         self.leaders: dict[str, set[str]] = defaultdict(set)
-        self._frames: list[Frame] = []
+        self._left_out: set[_Call] = set()
         self._seen: dict[int, tuple[weakref.ref, str]] = {}
-        self._matched: set[str] = set()
+
+    def leave_out_constants(self, run: Callable[[int], Any]) -> None:
+        """Learn which inputs are made of no sample, such as DeBERTa's relative positions: those that have one shape
+        in `run(1)`, a pass over one sample, and in `run(2)`, a pass over that sample twice.
+        """
+        shapes: dict[int, dict[_Call, torch.Size]] = {1: {}, 2: {}}
+        for count, found in shapes.items():
+            with self._hooks(lambda call, inputs, found=found: found.update({call: inputs.shape})):
+                run(count)
+        self._left_out = {call for call, shape in shapes[1].items() if shapes[2].get(call) == shape}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        handles = []
-        for name, module in self.model.named_modules():
-            if isinstance(module, PreTrainedModel):
-                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._leave, always_call=True))
-            if name in self.weight_of:
-                handles.append(module.register_forward_pre_hook(self._reader(self.weight_of[name]), with_kwargs=True))
+        """Around one pass over samples."""
+        self._seen = {}
+        with self._hooks(self._take):
+            yield
+
+    def _take(self, call: _Call, inputs: Tensor) -> None:
+        weight, _ = call
+        if call in self._left_out:
+            return
+        known = self._seen.get(id(inputs))
+        if known is not None and known[0]() is inputs:
+            self.leaders[weight].add(known[1])
+            return
+        self._seen[id(inputs)] = (weakref.ref(inputs), weight)
+        self.leaders[weight].add(weight)
+        if weight not in self.accumulators:
+            self.accumulators[weight] = _Accumulator.empty(inputs.shape[-1])
+        self.accumulators[weight].add(inputs.reshape(-1, inputs.shape[-1]))
+
+    @contextmanager
+    def _hooks(self, act: Callable[[_Call, Tensor], Any]) -> Iterator[None]:
+        """Call `act` with every input of every linear map in one pass."""
+        calls: Counter[str] = Counter()
+
+        def reader(weight: str) -> Callable:
+            def read(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+                calls[weight] += 1
+                act((weight, calls[weight]), args[0] if args else next(iter(kwargs.values())))
+
+            return read
+
+        handles = [
+            module.register_forward_pre_hook(reader(self.weight_of[name]), with_kwargs=True)
+            for name, module in self.model.named_modules()
+            if name in self.weight_of
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _enter(self, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
-        names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-        bound = {**dict(zip(names, args)), **kwargs}
-        if not self._frames:
-            self._seen, self._matched = {}, set()
-        # The outer model of an encoder-decoder reads its own head's input from the decoder.
-        own = token_mask(bound.get("decoder_attention_mask", bound.get("attention_mask")))
-        self._frames.append(
-            Frame(own, bound.get("encoder_hidden_states"), token_mask(bound.get("encoder_attention_mask")), module)
-        )
-
-    def _leave(self, *_: Any) -> None:
-        self._frames.pop()
-
-    def _reader(self, weight: str) -> Any:
-        def read(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            known = self._seen.get(id(inputs))
-            if known is not None and known[0]() is inputs:
-                self.leaders[weight].add(known[1])
-                return
-            rows = self._real_rows(weight, inputs)
-            if rows is None:
-                return
-            self._seen[id(inputs)] = (weakref.ref(inputs), weight)
-            self.leaders[weight].add(weight)
-            if weight not in self.accumulators:
-                self.accumulators[weight] = _Accumulator.empty(rows.shape[1])
-            self.accumulators[weight].add(rows)
-
-        return read
-
-    def _real_rows(self, weight: str, inputs: Tensor) -> Optional[Tensor]:
-        """The real tokens of a map's input, `[n, d]`; None if it is not made of the batch's tokens."""
-        frame = self._frames[-1]
-        mask = frame.real_tokens(inputs)
-        if mask is not None:
-            self._matched.add(weight)
-            return inputs[mask.to(inputs.device)]
-        if weight in self._matched and inputs.dim() > 2:
-            return None
-        batch = next((f.mask for f in reversed(self._frames) if f.mask is not None), None)
-        if batch is not None and inputs.shape[0] % batch.shape[0]:
-            return None
-        return inputs.reshape(-1, inputs.shape[-1])
 
 
 def collect_statistics(
@@ -190,7 +143,8 @@ def collect_statistics(
 
     Args:
         model: the expert. It is moved to the accelerator's device for the run and left exactly as it was.
-        samples: unbatched model inputs, see `proxies.encode`.
+        samples: unbatched, unpadded model inputs, see `proxies.encode`. Only those of one shape share a batch: padding
+            shows in what many models compute (convolutions, pooling, group norms), and is told from tokens in few.
         accelerator: by default a new one.
         batch_size: samples per batch and process.
         title: name on the progress bar.
@@ -202,19 +156,23 @@ def collect_statistics(
     device = next(model.parameters()).device
     moved = device != accelerator.device and not getattr(model, "hf_device_map", None)
     recorder = InputRecorder(model)
+
+    def run(samples: list[Sample]) -> None:
+        model(**_batch(samples, model))
+
     try:
         model.eval()
         if moved:
             model.to(accelerator.device)
         with accelerator.split_between_processes(samples) as own, torch.no_grad():
-            own = sorted(own, key=lambda sample: -max(value.numel() for value in sample.values()))
-            starts = range(0, len(own), batch_size)
-            for start in tqdm(starts, desc=f"Calibrating {title}", disable=not progress or not starts, leave=False):
-                batch = collate(own[start : start + batch_size], model.config)
-                batch = send_to_device(batch, next(model.parameters()).device)
-                batch = _add_decoder_inputs(model, batch)
+            own = _with_decoder_inputs(model, own, batch_size)
+            groups = batch_indices(own, batch_size)
+            if groups:
+                shortest = own[groups[-1][-1]]
+                recorder.leave_out_constants(lambda count: run([shortest] * count))
+            for group in tqdm(groups, desc=f"Calibrating {title}", disable=not progress or not groups, leave=False):
                 with recorder.recording():
-                    model(**_floats_like(batch, model.dtype))
+                    run([own[i] for i in group])
     finally:
         if moved:
             model.to(device)
@@ -249,31 +207,59 @@ def _reduce(recorder: InputRecorder, accelerator: Accelerator) -> tuple[dict[str
     return entries, keys_of
 
 
-def _add_decoder_inputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give an encoder-decoder something to decode: the targets if there are any, else what it generates itself."""
-    config = model.config
-    if not config.is_encoder_decoder or "decoder_input_ids" in batch:
-        return batch
-    batch = dict(batch)
-    labels = batch.pop("labels", None)
-    start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id or 0
-    if labels is not None:
-        ids = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
-        mask = torch.cat([torch.ones_like(labels[:, :1]), labels[:, :-1] != -100], dim=1).bool()
-        ids = ids.masked_fill(~mask, config.pad_token_id or 0)
-    elif model.can_generate():
-        ids = model.generate(**_floats_like(batch, model.dtype), max_new_tokens=32, do_sample=False, num_beams=1)
-        ends = (ids == (config.eos_token_id if isinstance(config.eos_token_id, int) else -1)).int()
-        mask = (ends.cumsum(1) - ends) == 0  # up to the first end-of-sequence token
-        mask[:, 0] = True
-    else:
-        ids = batch["input_ids"] if "input_ids" in batch else None
-        if ids is None:
+def _with_decoder_inputs(model: PreTrainedModel, samples: list[Sample], batch_size: int) -> list[Sample]:
+    """Give an encoder-decoder something to decode: the targets if there are any, else what it generates itself, else
+    its source, as its classifiers do.
+    """
+    targets = [sample.get("labels") for sample in samples]
+    samples = [{name: value for name, value in sample.items() if name != "labels"} for sample in samples]
+    if "decoder_input_ids" not in inspect.signature(type(model).forward).parameters:
+        return samples
+    waiting = [i for i, sample in enumerate(samples) if "decoder_input_ids" not in sample]
+    generating = [i for i in waiting if targets[i] is None and model.can_generate()]
+    if generating:
+        greedy = copy.deepcopy(model.generation_config)
+        greedy.update(max_new_tokens=32, max_length=None, do_sample=False, num_beams=1)
+    for group in batch_indices([samples[i] for i in generating], batch_size):
+        chosen = [generating[i] for i in group]
+        batch = _batch([samples[i] for i in chosen], model)
+        # Not the class's own `generate`: Whisper's gives back the text alone, not what its decoder read.
+        ids = GenerationMixin.generate(model, **batch, generation_config=greedy).cpu()
+        ends = torch.isin(ids, torch.tensor(_token_ids(model, "eos_token_id")))
+        ends[:, 0] = False  # BART starts with its end-of-sequence token
+        real = ends.cumsum(1) - ends.int() == 0  # up to the first end-of-sequence token
+        for i, row, kept in zip(chosen, ids, real, strict=True):
+            samples[i]["decoder_input_ids"] = row[kept]
+    for i in waiting:
+        if "decoder_input_ids" in samples[i]:
+            continue
+        target = targets[i] if targets[i] is not None else samples[i].get("input_ids")
+        if target is None:
             raise HfEsmError(f"{type(model).__name__} decodes: give samples with `decoder_input_ids` or `labels`.")
-        mask = batch["attention_mask"].bool()
-    return {**batch, "decoder_input_ids": ids, "decoder_attention_mask": mask.long()}
+        samples[i]["decoder_input_ids"] = _shifted(model, target)
+    return samples
 
 
-def _floats_like(batch: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The batch with its floating-point inputs (pixels, audio features) in the model's dtype."""
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
+def _shifted(model: PreTrainedModel, target: Tensor) -> Tensor:
+    """What a decoder reads to write the target."""
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:
+        return shift(labels=target[None])[0]
+    start, *_ = _token_ids(model, "decoder_start_token_id", "bos_token_id", "pad_token_id") or [0]
+    return torch.cat([target.new_tensor([start]), target[:-1]])
+
+
+def _token_ids(model: PreTrainedModel, *names: str) -> list[int]:
+    """The special tokens under the first of these names that the model's settings know; empty if they know none."""
+    for name in names:
+        for settings in (getattr(model, "generation_config", None), model.config):
+            found = getattr(settings, name, None)
+            if found is not None:
+                return found if isinstance(found, list) else [found]
+    return []
+
+
+def _batch(samples: list[Sample], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Samples of one shape as a batch, on the model's device, pixels and sound in its dtype."""
+    batch = send_to_device(collate(samples, model.config), next(model.parameters()).device)
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in batch.items()}

@@ -1,7 +1,6 @@
 """The model card of a merged model, from the template in `model_cards/`."""
 
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -13,15 +12,20 @@ from .version import __version__
 TEMPLATE = "merged.md"
 
 
-def write_card(folder: Path, plan: MergePlan, sources: dict[str, ModelSource], alpha: float, options: Any) -> None:
-    """Write `README.md`: what was merged and how, how to load it, licence and limits."""
-    licences = {licence for licence in plan.licences.values() if licence != "not stated"}
+def write_card(
+    folder: Path, plan: MergePlan, sources: dict[str, ModelSource], alpha: float, num_samples: list[int]
+) -> None:
+    """Write `README.md`: what was merged and how, how to load it, licence and limits.
+
+    `num_samples` holds the number of proxy samples of each expert that was calibrated.
+    """
+    licences = set(plan.licences.values())
     task_heads = [task for task, own in plan.heads.own.items() if own]
     data = ModelCardData(
         base_model=[source.repo_id for source in sources.values() if source.repo_id] or None,
         base_model_relation="merge" if any(source.repo_id for source in sources.values()) else None,
         library_name="transformers",
-        license=licences.pop() if len(licences) == 1 else None,
+        license=licences.pop() if len(licences) == 1 and "not stated" not in licences else None,
         tags=["merge", "hf_esm", plan.method.name],
     )
     card = ModelCard.from_template(
@@ -44,8 +48,9 @@ def write_card(folder: Path, plan: MergePlan, sources: dict[str, ModelSource], a
         model_class=type(plan.base.skeleton).__name__,
         task_heads=task_heads,
         version=__version__,
-        num_samples=options.num_samples,
-        uses_statistics=plan.method.needs_statistics,
+        num_samples=" to ".join(str(count) for count in sorted({min(num_samples), max(num_samples)}))
+        if num_samples
+        else "",
     )
     card.save(folder / "README.md")
 

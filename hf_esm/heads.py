@@ -10,12 +10,11 @@ from typing import Any, Optional
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, whole_folder
 from .checkpoints.reader import quiet_loading
 from .errors import HfEsmError
 from .weights import body_prefix
@@ -158,7 +157,7 @@ def _one_shape(name: str, base: Checkpoint, experts: dict[str, Checkpoint]) -> b
 
 def _labels_agree(base: Checkpoint, experts: Iterable[Checkpoint]) -> bool:
     """Whether base and experts, where they have labels at all, have the same ones."""
-    return len({tuple(sorted(c.config.id2label.items())) for c in (base, *experts)}) == 1
+    return len({tuple(sorted((c.config.id2label or {}).items())) for c in (base, *experts)}) == 1
 
 
 def _named_modules(modules: list[str], experts: dict[str, Checkpoint]) -> set[str]:
@@ -203,9 +202,7 @@ def load_task_model(
     Raises:
         HfEsmError: if there is no such task, or weights are missing from both body and head.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(str(model), revision=revision, token=token))
+    folder = whole_folder(model, str(model), revision, token)
     tasks = sorted(path.name for path in (folder / FOLDER).glob("*") if (path / "config.json").is_file())
     if task not in tasks:
         known = f"It has {', '.join(tasks)}." if tasks else "It was not written by merge_models."

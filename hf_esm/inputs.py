@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from accelerate import Accelerator
 
-from .checkpoints import ModelSource
+from .calibration import collect_statistics
+from .checkpoints import Checkpoint, ModelSource
 from .errors import HfEsmError
 from .evaluation import LabelledSamples, load_labelled
 from .methods import MergeMethod
 from .options import MergeOptions
 from .planning import MergePlan
 from .proxies import Sample, encode, is_samples_file, load_processor, read_rows
-from .statistics import FILE_NAME, ActivationStatistics
+from .statistics import FILE_NAME, ActivationStatistics, Provenance
 
 
 def name_experts(experts: Any) -> dict[str, Any]:
@@ -44,8 +46,6 @@ def check_arguments(
             raise HfEsmError(
                 f"{what} names {sorted(unknown)[0]!r}, which is no expert; there are {', '.join(experts)}."
             )
-    if isinstance(options.alpha, str) and options.alpha != "auto":
-        raise HfEsmError(f"alpha must be a number or 'auto', not {options.alpha!r}.")
     if options.alpha == "auto":
         if not method.tunable:
             raise HfEsmError(f"Method {method.name!r} has no alpha to choose; leave alpha out.")
@@ -64,16 +64,36 @@ def torch_dtype(name: Optional[str]) -> Optional[torch.dtype]:
     return dtype if name is not None else None
 
 
-def find_processors(
-    plan: MergePlan, sources: dict[str, ModelSource], given: Any, options: MergeOptions
-) -> dict[str, Any]:
-    """The tokenizer or processor for each expert, and under `"base"` the one that the merged model gets."""
-    found = {}
-    for name, source in sources.items():
+def find_processors(sources: dict[str, ModelSource], given: Any, options: MergeOptions) -> dict[str, Any]:
+    """The tokenizer or processor of each expert, and under `"base"` the one that the merged model gets."""
+    everyone = list(sources.values())
+    return {name: given or first_processor([source, *everyone], options) for name, source in sources.items()}
+
+
+def first_processor(sources: list[ModelSource], options: MergeOptions) -> Any:
+    """The first tokenizer or processor that stands beside one of the models; None if there is none."""
+    for source in sources:
         folder = source.folder or Path(getattr(source.model, "name_or_path", "") or ".no-folder")
-        found[name] = given or (load_processor(folder, options.trust_remote_code) if folder.is_dir() else None)
-    first = next((processor for processor in found.values() if processor is not None), None)
-    return {name: processor or found["base"] or first for name, processor in found.items()}
+        processor = load_processor(folder, options.trust_remote_code) if folder.is_dir() else None
+        if processor is not None:
+            return processor
+    return None
+
+
+def calibrate_checkpoint(
+    expert: Checkpoint, samples: list[Sample], options: MergeOptions, accelerator: Accelerator, title: str
+) -> ActivationStatistics:
+    """Load an expert, run it over its samples, and let it go."""
+    provenance = Provenance(expert.source, expert.revision, len(samples), options.seed)
+    return collect_statistics(
+        expert.load_model(),
+        samples,
+        accelerator=accelerator,
+        batch_size=options.batch_size,
+        title=title,
+        provenance=provenance,
+        progress=options.progress,
+    )
 
 
 def gather_statistics(

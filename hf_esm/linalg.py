@@ -1,8 +1,8 @@
 """Linear algebra on plain tensors: streamed factors, essential directions, polar factors, truncated SVDs.
 
 Everything that is decomposed here is decomposed in float64, whatever the dtype of the input: eigenvalues enter the
-methods with small exponents (`λ^0.15`), and a polar factor gives its weakest direction the same weight as its strongest,
-so rounding noise would be promoted to signal. Each decomposition takes the eigenproblem of the smaller side.
+methods with small exponents (`λ^0.15`), and a polar factor gives its weakest direction the weight of its strongest, so
+that rounding noise would become signal. Each decomposition takes the eigenproblem of the smaller side.
 """
 
 from dataclasses import dataclass
@@ -55,12 +55,11 @@ def essential_subspace(factor: Tensor, delta: Tensor, rank: int) -> EssentialSub
         rank: directions to keep; fewer come back where the shift's numerical rank is lower.
     """
     shift = factor.double() @ delta.double().T
-    if shift.shape[0] < shift.shape[1]:
-        squares, left = _leading_eigenpairs(shift @ shift.T, rank)
-        directions = (shift.T @ left) / squares.sqrt()
-    else:
-        squares, directions = _leading_eigenpairs(shift.T @ shift, rank)
-    return EssentialSubspace(directions, squares, float(shift.square().sum()))
+    wide = shift.shape[0] < shift.shape[1]
+    gram = shift @ shift.T if wide else shift.T @ shift
+    squares, vectors = _leading_eigenpairs(gram, rank)
+    directions = (shift.T @ vectors) / squares.sqrt() if wide else vectors
+    return EssentialSubspace(directions, squares, float(gram.trace()))
 
 
 def polar_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +95,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The `rank` largest eigenvalues of a Gram matrix, descending, with their vectors; numerically zero ones dropped."""
+    """The `rank` largest eigenvalues of a Gram matrix, descending, with their vectors; zero ones are dropped."""
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     kept = _significant(values)

@@ -17,13 +17,15 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from .alpha import CandidateModels, score_candidates, search_alpha
-from .calibration import collect_statistics
 from .checkpoints import open_checkpoint, publish_folder, resolve_source, staging_folder
+from .errors import HfEsmError
 from .heads import load_task_model
 from .inputs import (
+    calibrate_checkpoint,
     check_arguments,
     check_statistics,
     find_processors,
+    first_processor,
     gather_statistics,
     name_experts,
     read_validation,
@@ -34,7 +36,8 @@ from .options import MergeOptions
 from .output import PROXIES_FOLDER, write_files, write_model
 from .passes import MergedUpdates, WeightReport, merge_weights, scale_layers
 from .planning import MergePlan, check_disk, check_values, plan_merge
-from .statistics import ActivationStatistics, Provenance
+from .proxies import encode, read_rows
+from .statistics import ActivationStatistics
 
 
 logger = logging.getLogger(__name__)
@@ -57,8 +60,8 @@ def merge_models(
     """Merge fine-tunes of one checkpoint into one model, without training.
 
     Args:
-        base: the checkpoint that the experts were tuned from: a Hub id (`"me/model"`, `"me/model@revision"`), a folder,
-            `{"path": …, "revision": …}`, or a live `PreTrainedModel`.
+        base: the checkpoint that the experts were tuned from: a Hub id (`"me/model"`, `"me/model@revision"`), a
+            folder, `{"path": …, "revision": …}`, or a live `PreTrainedModel`.
         experts: by task name, the same, or the folder or id of a PEFT LoRA adapter. At least two.
         calibration: by task name, unlabelled proxy samples: strings, pairs of strings, rows (`text`, `text_pair`,
             `image`, `audio`, or the columns that `columns` names), ready model inputs (`input_ids`, …), images, a
@@ -71,7 +74,7 @@ def merge_models(
             task's model; higher is better.
         processor: tokenizer or processor, where none stands beside the models.
         token: access token for the Hub.
-        callback: called as `callback(stage, done, total)`.
+        callback: called on the main process as `callback(stage, done, total)`.
         accelerator: the Accelerate instance to run under; by default a new one.
         dry_run: stop after the checks that need no weights, and return the `MergePlan`.
         options: fields of `MergeOptions`: `method`, `alpha`, `heads`, `output_dir`, `num_samples`, …
@@ -109,7 +112,7 @@ def merge_models(
     output = Path(options.output_dir).expanduser() if options.output_dir else None
     if output is not None:
         check_disk(plan, output)
-    processors = find_processors(plan, sources, processor, options)
+    processors = find_processors(sources, processor, options)
     statistics, samples = gather_statistics(plan, sources, calibration, processors, method, options)
     labelled = read_validation(plan, validation, processors, options) if options.alpha == "auto" else {}
     with run.stage("checking weights"):
@@ -122,7 +125,7 @@ def merge_models(
         accelerator.wait_for_everyone()
         with run.stage("calibrating"):
             for task, proxies in run.progress("Calibrating")(samples.items()):
-                found = _calibrate(plan, task, proxies, accelerator, options)
+                found = calibrate_checkpoint(plan.experts[task], proxies, options, accelerator, task)
                 kept = (
                     Path(options.statistics_dir).expanduser() / f"{task}.safetensors"
                     if options.statistics_dir
@@ -157,7 +160,7 @@ def merge_models(
         with run.stage("writing"):
             if accelerator.is_main_process:
                 write_model(folder, plan, updates, alpha, options, run.progress("Writing"))
-                write_files(folder, plan, sources, processors, samples, calibration, options, result)
+                write_files(folder, plan, sources, processors, samples, statistics, calibration, options, result)
                 shutil.rmtree(scratch)
                 if output is not None:
                     publish_folder(folder, output, options.overwrite)
@@ -167,6 +170,42 @@ def merge_models(
         else:
             result.output_dir = output
     return result
+
+
+def calibrate(
+    model: Any,
+    data: Any,
+    *,
+    base: Any = None,
+    processor: Any = None,
+    token: Optional[str | bool] = None,
+    accelerator: Optional[Accelerator] = None,
+    batch_size: int = 8,
+    **options: Any,
+) -> ActivationStatistics:
+    """Collect one expert's activation statistics, to save beside its weights: then merging it needs no data.
+
+    Args:
+        model: the expert: a Hub id, a folder, a live model, or a LoRA adapter.
+        data: unlabelled samples, as `calibration` of `merge_models`.
+        base: the base model, if the expert is a LoRA adapter.
+        options: fields of `ProxyOptions`: `num_samples`, `seed`, `max_length`, `columns`; and of `MergeOptions`:
+            `allow_pickle`, `trust_remote_code`, `progress`.
+
+    Returns statistics with `save`; the same on every process.
+    """
+    options = MergeOptions(batch_size=batch_size, **options)
+    open_options = (token, options.allow_pickle, options.trust_remote_code)
+    sources = [resolve_source(model, "model", *open_options)]
+    if base is not None:
+        sources.append(resolve_source(base, "base", *open_options))
+    elif sources[0].is_adapter:
+        raise HfEsmError(f"{sources[0].title} is a PEFT adapter: name the base model that it belongs to, too.")
+    over = open_checkpoint(sources[1]) if base is not None else None
+    expert = open_checkpoint(sources[0], over)
+    processor = processor or first_processor(sources, options)
+    samples = encode(read_rows(data, "data", options), processor, expert.config, "data", options)
+    return calibrate_checkpoint(expert, samples, options, accelerator or Accelerator(), expert.source or "model")
 
 
 @dataclass
@@ -247,7 +286,7 @@ class _Run:
             bar = tqdm(items, desc=description, disable=not self.options.progress or not items)
             for done, item in enumerate(bar):
                 yield item
-                if self.callback is not None:
+                if self.callback is not None and self.accelerator.is_main_process:
                     self.callback(description, done + 1, len(items))
 
         return wrap
@@ -262,20 +301,6 @@ def _shared_folder(stack: ExitStack, output: Optional[Path], accelerator: Accele
     if accelerator.num_processes > 1:
         broadcast_object_list(folder)
     return folder[0]
-
-
-def _calibrate(
-    plan: MergePlan, task: str, samples: list, accelerator: Accelerator, options: MergeOptions
-) -> ActivationStatistics:
-    expert = plan.experts[task]
-    provenance = Provenance(expert.source, expert.revision, len(samples), options.seed)
-    return collect_statistics(
-        expert.load_model(),
-        samples,
-        accelerator=accelerator,
-        batch_size=options.batch_size,
-        provenance=provenance,
-    )
 
 
 def _is_matrix(plan: MergePlan, name: str) -> bool:

@@ -1,9 +1,13 @@
-"""The arguments of `merge_models` in one place: keyword arguments, recipe and command line flags are all read off here."""
+"""The options of `merge_models` in one place: keyword arguments, recipes and command line flags are read off here."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
+from numbers import Real
 from typing import Any, Optional
 
+from huggingface_hub import split_torch_state_dict_into_shards
+
+from .errors import HfEsmError
 from .proxies import ProxyOptions
 
 
@@ -44,34 +48,16 @@ class MergeOptions(ProxyOptions):
     statistics_dir: Optional[str] = field(
         default=None, metadata={"help": "folder to keep the activation statistics in, for later merges"}
     )
-    batch_size: int = field(default=8, metadata={"help": "samples per batch and process"})
+    batch_size: int = field(default=8, metadata={"help": "samples per batch and process", "least": 1})
     allow_pickle: bool = field(default=False, metadata={"help": "read .bin checkpoints (can run code)"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a model"})
     progress: bool = field(default=True, metadata={"help": "show progress bars"})
 
-
-@dataclass
-class MergeRequest:
-    """One merge: models, data, options.
-
-    Attributes:
-        base: the checkpoint that the experts were tuned from.
-        experts: by task name.
-        calibration: per task, proxy samples or statistics; see `merge_models`.
-        validation: per task, labelled rows to choose α on.
-        score_fn: what to choose α by instead.
-        processor: tokenizer or processor to use instead of the one beside the models.
-        token: access token for the Hub.
-        callback: called as `callback(stage, done, total)` while the merge goes on.
-        options: the rest.
-    """
-
-    base: Any
-    experts: Any
-    calibration: Any = None
-    validation: Optional[Mapping[str, Any]] = None
-    score_fn: Optional[Callable | Mapping[str, Callable]] = None
-    processor: Any = None
-    token: Optional[str | bool] = None
-    callback: Optional[Callable[[str, int, int], None]] = None
-    options: MergeOptions = field(default_factory=MergeOptions)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha not in (None, "auto") and not (isinstance(self.alpha, Real) and isfinite(self.alpha)):
+            raise HfEsmError(f"alpha must be a number or 'auto', not {self.alpha!r}.")
+        try:
+            split_torch_state_dict_into_shards({}, max_shard_size=self.max_shard_size)
+        except ValueError:
+            raise HfEsmError(f"max_shard_size must be a size such as '5GB', not {self.max_shard_size!r}.") from None

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .options import MergeOptions
 from .passes import MergedUpdates
 from .planning import MergePlan
 from .proxies import Sample, save_samples
+from .statistics import ActivationStatistics
 from .version import __version__
 
 
@@ -62,6 +64,7 @@ def write_files(
     sources: dict,
     processors: dict,
     samples: dict,
+    statistics: dict,
     calibration: Any,
     options: MergeOptions,
     result: Any,
@@ -83,12 +86,12 @@ def write_files(
     recipe = {
         "recipe_version": RECIPE_VERSION,
         "hf_esm_version": __version__,
-        "base": sources["base"].record,
-        "experts": {task: sources[task].record for task in plan.experts},
+        "base": absolute_path(sources["base"].record, Path()),
+        "experts": {task: absolute_path(sources[task].record, Path()) for task in plan.experts},
         **({"calibration": recorded} if recorded else {}),
         "method": describe_method(plan.method),
         "alpha": result.alpha,
-        **{name: getattr(options, name) for name in _RECORDED if getattr(options, name) is not None},
+        **{name: _plain(getattr(options, name)) for name in _RECORDED if getattr(options, name) is not None},
     }
     (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
     report = {
@@ -99,7 +102,8 @@ def write_files(
         "weights": [asdict(weight) for weight in result.weights],
     }
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_card(folder, plan, sources, result.alpha, options)
+    counts = [found.provenance.num_samples for found in statistics.values() if found is not None]
+    write_card(folder, plan, sources, result.alpha, counts)
 
 
 # Options that a recipe repeats; the others say where and how, not what.
@@ -111,17 +115,44 @@ def _record_calibration(folder: Path, plan: MergePlan, calibration: Any, samples
     recorded: dict[str, Any] = {}
     for task in plan.experts:
         if isinstance(calibration, (str, os.PathLike)):
-            recorded[task] = str(Path(calibration).absolute() / f"{task}.safetensors")
+            recorded[task] = str(Path(calibration).expanduser().absolute() / f"{task}.safetensors")
             continue
         given = (calibration or {}).get(task)
         if isinstance(given, (str, os.PathLike)):
             recorded[task] = str(Path(given).absolute())
         elif isinstance(given, Mapping) and "path" in given:
-            recorded[task] = dict(given)
+            recorded[task] = absolute_path(given, Path())
         elif task in samples:
             recorded[task] = f"{PROXIES_FOLDER}/{task}.safetensors"
             save_samples(samples[task], folder / recorded[task])
+        elif isinstance(given, ActivationStatistics) and plan.method.needs_statistics:
+            recorded[task] = f"{PROXIES_FOLDER}/{task}.safetensors"
+            given.save(folder / recorded[task], compact=False)
     return recorded
+
+
+def absolute_path(value: Any, folder: Path) -> Any:
+    """A model or data set as recipes name them, with a relative path in it that exists below `folder` made absolute."""
+    if isinstance(value, str):
+        return str((folder / value).absolute()) if value and (folder / value).exists() else value
+    if isinstance(value, Mapping):
+        return {key: absolute_path(entry, folder) if key in _PATHS else entry for key, entry in value.items()}
+    return value
+
+
+# Keys of `{"path": …}` that may name something on disk.
+_PATHS = ("path", "data_files", "data_dir")
+
+
+def _plain(value: Any) -> Any:
+    """An option in the types that YAML has."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Integral):
+        return int(value)
+    return value if isinstance(value, str) else list(value)
 
 
 def _generation_config(source: ModelSource) -> GenerationConfig:

@@ -1,8 +1,11 @@
 """The two passes of a merge: every weight merged once, and its scaled update put on the base as often as wanted."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -11,11 +14,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .checkpoints import Checkpoint, ShardedWriter
-from .errors import HfEsmError
 from .methods import MergeMethod, Stack
 from .planning import MergePlan
 from .statistics import ActivationStatistics
 from .weights import from_matrices, layer_type, to_matrices
+
+
+# Elements of a weight below which several are merged side by side.
+_SMALL = 4_000_000
 
 
 @dataclass
@@ -74,10 +80,33 @@ def merge_weights(
     shapes = {name: torch.empty(plan.base.shape(name), device="meta") for unit in units for name in unit}
     reports: dict[str, WeightReport] = {}
     with ShardedWriter(scratch, shapes, max_shard_size=2**62, stem=f"updates-{rank}") as writer:
-        for unit in progress(units):
-            for name, merged in _merge_unit(unit, plan, statistics, reports).items():
-                writer.write(name, merged)
+        merge = partial(_merge_unit, plan=plan, statistics=statistics)
+        for merged in _side_by_side(units, partial(_elements, plan), merge, progress):
+            for name, (update, report) in merged.items():
+                writer.write(name, update)
+                reports[name] = report
     return reports
+
+
+def _side_by_side(units: list[list[str]], elements: Callable, merge: Callable, progress: Callable) -> Iterator[dict]:
+    """`merge(unit)` of every unit, in order: large weights one at a time with all threads, small ones in parallel.
+
+    An eigenproblem of a few hundred rows leaves all but one thread idle; several of them at once do not.
+    """
+    threads = torch.get_num_threads()
+    waiting: deque[Future] = deque()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for unit in progress(units):
+                if elements(unit) > _SMALL or threads == 1:
+                    yield merge(unit)
+                    continue
+                waiting.append(pool.submit(merge, unit))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            yield from (future.result() for future in waiting)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def merge_units(plan: MergePlan, statistics: dict[str, Optional[ActivationStatistics]]) -> list[list[str]]:
@@ -96,54 +125,57 @@ def merge_units(plan: MergePlan, statistics: dict[str, Optional[ActivationStatis
             groups[(parent, *(s.keys_of[name] for s in statistics.values()))].append(name)
         else:
             groups[name].append(name)
-    return sorted(groups.values(), key=lambda unit: -sum(torch.Size(plan.base.shape(n)).numel() for n in unit))
+    return sorted(groups.values(), key=lambda unit: -_elements(plan, unit))
+
+
+def _elements(plan: MergePlan, unit: list[str]) -> int:
+    return sum(math.prod(plan.base.shape(name)) for name in unit)
 
 
 def _merge_unit(
-    unit: list[str],
-    plan: MergePlan,
-    statistics: dict[str, Optional[ActivationStatistics]],
-    reports: dict[str, WeightReport],
-) -> dict[str, Tensor]:
+    unit: list[str], plan: MergePlan, statistics: dict[str, Optional[ActivationStatistics]]
+) -> dict[str, tuple[Tensor, WeightReport]]:
+    """One weight of every expert merged, with its report; several names where they are stacked along the output."""
     linear = plan.base.linear.get(unit[0])
-    updates = {task: [] for task in plan.experts}  # per task, per matrix of the weight
-    heights = []
+    updates: dict[str, list[list[Tensor]]] = {task: [] for task in plan.experts}  # per task, name and matrix
     for name in unit:
         weight = plan.base.tensor(name)
-        heights.append(to_matrices(weight, linear)[0].shape[0] if weight.dim() else 1)
         for task, expert in plan.experts.items():
-            update = expert.update(name, weight)
-            if not update.isfinite().all():
-                raise HfEsmError(f"{expert.title}: weight '{expert.names[name]}' holds NaN or infinite values.")
-            updates[task].append(to_matrices(update, linear))
-    if len(unit) > 1:  # stacked along the output
-        updates = {task: [[torch.cat([parts[0] for parts in found])]] for task, found in updates.items()}
-    entries = [
-        s[unit[0]] if s is not None and linear is not None and not linear.slices and unit[0] in s else None
-        for s in statistics.values()
+            updates[task].append(to_matrices(expert.update(name, weight), linear))
+    heights = [matrices[0].shape[0] for matrices in next(iter(updates.values()))] if len(unit) > 1 else []
+    matrices = {
+        task: [torch.cat([parts[0] for parts in found])] if len(unit) > 1 else found[0]
+        for task, found in updates.items()
+    }
+    inputs = [
+        found[unit[0]] if found is not None and linear and not linear.slices and unit[0] in found else None
+        for found in statistics.values()
     ]
-    merged = []
-    for matrices in zip(*(found[0] for found in updates.values()), strict=True):
-        stack = Stack(plan.base.names[unit[0]], layer_type(unit[0]), list(matrices), linear is not None, entries)
-        merged.append(plan.method.merge(stack))
-    norm = torch.stack([part.delta.double().square().sum() for part in merged]).sum().sqrt()
-    energy = merged[0].info.get("energy_kept")
-    for name in unit:
-        reports[name] = WeightReport(
-            plan.base.names[name],
-            merged[0].how,
-            float(norm),
-            merged[0].scaled,
-            update_norms={
-                task: float(torch.stack([m.double().square().sum() for m in found[0]]).sum().sqrt())
-                for task, found in updates.items()
-            },
-            energy_kept=dict(zip(plan.experts, energy, strict=True)) if energy else {},
+    merged = [
+        plan.method.merge(
+            Stack(plan.base.names[unit[0]], layer_type(unit[0]), list(deltas), linear is not None, inputs)
         )
-    if len(unit) > 1:
-        parts = merged[0].delta.split(heights)
-        return {name: from_matrices([part], linear) for name, part in zip(unit, parts, strict=True)}
-    return {unit[0]: from_matrices([part.delta for part in merged], linear)}
+        for deltas in zip(*matrices.values(), strict=True)
+    ]
+    energy = merged[0].info.get("energy_kept")
+    report = WeightReport(
+        name="",
+        how=merged[0].how,
+        norm=_norm([part.delta for part in merged]),
+        scaled=merged[0].scaled,
+        update_norms={task: _norm(parts) for task, parts in matrices.items()},
+        energy_kept=dict(zip(plan.experts, energy, strict=True)) if energy else {},
+    )
+    whole = [[part] for part in merged[0].delta.split(heights)] if heights else [[part.delta for part in merged]]
+    return {
+        name: (from_matrices(parts, linear), replace(report, name=plan.base.names[name]))
+        for name, parts in zip(unit, whole, strict=True)
+    }
+
+
+def _norm(parts: list[Tensor]) -> float:
+    """Frobenius norm of several matrices together."""
+    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts))
 
 
 def scale_layers(reports: dict[str, WeightReport], method: MergeMethod, matrices: set[str]) -> None:
@@ -158,8 +190,3 @@ def scale_layers(reports: dict[str, WeightReport], method: MergeMethod, matrices
         mean = sum(reports[name].norm for name in names) / len(names)
         for name in names:
             reports[name].layer_scale = (reports[name].norm / mean) ** method.layer_exponent if mean > 0 else 1.0
-
-
-def report_records(reports: dict[str, WeightReport]) -> list[dict[str, Any]]:
-    """The reports as plain data."""
-    return [asdict(report) for report in reports.values()]

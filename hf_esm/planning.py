@@ -1,5 +1,6 @@
 """What a merge will do, found out from headers alone: who fits, what is merged how, what it costs, what is missing."""
 
+import functools
 import math
 import shutil
 import time
@@ -220,12 +221,7 @@ def _kinds(base: Checkpoint, shared: list[str]) -> dict[str, int]:
 
 
 def _estimate_seconds(base: Checkpoint, shared: list[str], tasks: int) -> float:
-    """The eigenproblems of all shared matrices, at the speed of one that is timed here."""
-    probe = torch.randn(768, 768, dtype=torch.float64)
-    torch.linalg.eigh(probe + probe.T)
-    start = time.perf_counter()
-    torch.linalg.eigh(probe + probe.T)
-    per_cube = (time.perf_counter() - start) / 768**3
+    """The eigenproblems of all shared matrices, at the speed of this machine."""
     total = 0.0
     for name in shared:
         shape = base.shape(name)
@@ -234,7 +230,17 @@ def _estimate_seconds(base: Checkpoint, shared: list[str], tasks: int) -> float:
             total += slices * (
                 tasks * min(shape[-2:]) ** 3 + sum(side**3 for side in shape[-2:] if side < 4 * min(shape[-2:]))
             )
-    return total * per_cube
+    return total * _seconds_per_cube()
+
+
+@functools.cache
+def _seconds_per_cube() -> float:
+    """How long an eigenproblem takes here, divided by the cube of its size; timed once."""
+    probe = torch.randn(768, 768, dtype=torch.float64)
+    torch.linalg.eigh(probe + probe.T)
+    start = time.perf_counter()
+    torch.linalg.eigh(probe + probe.T)
+    return (time.perf_counter() - start) / 768**3
 
 
 def _some(names: list[str]) -> str:

@@ -2,8 +2,10 @@
 
 import os
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Optional
 
@@ -12,6 +14,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, PretrainedConfig
 from transformers.image_utils import is_valid_image
@@ -41,15 +44,23 @@ class ProxyOptions:
         columns: names of the columns for `text`, `text_pair`, `image`, `audio` and `label`, where they differ.
     """
 
-    num_samples: int = field(default=32, metadata={"help": "proxy samples per task"})
-    seed: int = field(default=0, metadata={"help": "seed of their selection"})
+    num_samples: int = field(default=32, metadata={"help": "proxy samples per task", "least": 0})
+    seed: int = field(default=0, metadata={"help": "seed of their selection", "least": 0})
     max_length: Optional[int] = field(
-        default=None, metadata={"help": "tokens a text is cut to (default: at most 512)"}
+        default=None, metadata={"help": "tokens a text is cut to (default: at most 512)", "least": 1}
     )
     columns: Mapping[str, str] = field(
         default_factory=dict,
         metadata={"help": "columns that hold text, text_pair, image, audio or label, as text=NAME"},
     )
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value, least = getattr(self, option.name), option.metadata.get("least")
+            if least is None or (value is None and option.default is None):
+                continue
+            if not isinstance(value, Integral) or value < least:
+                raise HfEsmError(f"{option.name} must be a whole number, {least} or more, not {value!r}.")
 
 
 def load_processor(folder: str | os.PathLike, trust_remote_code: bool = False) -> Any:
@@ -127,21 +138,35 @@ def encode(
                 "model's folder, pass `processor=`, or give ready model inputs (`input_ids`, `pixel_values`, …)."
             )
         samples = [_encode_row(row, processor, config, title, options) for row in rows]
+    samples = [_unpadded(sample) for sample in samples]
     for i, sample in enumerate(samples):
-        mask = sample.get("attention_mask")
-        if any(tensor.numel() == 0 for tensor in sample.values()) or (mask is not None and not mask.any()):
+        if any(tensor.numel() == 0 for tensor in sample.values()):
             raise HfEsmError(f"{title}: sample {i} has no real token. Leave it out.")
     return samples
 
 
+def _unpadded(sample: Sample) -> Sample:
+    """A sample without its padding, as far as a mask, or the targets themselves, say what is padding."""
+    sample = dict(sample)
+    for mask_name, inputs in (("attention_mask", READY_INPUTS), ("decoder_attention_mask", ("decoder_input_ids",))):
+        mask = sample.get(mask_name)
+        if mask is not None and any(name in sample and sample[name].shape[:1] == mask.shape for name in inputs):
+            beside = [name for name, value in sample.items() if value.shape[:1] == mask.shape]
+            sample |= {name: sample[name][mask.bool()] for name in beside}
+    if "labels" in sample:
+        real = (sample["labels"] != -100).nonzero()
+        sample["labels"] = sample["labels"][: int(real.max()) + 1 if len(real) else 0]
+    return sample
+
+
 def _ready(row: Mapping[str, Any], config: PretrainedConfig) -> Sample:
-    dropped = {"label", "label_ids", "idx"} | (set() if config.is_encoder_decoder else {"labels"})
     sample = {}
     for name, value in row.items():
-        if name not in dropped and not isinstance(value, str) and value is not None:
+        if name not in ("label", "label_ids", "idx") and not isinstance(value, str) and value is not None:
             sample[name] = torch.as_tensor(value)
-    if "input_ids" in sample and "attention_mask" not in sample:
-        sample["attention_mask"] = torch.ones_like(sample["input_ids"])
+    # What an encoder-decoder is to write are its decoder's inputs; a class is nothing that a model reads.
+    if "labels" in sample and not (config.is_encoder_decoder and sample["labels"].dim()):
+        del sample["labels"]
     return sample
 
 
@@ -200,15 +225,29 @@ def text_limit(tokenizer: Any, config: PretrainedConfig, options: ProxyOptions) 
     return options.max_length or min(LONGEST, *limits)
 
 
+def batch_indices(samples: list[Sample], size: int) -> list[list[int]]:
+    """Which samples run together where none may be padded: those of one shape, `size` at most; the largest first."""
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for i in sorted(range(len(samples)), key=lambda i: -max(value.numel() for value in samples[i].values())):
+        groups[tuple((name, tuple(value.shape)) for name, value in sorted(samples[i].items()))].append(i)
+    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+
+
+# Which mask says what of an input is padding.
+_MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
+
+
 def collate(samples: list[Sample], config: PretrainedConfig) -> dict[str, Tensor]:
-    """A batch, padded on the right; padding is 0 in every mask."""
+    """A batch, padded on the right; padding is 0 in every mask, and where tokens are padded there is one."""
     padding = {"input_ids": getattr(config, "pad_token_id", None) or 0, "labels": -100}
     padding["decoder_input_ids"] = padding["input_ids"]
     batch = {}
     for name in samples[0]:
         values = [sample[name] for sample in samples]
         if any(value.shape != values[0].shape for value in values):
-            values = torch.nn.utils.rnn.pad_sequence(values, True, padding.get(name, 0))
+            if name in _MASKS and _MASKS[name] not in samples[0]:
+                batch[_MASKS[name]] = pad_sequence([torch.ones_like(value) for value in values], True)
+            values = pad_sequence(values, True, padding.get(name, 0))
         batch[name] = torch.stack(list(values))
     return batch
 

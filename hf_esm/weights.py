@@ -79,12 +79,12 @@ def body_prefix(model: PreTrainedModel) -> str:
 
 
 def canonical_names(model: PreTrainedModel) -> dict[str, str]:
-    """`{canonical: own name}` of every parameter and persistent buffer, those tied to another one left out.
+    """`{canonical: own name}` of every weight that `save_pretrained` writes.
 
     The canonical name of a weight of the body is its name inside the body, so that it is the same in a bare body and
     in every task model built on it; that of any other weight is its own name.
     """
     prefix = body_prefix(model)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    names = [name for name in model.state_dict() if name not in tied]
+    unsaved = {*(getattr(model, "all_tied_weights_keys", None) or ()), *(model._keys_to_ignore_on_save or ())}
+    names = [name for name in model.state_dict() if name not in unsaved]
     return {name.removeprefix(prefix): name for name in names}

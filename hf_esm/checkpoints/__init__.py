@@ -2,7 +2,7 @@
 
 from .lora import LoraCheckpoint
 from .reader import Checkpoint, FolderCheckpoint, LiveCheckpoint
-from .sources import ModelSource, open_checkpoint, resolve_source
+from .sources import ModelSource, open_checkpoint, resolve_source, whole_folder
 from .writer import ShardedWriter, publish_folder, staging_folder, write_plan
 
 
@@ -17,5 +17,6 @@ __all__ = [
     "publish_folder",
     "resolve_source",
     "staging_folder",
+    "whole_folder",
     "write_plan",
 ]

@@ -2,13 +2,15 @@
 
 import copy
 import re
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -21,6 +23,10 @@ from .reader import Checkpoint, build_skeleton
 
 # Initialisations that change the base model's weights, so that the adapter is not an update of the original.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Variants of LoRA whose update of a weight PEFT computes from the adapter and that weight alone.
+_VARIANTS = ("use_dora", "velora_config")
+_NO_UPDATE = ("trainable_token_indices", "layer_replication", "megatron_config", "use_qalora")
+_REMEDY = "Call `merge_and_unload()` on the loaded model, save that with `save_pretrained`, and merge it instead."
 _ADAPTER = "default"
 _AUTO_CLASSES = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
@@ -28,6 +34,7 @@ _AUTO_CLASSES = {
     "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
     "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
 }
 
 
@@ -39,61 +46,80 @@ class LoraCheckpoint(Checkpoint):
     biases) are taken in full; every other weight is the base's.
     """
 
-    def __init__(self, folder: Path, title: str, base: Checkpoint):
-        self.folder, self.title, self.base = folder, title, base
-        self.peft_config = PeftConfig.from_pretrained(folder)
-        self._refuse_unsupported()
+    def __init__(self, folder: Path, title: str, base: Checkpoint, allow_pickle: bool = False):
+        self.folder, self.title = folder, title
         try:
-            weights = load_peft_weights(str(folder), device="cpu")
-        except (SafetensorError, OSError, ValueError) as error:
-            raise HfEsmError(f"{title}: the adapter's weights in {folder} cannot be read ({error}).") from None
-        model_class, config = self._task_model(weights)
+            self.peft_config = PeftConfig.from_pretrained(folder)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise HfEsmError(f"{title}: its adapter_config.json cannot be used: {error!r}. Upgrade peft?") from None
+        self._refuse_unsupported()
+        weights = self._read_weights(allow_pickle)
+        model_class, config = self._task_model(base, weights)
         self.skeleton = build_skeleton(model_class, config)
-        peft_model = PeftModel(
-            build_skeleton(model_class, config), copy.deepcopy(self.peft_config), low_cpu_mem_usage=True
-        )
-        outcome = set_peft_model_state_dict(peft_model, weights, low_cpu_mem_usage=True)
-        if outcome.unexpected_keys:
-            raise HfEsmError(f"{title}: the base model has no place for {outcome.unexpected_keys[:3]}. Another base?")
-        self._index(peft_model.get_base_model())
-        self.missing, self.extra, self.names = [], [], {}
-        for name, live in canonical_names(self.skeleton).items():
-            if live in self._replaced or name in base.names:
-                self.names[name] = live
-            else:
-                self.missing.append(name)
+        self.base = base.seen_as(model_class, config)
+        self._index(self._inject(weights, model_class, config))
+        self.extra = []
+        expected = canonical_names(self.skeleton)
+        self.names = {n: live for n, live in expected.items() if live in self._replaced or n in self.base.names}
+        self.missing = [name for name in self.base.missing if name not in self.names]
+        if self.missing:
+            raise HfEsmError(
+                f"{title}: neither the adapter nor the base holds {self.missing[:3]}, which {model_class.__name__} "
+                "needs. Give as base the checkpoint that the adapter was trained on."
+            )
 
     def _refuse_unsupported(self) -> None:
         config, title = self.peft_config, self.title
         if not isinstance(config, LoraConfig):
-            raise HfEsmError(
-                f"{title} is a {config.peft_type} adapter. Only LoRA is read as it is: call "
-                "`merge_and_unload()` on the loaded model, save that, and merge it instead."
-            )
+            raise HfEsmError(f"{title} is a {config.peft_type} adapter; only LoRA is read as it is. {_REMEDY}")
         how = config.init_lora_weights
         if isinstance(how, str) and how.lower().startswith(_CHANGES_BASE):
             raise HfEsmError(
                 f"{title}: initialised with '{how}', which changes the base's own weights. Save it again with "
                 "`path_initial_model_for_weight_conversion`, which turns it into an ordinary LoRA adapter."
             )
-        for setting in ("trainable_token_indices", "layer_replication", "megatron_config", "alora_invocation_tokens"):
+        variants = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and f.name not in _VARIANTS]
+        for setting in (*_NO_UPDATE, *variants):
             if getattr(config, setting, None):
-                raise HfEsmError(
-                    f"{title} uses {setting}, which has no counterpart as an update of the base's weights."
-                )
+                raise HfEsmError(f"{title} uses {setting}, which is no update of the base's weights alone. {_REMEDY}")
 
-    def _task_model(self, weights: dict[str, Tensor]) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    def _read_weights(self, allow_pickle: bool) -> dict[str, Tensor]:
+        """The stored tensors; what LoRA adds in float32, as PEFT loads it to train on."""
+        if not (self.folder / "adapter_model.safetensors").is_file():
+            if not (self.folder / "adapter_model.bin").is_file():
+                raise HfEsmError(f"{self.title}: there is no adapter_model.safetensors in {self.folder}.")
+            if not allow_pickle:
+                raise HfEsmError(
+                    f"{self.title}: adapter_model.bin is a pickle file, which can run code when it is read. Save the "
+                    "adapter again as safetensors, or pass allow_pickle=True if you trust it."
+                )
+        try:
+            weights = load_peft_weights(str(self.folder), device="cpu")
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise HfEsmError(
+                f"{self.title}: the adapter's weights in {self.folder} cannot be read ({error}). Copy or download them "
+                "again."
+            ) from None
+        return {key: value.float() if ".lora_" in key else value for key, value in weights.items()}
+
+    def _task_model(
+        self, base: Checkpoint, weights: dict[str, Tensor]
+    ) -> tuple[type[PreTrainedModel], PretrainedConfig]:
         """The class that the adapter was trained on, with as many labels as its head has."""
-        config = copy.deepcopy(self.base.config)
+        config = copy.deepcopy(base.config)
         mapping = self.peft_config.auto_mapping or {}
         auto = _AUTO_CLASSES.get(self.peft_config.task_type)
-        if auto is not None:
+        if auto is None:
+            model_class = getattr(transformers, mapping.get("base_model_class") or "", type(base.skeleton))
+        elif type(config) in auto._model_mapping:
             model_class = auto._model_mapping[type(config)]
             model_class = model_class[0] if isinstance(model_class, (tuple, list)) else model_class
         else:
-            model_class = getattr(transformers, mapping.get("base_model_class") or "", type(self.base.skeleton))
-        if model_class is not type(self.base.skeleton):
-            config.num_labels = self._num_labels(model_class, config, weights)
+            raise HfEsmError(
+                f"{self.title}: a {self.peft_config.task_type} adapter, but there is no such model of the base's type "
+                f"({config.model_type}). Was it trained on another base?"
+            )
+        config.num_labels = self._num_labels(model_class, config, weights)
         return model_class, config
 
     def _num_labels(
@@ -106,21 +132,56 @@ class LoraCheckpoint(Checkpoint):
                 return tensor.shape[0]
         return config.num_labels
 
+    def _inject(
+        self, weights: dict[str, Tensor], model_class: type[PreTrainedModel], config: PretrainedConfig
+    ) -> nn.Module:
+        """The model on the meta device, with the adapter's weights in it."""
+        adapter = copy.deepcopy(self.peft_config)
+        adapter.init_lora_weights = False
+        other = f"Was it trained on another base than {self.base.title}?"
+        try:
+            model = PeftModel(build_skeleton(model_class, config), adapter, low_cpu_mem_usage=True)
+            for module in model.modules():
+                if isinstance(module, LoraLayer):
+                    # It would bring the weights to the device and the dtype of the base, which here has none.
+                    module._move_adapter_to_device_of_base_layer = lambda *args, **kwargs: None
+            outcome = set_peft_model_state_dict(model, weights, low_cpu_mem_usage=True)
+        except KeyError as error:
+            raise HfEsmError(f"{self.title}: its file lacks {error}. Save or download the adapter again.") from None
+        except (ValueError, RuntimeError) as error:
+            raise HfEsmError(f"{self.title} does not fit: {' '.join(str(error).split())} {other}") from None
+        # With `bias="all"` PEFT stores the biases of saved modules twice.
+        unexpected = [k for k in outcome.unexpected_keys if k.replace(".modules_to_save.", ".") not in weights]
+        if unexpected:
+            raise HfEsmError(f"{self.title}: the model has no place for {unexpected[:3]}. {other}")
+        absent = [key for key, tensor in model.state_dict().items() if ".lora_" in key and tensor.is_meta]
+        if absent:
+            raise HfEsmError(f"{self.title}: its file lacks {absent[:3]}. Save or download the adapter again.")
+        return model.get_base_model()
+
     def _index(self, model: nn.Module) -> None:
-        """Sort what the adapter changes into updates and replacements, by live name."""
-        self._layers: dict[str, LoraLayer] = {}
+        """Sort what the adapter changes into additions and replacements, by live name."""
+        self._additions: dict[str, Callable[[Tensor], Tensor]] = {}
         self._replaced: dict[str, Tensor] = {}
         for path, module in model.named_modules():
-            if isinstance(module, BaseTunerLayer) and _ADAPTER in module.scaling:
-                parameter = getattr(module, "parameter_name", None) or "weight"
-                self._layers[f"{_plain(path)}.{parameter}"] = module
-        for path, parameter in model.named_parameters():
-            if not parameter.is_meta and "lora_" not in path:
-                self._replaced[_plain(path)] = parameter.detach()
+            if isinstance(module, LoraLayer) and _ADAPTER in module.scaling:
+                self._additions[f"{_plain(path)}.{_parameter(module)}"] = partial(_weight_update, module)
+                if module.lora_bias.get(_ADAPTER):
+                    self._additions[f"{_plain(path)}.bias"] = partial(_bias_update, module)
+        for path, tensor in model.state_dict().items():
+            if not tensor.is_meta and ".lora_" not in path and ".original_module." not in path:
+                self._replaced[_plain(path)] = tensor
+        tied = getattr(self.skeleton, "all_tied_weights_keys", None) or {}
+        known = set(canonical_names(self.skeleton).values())
+        for live in {*self._additions, *self._replaced} - known:
+            kept = self._replaced.get(tied.get(live))
+            if live in self._additions or kept is None or not torch.equal(kept, self._replaced[live]):
+                why = f"which is tied to '{tied[live]}'" if live in tied else "which is no weight of the model alone"
+                raise HfEsmError(f"{self.title} changes '{live}', {why}. {_REMEDY}")
 
     def changes(self, name: str) -> bool:
         """Whether the adapter touches this weight."""
-        return self.names[name] in self._layers or self.names[name] in self._replaced
+        return self.names[name] in self._additions or self.names[name] in self._replaced
 
     def shape(self, name: str) -> tuple[int, ...]:
         live = self.names[name]
@@ -132,28 +193,14 @@ class LoraCheckpoint(Checkpoint):
 
     def tensor(self, name: str) -> Tensor:
         live = self.names[name]
-        if live in self._replaced:
-            return self._replaced[live]
-        weight = self.base.tensor(name)
-        return (weight.float() + self.update(name, weight)).to(weight.dtype) if live in self._layers else weight
+        weight = self._replaced[live] if live in self._replaced else self.base.tensor(name)
+        return (weight + self._additions[live](weight)).to(weight.dtype) if live in self._additions else weight
 
     def update(self, name: str, base: Tensor) -> Tensor:
         live = self.names[name]
-        if live in self._replaced:
-            return self._replaced[live].to(base.device, torch.float32) - base.float()
-        layer = self._layers.get(live)
-        if layer is None:
-            return torch.zeros_like(base, dtype=torch.float32)
-        if not layer.use_dora.get(_ADAPTER, False):
-            return layer.get_delta_weight(_ADAPTER).detach().to(base.device, torch.float32)
-        # DoRA rescales the rows of the sum, so its update depends on the base's weight: let PEFT merge it in.
-        inner = layer.get_base_layer()
-        inner.weight = nn.Parameter(base.detach().float().clone(), requires_grad=False)
-        layer.merge(adapter_names=[_ADAPTER])
-        merged = inner.weight.detach()
-        layer.merged_adapters.clear()
-        inner.weight = nn.Parameter(torch.empty_like(merged, device="meta"), requires_grad=False)
-        return merged - base.float()
+        weight = self._replaced.get(live, base).to(base.device)
+        update = weight.float() - base.float()
+        return update + self._additions[live](weight).to(base.device) if live in self._additions else update
 
     def load_model(self) -> PreTrainedModel:
         model = self.base.load_model_as(type(self.skeleton), self.config)
@@ -163,7 +210,31 @@ class LoraCheckpoint(Checkpoint):
         raise NotImplementedError("an adapter is an expert, never a base")
 
 
+def _parameter(layer: LoraLayer) -> str:
+    """The name of the parameter that a LoRA layer updates."""
+    return getattr(layer, "parameter_name", None) or "weight"
+
+
+def _weight_update(layer: LoraLayer, weight: Tensor) -> Tensor:
+    """What PEFT adds to `weight`, float32. Only variants such as DoRA, which rescale the sum, look at its values."""
+    inner, name = layer.get_base_layer(), _parameter(layer)
+    skeleton = getattr(inner, name)
+    setattr(inner, name, nn.Parameter(weight.detach().to("cpu", torch.float32, copy=True), requires_grad=False))
+    try:
+        if _ADAPTER not in layer.lora_variant:
+            return layer.get_delta_weight(_ADAPTER).detach()
+        layer.merge(adapter_names=[_ADAPTER])
+        return getattr(inner, name).detach() - weight.float().cpu()
+    finally:
+        layer.merged_adapters.clear()
+        setattr(inner, name, skeleton)
+
+
+def _bias_update(layer: LoraLayer, bias: Tensor) -> Tensor:
+    """What `lora_bias=True` adds to the layer's bias."""
+    return layer.lora_B[_ADAPTER].bias.detach() * layer.scaling[_ADAPTER]
+
+
 def _plain(path: str) -> str:
     """A parameter's or module's name in the model without the adapter."""
-    path = path.replace(".base_layer", "").replace(f".modules_to_save.{_ADAPTER}", "")
-    return re.sub(r"\.original_module\b", "", path)
+    return path.replace(".base_layer", "").replace(f".modules_to_save.{_ADAPTER}", "")

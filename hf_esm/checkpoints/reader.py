@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..errors import HfEsmError
 from ..weights import LinearMap, canonical_names, linear_maps
@@ -98,6 +99,12 @@ class Checkpoint:
         """The weights in a model of another class on the same body; what that class adds is newly initialised."""
         raise NotImplementedError
 
+    def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> "Checkpoint":
+        """The same weights as a model of another class on the same body reads them; `missing` is what that one lacks,
+        weights of another shape included.
+        """
+        raise NotImplementedError
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weights as stored."""
@@ -124,6 +131,13 @@ class LiveCheckpoint(Checkpoint):
 
     def tensor(self, name: str) -> Tensor:
         return self._state[self.names[name]].detach().cpu()
+
+    def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> "LiveCheckpoint":
+        view, skeleton = copy.copy(self), build_skeleton(model_class, config)
+        state, expected = skeleton.state_dict(), canonical_names(skeleton)
+        view.names = {n: live for n, live in self.names.items() if n in expected and self.shape(n) == state[expected[n]].shape}
+        view.missing = [name for name in expected if name not in view.names]
+        return view
 
     def load_model(self) -> PreTrainedModel:
         return self.skeleton
@@ -169,6 +183,22 @@ class FolderCheckpoint(Checkpoint):
         self.skeleton = build_skeleton(model_class, config)
         self._locate()
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        for name in self._misfits:
+            described = tuple(self.skeleton.state_dict()[self.names[name]].shape)
+            raise HfEsmError(
+                f"{self.title}: weight '{self.names[name]}' is {self.shape(name)} in the file, but its own config.json "
+                f"describes {described}. Save the model again with `save_pretrained`."
+            )
+
+    def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> "FolderCheckpoint":
+        view = copy.copy(self)
+        view.__dict__.pop("linear", None)
+        view.skeleton, view._last = build_skeleton(model_class, config), ("", {})
+        view._locate()
+        for name in view._misfits:
+            del view.names[name]
+        view.missing += view._misfits
+        return view
 
     def _locate(self) -> None:
         """Find for every live weight the stored tensors that it is made of, as Transformers' loader does."""
@@ -201,13 +231,19 @@ class FolderCheckpoint(Checkpoint):
         self._shapes = shapes
         expected = canonical_names(skeleton)
         self.names = {name: live for name, live in expected.items() if live in shapes}
-        self.missing = [name for name, live in expected.items() if live not in shapes]
-        for name, live in self.names.items():
-            if shapes[live].shape != state[live].shape:
-                raise HfEsmError(
-                    f"{self.title}: weight '{live}' is {tuple(shapes[live].shape)} in the file, but its own config.json "
-                    f"describes {tuple(state[live].shape)}. Save the model again with `save_pretrained`."
-                )
+        # Transformers knows which are dispensable (BART's bias of zeros) or outdated (BERT's position_ids).
+        found = LoadStateDictInfo(
+            missing_keys={live for live in expected.values() if live not in shapes},
+            unexpected_keys=set(self.extra),
+            mismatched_keys=set(),
+            error_msgs=[],
+            conversion_errors={},
+            skipped_pp_keys=set(),
+        )
+        skeleton._adjust_missing_and_unexpected_keys(found)
+        self.missing = [name for name, live in expected.items() if live in found.missing_keys]
+        self.extra = [key for key in self.extra if key in found.unexpected_keys]
+        self._misfits = [name for name, live in self.names.items() if shapes[live].shape != state[live].shape]
 
     def _realise(self, first: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The live weights of one group."""
@@ -233,9 +269,10 @@ class FolderCheckpoint(Checkpoint):
     def tensor(self, name: str) -> Tensor:
         live = self.names[name]
         first = self._group_of[live]
-        if self._last[0] != first:
-            self._last = (first, self._realise(first, self.files.read))
-        return self._last[1][live]
+        last = self._last  # threads may read side by side: each keeps to the pair that it saw
+        if last[0] != first:
+            self._last = last = (first, self._realise(first, self.files.read))
+        return last[1][live]
 
     def extra_tensors(self) -> dict[str, Tensor]:
         return {key: self.files.read(key) for key in self.extra}

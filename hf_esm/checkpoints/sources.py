@@ -47,7 +47,9 @@ class ModelSource:
         return folder is not None and (folder / "adapter_config.json").is_file() and not self._has_weights()
 
     def _has_weights(self) -> bool:
-        return any(self.folder.glob("model*.safetensors*")) or (self.folder / "config.json").is_file()
+        """Whether a full model stands there; of a Hub model, only small files were fetched so far."""
+        stored = (path for pattern in ("model*.safetensors*", "pytorch_model*.bin*") for path in self.folder.glob(pattern))
+        return any(stored) or (self.repo_id is not None and (self.folder / "config.json").is_file())
 
     @property
     def record(self) -> Any:
@@ -102,8 +104,8 @@ def resolve_source(
         return ModelSource(f"{title} ({type(spec).__name__})", model=spec, **options)
     if isinstance(spec, torch.nn.Module):
         raise HfEsmError(
-            f"{title} is a {type(spec).__name__}, not a Transformers model. For a PEFT model, pass the folder or id of "
-            "its adapter, or `model.merge_and_unload()`."
+            f"{title} is a {type(spec).__name__}, not a Transformers model. For a PEFT model, pass the folder or id "
+            "of its adapter, or `model.merge_and_unload()`."
         )
     revision = None
     if isinstance(spec, dict):
@@ -114,16 +116,32 @@ def resolve_source(
     title = f"{title} ({spec})"
     if folder.is_dir():
         return ModelSource(title, folder=folder, **options)
-    repo_id, _, tag = str(spec).partition("@")
-    revision = revision or tag or None
-    if str(spec).startswith((".", "/", "~")) or str(spec).count("/") > 1:
-        raise HfEsmError(f"{title}: there is no such folder.")
+    repo_id, revision = _hub_id(spec, title, revision)
     snapshot = Path(
         _on_hub(
             title, snapshot_download, repo_id, revision, token, allow_patterns=_SMALL_FILES, ignore_patterns=["*/*"]
         )
     )
     return ModelSource(title, folder=snapshot, repo_id=repo_id, revision=snapshot.name, **options)
+
+
+def whole_folder(
+    spec: str | os.PathLike, title: str, revision: Optional[str] = None, token: Optional[str | bool] = None
+) -> Path:
+    """The folder that `spec` names, with everything in it; that of a Hub id is downloaded."""
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        return folder
+    repo_id, revision = _hub_id(spec, title, revision)
+    return Path(_on_hub(title, snapshot_download, repo_id, revision, token))
+
+
+def _hub_id(spec: str | os.PathLike, title: str, revision: Optional[str]) -> tuple[str, Optional[str]]:
+    """Id and revision of what is no folder: `me/model`, `me/model@revision`."""
+    if str(spec).startswith((".", "/", "~")) or str(spec).count("/") > 1:
+        raise HfEsmError(f"{title}: there is no such folder.")
+    repo_id, _, tag = str(spec).partition("@")
+    return repo_id, revision or tag or None
 
 
 def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, headers_only: bool = False) -> Checkpoint:
@@ -139,7 +157,7 @@ def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, head
         if base is None:
             raise HfEsmError(f"{source.title} is a PEFT adapter; the base must be a full model.")
         source.fetch()  # an adapter is small, and its shapes alone do not say what it changes
-        checkpoint = LoraCheckpoint(source.folder, source.title, base)
+        checkpoint = LoraCheckpoint(source.folder, source.title, base, source.allow_pickle)
     else:
         config, model_class = _model_class(source)
         if headers_only and source.repo_id:

@@ -1,4 +1,4 @@
-"""Where weights go: safetensors shards that are streamed one weight at a time into a folder that appears when whole."""
+"""Where weights go: safetensors shards, streamed one weight at a time into a folder that appears when it is whole."""
 
 import contextlib
 import json

@@ -52,15 +52,22 @@ def resolve_method(method: str | Mapping[str, Any] | MergeMethod) -> MergeMethod
     if isinstance(method, str):
         method = {"name": method}
     if not isinstance(method, Mapping):
+        if not callable(getattr(method, "merge", None)):
+            raise HfEsmError(f"method must be a name or settings, not {method!r}; there are {', '.join(METHODS)}.")
         return method
     settings = dict(method)
     name = settings.pop("name", None)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise HfEsmError(f"There is no method {name!r}; there are {', '.join(METHODS)}.")
     made = METHODS[name]()
     known = {field.name for field in fields(made)}
     if unknown := settings.keys() - known:
         raise HfEsmError(f"Method {name!r} has no setting {sorted(unknown)}; it has {sorted(known) or 'none'}.")
+    for setting, value in settings.items():
+        default = getattr(made, setting)
+        kinds = {float: (float, int), tuple: (tuple, list)}.get(type(default), type(default))
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+            raise HfEsmError(f"{name}: {setting} must be like {default!r}, not {value!r}.")
     return replace(made, **settings)
 
 

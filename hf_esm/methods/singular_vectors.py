@@ -21,12 +21,12 @@ def merge_singular_vectors(deltas: list[Tensor], keep_scale: bool = False) -> Te
     Returns the merged update, float64. Tasks whose update is zero contribute nothing.
     """
     rank = max(min(deltas[0].shape) // len(deltas), 1)
-    triplets = [truncated_svd(delta, rank) for delta in deltas]
+    triplets = [truncated_svd(delta, rank) for delta in deltas if delta.any()]
+    if not triplets:
+        return torch.zeros_like(deltas[0], dtype=torch.float64)
     left = torch.cat([u for u, _, _ in triplets], dim=1)
     values = torch.cat([s for _, s, _ in triplets])
     right = torch.cat([vh for _, _, vh in triplets])
-    if not len(values):
-        return deltas[0].new_zeros(deltas[0].shape, dtype=torch.float64)
     (left, left_mean), (right, right_mean) = polar_factor(left), polar_factor(right)
     merged = (left * values) @ right
     return merged * left_mean * right_mean if keep_scale else merged

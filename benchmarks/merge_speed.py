@@ -1,0 +1,162 @@
+"""How long an ESM merge takes, calibration included, against the literal formulas in the same run.
+
+    python benchmarks/merge_speed.py FOLDER [--rounds 3]
+
+FOLDER is the one that benchmarks/suite.py describes. The literal side is what the formulas say, written down plainly:
+each expert loaded, run over the same proxies with hooks that keep every layer's input `X`, then in float32 and with
+the same threads LAPACK's thin SVD of `ΔO = X Δᵀ` itself for every task and layer, thin SVDs for both polar factors,
+and TSV-M by thin SVDs for the other matrices (embeddings among them). Both sides read the same checkpoints and end
+with the merged weights on disk. They run in turn, `--rounds` times; the ratio is taken round by round.
+"""
+
+import argparse
+import gzip
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hf_esm import merge_models
+from hf_esm.proxies import ProxyOptions, collate, encode, read_rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    logging.getLogger("hf_esm").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tasks = sorted(path.name for path in (given.folder / "experts").iterdir() if path.is_dir())
+    proxies = {}
+    for task in tasks:
+        rows = json.loads(gzip.decompress((given.folder / "data" / f"{task}.json.gz").read_bytes()))["validation"]
+        proxies[task] = [{k: v for k, v in row.items() if k != "label"} for row in rows]
+
+    ratios, ours, literal = [], [], []
+    for _ in range(given.rounds):
+        stages, seconds = timed(merge, given.folder, tasks, proxies)
+        ours.append(seconds)
+        parts, seconds = timed(merge_literally, given.folder, tasks, proxies)
+        literal.append(seconds)
+        ratios.append(seconds / ours[-1])
+        print(f"hf_esm {ours[-1]:.1f} s {stages}\nliteral {seconds:.1f} s {parts}", flush=True)
+    print(
+        f"\n{len(tasks)} experts, {torch.get_num_threads()} threads: hf_esm {statistics.median(ours):.1f} s, literal "
+        f"formulas {statistics.median(literal):.1f} s, ratio {statistics.median(ratios):.1f} "
+        f"({min(ratios):.1f} to {max(ratios):.1f})"
+    )
+
+
+def timed(run: Any, *arguments: Any) -> tuple[dict[str, float], float]:
+    start = time.perf_counter()
+    parts = run(*arguments)
+    return {name: round(seconds, 1) for name, seconds in parts.items()}, time.perf_counter() - start
+
+
+def merge(folder: Path, tasks: list[str], proxies: dict[str, list]) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as scratch:
+        experts = {task: folder / "experts" / task for task in tasks}
+        output = str(Path(scratch) / "merged")
+        result = merge_models(
+            folder / "base", experts, calibration=proxies, output_dir=output, max_length=96, progress=False
+        )
+    return result.seconds
+
+
+def merge_literally(folder: Path, tasks: list[str], proxies: dict[str, list]) -> dict[str, float]:
+    """The formulas of ESM (default settings) and of the TSV-M fallback, one thin SVD after the other."""
+    seconds: dict[str, float] = defaultdict(float)
+    start = time.perf_counter()
+    base = transformers.AutoModel.from_pretrained(folder / "base").state_dict()
+    processor = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    deltas: dict[str, list[Tensor]] = defaultdict(list)
+    inputs: dict[str, list[Tensor]] = defaultdict(list)
+    for task in tasks:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "experts" / task).eval()
+        options = ProxyOptions(max_length=96)
+        samples = encode(read_rows(proxies[task], task, options), processor, model.config, task, options)
+        for name, rows in layer_inputs(model.base_model, model, samples).items():
+            inputs[f"{name}.weight"].append(rows)
+        for name, weight in model.base_model.state_dict().items():
+            if not name.startswith("pooler") and weight.is_floating_point():
+                deltas[name].append(weight - base[name])
+    seconds["calibrating"] = time.perf_counter() - start
+    merged = {}
+    for name, found in deltas.items():
+        start = time.perf_counter()
+        if found[0].dim() < 2:
+            merged[name], kind = torch.stack(found).mean(0), "averaging"
+        elif name in inputs:
+            merged[name], kind = essential_merge(found, inputs[name], seconds), "esm"
+        else:
+            merged[name], kind = task_singular_vectors(found), "tsv-m"
+        seconds[kind] += time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as scratch:
+        save_file({name: base[name] + update for name, update in merged.items()}, Path(scratch) / "merged.safetensors")
+    return seconds
+
+
+@torch.no_grad()
+def layer_inputs(body: nn.Module, model: nn.Module, samples: list) -> dict[str, Tensor]:
+    """Every real token that entered each linear map of the body's encoder, `[n, d_in]`."""
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    mask: list[Tensor] = []
+
+    def keeper(name: str) -> Any:
+        return lambda module, arguments: found[name].append(arguments[0][mask[-1]])
+
+    maps = {name: m for name, m in body.encoder.named_modules(prefix="encoder") if isinstance(m, nn.Linear)}
+    hooks = [module.register_forward_pre_hook(keeper(name)) for name, module in maps.items()]
+    for start in range(0, len(samples), 8):
+        batch = collate(samples[start : start + 8], model.config)
+        mask.append(batch["attention_mask"].bool())
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+def polar(matrix: Tensor) -> Tensor:
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ right * values.mean()
+
+
+def essential_merge(deltas: list[Tensor], inputs: list[Tensor], seconds: dict[str, float]) -> Tensor:
+    rank = max(deltas[0].shape[0] // len(deltas), 1)
+    directions, coordinates = [], []
+    for delta, rows in zip(deltas, inputs, strict=True):
+        start = time.perf_counter()
+        _, values, right = torch.linalg.svd(rows @ delta.T, full_matrices=False)
+        seconds["of which SVD of the output shifts"] += time.perf_counter() - start
+        weights = values[:rank].square() ** 0.15
+        essential = right[:rank].T * (weights / weights.mean())
+        directions.append(essential)
+        coordinates.append(essential.T @ delta)
+    start = time.perf_counter()
+    merged = polar(torch.cat(directions, dim=1)) @ polar(torch.cat(coordinates))
+    seconds["of which polar factors"] += time.perf_counter() - start
+    return merged
+
+
+def task_singular_vectors(deltas: list[Tensor]) -> Tensor:
+    rank = max(min(deltas[0].shape) // len(deltas), 1)
+    triplets = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
+    values = torch.cat([s[:rank] for _, s, _ in triplets])
+    left, _, left_turn = torch.linalg.svd(torch.cat([u[:, :rank] for u, _, _ in triplets], dim=1), full_matrices=False)
+    right, _, right_turn = torch.linalg.svd(torch.cat([v[:rank] for _, _, v in triplets]), full_matrices=False)
+    return (left @ left_turn * values) @ (right @ right_turn)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""The command line: `hf-esm merge | inspect | calibrate | evaluate | demo`."""
+
+import argparse
+import json
+import logging
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+from accelerate import PartialState
+from datasets import disable_progress_bars
+
+from .errors import HfEsmError
+from .evaluation import evaluate
+from .merge import calibrate, merge_models
+from .methods import METHODS
+from .options import MergeOptions
+from .proxies import ProxyOptions
+from .recipes import load_recipe
+from .version import __version__
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 failed, 2 bad input."""
+    parser = build_parser()
+    given = parser.parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    disable_progress_bars()
+    try:
+        given.run(given)
+    except HfEsmError as error:
+        print(f"hf-esm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hf-esm: stopped; nothing was written.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if given.traceback:
+            raise
+        print(f"hf-esm: {type(error).__name__}: {error}\n(--traceback shows where)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-esm", description="Merge fine-tunes of one checkpoint into one model, without training."
+    )
+    parser.add_argument("--version", action="version", version=f"hf_esm {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    merge = _command(
+        commands,
+        "merge",
+        _merge,
+        "merge experts into one model",
+        "Merge the experts of a recipe, or those named by --base and --expert. Flags override the recipe.",
+        epilog=_describe_methods(),
+    )
+    _add_models(merge)
+    _add_flags(merge, MergeOptions)
+
+    inspect = _command(
+        commands,
+        "inspect",
+        _inspect,
+        "check a merge without reading a weight",
+        "Say from the files' headers alone whether the experts fit, what would be merged how, and what it costs.",
+    )
+    _add_models(inspect)
+    _add_flags(inspect, MergeOptions)
+
+    calibration = _command(
+        commands,
+        "calibrate",
+        _calibrate,
+        "collect one expert's activation statistics",
+        "Run an expert over unlabelled samples and write its statistics, which serve every later merge.",
+    )
+    calibration.add_argument("model", help="folder or Hub id of the expert")
+    calibration.add_argument("data", help="samples: JSON lines, JSON, CSV, Parquet or text")
+    calibration.add_argument("-o", "--output", required=True, help="file to write (.safetensors), or a folder")
+    calibration.add_argument("--base", help="the base model, if the expert is a LoRA adapter")
+    calibration.add_argument("--compress-rank", type=int, help="keep this many rows of each factor (smaller, lossy)")
+    calibration.add_argument("--batch-size", type=int, default=8, help="samples per batch and process (default: 8)")
+    _add_flags(calibration, ProxyOptions)
+
+    evaluation = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "accuracy of a merged model on labelled rows",
+        "Score a merged model on every task's labelled rows, beside the experts if they are named.",
+    )
+    evaluation.add_argument("model", help="folder or Hub id of the merged model")
+    evaluation.add_argument("--data", action="append", required=True, metavar="TASK=FILE", help="labelled rows")
+    evaluation.add_argument("--expert", action="append", metavar="TASK=MODEL", help="compare with this expert")
+    evaluation.add_argument("--json", metavar="FILE", help="write the scores there too")
+    evaluation.add_argument("--batch-size", type=int, default=32, help="samples per batch (default: 32)")
+    _add_flags(evaluation, ProxyOptions, num_samples=0)
+
+    demo = _command(
+        commands,
+        "demo",
+        _demo,
+        "the whole way on embedded data, in about three minutes",
+        "Train a small Vision Transformer on handwritten digits, fine-tune experts, merge and compare them.",
+    )
+    demo.add_argument("-o", "--output", default="demo_output", help="folder to write (default: demo_output)")
+    demo.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, summary: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=summary, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an unexpected error comes from")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", help="YAML file with the arguments of merge_models")
+    parser.add_argument("--base", help="Hub id or folder of the base")
+    parser.add_argument("--expert", action="append", metavar="TASK=MODEL", help="an expert; repeat for each")
+    parser.add_argument("--calibration", action="append", metavar="TASK=FILE", help="its samples or statistics")
+    parser.add_argument("--validation", action="append", metavar="TASK=FILE", help="labelled rows, for --alpha auto")
+    parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of the method; see below")
+
+
+def _add_flags(parser: argparse.ArgumentParser, options: type, **defaults: Any) -> None:
+    """A flag for every field of a dataclass; what is not given stays out of the namespace."""
+    hints = typing.get_type_hints(options)
+    group = parser.add_argument_group("options")
+    for field in fields(options):
+        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        default = defaults.get(field.name, _default(field))
+        if default not in (None, False, {}):
+            text += f" (default: {default})"
+        kind = hints[field.name]
+        how: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+        if kind is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is Mapping:
+            how |= {"nargs": "+", "metavar": "NAME=VALUE"}
+        elif field.name == "heads":
+            how |= {"nargs": "+", "metavar": "MODULE"}
+        elif field.name != "method":
+            how |= {"type": _scalar(kind), "metavar": "VALUE"}
+        parser_ = group.add_argument(flag, **how)
+        parser_.dest = field.name
+    parser.set_defaults(_defaults=defaults)
+
+
+def _default(field: Field) -> Any:
+    return field.default if field.default is not MISSING else field.default_factory()
+
+
+def _scalar(kind: Any) -> Any:
+    """What a flag's text is turned into: the first fitting type of an annotation such as `float | str | None`."""
+    union = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    wanted = [k for k in union if k is not type(None)]
+
+    def convert(text: str) -> Any:
+        for entry in wanted:
+            try:
+                return entry(text)
+            except ValueError:
+                continue
+        raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(k.__name__ for k in wanted)}")
+
+    return convert
+
+
+def _options(given: argparse.Namespace, options: type) -> dict[str, Any]:
+    """The flags that were given, as the dataclass takes them."""
+    found = {f.name: getattr(given, f.name) for f in fields(options) if hasattr(given, f.name)}
+    if "columns" in found:
+        found["columns"] = _pairs(found["columns"], "--columns")
+    if "heads" in found and len(found["heads"]) == 1 and found["heads"][0] in ("auto", "merge", "keep"):
+        found["heads"] = found["heads"][0]
+    return {**given._defaults, **found}
+
+
+def _pairs(items: Optional[list[str]], flag: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for item in items or []:
+        name, equals, value = item.partition("=")
+        if not equals or not name or not value:
+            raise HfEsmError(f"{flag} takes NAME=VALUE, not {item!r}.")
+        if name in pairs:
+            raise HfEsmError(f"{flag} names {name!r} twice.")
+        pairs[name] = value
+    return pairs
+
+
+def _request(given: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `merge_models`, from a recipe and the flags that override it."""
+    request = load_recipe(given.recipe) if given.recipe else {}
+    if given.base:
+        request["base"] = given.base
+    for name, flag in (("experts", "expert"), ("calibration", "calibration"), ("validation", "validation")):
+        if found := _pairs(getattr(given, flag), f"--{flag}"):
+            before = request.get(name) or {}
+            if not isinstance(before, Mapping):
+                raise HfEsmError(f"--{flag}: the recipe gives {name} as {before!r}; name them there one by one.")
+            request[name] = {**before, **found}
+    if "base" not in request or "experts" not in request:
+        raise HfEsmError("Name a recipe, or --base and at least two --expert TASK=MODEL.")
+    request |= _options(given, MergeOptions)
+    if given.set:
+        method = request.get("method", "esm")
+        method = {"name": method} if isinstance(method, str) else dict(method)
+        request["method"] = method | {name: _value(text) for name, text in _pairs(given.set, "--set").items()}
+    return request
+
+
+def _value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise HfEsmError(f"--set: {text!r} is not a YAML value.") from None
+
+
+def _merge(given: argparse.Namespace) -> None:
+    request = _request(given)
+    if not request.get("output_dir"):
+        raise HfEsmError("Say where to write: --output-dir FOLDER (or output_dir in the recipe).")
+    _say(merge_models(**request))
+
+
+def _inspect(given: argparse.Namespace) -> None:
+    _say(merge_models(**_request(given), dry_run=True))
+
+
+def _calibrate(given: argparse.Namespace) -> None:
+    options = _options(given, ProxyOptions)
+    statistics = calibrate(given.model, given.data, base=given.base, batch_size=given.batch_size, **options)
+    if given.compress_rank:
+        statistics = statistics.compress(given.compress_rank)
+    if PartialState().is_main_process:
+        path = statistics.save(given.output)
+        lost = statistics.provenance.compression_error
+        _say(
+            f"{path}: {len(statistics)} linear maps, {statistics.provenance.num_samples} samples"
+            + (f", compression error up to {lost:.1%}" if given.compress_rank else "")
+        )
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    data, experts = _pairs(given.data, "--data"), _pairs(given.expert, "--expert")
+    scores = evaluate(given.model, data, experts=experts, batch_size=given.batch_size, **_options(given, ProxyOptions))
+    _say(scores)
+    if given.json:
+        Path(given.json).write_text(json.dumps(scores.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _demo(given: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    run_demo(given.output, seed=given.seed)
+
+
+def _describe_methods() -> str:
+    """Every method once with its settings, and what the presets change in them."""
+    lines = ["methods, and their settings for --set NAME=VALUE:"]
+    for name, make in METHODS.items():
+        method, plain = make(), type(make())()
+        changed = [f for f in fields(method) if getattr(method, f.name) != getattr(plain, f.name)]
+        if changed:
+            settings = ", ".join(f"{f.name}={getattr(method, f.name)!r}" for f in changed)
+            lines.append(f"  {name}: {plain.name} with {settings}")
+            continue
+        lines.append(f"  {name}: {type(method).__doc__.splitlines()[0]}")
+        lines += [f"    {f.name} = {getattr(method, f.name)!r}: {f.metadata['help']}" for f in fields(method)]
+    return "\n".join(lines)
+
+
+def _say(what: Any) -> None:
+    if PartialState().is_main_process:
+        print(what)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The literal formulas of the merge methods, in float64, straight from the activations `X`.
+
+Written to be read next to the papers, and to share nothing with the package: no factors, no eigenproblems, no
+streaming, no import of `hf_esm`. Every function takes tensors of any dtype and returns float64.
+
+Shapes: an update `delta` is `[d_out, d_in]` as in `torch.nn.Linear`, the inputs `X` of that map `[n, d_in]`; lists
+run over the `T` tasks. Papers: *Model Merging in the Essential Subspace* (arXiv 2602.20208), *Essential Subspace
+Merging for Multi-Task Learning* (arXiv 2606.19164), *Task Singular Vectors* (arXiv 2412.00081).
+"""
+
+import torch
+from torch import Tensor
+
+
+CUTOFF = 1e-6  # singular values below this fraction of the largest one are zero
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD `U [p, m], S [m], Vᵀ [m, q]`, all `m = min(p, q)` singular values, zeros included."""
+    return torch.linalg.svd(matrix.double(), full_matrices=False)
+
+
+def numerical_rank(singular_values: Tensor) -> int:
+    """How many singular values are not numerically zero."""
+    return int((singular_values > CUTOFF * max(singular_values.tolist(), default=0.0)).sum())
+
+
+def esd(inputs: Tensor, delta: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Essential subspace decomposition: `X Δᵀ = U S Vᵀ`; `E = V[:, :r]`, `λ_i = s_i²/(n − 1)`, `C = Eᵀ Δ`.
+
+    Returns directions `E [d_out, r]`, eigenvalues `λ [r]`, coordinates `C [r, d_in]`; never more than the numerical
+    rank that there is. A single row has `n` in place of `n − 1`.
+    """
+    _, s, vh = svd(inputs.double() @ delta.double().T)
+    r = min(numerical_rank(s), len(s) if rank is None else rank)
+    directions = vh[:r].T
+    return directions, s[:r] ** 2 / max(len(inputs) - 1, 1), directions.T @ delta.double()
+
+
+def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`U Vᵀ` of the SVD `U S Vᵀ`, on the numerical range only, and `mean(S)` over all `min(p, q)` singular values."""
+    u, s, vh = svd(matrix)
+    r = numerical_rank(s)
+    return u[:, :r] @ vh[:r], s.mean()
+
+
+def relative_power(values: Tensor, exponent: float) -> Tensor:
+    """`(v_i / mean v)^p`; 1 where the mean is 0, and where `p` is 0."""
+    if exponent == 0 or values.mean() == 0:
+        return torch.ones_like(values)
+    return (values / values.mean()) ** exponent
+
+
+def esm(
+    deltas: list[Tensor],
+    inputs: list[Tensor],
+    gamma: float = 0.15,
+    task_exponent: float = 0.0,
+    dimension_exponent: float = 0.0,
+    factor: float = 1.0,
+) -> Tensor:
+    """ESM of one weight, before the scale between layers and α: the merged update `Δ_M [d_out, d_in]`.
+
+    1. `r = ⌊d_out / T⌋`, at least 1.
+    2. ESD of every task, truncated to `r`: `E_t, λ_t, C_t`.
+    3. `w_t = (λ_t / mean λ_t)^γ`, `w_t ← w_t / mean w_t`; columns of `E_t` and rows of `C_t` times `w_t`.
+    4. `C_t ← C_t · (‖Δ_t‖_F / mean_s ‖Δ_s‖_F)^p`; after stacking, column j of `C` times `(‖c_j‖ / mean_i ‖c_i‖)^p`.
+    5. `E = [E_1 … E_T]`, `C = [C_1; …; C_T]`.
+    6. `E_ortho = polar(E) · mean S(E)`, `C_ortho = polar(C) · mean S(C)`.
+    7. `Δ_M = factor · E_ortho C_ortho`.
+    """
+    r = max(deltas[0].shape[0] // len(deltas), 1)
+    task_scales = relative_power(torch.stack([delta.double().norm() for delta in deltas]), task_exponent)
+    directions, coordinates = [], []
+    for delta, x, task_scale in zip(deltas, inputs, task_scales):
+        e, eigenvalues, c = esd(x, delta, r)
+        if len(eigenvalues) == 0:  # this task does not change what the map puts out
+            continue
+        w = relative_power(eigenvalues, gamma)
+        w = w / w.mean()
+        directions.append(e * w)
+        coordinates.append(c * w[:, None] * task_scale)
+    if not directions:
+        return torch.zeros(deltas[0].shape, dtype=torch.float64)
+    e, c = torch.cat(directions, dim=1), torch.cat(coordinates)
+    c = c * relative_power(c.norm(dim=0), dimension_exponent)
+    (e, e_mean), (c, c_mean) = polar(e), polar(c)
+    return factor * (e * e_mean) @ (c * c_mean)
+
+
+def esm_stacked(deltas: list[list[Tensor]], inputs: list[Tensor], **settings: float) -> list[Tensor]:
+    """ESM of several maps of one input (q, k, v) as one weight: `deltas[t]` are task t's updates, stacked along the
+    output, merged, and split again."""
+    heights = [delta.shape[0] for delta in deltas[0]]
+    return list(esm([torch.cat(parts) for parts in deltas], inputs, **settings).split(heights))
+
+
+def tsv_m(deltas: list[Tensor], keep_scale: bool = False) -> Tensor:
+    """TSV-M of one weight: top `k = ⌊min(d)/T⌋` (at least 1) triplets of every update, stacked;
+    `Δ_M = polar(U) diag(S) polar(Vᵀ)`, times both means of singular values where `keep_scale`."""
+    k = max(min(deltas[0].shape) // len(deltas), 1)
+    parts = []
+    for delta in deltas:
+        u, s, vh = svd(delta)
+        r = min(k, numerical_rank(s))
+        parts.append((u[:, :r], s[:r], vh[:r]))
+    s = torch.cat([s for _, s, _ in parts])
+    if len(s) == 0:
+        return torch.zeros(deltas[0].shape, dtype=torch.float64)
+    u, u_mean = polar(torch.cat([u for u, _, _ in parts], dim=1))
+    vh, v_mean = polar(torch.cat([vh for _, _, vh in parts]))
+    merged = u @ torch.diag(s) @ vh
+    return merged * u_mean * v_mean if keep_scale else merged
+
+
+def mean(deltas: list[Tensor]) -> Tensor:
+    """`1/T Σ Δ_t`."""
+    return sum(delta.double() for delta in deltas) / len(deltas)
+
+
+def task_arithmetic(deltas: list[Tensor]) -> Tensor:
+    """`Σ Δ_t`; its α is 0.3."""
+    return sum(delta.double() for delta in deltas)
+
+
+def merge_weight(
+    deltas: list[Tensor], inputs: list[Tensor] | None = None, keep_scale: bool = False, **settings: float
+) -> Tensor:
+    """What ESM does with one parameter of any kind: ESM where its inputs are known, TSV-M of another matrix
+    (`keep_scale` as there), the mean of anything else."""
+    if deltas[0].dim() != 2:
+        return mean(deltas)
+    return tsv_m(deltas, keep_scale) if inputs is None else esm(deltas, inputs, **settings)
+
+
+def layer_scales(norms: list[float], exponent: float) -> list[float]:
+    """`β_ℓ = (‖Δ_M^ℓ‖_F / mean ‖Δ_M‖_F)^exponent` over the weights of one type; 1 where the mean is 0."""
+    return relative_power(torch.tensor(norms, dtype=torch.float64), exponent).tolist()
+
+
+def recombine(base: Tensor, delta: Tensor, alpha: float, layer_scale: float = 1.0) -> Tensor:
+    """`W_M = W0 + α · β · Δ_M`."""
+    return base.double() + alpha * layer_scale * delta.double()

@@ -1,0 +1,155 @@
+"""Factors, essential directions, polar factors and truncated SVDs against the literal float64 formulas."""
+
+import pytest
+import reference
+import torch
+from problems import ROUTES, random_problem, relative_error, seeds, shapes
+
+from hf_esm.linalg import RELATIVE_CUTOFF, essential_subspace, polar_factor, triangular_factor, truncated_svd
+
+
+def with_singular_values(seed: int, rows: int, columns: int, values: list[float]) -> torch.Tensor:
+    """A float64 `[rows, columns]` matrix with these singular values, and zeros for the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (
+        torch.randn(size, len(values), dtype=torch.float64, generator=generator) for size in (rows, columns)
+    )
+    left, right = torch.linalg.qr(left).Q, torch.linalg.qr(right).Q
+    return left * torch.tensor(values, dtype=torch.float64) @ right.T
+
+
+def orthonormal(columns: torch.Tensor) -> bool:
+    return torch.allclose(columns.T @ columns, torch.eye(columns.shape[1], dtype=torch.float64), atol=1e-6)
+
+
+SPECTRA = {
+    "full-rank": [5.0, 3.0, 2.5, 1.0, 0.8, 0.5, 0.1],
+    "rank-deficient": [4.0, 1.0, 0.2],
+    "graded": [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 4e-6],
+    "across-the-cutoff": [1.0, 0.5, 3 * RELATIVE_CUTOFF, RELATIVE_CUTOFF / 3, RELATIVE_CUTOFF / 100],
+    "large": [3e30, 2e30, 1e30],
+    "small": [3e-30, 2e-30, 1e-30],
+    "zero": [],
+}
+matrices = pytest.mark.parametrize(
+    ("size", "values"),
+    [pytest.param(size, values, id=f"{size[0]}x{size[1]}-{name}")
+     for size in [(7, 12), (12, 7), (7, 7)] for name, values in SPECTRA.items()]
+    + [pytest.param(size, [2.0], id=f"{size[0]}x{size[1]}") for size in [(1, 1), (1, 9), (9, 1)]],
+)  # fmt: skip
+
+
+def test_the_cutoff_is_the_references():
+    assert RELATIVE_CUTOFF == reference.CUTOFF
+
+
+@seeds
+@shapes
+def test_triangular_factor_keeps_the_gram_matrix_in_at_most_d_rows(seed, shape):
+    _, (x, *_) = random_problem(seed, shape)
+    first, second = x.tensor_split(2)
+    for factor in (
+        triangular_factor(x),
+        triangular_factor(torch.cat([triangular_factor(first), triangular_factor(second)])),
+    ):
+        assert factor.shape[0] <= min(x.shape)
+        assert relative_error(factor.double().T @ factor.double(), x.double().T @ x.double()) < 1e-5
+
+
+@seeds
+@shapes
+@pytest.mark.parametrize("route", ROUTES)
+def test_essential_subspace_is_that_of_the_activations(seed, shape, route):
+    deltas, inputs = random_problem(seed, shape)
+    rank = shape[1] // shape[3]
+    for delta, x in zip(deltas, inputs):
+        directions, eigenvalues, coordinates = reference.esd(x, delta, rank)
+        found = essential_subspace(route(x).factor, delta, rank)
+        assert found.directions.shape == directions.shape
+        assert orthonormal(found.directions)
+        # The sine of the largest principal angle is the part of the found directions outside the expected ones.
+        outside = found.directions - directions @ (directions.T @ found.directions)
+        assert torch.linalg.matrix_norm(outside, 2) < 1e-4
+        assert relative_error(found.squares / (len(x) - 1), eigenvalues) < 1e-5
+        # Each direction belongs to its own eigenvalue.
+        shift = x.double() @ delta.double().T
+        assert relative_error((shift @ found.directions).square().sum(0), found.squares) < 1e-5
+        coordinates_back = found.directions.T @ delta.double()
+        assert relative_error(found.directions @ coordinates_back, directions @ coordinates) < 1e-4
+
+
+@seeds
+@shapes
+def test_truncation_costs_exactly_the_discarded_squares(seed, shape):
+    deltas, inputs = random_problem(seed, shape)
+    for delta, x in zip(deltas, inputs):
+        shift = x.double() @ delta.double().T
+        squares = torch.linalg.svdvals(shift).square()
+        for rank in (1, len(squares) // 2, len(squares), len(squares) + 5):
+            found = essential_subspace(x, delta, rank)
+            lost = (shift - shift @ found.directions @ found.directions.T).square().sum()
+            assert torch.isclose(lost, squares[rank:].sum(), rtol=1e-6, atol=1e-12 * float(squares.sum()))
+            assert found.total == pytest.approx(float(squares.sum()), rel=1e-6)
+            assert found.energy_kept == pytest.approx(float(squares[:rank].sum() / squares.sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize(("input_scale", "update_scale"), [(0.0, 1.0), (1.0, 0.0)], ids=["zero-inputs", "zero-update"])
+def test_a_shift_of_zero_has_no_direction_and_loses_nothing(tokens, input_scale, update_scale):
+    found = essential_subspace(torch.full((tokens, 6), input_scale), torch.full((9, 6), update_scale), 4)
+    assert (found.directions.shape, found.squares.shape, found.total) == ((9, 0), (0,), 0)
+    assert found.energy_kept == 1
+
+
+def test_no_tokens_at_all_are_a_shift_of_zero():
+    """A map that ran on nothing, as an expert layer that no token was routed to."""
+    found = essential_subspace(torch.zeros(0, 6), torch.ones(9, 6), 4)
+    assert (found.directions.shape, found.energy_kept) == ((9, 0), 1)
+
+
+@seeds
+@pytest.mark.parametrize(("tokens", "d_out"), [(5, 12), (30, 12)])
+def test_directions_below_the_numerical_rank_are_left_out(seed, tokens, d_out):
+    delta = with_singular_values(seed, d_out, 15, [1.0, 0.3, 1e-9])
+    x = torch.randn(tokens, 15, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    assert essential_subspace(x, delta, 4).directions.shape == (d_out, 2)
+
+
+@seeds
+@matrices
+def test_polar_factor_is_the_svds_on_the_numerical_range(seed, size, values):
+    matrix = with_singular_values(seed, *size, values)
+    factor, mean = polar_factor(matrix)
+    expected, expected_mean = reference.polar(matrix)
+    assert relative_error(factor, expected) < 1e-4
+    assert relative_error(mean, expected_mean) < 1e-6
+    assert float(mean) == pytest.approx(sum(values) / min(size), rel=1e-6)
+    assert relative_error(factor @ factor.T @ factor, factor) < 1e-4
+    assert relative_error(polar_factor(matrix.T)[0], expected.T) < 1e-4
+
+
+@seeds
+@matrices
+@pytest.mark.parametrize("rank", [1, 3, 50])
+def test_truncated_svd_is_the_best_approximation_of_its_rank(seed, size, values, rank):
+    matrix = with_singular_values(seed, *size, values)
+    u, s, vh = truncated_svd(matrix, rank)
+    expected_u, expected_s, expected_vh = reference.svd(matrix)
+    kept = min(rank, reference.numerical_rank(expected_s))
+    assert (u.shape, s.shape, vh.shape) == ((size[0], kept), (kept,), (kept, size[1]))
+    assert relative_error(s, expected_s[:kept]) < 1e-6
+    # Directions near the cutoff are known to fewer digits.
+    assert relative_error(u * s @ vh, expected_u[:, :kept] * expected_s[:kept] @ expected_vh[:kept]) < 1e-6
+    assert relative_error(u @ vh, expected_u[:, :kept] @ expected_vh[:kept]) < 1e-4
+    assert torch.allclose(u.T @ u, torch.eye(kept, dtype=torch.float64), atol=1e-4)
+    assert torch.allclose(vh @ vh.T, torch.eye(kept, dtype=torch.float64), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_decomposition_works_in_float64(dtype):
+    """Eigenvalues of a float32 Gram matrix would be noise from 1e-4 of the largest singular value on."""
+    matrix = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = matrix.double()
+    assert torch.equal(polar_factor(matrix)[0], polar_factor(exact)[0])
+    assert torch.equal(truncated_svd(matrix, 3)[1], truncated_svd(exact, 3)[1])
+    assert torch.equal(essential_subspace(matrix, matrix, 3).squares, essential_subspace(exact, exact, 3).squares)
