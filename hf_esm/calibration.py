@@ -41,7 +41,7 @@ class _Accumulator:
         return cls(torch.zeros(0, width), torch.zeros(width, dtype=torch.float64))
 
     def add(self, rows: Tensor) -> None:
-        rows = rows.detach().to("cpu", torch.float32)
+        rows = rows.detach().to("cpu", torch.float32, copy=True)  # the model may go on in place
         self.total += rows.sum(0, dtype=torch.float64)
         self.count += rows.shape[0]
         self.pending.append(rows)

@@ -86,8 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     calibration.add_argument("data", help="samples: JSON lines, JSON, CSV, Parquet or text")
     calibration.add_argument("-o", "--output", required=True, help="file to write (.safetensors), or a folder")
     calibration.add_argument("--base", help="the base model, if the expert is a LoRA adapter")
-    calibration.add_argument("--compress-rank", type=int, help="keep this many rows of each factor (smaller, lossy)")
-    calibration.add_argument("--batch-size", type=int, default=8, help="samples per batch and process (default: 8)")
+    calibration.add_argument(
+        "--compress-rank", type=_count, help="keep this many rows of each factor (smaller, lossy)"
+    )
+    calibration.add_argument("--batch-size", type=_count, default=8, help="samples per batch and process (default: 8)")
     _add_flags(calibration, ProxyOptions)
 
     evaluation = _command(
@@ -101,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--data", action="append", required=True, metavar="TASK=FILE", help="labelled rows")
     evaluation.add_argument("--expert", action="append", metavar="TASK=MODEL", help="compare with this expert")
     evaluation.add_argument("--json", metavar="FILE", help="write the scores there too")
-    evaluation.add_argument("--batch-size", type=int, default=32, help="samples per batch (default: 32)")
+    evaluation.add_argument("--batch-size", type=_count, default=32, help="samples per batch (default: 32)")
     _add_flags(evaluation, ProxyOptions, num_samples=0)
 
     demo = _command(
@@ -141,7 +143,7 @@ def _add_flags(parser: argparse.ArgumentParser, options: type, **defaults: Any) 
     for field in fields(options):
         flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
         default = defaults.get(field.name, _default(field))
-        if default not in (None, False, {}):
+        if default is not None and default is not False and default != {}:
             text += f" (default: {default})"
         kind = hints[field.name]
         how: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
@@ -176,6 +178,12 @@ def _scalar(kind: Any) -> Any:
         raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(k.__name__ for k in wanted)}")
 
     return convert
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _options(given: argparse.Namespace, options: type) -> dict[str, Any]:

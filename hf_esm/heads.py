@@ -94,8 +94,9 @@ def readouts(model: PreTrainedModel) -> Optional[set[str]]:
     prefix = body_prefix(model)
     if not prefix:
         return set()
-    for device, config in (("meta", model.config), ("cpu", _shallow(model.config))):
+    for device, prepare in (("meta", copy.deepcopy), ("cpu", _shallow)):
         try:
+            config = prepare(model.config)
             with torch.device(device):
                 body = getattr(type(model)(config).eval(), prefix.rstrip("."))
                 return _unread(body)
@@ -119,10 +120,14 @@ def _unread(body: PreTrainedModel) -> set[str]:
 
 
 def _shallow(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of the same model with one layer."""
+    """The config of the same model with one layer, and one entry in what it lists by layer."""
     config = copy.deepcopy(config)
     for name in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
-        if isinstance(getattr(config, name, None), int):
+        depth = getattr(config, name, None)
+        if isinstance(depth, int):
+            for listed, values in list(vars(config).items()):
+                if isinstance(values, list) and len(values) == depth:
+                    setattr(config, listed, values[:1])
             setattr(config, name, 1)
     return config
 

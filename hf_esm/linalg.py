@@ -46,17 +46,28 @@ class EssentialSubspace:
         return float(self.squares.sum() / self.total) if self.total > 0 else 1.0
 
 
-def essential_subspace(factor: Tensor, delta: Tensor, rank: int) -> EssentialSubspace:
+def essential_subspace(factor: Tensor, delta: Tensor, rank: int, shrinkage: float = 0.0) -> EssentialSubspace:
     """Essential subspace decomposition (arXiv 2602.20208) of one weight's update.
 
     Args:
         factor: `[m, d_in]`, any matrix with the Gram matrix of the layer's inputs (see `triangular_factor`).
         delta: `[d_out, d_in]`, the update of the weight.
         rank: directions to keep; fewer come back where the shift's numerical rank is lower.
+        shrinkage: draw the Gram matrix `G` of the inputs towards the identity, `G + shrinkage · mean(diag G) · I`:
+            between the directions of the output shift (0) and the singular vectors of the update itself (large).
     """
-    shift = factor.double() @ delta.double().T
-    wide = shift.shape[0] < shift.shape[1]
+    factor, delta = factor.double(), delta.double()
+    ridge = shrinkage * factor.square().sum() / factor.shape[1]
+    tall = delta.shape[0] > delta.shape[1]
+    if ridge > 0 and tall:  # the smaller side is the inputs': fold the ridge into the factor
+        gram = factor.T @ factor
+        gram.diagonal().add_(ridge)
+        factor, ridge = torch.linalg.cholesky(gram).T, 0.0
+    shift = factor @ delta.T
+    wide = shift.shape[0] < shift.shape[1] and ridge == 0
     gram = shift @ shift.T if wide else shift.T @ shift
+    if ridge > 0:
+        gram += ridge * (delta @ delta.T)
     squares, vectors = _leading_eigenpairs(gram, rank)
     directions = (shift.T @ vectors) / squares.sqrt() if wide else vectors
     return EssentialSubspace(directions, squares, float(gram.trace()))
@@ -104,4 +115,6 @@ def _leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _significant(squares: Tensor) -> Tensor:
     """Which squared singular values are not numerically zero."""
+    if not len(squares):
+        return squares > 0
     return squares > squares.max().clamp_min(0) * RELATIVE_CUTOFF**2

@@ -82,7 +82,7 @@ def write_files(
         _with_chat_template(processors).save_pretrained(folder)
     for task, expert in plan.experts.items():
         save_head(folder, task, expert, plan.heads.own[task])
-    recorded = _record_calibration(folder, plan, calibration, samples)
+    recorded = _record_calibration(folder, plan, calibration, samples, options)
     recipe = {
         "recipe_version": RECIPE_VERSION,
         "hf_esm_version": __version__,
@@ -110,15 +110,22 @@ def write_files(
 _RECORDED = ("heads", "num_samples", "seed", "max_length", "columns", "dtype", "max_shard_size", "batch_size")
 
 
-def _record_calibration(folder: Path, plan: MergePlan, calibration: Any, samples: dict[str, list[Sample]]) -> dict:
-    """Where the recipe finds the calibration again: where it was, or the very samples, saved beside the recipe."""
+def _record_calibration(
+    folder: Path, plan: MergePlan, calibration: Any, samples: dict[str, list[Sample]], options: MergeOptions
+) -> dict:
+    """Where the recipe finds the calibration again: where it was, in the statistics that were kept, or beside the
+    recipe, where samples that were in memory are saved.
+    """
     recorded: dict[str, Any] = {}
     for task in plan.experts:
         if isinstance(calibration, (str, os.PathLike)):
             recorded[task] = str(Path(calibration).expanduser().absolute() / f"{task}.safetensors")
             continue
         given = (calibration or {}).get(task)
-        if isinstance(given, (str, os.PathLike)):
+        if task in samples and options.statistics_dir:
+            kept = Path(options.statistics_dir).expanduser() / f"{task}.safetensors"
+            recorded[task] = str(kept.absolute())
+        elif isinstance(given, (str, os.PathLike)):
             recorded[task] = str(Path(given).absolute())
         elif isinstance(given, Mapping) and "path" in given:
             recorded[task] = absolute_path(given, Path())

@@ -112,8 +112,8 @@ def _side_by_side(units: list[list[str]], elements: Callable, merge: Callable, p
 def merge_units(plan: MergePlan, statistics: dict[str, Optional[ActivationStatistics]]) -> list[list[str]]:
     """The weights to merge, singly, or several where the method stacks maps that read the same tensor.
 
-    Such a stack are maps that hang on one module and have the same statistics in every expert (q, k and v of an
-    attention module); large weights come first, so that processes finish together.
+    Such a stack are three or more maps that hang on one module and have the same statistics in every expert (q, k and
+    v of an attention module; not the two of a gated MLP); large weights come first, so that processes finish together.
     """
     shared = [name for name in plan.heads.shared if plan.base.dtype(name).is_floating_point]
     groups: dict[Any, list[str]] = defaultdict(list)
@@ -125,7 +125,8 @@ def merge_units(plan: MergePlan, statistics: dict[str, Optional[ActivationStatis
             groups[(parent, *(s.keys_of[name] for s in statistics.values()))].append(name)
         else:
             groups[name].append(name)
-    return sorted(groups.values(), key=lambda unit: -_elements(plan, unit))
+    units = [unit for group in groups.values() for unit in ([group] if len(group) > 2 else [[name] for name in group])]
+    return sorted(units, key=lambda unit: -_elements(plan, unit))
 
 
 def _elements(plan: MergePlan, unit: list[str]) -> int:

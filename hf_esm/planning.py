@@ -164,7 +164,10 @@ def check_values(plan: MergePlan, progress: Any = iter) -> None:
 def _check_finite(tensor: torch.Tensor, checkpoint: Checkpoint, name: str) -> None:
     # A sum is finite if all its terms are, and is the cheaper look at a sound weight.
     if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():
-        raise HfEsmError(f"{checkpoint.title}: weight '{checkpoint.names[name]}' holds NaN or infinite values.")
+        raise HfEsmError(
+            f"{checkpoint.title}: weight '{checkpoint.names[name]}' holds NaN or infinite values. Save or "
+            "download the model again."
+        )
 
 
 def _check_architecture(base: Checkpoint, expert: Checkpoint) -> None:
@@ -179,8 +182,8 @@ def _check_weights(base: Checkpoint, expert: Checkpoint, heads: HeadPlan) -> Non
     """Every weight of the body that one has and the other lacks, and every shape, before any weight is read."""
     if expert.missing:
         raise HfEsmError(
-            f"{expert.title}: the file lacks {_some(expert.missing)}, which its {type(expert.skeleton).__name__} needs. "
-            "Save the model again with `save_pretrained`."
+            f"{expert.title}: the file lacks {_some(expert.missing)}, which its {type(expert.skeleton).__name__} "
+            "needs. Save the model again with `save_pretrained`."
         )
     prefix = body_prefix(base.skeleton)
     in_body = [name for name, live in base.names.items() if not prefix or live == prefix + name]
@@ -196,10 +199,13 @@ def _check_weights(base: Checkpoint, expert: Checkpoint, heads: HeadPlan) -> Non
             continue
         if len(ours) == 2 and ours[1:] == theirs[1:] and base.linear.get(name) is None:
             raise HfEsmError(
-                f"{expert.title}: '{expert.names[name]}' has {theirs[0]} rows, the base has {ours[0]}. If its vocabulary "
-                "was resized, call `model.resize_token_embeddings` to bring both to one size."
+                f"{expert.title}: '{expert.names[name]}' has {theirs[0]} rows, the base has {ours[0]}. If its "
+                "vocabulary was resized, call `model.resize_token_embeddings` to bring both to one size."
             )
-        raise HfEsmError(f"{expert.title}: '{expert.names[name]}' is {theirs}, in the base it is {ours}.")
+        raise HfEsmError(
+            f"{expert.title}: '{expert.names[name]}' is {theirs}, in the base it is {ours}. Experts must be fine-tunes "
+            "of this base."
+        )
 
 
 def _licence(source: ModelSource) -> str:

@@ -44,7 +44,9 @@ class ProxyOptions:
         columns: names of the columns for `text`, `text_pair`, `image`, `audio` and `label`, where they differ.
     """
 
-    num_samples: int = field(default=32, metadata={"help": "proxy samples per task", "least": 0})
+    num_samples: int = field(
+        default=32, metadata={"help": "samples per task, chosen at random; 0 takes all", "least": 0}
+    )
     seed: int = field(default=0, metadata={"help": "seed of their selection", "least": 0})
     max_length: Optional[int] = field(
         default=None, metadata={"help": "tokens a text is cut to (default: at most 512)", "least": 1}

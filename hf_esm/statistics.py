@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -132,13 +132,16 @@ class ActivationStatistics(Mapping):
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             raise HfEsmError(f"{path}: no activation statistics in it. `hf-esm calibrate` writes such a file.")
-        if metadata["version"] != str(FORMAT_VERSION):
+        if metadata.get("version") != str(FORMAT_VERSION):
             raise HfEsmError(
-                f"{path}: format version {metadata['version']}; this hf_esm reads {FORMAT_VERSION}. "
+                f"{path}: format version {metadata.get('version')}; this hf_esm reads {FORMAT_VERSION}. "
                 "Upgrade hf_esm, or calibrate again."
             )
-        header: dict[str, Any] = json.loads(metadata["header"])
-        return cls(_FileEntries(file, header["counts"]), header["keys_of"], Provenance(**header["provenance"]))
+        try:
+            header: dict[str, Any] = json.loads(metadata["header"])
+            return cls(_FileEntries(file, header["counts"]), header["keys_of"], Provenance(**header["provenance"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise HfEsmError(f"{path}: its header of statistics is damaged ({error!r}). Calibrate again.") from None
 
     @classmethod
     def merge(cls, parts: list["ActivationStatistics"]) -> "ActivationStatistics":
@@ -152,8 +155,14 @@ class ActivationStatistics(Mapping):
             total = sum(entry.mean.double() * entry.count for entry in found)
             factor = triangular_factor(torch.cat([entry.factor for entry in found]))
             entries[key] = InputStatistics(factor, (total / max(count, 1)).float(), count)
-        samples = sum(part.provenance.num_samples for part in parts)
-        return cls(entries, parts[0].keys_of, Provenance(**{**asdict(parts[0].provenance), "num_samples": samples}))
+        ranks = [part.provenance.compressed_rank for part in parts if part.provenance.compressed_rank is not None]
+        provenance = replace(
+            parts[0].provenance,
+            num_samples=sum(part.provenance.num_samples for part in parts),
+            compressed_rank=min(ranks, default=None),
+            compression_error=max(part.provenance.compression_error for part in parts),
+        )
+        return cls(entries, parts[0].keys_of, provenance)
 
     def compress(self, rank: int) -> "ActivationStatistics":
         """A smaller, lossy copy: the top `rank` rows of `S Vᵀ` of each factor. Its error is kept in `provenance`."""
@@ -164,8 +173,13 @@ class ActivationStatistics(Mapping):
             lost = values[rank:].square().sum() / values.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
             worst = max(worst, float(lost.sqrt()))
             entries[key] = InputStatistics(factor, entry.mean, entry.count)
-        provenance = {**asdict(self.provenance), "compressed_rank": rank, "compression_error": worst}
-        return type(self)(entries, self.keys_of, Provenance(**provenance))
+        before = self.provenance  # what an earlier compression lost stays lost
+        provenance = replace(
+            before,
+            compressed_rank=min(rank, before.compressed_rank or rank),
+            compression_error=(before.compression_error**2 + (1 - before.compression_error**2) * worst**2) ** 0.5,
+        )
+        return type(self)(entries, self.keys_of, provenance)
 
 
 class _FileEntries(Mapping):

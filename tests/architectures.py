@@ -173,7 +173,7 @@ ARCHITECTURES = {
     "marian": Architecture("MarianMTModel", {**SEQUENCES, "decoder_vocab_size": VOCABULARY}, sequence_pairs),
     "whisper": Architecture(
         "WhisperForConditionalGeneration",
-        {**SEQUENCES, "max_target_positions": 40, "max_source_positions": 15, "num_mel_bins": 8},
+        {**SEQUENCES, "decoder_start_token_id": 1, "max_source_positions": 15, "num_mel_bins": 8},
         features(8, 30),
     ),
     "encoder-decoder": Architecture(

@@ -13,6 +13,7 @@ from typing import Any, Optional
 import reference
 import torch
 import transformers
+from problems import relative_error
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_esm import MergeResult, merge_models
 
 
+TOLERANCE = 1e-4  # of every merged update, in the Frobenius norm
 VOCABULARY = 60
 LENGTHS = (5, 11, 8, 12, 3, 9, 12)
 
@@ -31,6 +33,11 @@ def text_samples(seed: int) -> Samples:
     """Token ids of differing lengths."""
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(3, VOCABULARY, (length,), generator=generator)} for length in LENGTHS]
+
+
+def with_end(seed: int) -> Samples:
+    """Texts with the end-of-sequence token that the classifiers of encoder-decoders read."""
+    return [{"input_ids": torch.cat([row["input_ids"], torch.tensor([2])])} for row in text_samples(seed)]
 
 
 def image_samples(seed: int, size: int = 16) -> Samples:
@@ -254,3 +261,17 @@ def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     found, report = type(model).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     return found
+
+
+def check_weights(base: PreTrainedModel, merged: PreTrainedModel, updates: dict[str, Tensor]) -> None:
+    """Every weight is the base's plus its update; what has none is the base's own."""
+    before, after, tied = base.state_dict(), merged.state_dict(), merged.all_tied_weights_keys
+    assert after.keys() == before.keys()
+    for name, weight in after.items():
+        if name in tied:
+            assert merged.get_parameter(name) is merged.get_parameter(tied[name]), f"{name} is no longer tied"
+        elif name in updates:
+            error = relative_error(weight.double() - before[name].double(), updates[name])
+            assert error < TOLERANCE, f"{name}: off by {error:.2g}"
+        else:
+            assert torch.equal(weight, before[name]), f"{name} was changed"

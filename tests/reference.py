@@ -51,13 +51,23 @@ def relative_power(values: Tensor, exponent: float) -> Tensor:
     return (values / values.mean()) ** exponent
 
 
+def shrink(inputs: Tensor, shrinkage: float) -> Tensor:
+    """The inputs, extended by the rows of `√(shrinkage · ‖X‖²_F / d_in) · I`; `XᵀX` is drawn to the identity."""
+    x = inputs.double()
+    ridge = (shrinkage * x.square().sum() / x.shape[1]).sqrt()
+    return torch.cat([x, ridge * torch.eye(x.shape[1], dtype=torch.float64)]) if shrinkage else x
+
+
 def esm(
     deltas: list[Tensor],
     inputs: list[Tensor],
-    gamma: float = 0.15,
+    gamma: float = 0.0,
     task_exponent: float = 0.0,
     dimension_exponent: float = 0.0,
     factor: float = 1.0,
+    shrinkage: float = 0.1,
+    keep_singular_values: bool = True,
+    match_norm: bool = True,
 ) -> Tensor:
     """ESM of one weight, before the scale between layers and α: the merged update `Δ_M [d_out, d_in]`.
 
@@ -68,12 +78,18 @@ def esm(
     5. `E = [E_1 … E_T]`, `C = [C_1; …; C_T]`.
     6. `E_ortho = polar(E) · mean S(E)`, `C_ortho = polar(C) · mean S(C)`.
     7. `Δ_M = factor · E_ortho C_ortho`.
+
+    What the product adds, and is off in the published settings:
+    - `shrinkage` λ: the inputs are extended by the rows of `√(λ ‖X‖²_F / d_in) · I` before the ESD.
+    - `keep_singular_values`: `r = ⌊min(d) / T⌋`; each task's `C_t = P_t S_t Q_t` (SVD), and in place of 6 and 7
+      `Δ_M = factor · polar([E_t P_t]) diag(S) polar([Q_t])`.
+    - `match_norm`: `Δ_M` is scaled to the norm `√(Σ ‖Δ_t‖²_F)` (before `factor`).
     """
-    r = max(deltas[0].shape[0] // len(deltas), 1)
+    r = max((min(deltas[0].shape) if keep_singular_values else deltas[0].shape[0]) // len(deltas), 1)
     task_scales = relative_power(torch.stack([delta.double().norm() for delta in deltas]), task_exponent)
     directions, coordinates = [], []
     for delta, x, task_scale in zip(deltas, inputs, task_scales):
-        e, eigenvalues, c = esd(x, delta, r)
+        e, eigenvalues, c = esd(shrink(x, shrinkage), delta, r)
         if len(eigenvalues) == 0:  # this task does not change what the map puts out
             continue
         w = relative_power(eigenvalues, gamma)
@@ -82,10 +98,25 @@ def esm(
         coordinates.append(c * w[:, None] * task_scale)
     if not directions:
         return torch.zeros(deltas[0].shape, dtype=torch.float64)
-    e, c = torch.cat(directions, dim=1), torch.cat(coordinates)
-    c = c * relative_power(c.norm(dim=0), dimension_exponent)
-    (e, e_mean), (c, c_mean) = polar(e), polar(c)
-    return factor * (e * e_mean) @ (c * c_mean)
+    columns = relative_power(torch.cat(coordinates).norm(dim=0), dimension_exponent)
+    coordinates = [c * columns for c in coordinates]
+    if keep_singular_values:
+        turned = []
+        for e, c in zip(directions, coordinates):
+            p, s, q = svd(c)
+            k = numerical_rank(s)
+            turned.append((e @ p[:, :k], s[:k], q[:k]))
+        (left, _), (right, _) = (
+            polar(torch.cat([u for u, _, _ in turned], 1)),
+            polar(torch.cat([q for *_, q in turned])),
+        )
+        merged = left @ torch.diag(torch.cat([s for _, s, _ in turned])) @ right
+    else:
+        (e, e_mean), (c, c_mean) = polar(torch.cat(directions, dim=1)), polar(torch.cat(coordinates))
+        merged = (e * e_mean) @ (c * c_mean)
+    if match_norm and merged.any():
+        merged = merged * sum(delta.double().square().sum() for delta in deltas).sqrt() / merged.norm()
+    return factor * merged
 
 
 def esm_stacked(deltas: list[list[Tensor]], inputs: list[Tensor], **settings: float) -> list[Tensor]:

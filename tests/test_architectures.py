@@ -14,6 +14,7 @@ from helpers import (
     RULES,
     Architecture,
     Samples,
+    check_weights,
     expected_updates,
     floating_weights,
     merge,
@@ -22,15 +23,13 @@ from helpers import (
     reloaded,
     save,
     stored_tensors,
-    text_samples,
+    with_end,
 )
 from problems import relative_error
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
-
-TOLERANCE = 1e-4
 
 pytestmark = pytest.mark.filterwarnings("ignore:Version v4.12.0:FutureWarning")  # on the labels of EncoderDecoderModel
 
@@ -57,20 +56,6 @@ def build(name: str, folder: Path, count: int = 2, **settings: Any) -> tuple[Pre
     base = ARCHITECTURES[name].build(**settings)
     experts = [perturbed(base, 0.05, 1 + i) for i in range(count)]
     return base, experts, save(base, folder / "base"), [save(e, folder / f"e{i}") for i, e in enumerate(experts)]
-
-
-def check_weights(base: PreTrainedModel, merged: PreTrainedModel, updates: dict[str, Tensor]) -> None:
-    """Every weight is the base's plus its update; what has none is the base's own."""
-    before, after, tied = base.state_dict(), merged.state_dict(), merged.all_tied_weights_keys
-    assert after.keys() == before.keys()
-    for name, weight in after.items():
-        if name in tied:
-            assert merged.get_parameter(name) is merged.get_parameter(tied[name]), f"{name} is no longer tied"
-        elif name in updates:
-            error = relative_error(weight.double() - before[name].double(), updates[name])
-            assert error < TOLERANCE, f"{name}: off by {error:.2g}"
-        else:
-            assert torch.equal(weight, before[name]), f"{name} was changed"
 
 
 def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -135,7 +120,7 @@ def test_dtype_and_shards(name: str, tmp_path: Path) -> None:
     base, _, base_folder, folders = build(name, tmp_path)
     whole, shards = tmp_path / "whole", tmp_path / "shards"
     merge(base_folder, folders, ARCHITECTURES[name], whole)
-    merge(base_folder, folders, ARCHITECTURES[name], shards, dtype="bfloat16", max_shard_size="5KB")
+    merge(base_folder, folders, ARCHITECTURES[name], shards, dtype="bfloat16", max_shard_size="4KB")
     assert len(list(shards.glob("model-*.safetensors"))) > 2
     rounded = {k: t.bfloat16() if t.is_floating_point() else t for k, t in stored_tensors(whole).items()}
     assert same_tensors(stored_tensors(shards), rounded)
@@ -227,15 +212,15 @@ def test_without_targets_an_encoder_decoder_reads_what_it_writes(name: str, tmp_
     experts = [perturbed(base, 0.05, 1 + i) for i in range(2)]
     for model in (base, *experts):
         model.generation_config.update(forced_eos_token_id=None, max_length=33)
-        with torch.no_grad():  # prone to end early
-            model.get_output_embeddings().weight[2] *= 3
+        with torch.no_grad():  # so that some end early
+            model.get_output_embeddings().weight[2] *= 5
 
     def written(seed: int) -> Samples:
         rows = architecture.samples(seed)
         ids = [GenerationMixin.generate(experts[seed], **{k: v[None] for k, v in row.items()})[0] for row in rows]
         return pairs(rows, [{"decoder_input_ids": found} for found in ids])
 
-    assert len({len(row["decoder_input_ids"]) for seed in range(2) for row in written(seed)}) > 1
+    assert all(len({len(row["decoder_input_ids"]) for row in written(seed)}) > 1 for seed in range(2))
     merge(base, experts, architecture, tmp_path / "merged")
     explicit = replace(architecture, samples=written)
     check_weights(base, reloaded(base, tmp_path / "merged"), expected_updates(base, experts, explicit, RULES["esm"]))
@@ -257,11 +242,6 @@ def test_what_cannot_write_reads_its_source_again(name: str, model_class: str, t
 
     explicit = replace(architecture, samples=samples)
     check_weights(base, reloaded(base, tmp_path / "merged"), expected_updates(base, experts, explicit, RULES["esm"]))
-
-
-def with_end(seed: int) -> Samples:
-    """Texts with the end-of-sequence token that BART's classifier reads."""
-    return [{"input_ids": torch.cat([row["input_ids"], torch.tensor([2])])} for row in text_samples(seed)]
 
 
 def test_old_names_on_disk(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The demo at a small scale, and the pictures."""
 
 import json
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,12 @@ from hf_esm.evaluation import accuracy
 from hf_esm.plots import COLOURS, plot_task_scores
 
 
-SMALL = DemoSettings(base_steps=60, expert_steps=25, train_size=300, validation_size=100, width=32, layers=2)
+SMALL = DemoSettings(
+    base_steps=60, expert_steps=25, train_size=300, validation_size=100, test_size=150, width=32, layers=2
+)
+TINY = DemoSettings(
+    ("esm", "mean"), 12, 4, train_size=60, validation_size=20, test_size=60, num_proxies=8, width=16, layers=1
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def test_files_are_ordinary_checkpoints_and_results(ran):
     ]
     assert json.loads((folder / "results.json").read_text()) == results
     assert results["settings"]["width"] == 32 and results["seconds"] > 0
-    assert results["splits"] == {"train": 300, "validation": 100, "test": 1397}
+    assert results["splits"] == {"train": 300, "validation": 100, "test": 150}
     for task in TASKS:
         expert = AutoModelForImageClassification.from_pretrained(folder / "experts" / task.name)
         assert tuple(expert.config.id2label.values()) == task.labels
@@ -87,8 +94,8 @@ def test_scores_are_those_of_the_models_in_the_folder(ran):
 
 def test_reload_answers_as_body_and_head_put_together_by_hand(ran):
     folder, results, said = ran
-    assert results["reload"] == {"max_logit_difference": pytest.approx(0, abs=1e-6), "pictures": 5 * 1397}
-    assert "5 test pictures" in said and "differ in no logit by more than" in said
+    assert results["reload"] == {"max_logit_difference": pytest.approx(0, abs=1e-6), "pictures": 5 * 150}
+    assert "on 750 test pictures" in said and "differ in no logit by more than" in said
     data = load_digit_data(SMALL, seed=3)
     body = AutoModel.from_pretrained(folder / "merged", add_pooling_layer=False).eval()
     for task in TASKS:
@@ -122,19 +129,18 @@ def test_reload_difference_sees_a_head_that_is_not_the_experts(ran, tmp_path):
 
 
 def test_an_answer_that_differs_is_an_error(tmp_path, monkeypatch):
-    settings = DemoSettings(("esm",), 1, 1, train_size=40, validation_size=10, width=16, layers=1)
+    settings = replace(TINY, methods=("esm",))
     monkeypatch.setattr(demo, "reload_difference", lambda output, data: 0.1)
     with pytest.raises(HfEsmError, match="answers differently"):
         run_demo(tmp_path / "out", settings=settings, say=lambda line: None)
 
 
 def test_the_same_seed_gives_the_same_scores_and_replaces_the_folder(tmp_path, capfd):
-    settings = DemoSettings(("esm", "mean"), 12, 4, train_size=60, validation_size=20, width=16, layers=1)
-    first = run_demo(tmp_path / "out", seed=1, settings=settings)
+    first = run_demo(tmp_path / "out", seed=1, settings=TINY)
     printed = capfd.readouterr()
     torch.manual_seed(99)
-    again = run_demo(tmp_path / "out", seed=1, settings=settings, say=lambda line: None)
-    other = run_demo(tmp_path / "other", seed=2, settings=settings, say=lambda line: None)
+    again = run_demo(tmp_path / "out", seed=1, settings=TINY, say=lambda line: None)
+    other = run_demo(tmp_path / "other", seed=2, settings=TINY, say=lambda line: None)
     assert again["scores"] == first["scores"]
     assert other["scores"] != first["scores"]
     # Nothing but the demo's own lines: no bars, no reports of libraries.
@@ -162,7 +168,7 @@ def test_a_missing_package_is_named_before_anything_is_done(tmp_path, monkeypatc
     [
         (DemoSettings(methods=("esm", "magic")), "methods must be among"),
         (DemoSettings(methods=("mean",)), "with 'esm'"),
-        (DemoSettings(train_size=1700, validation_size=97), "must leave some"),
+        (DemoSettings(train_size=1700, validation_size=97, test_size=1), "There are 1797 digits"),
     ],
 )
 def test_settings_that_cannot_work(tmp_path, settings, message):
@@ -208,12 +214,12 @@ def test_picture_has_a_bar_for_every_score(tmp_path):
 
 
 def test_picture_leaves_pyplot_alone(tmp_path):
-    import matplotlib
-
-    before = matplotlib.rcParams._get_backend_or_none() if hasattr(matplotlib.rcParams, "_get_backend_or_none") else 0
-    plot_task_scores(SCORES, REFERENCE, tmp_path / "a.png", "Title")
-    after = matplotlib.rcParams._get_backend_or_none() if hasattr(matplotlib.rcParams, "_get_backend_or_none") else 0
-    assert before == after and "matplotlib.pyplot" not in sys.modules
+    code = (
+        "import sys; from hf_esm.plots import plot_task_scores; assert 'matplotlib' not in sys.modules;"
+        f"plot_task_scores({SCORES}, {REFERENCE}, {str(tmp_path / 'a.png')!r}, 'Title');"
+        "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_picture_errors_are_plain(tmp_path, monkeypatch):

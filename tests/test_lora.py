@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from helpers import VOCABULARY, Architecture, perturbed, save, text_samples
+from helpers import VOCABULARY, Architecture, perturbed, save, stored_tensors, text_samples
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from problems import relative_error
 from safetensors.torch import load_file, save_file
@@ -128,38 +129,35 @@ def train(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 def save_case(case: Case, folder: Path) -> SimpleNamespace:
     """A base, a full expert, an adapter, and what PEFT makes of the adapter, each in its own folder."""
     trained_on = case.architecture.build(**case.settings)
-    if case.base == "BertForMaskedLM":
-        # As bert-base-uncased is stored: a pooler that the class in its config does not have.
-        base = Architecture("BertForPreTraining", BERT.settings).build()
-        base.bert.load_state_dict(trained_on.bert.state_dict())
-        base.config.architectures = [case.base]
-        save(base, folder / "base")
+    # Like bert-base-uncased, a language model may hold a pooler that the class in its config does not have.
+    masked = case.base == "BertForMaskedLM"
+    base = case.architecture.build("BertForPreTraining" if masked else case.base or None)
+    body, own = (getattr(model, model.base_model_prefix, model) for model in (base, trained_on))
+    body.load_state_dict(own.state_dict())
+    save(base, folder / "base")
+    if masked:
         rewrite(folder / "base" / "config.json", architectures=[case.base])
-    else:
-        base = case.architecture.build(case.base or None)
-        body, own = getattr(base, base.base_model_prefix, base), getattr(trained_on, base.base_model_prefix, trained_on)
-        body.load_state_dict(own.state_dict())
-        save(base, folder / "base")
     save(perturbed(trained_on, 0.2, 1), folder / "full")
     train(trained_on, LoraConfig(r=4, lora_alpha=8, **case.config)).save_pretrained(folder / "adapter")
     unloaded = PeftModel.from_pretrained(copy.deepcopy(trained_on), folder / "adapter").merge_and_unload()
-    save(unloaded, folder / "unloaded")
-    return SimpleNamespace(base=folder / "base", adapter=folder / "adapter", full=folder / "full", unloaded=unloaded)
+    return SimpleNamespace(
+        base=folder / "base",
+        adapter=folder / "adapter",
+        full=folder / "full",
+        unloaded=Path(save(unloaded, folder / "unloaded")),
+        model=unloaded,
+    )
 
 
 def rewrite(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT, on tied weights and on configs that it cannot look up
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_an_adapter_merges_as_the_model_that_peft_makes_of_it(case, tmp_path):
     made = save_case(case, tmp_path)
-    base = weights(made.base)
+    base = stored_tensors(made.base)
     for method in case.methods:
         calibration = {"lora": text_samples(1), "full": text_samples(2)} if method == "esm" else None
         found, expected = (
@@ -170,15 +168,166 @@ def test_an_adapter_merges_as_the_model_that_peft_makes_of_it(case, tmp_path):
                 method=method,
                 progress=False,
             )
-            for expert in (made.adapter, tmp_path / "unloaded")
+            for expert in (made.adapter, made.unloaded)
         )
-        merged, literal = weights(found.output_dir), weights(expected.output_dir)
+        merged, literal = stored_tensors(found.output_dir), stored_tensors(expected.output_dir)
         assert merged.keys() == literal.keys() == base.keys()
         for name, weight in base.items():
             assert relative_error(merged[name] - weight, literal[name] - weight) < 1e-5, (method, name)
         assert any(not torch.equal(merged[name], weight) for name, weight in base.items())
     head = {live for name, live in found.plan.experts["lora"].names.items() if name in found.plan.heads.own["lora"]}
     assert {part for part in HEAD if any(part in live for live in head)} == set(case.own)
-    task_model, trained = found.load_task_model("lora"), made.unloaded.state_dict()
-    assert type(task_model) is type(made.unloaded)
+    task_model, trained = found.load_task_model("lora"), made.model.state_dict()
+    assert type(task_model) is type(made.model)
     assert all(torch.equal(task_model.state_dict()[live], trained[live]) for live in head)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return save_case(CASES["bert-on-its-body"], tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.fixture
+def made(classifier, tmp_path):
+    """A copy of the models of one case, to damage."""
+    shutil.copytree(classifier.base.parent, tmp_path, dirs_exist_ok=True)
+    return SimpleNamespace(base=tmp_path / "base", adapter=tmp_path / "adapter", full=tmp_path / "full")
+
+
+def settings(**changes: Any) -> Callable:
+    return lambda made: rewrite(made.adapter / "adapter_config.json", **changes)
+
+
+def tensors(change: Callable[[str, torch.Tensor], Any]) -> Callable:
+    """Replace every stored tensor; those that become None are left out."""
+
+    def damage(made):
+        path = made.adapter / "adapter_model.safetensors"
+        changed = {key: change(key, value) for key, value in load_file(path).items()}
+        save_file({key: value for key, value in changed.items() if value is not None}, path)
+
+    return damage
+
+
+def cut(made):
+    path = made.adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickled(made):
+    path = made.adapter / "adapter_model.safetensors"
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+
+
+def trained(architecture: Architecture, config: PeftConfig, **settings: Any) -> Callable:
+    """Another adapter in its place."""
+
+    def replace(made):
+        shutil.rmtree(made.adapter)
+        train(architecture.build(**settings), config).save_pretrained(made.adapter)
+
+    return replace
+
+
+def on_base(architecture: Architecture, model_class: str, config: dict[str, Any]) -> Callable:
+    """Another base in its place, and an adapter and an expert for it."""
+
+    def replace(made):
+        for folder in (made.base, made.full):
+            shutil.rmtree(folder)
+        save(architecture.build(model_class), made.base)
+        save(perturbed(architecture.build(), 0.1, 1), made.full)
+        trained(architecture, LoraConfig(**config))(made)
+
+    return replace
+
+
+QUANTISED = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+AGAIN = "again"
+UNLOAD = "merge_and_unload()"
+OTHER_BASE = "trained on another base"
+REFUSED = {
+    "pissa": (settings(init_lora_weights="pissa_niter_4"), ["'pissa_niter_4'", "path_initial_model_for_weight_conv"]),
+    "olora": (settings(init_lora_weights="olora"), ["'olora'", "path_initial_model_for_weight_conversion"]),
+    "ia3": (trained(BERT, IA3Config(task_type="SEQ_CLS")), ["IA3", UNLOAD]),
+    "unknown-type": (settings(peft_type="ESSENTIAL"), ["adapter_config.json", "ESSENTIAL", "Upgrade peft"]),
+    "broken-config": (lambda made: (made.adapter / "adapter_config.json").write_text("{"), ["adapter_config.json"]),
+    "tokens": (settings(trainable_token_indices=[3]), ["trainable_token_indices", UNLOAD]),
+    "activated": (settings(task_type="CAUSAL_LM", alora_invocation_tokens=[3]), ["alora_invocation_tokens", UNLOAD]),
+    "cut-short": (cut, ["cannot be read", AGAIN]),
+    "no-file": (lambda made: (made.adapter / "adapter_model.safetensors").unlink(), ["adapter_model.safetensors"]),
+    "pickled": (pickled, ["adapter_model.bin", "allow_pickle=True"]),
+    "half-an-update": (tensors(lambda key, value: None if "lora_B" in key else value), ["lora_B", AGAIN]),
+    "no-head": (tensors(lambda key, value: None if "classifier" in key else value), ["classifier", AGAIN]),
+    "not-finite": (tensors(lambda key, value: value / 0 if "query" in key else value), ["query.weight", "NaN", AGAIN]),
+    "no-update": (tensors(lambda key, value: value * ("lora_B" not in key)), ["equals the base", "Leave it out"]),
+    "other-width": (trained(BERT, LoraConfig(**CLASSIFY), hidden_size=32), ["size mismatch", "lora_A", OTHER_BASE]),
+    "other-depth": (trained(BERT, LoraConfig(**CLASSIFY), num_hidden_layers=2), ["layer.1", OTHER_BASE]),
+    "other-architecture": (trained(GPT2, LoraConfig(**CONV1D)), ["c_attn", OTHER_BASE]),
+    "no-such-task": (settings(task_type="SEQ_2_SEQ_LM"), ["SEQ_2_SEQ_LM", "bert", OTHER_BASE]),
+    "tied-head": (
+        on_base(GPT2, "GPT2LMHeadModel", {**CONV1D, "target_modules": ["lm_head"]}),
+        ["'lm_head.weight'", "tied to 'transformer.wte.weight'", UNLOAD],
+    ),
+    "head-nowhere": (on_base(LLAMA, "LlamaModel", GENERATE), ["lm_head.weight", "the adapter was trained on"]),
+    "quantised-base": (lambda made: rewrite(made.base / "config.json", **QUANTISED), ["base (", "dequantize()"]),
+    "quantised-expert": (lambda made: rewrite(made.full / "config.json", **QUANTISED), ["'full'", "dequantize()"]),
+    "as-base": (lambda made: {"base": made.adapter}, ["base (", "the base must be a full model"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("damage", "says"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_sound_lora_update_of_the_base_is_refused(damage, says, made, tmp_path, monkeypatch):
+    forbid_calibration(monkeypatch)
+    changes = damage(made) or {}
+    experts = {"lora": made.adapter, "full": made.full}
+    calibration = {task: text_samples(1) for task in experts}
+    arguments = {
+        "base": made.base,
+        "experts": experts,
+        "calibration": calibration,
+        "output_dir": str(tmp_path / "out"),
+    }
+    named = [] if says[0] in ("base (", "'full'") else [f"expert 'lora' ({made.adapter})"]
+    assert_refused(tmp_path, [*named, *says], {**arguments, **(changes if isinstance(changes, dict) else {})})
+
+
+def test_a_pickled_adapter_is_read_where_that_is_allowed(made):
+    stored = load_file(made.adapter / "adapter_model.safetensors")
+    pickled(made)
+    base = open_checkpoint(resolve_source(made.base, "base"))
+    found = open_checkpoint(resolve_source(made.adapter, "lora", allow_pickle=True), base)
+    assert torch.equal(found.tensor("classifier.bias"), stored["base_model.model.classifier.bias"])
+
+
+def test_an_adapter_is_an_update_in_float32_and_writes_no_copy_of_the_model(classifier, tmp_path, monkeypatch):
+    """Over a base in bfloat16 too, whose precision is far below that of the update."""
+    live = BertModel.from_pretrained(classifier.base, dtype=torch.bfloat16)
+    save(live, tmp_path / "base")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = snapshot(tmp_path), snapshot(classifier.base.parent)
+    stored = load_file(classifier.adapter / "adapter_model.safetensors")
+    for base in (live, tmp_path / "base"):
+        opened = open_checkpoint(resolve_source(base, "base"))
+        found = open_checkpoint(resolve_source(classifier.adapter, "lora"), opened)
+        assert all(parameter.is_meta for parameter in found.skeleton.parameters())
+        for name in opened.names:
+            update = found.update(name, opened.tensor(name))
+            path = f"base_model.model.bert.{name.removesuffix('.weight')}"
+            if f"{path}.lora_A.weight" in stored:
+                expected = 2 * stored[f"{path}.lora_B.weight"] @ stored[f"{path}.lora_A.weight"]
+                assert update.dtype == torch.float32
+                assert relative_error(update, expected) < 1e-6, name
+            else:
+                assert not update.any(), name
+        assert found.load_model().dtype == torch.bfloat16
+    assert (snapshot(tmp_path), snapshot(classifier.base.parent)) == before
+
+
+def test_a_base_of_another_name_than_the_adapter_was_trained_on_is_mentioned(made):
+    rewrite(made.adapter / "adapter_config.json", base_model_name_or_path="me/another-bert")
+    plan = merge_models(made.base, {"lora": made.adapter, "full": made.full}, dry_run=True)
+    assert any("'lora'" in warning and "me/another-bert" in warning for warning in plan.warnings)
+    assert "LoRA adapter" in str(plan)

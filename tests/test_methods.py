@@ -12,15 +12,21 @@ from hf_esm.methods import METHODS, Stack, describe_method, resolve_method
 from hf_esm.methods.singular_vectors import merge_singular_vectors
 
 
+PLAIN = {"gamma": 0.15, "shrinkage": 0.0, "keep_singular_values": False, "match_norm": False}  # as published
 SETTINGS = {
     "default": {},
-    "no-gamma": {"gamma": 0.0},
-    "large-gamma": {"gamma": 0.7},
-    "task": {"task_exponent": 2.0},
-    "dimension": {"dimension_exponent": 2.0},
-    "factor": {"factor": 2.0},
-    "no-gamma-odd-exponents": {"gamma": 0.0, "task_exponent": 0.5, "dimension_exponent": 1.5},
-    "all": {"task_exponent": 2.0, "dimension_exponent": 2.0, "factor": 2.0},
+    "gamma": {"gamma": 0.7},
+    "exponents": {"gamma": 0.15, "task_exponent": 0.5, "dimension_exponent": 1.5, "factor": 2.0},
+    "no-match": {"match_norm": False, "task_exponent": 2.0},
+    "strong-shrinkage": {"shrinkage": 3.0},
+    "no-shrinkage": {"shrinkage": 0.0},
+    "published": PLAIN,
+    "published-no-gamma": PLAIN | {"gamma": 0.0},
+    "published-task": PLAIN | {"task_exponent": 2.0},
+    "published-dimension": PLAIN | {"dimension_exponent": 2.0},
+    "published-odd-exponents": PLAIN | {"gamma": 0.0, "task_exponent": 0.5, "dimension_exponent": 1.5},
+    "published-all": PLAIN | {"task_exponent": 2.0, "dimension_exponent": 2.0, "factor": 2.0},
+    "published-shrunk-and-matched": PLAIN | {"shrinkage": 0.3, "match_norm": True},
 }
 settings = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
@@ -39,9 +45,10 @@ def test_esm_is_the_formula(seed, shape, settings):
         merged = EssentialMerge(**settings).merge(stack(deltas, [route(x) for x in inputs]))
         assert relative_error(merged.delta, expected) < 1e-4, route.__name__
         assert (merged.how, merged.delta.dtype) == ("esm", torch.float32)
-    rank = shape[1] // shape[3]
+    made = EssentialMerge(**settings)
+    rank = (min(deltas[0].shape) if made.keep_singular_values else shape[1]) // shape[3]
     for kept, delta, x in zip(merged.info["energy_kept"], deltas, inputs, strict=True):
-        squares = torch.linalg.svdvals(x.double() @ delta.double().T).square()
+        squares = torch.linalg.svdvals(reference.shrink(x, made.shrinkage) @ delta.double().T).square()
         assert kept == pytest.approx(float(squares[:rank].sum() / squares.sum()), rel=1e-5)
 
 
@@ -106,7 +113,7 @@ DEGENERATE = {  # what becomes of ordinary updates and inputs
 @pytest.mark.parametrize("case", DEGENERATE)
 def test_degenerate_inputs_give_the_formula_on_the_numerical_range(seed, shape, case):
     deltas, inputs = DEGENERATE[case](*random_problem(seed, shape))
-    for settings in ({}, SETTINGS["no-gamma"], SETTINGS["all"]):
+    for settings in ({}, PLAIN, SETTINGS["exponents"], SETTINGS["published-all"]):
         expected = reference.esm(deltas, inputs, **settings)
         assert expected.isfinite().all()
         for route in (exact, streamed):
@@ -176,10 +183,13 @@ def test_alpha_multiplies_every_update_of_the_simple_methods(method, size):
 
 PRESETS = {
     "esm": {
-        "gamma": 0.15,
+        "gamma": 0.0,
         "task_exponent": 0.0,
         "dimension_exponent": 0.0,
         "layer_exponent": 0.0,
+        "shrinkage": 0.1,
+        "keep_singular_values": True,
+        "match_norm": True,
         "factor": 1.0,
         "stack_shared_inputs": False,
         "keep_fallback_scale": False,
@@ -187,16 +197,22 @@ PRESETS = {
     },
 }
 # Steps 3 and 8 only; both polar factors of the TSV-M fallback keep their scale; α multiplies everything.
-PRESETS["esm-roberta"] = PRESETS["esm"] | {"layer_exponent": 2.0, "keep_fallback_scale": True, "scale_all": True}
+PRESETS["esm-roberta"] = (
+    PRESETS["esm"] | PLAIN | {"layer_exponent": 2.0, "keep_fallback_scale": True, "scale_all": True}
+)
 # Steps 3, 4 and 8, factor 2, q, k and v as one weight; α multiplies everything.
-PRESETS["esm-vit"] = PRESETS["esm"] | {
-    "task_exponent": 2.0,
-    "dimension_exponent": 2.0,
-    "layer_exponent": 2.0,
-    "factor": 2.0,
-    "stack_shared_inputs": True,
-    "scale_all": True,
-}
+PRESETS["esm-vit"] = (
+    PRESETS["esm"]
+    | PLAIN
+    | {
+        "task_exponent": 2.0,
+        "dimension_exponent": 2.0,
+        "layer_exponent": 2.0,
+        "factor": 2.0,
+        "stack_shared_inputs": True,
+        "scale_all": True,
+    }
+)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,6 +1,8 @@
 """Weights as matrices, and both passes of a merge on weights in memory, against the literal formulas."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from inspect import signature
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +38,7 @@ def test_a_parameter_is_its_matrices_and_back(shape, linear, written_out):
     weight = torch.randn(shape)
     matrices = to_matrices(weight, linear)
     assert all(torch.equal(*pair) for pair in zip(matrices, written_out(weight), strict=True))
-    again = from_matrices([matrix.clone() for matrix in matrices], linear)
+    again = from_matrices([matrix.contiguous() for matrix in matrices], linear)
     assert torch.equal(again, weight)
     assert again.is_contiguous()
 
@@ -120,8 +122,9 @@ class Memory(Checkpoint):
 
 QKV = [f"layer.{i}.attn.{name}.weight" for i in range(2) for name in "qkv"]
 UP = [f"layer.{i}.up.weight" for i in range(2)]  # stored transposed
+GATE = "layer.0.gate.weight"  # reads what q, k and v read, but is not one of them
 EXPERTS, EMBEDDING, BIAS, LOGIT, COUNT = "layer.0.experts", "embedding.weight", "layer.0.bias", "logit_scale", "steps"
-LINEAR = {name: LinearMap(name, name.removesuffix(".weight")) for name in QKV}
+LINEAR = {name: LinearMap(name, name.removesuffix(".weight")) for name in [*QKV, GATE]}
 LINEAR |= {name: LinearMap(name, name.removesuffix(".weight"), transposed=True) for name in UP}
 LINEAR[EXPERTS] = LinearMap(EXPERTS, "layer.0", slices=2)
 TASKS = ["a", "b", "c"]
@@ -130,7 +133,7 @@ TASKS = ["a", "b", "c"]
 def small_models(seed, dtype):
     """A base and three experts with every kind of weight, and the inputs of calibrated maps by task and weight."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = dict.fromkeys(QKV, (8, 10)) | dict.fromkeys(UP, (10, 14))
+    shapes = dict.fromkeys([*QKV, GATE], (8, 10)) | dict.fromkeys(UP, (10, 14))
     shapes |= {EXPERTS: (2, 6, 10), EMBEDDING: (20, 10), BIAS: (14,), LOGIT: ()}
     base = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     base[COUNT] = torch.tensor(3)
@@ -140,7 +143,7 @@ def small_models(seed, dtype):
         tuned = {name: (base[name] + noise[name]).to(dtype) for name in shapes}
         experts[task] = Memory(tuned | {COUNT: torch.tensor(4)}, LINEAR)
         shared = [random_problem(seed + len(inputs) + i, (30, 1, 10, 2))[1] for i in range(2)]
-        inputs[task] = {name: shared[int(name.split(".")[1])][0] for name in QKV}
+        inputs[task] = {name: shared[int(name.split(".")[1])][0] for name in [*QKV, GATE]}
         inputs[task] |= {name: shared[int(name.split(".")[1])][1] for name in UP}
     return Memory(base, LINEAR), experts, inputs
 
@@ -156,7 +159,7 @@ def merged_weights(folder, method, base, experts, inputs, alpha, world_size):
     statistics = dict.fromkeys(experts)
     for task, found in inputs.items():
         keys = {name: f"{name.rpartition('.')[0].rpartition('.')[0]}.q.weight" for name in QKV}
-        keys |= {name: name for name in UP}
+        keys |= {name: name for name in UP} | {GATE: QKV[0]}
         entries = {key: streamed(found[key]) for key in set(keys.values())}
         statistics[task] = ActivationStatistics(entries, keys)
     reports = {}
@@ -184,13 +187,14 @@ def expected_weights(settings, base, experts, inputs, alpha, stacked, calibrated
         for name, weight in base.tensors.items()
         if weight.is_floating_point()
     }
-    x = {name: [found[name] for found in inputs.values()] for name in QKV + UP} if calibrated else {}
+    x = {name: [found[name] for found in inputs.values()] for name in [*QKV, *UP, GATE]} if calibrated else {}
     merged = {name: reference.merge_weight(deltas[name], None, keep_scale) for name in (EMBEDDING, BIAS, LOGIT)}
     slices = [[delta[i] for delta in deltas[EXPERTS]] for i in range(2)]
     merged[EXPERTS] = torch.stack([reference.tsv_m(found, keep_scale) for found in slices])
     for name in UP:
         turned = [delta.T for delta in deltas[name]]
         merged[name] = reference.merge_weight(turned, x.get(name), keep_scale, **settings).T
+    merged[GATE] = reference.merge_weight(deltas[GATE], x.get(GATE), keep_scale, **settings)
     norms = {}
     for names in (QKV[:3], QKV[3:]):
         if stacked and calibrated:
@@ -223,11 +227,14 @@ METHODS = {  # method: what it says of the formulas
 def test_merged_weights_are_the_formulas(seed, method, rules, dtype, calibrated, world_size, threads, tmp_path):
     base, experts, inputs = small_models(seed, dtype)
     rules = {"stacked": False, "keep_scale": False, "scale_all": False, "exponent": 0.0} | rules
-    settings = {name: getattr(method, name) for name in ("gamma", "task_exponent", "dimension_exponent", "factor")}
+    settings = {
+        name: getattr(method, name) for name in signature(reference.esm).parameters.keys() - {"deltas", "inputs"}
+    }
     used = inputs if calibrated else {}
     with torch_threads(threads):
         found, reports = merged_weights(tmp_path, method, base, experts, used, 0.7, world_size)
-        assert torch.get_num_threads() == threads
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == torch.get_num_threads() == threads
     expected, norms = expected_weights(settings, base, experts, inputs, 0.7, calibrated=calibrated, **rules)
     for name, weight in expected.items():
         start = base.tensors[name].double()

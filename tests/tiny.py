@@ -26,7 +26,7 @@ BERT = Architecture(
     },
 )
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = "a bad dull film fine good is it not one plot so the two was".split()
+WORDS = ["a", "bad", "dull", "film", "fine", "good", "is", "it", "not", "one", "plot", "so", "the", "two", "was"]
 SENTENCES = ["the film was good", "dull plot", "it is a fine film so fine", "bad", "one good plot is not two", "so so"]
 
 
@@ -51,7 +51,9 @@ def save_models(folder: Path) -> SimpleNamespace:
 
 def forbid_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, an expert that is run over its samples fails the test."""
-    monkeypatch.setattr("hf_esm.inputs.collect_statistics", lambda *_, **__: pytest.fail("calibrated before the check"))
+    monkeypatch.setattr(
+        "hf_esm.inputs.collect_statistics", lambda *_, **__: pytest.fail("calibrated before the check")
+    )
 
 
 def assert_refused(folder: Path, says: list[str], arguments: dict[str, Any], merge: Callable = merge_models) -> None:

@@ -9,27 +9,12 @@ import torch
 from helpers import perturbed
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tiny import WORDS, save_tokenizer
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 
-WORDS = [f"w{i}" for i in range(50)]
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LABELS = {"a": ["no", "yes"], "b": ["cold", "mild", "hot"], "c": ["left", "right", "up", "down"]}
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(SPECIAL + WORDS)}, "[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(
-        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, model_max_length=32, **dict(zip(names, SPECIAL, strict=True))
-    )
 
 
 def texts(seed: int, count: int = 9) -> list[str]:
@@ -84,7 +69,7 @@ def write_models(folder: Path, vocabulary: int = 64, base_name: Optional[str] = 
     for seed, task in enumerate(LABELS, start=1):
         perturbed(classifier(base, task), 0.05, seed).save_pretrained(folder / task)
     for name in ("base", *LABELS):
-        tokenizer().save_pretrained(folder / name)
+        save_tokenizer(folder / name)
     lora_adapter(base, "c", base_name or str(folder / "base")).save_pretrained(folder / "c-lora")
     return folder
 

@@ -97,8 +97,7 @@ class LoraCheckpoint(Checkpoint):
             weights = load_peft_weights(str(self.folder), device="cpu")
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise HfEsmError(
-                f"{self.title}: the adapter's weights in {self.folder} cannot be read ({error}). Copy or download them "
-                "again."
+                f"{self.title}: the adapter's weights cannot be read ({error}). Copy or download them again."
             ) from None
         return {key: value.float() if ".lora_" in key else value for key, value in weights.items()}
 
@@ -150,8 +149,8 @@ class LoraCheckpoint(Checkpoint):
             raise HfEsmError(f"{self.title}: its file lacks {error}. Save or download the adapter again.") from None
         except (ValueError, RuntimeError) as error:
             raise HfEsmError(f"{self.title} does not fit: {' '.join(str(error).split())} {other}") from None
-        # With `bias="all"` PEFT stores the biases of saved modules twice.
-        unexpected = [k for k in outcome.unexpected_keys if k.replace(".modules_to_save.", ".") not in weights]
+        # With `bias="all"` PEFT stores the biases of saved modules a second time.
+        unexpected = [key for key in outcome.unexpected_keys if ".modules_to_save." not in key]
         if unexpected:
             raise HfEsmError(f"{self.title}: the model has no place for {unexpected[:3]}. {other}")
         absent = [key for key, tensor in model.state_dict().items() if ".lora_" in key and tensor.is_meta]

@@ -135,7 +135,10 @@ class LiveCheckpoint(Checkpoint):
     def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> "LiveCheckpoint":
         view, skeleton = copy.copy(self), build_skeleton(model_class, config)
         state, expected = skeleton.state_dict(), canonical_names(skeleton)
-        view.names = {n: live for n, live in self.names.items() if n in expected and self.shape(n) == state[expected[n]].shape}
+        fits = {
+            name for name, live in expected.items() if name in self.names and self.shape(name) == state[live].shape
+        }
+        view.names = {name: live for name, live in self.names.items() if name in fits}
         view.missing = [name for name in expected if name not in view.names]
         return view
 
@@ -186,8 +189,8 @@ class FolderCheckpoint(Checkpoint):
         for name in self._misfits:
             described = tuple(self.skeleton.state_dict()[self.names[name]].shape)
             raise HfEsmError(
-                f"{self.title}: weight '{self.names[name]}' is {self.shape(name)} in the file, but its own config.json "
-                f"describes {described}. Save the model again with `save_pretrained`."
+                f"{self.title}: weight '{self.names[name]}' is {self.shape(name)} in the file, but its own "
+                f"config.json describes {described}. Save the model again with `save_pretrained`."
             )
 
     def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> "FolderCheckpoint":

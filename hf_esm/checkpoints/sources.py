@@ -48,8 +48,8 @@ class ModelSource:
 
     def _has_weights(self) -> bool:
         """Whether a full model stands there; of a Hub model, only small files were fetched so far."""
-        stored = (path for pattern in ("model*.safetensors*", "pytorch_model*.bin*") for path in self.folder.glob(pattern))
-        return any(stored) or (self.repo_id is not None and (self.folder / "config.json").is_file())
+        stored = any(any(self.folder.glob(names)) for names in ("model*.safetensors*", "pytorch_model*.bin*"))
+        return stored or (self.repo_id is not None and (self.folder / "config.json").is_file())
 
     @property
     def record(self) -> Any:

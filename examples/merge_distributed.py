@@ -1,0 +1,39 @@
+"""Merge on several processes: each runs its share of the calibration samples and merges its share of the weights.
+
+    accelerate launch --num_processes 4 examples/merge_distributed.py --base bert-base-uncased \
+        --expert sst2=me/bert-sst2 mrpc=me/bert-mrpc-lora --calibration sst2=sst2.txt mrpc=mrpc.jsonl --output-dir merged
+
+Any machine that `accelerate config` describes will do; with --cpu, one without accelerators. For a recipe no script is
+needed: `accelerate launch --num_processes 4 -m hf_esm.cli merge recipe.yaml`.
+"""
+
+import argparse
+
+from accelerate import Accelerator
+
+from hf_esm import merge_models
+
+
+def pair(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    return name, value
+
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--base", required=True, help="Hub id or folder")
+parser.add_argument("--expert", nargs="+", type=pair, required=True, metavar="TASK=MODEL", help="Hub ids or folders")
+parser.add_argument(
+    "--calibration", nargs="+", type=pair, required=True, metavar="TASK=FILE", help="unlabelled samples"
+)
+parser.add_argument("--output-dir", required=True, help="folder to write")
+given = parser.parse_args()
+
+accelerator = Accelerator()
+result = merge_models(
+    given.base,
+    dict(given.expert),
+    calibration=dict(given.calibration),
+    output_dir=given.output_dir,
+    accelerator=accelerator,
+)
+accelerator.print(result)  # the result is the same on every process; the main process alone writes

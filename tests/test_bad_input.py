@@ -1,0 +1,374 @@
+"""What cannot be merged is refused before any long work, in one message that names it and says what to do."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import perturbed, save, stored_tensors, text_samples
+from safetensors.torch import load_file, save_file
+from tiny import BERT, SENTENCES, assert_refused, forbid_calibration, save_models, save_tokenizer, snapshot
+from transformers import AutoModel, DistilBertConfig, DistilBertModel
+
+from hf_esm import ActivationStatistics, calibrate, load_task_model, merge_models
+from hf_esm.statistics import InputStatistics
+
+
+WEIGHT = "bert.encoder.layer.0.output.dense.weight"
+BODY_WEIGHT = WEIGHT.removeprefix("bert.")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_models(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def models(saved, tmp_path):
+    """A copy of the saved models, to damage."""
+    shutil.copytree(saved.folder, tmp_path, dirs_exist_ok=True)
+    return SimpleNamespace(folder=tmp_path, **{task: tmp_path / task for task in ("base", "left", "right")})
+
+
+def arguments(models: SimpleNamespace, **changes: Any) -> dict[str, Any]:
+    experts = {"left": models.left, "right": models.right}
+    calibration = {"left": text_samples(1), "right": text_samples(2)}
+    given = {"base": models.base, "experts": experts, "calibration": calibration}
+    return {**given, "output_dir": str(models.folder / "merged"), **changes}
+
+
+def tensors(place: str, change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable:
+    """Change the stored tensors of one model."""
+
+    def damage(models):
+        path = models.folder / place / "model.safetensors"
+        stored = load_file(path)
+        change(stored)
+        save_file(stored, path, {"format": "pt"})
+
+    return damage
+
+
+def without(name: str) -> Callable:
+    return lambda stored: stored.pop(name)
+
+
+def holding(name: str, value: float) -> Callable:
+    return lambda stored: stored[name].view(-1)[3:4].fill_(value)
+
+
+def instead(build: Callable[[], Any]) -> Callable:
+    """Another model in place of the right expert."""
+
+    def damage(models):
+        shutil.rmtree(models.right)
+        save(build(), models.right)
+
+    return damage
+
+
+def resized() -> Any:
+    model = BERT.build()
+    model.resize_token_embeddings(64)
+    return model
+
+
+def cut(name: str, length: int) -> Callable:
+    """Keep a part of a file alone."""
+
+    def damage(models):
+        path = models.folder / name
+        path.write_bytes(path.read_bytes()[:length])
+
+    return damage
+
+
+def sharded(models):
+    AutoModel.from_pretrained(models.base).save_pretrained(models.base, max_shard_size="4KB")
+    (models.base / "model.safetensors").unlink(missing_ok=True)
+
+
+def shard_lost(models):
+    sharded(models)
+    (models.base / "model-00002-of-00008.safetensors").unlink()
+
+
+def index_broken(models):
+    sharded(models)
+    (models.base / "model.safetensors.index.json").write_text("{")
+
+
+def pickled(models):
+    torch.save(load_file(models.right / "model.safetensors"), models.right / "pytorch_model.bin")
+    (models.right / "model.safetensors").unlink()
+
+
+def tokenized(**changes: Any) -> Callable:
+    """Calibration samples for a tokenizer that is there."""
+
+    def damage(models):
+        save_tokenizer(models.base)
+        return changes
+
+    return damage
+
+
+def options(**changes: Any) -> Callable:
+    return lambda models: changes
+
+
+def calibration(left: Any, **changes: Any) -> Callable:
+    return options(calibration={"left": left, "right": text_samples(2)}, **changes)
+
+
+def statistics_of(width: int, name: str = BODY_WEIGHT) -> ActivationStatistics:
+    entry = InputStatistics(torch.randn(4, width), torch.randn(width), 4)
+    return ActivationStatistics({name: entry}, {name: name})
+
+
+def labelled(label: Any, **changes: Any) -> Callable:
+    rows = [{"input_ids": [5, 6, 7], **({} if label is None else {"label": label})}]
+    return options(alpha="auto", validation={"left": rows, "right": [{"input_ids": [5], "label": 0}]}, **changes)
+
+
+def full_disk(models):
+    usage = shutil.disk_usage(models.folder)
+    return {"monkeypatch": ("shutil.disk_usage", lambda path: usage._replace(free=1000))}
+
+
+LEFT, RIGHT = "expert 'left'", "expert 'right'"
+OF_LEFT = "calibration of 'left'"
+NAME_RULE = "use letters, digits, '.', '_' and '-'"
+REFUSED = {
+    # The models.
+    "another-architecture": (
+        instead(
+            lambda: DistilBertModel(DistilBertConfig(vocab_size=60, dim=16, n_layers=1, n_heads=2, hidden_dim=24))
+        ),
+        [RIGHT, "distilbert", "must be fine-tunes"],
+    ),
+    "other-shapes": (instead(lambda: BERT.build(hidden_size=32)), [RIGHT, "word_embeddings", "must be fine-tunes"]),
+    "deeper": (
+        instead(lambda: BERT.build(num_hidden_layers=2)),
+        [RIGHT, "encoder.layer.1.", "fine-tune of this base"],
+    ),
+    "shallower": (
+        lambda models: [
+            save(BERT.build(num_hidden_layers=2), models.folder / name) for name in ("base", "left")
+        ].clear(),
+        [RIGHT, "encoder.layer.1.", "fine-tune of this base"],
+    ),
+    "vocabulary-resized": (instead(resized), [RIGHT, "word_embeddings", "64 rows", "resize_token_embeddings"]),
+    "weights-missing": (tensors("right", without(WEIGHT)), [RIGHT, BODY_WEIGHT, "save_pretrained"]),
+    "head-missing": (tensors("right", without("classifier.weight")), [RIGHT, "classifier.weight", "save_pretrained"]),
+    "weights-missing-in-base": (tensors("base", without(BODY_WEIGHT)), ["base (", BODY_WEIGHT, "save_pretrained"]),
+    "nan": (tensors("right", holding(WEIGHT, float("nan"))), [RIGHT, WEIGHT, "NaN", "again"]),
+    "infinite": (tensors("right", holding(WEIGHT, float("-inf"))), [RIGHT, WEIGHT, "infinite", "again"]),
+    "nan-in-base": (tensors("base", holding(BODY_WEIGHT, float("nan"))), ["base (", BODY_WEIGHT, "again"]),
+    "nan-in-head": (
+        tensors("right", holding("classifier.weight", float("nan"))),
+        [RIGHT, "classifier.weight", "again"],
+    ),
+    "equals-the-base": (
+        lambda models: {"experts": {"left": models.left, "right": models.base}},
+        [RIGHT, "equals the base", "Leave it out"],
+    ),
+    "pickle-only": (pickled, [RIGHT, "pytorch_model.bin", "allow_pickle=True"]),
+    "cut-short": (cut("right/model.safetensors", 5000), [RIGHT, "model.safetensors", "again"]),
+    "cut-in-the-header": (cut("right/model.safetensors", 6), [RIGHT, "model.safetensors", "again"]),
+    "empty-file": (cut("base/model.safetensors", 0), ["base (", "model.safetensors", "again"]),
+    "shard-lost": (shard_lost, ["base (", "model-00002-of-00008.safetensors", "again"]),
+    "index-broken": (index_broken, ["base (", "model.safetensors.index.json", "again"]),
+    "config-broken": (cut("right/config.json", 20), [RIGHT, "config.json", "cannot be used"]),
+    "no-such-folder": (
+        lambda models: {"experts": {"left": models.left, "right": "./nowhere"}},
+        [RIGHT, "./nowhere", "no such folder"],
+    ),
+    "no-model-in-folder": (lambda models: {"base": models.folder}, ["base (", "no config.json"]),
+    "no-model-at-all": (options(base=None), ["base", "expected a Hub id, a folder or a live model"]),
+    # The experts.
+    "one-expert": (lambda models: {"experts": {"left": models.left}, "calibration": {}}, ["at least two", "left"]),
+    "no-expert": (options(experts={}, calibration={}), ["at least two"]),
+    "a-task-twice": (
+        lambda models: {"experts": [("left", models.left), ("left", models.right)]},
+        ["'left'", "a name of its own"],
+    ),
+    "a-folder-twice": (lambda models: {"experts": [models.left, models.left]}, ["'left'", "a name of its own"]),
+    "experts-as-one-string": (options(experts="me/model"), ["experts", "'me/model'", "by task name"]),
+    "live-experts-unnamed": (
+        lambda models: {"experts": [AutoModel.from_pretrained(models.left), models.right]},
+        ["BertModel", "by task name"],
+    ),
+    **{
+        f"task-named-{name!r}": (
+            lambda models, name=name: {"experts": {name: models.left, "right": models.right}, "calibration": {}},
+            [repr(name), NAME_RULE],
+        )
+        for name in ("me/sst2", "", "base", "..", "a b", "a\n")
+    },
+    # The data.
+    "calibration-of-an-unknown-task": (options(calibration={"up": text_samples(1)}), ["calibration", "'up'", "left"]),
+    "validation-of-an-unknown-task": (options(validation={"up": []}), ["validation", "'up'", "left, right"]),
+    "scores-of-an-unknown-task": (options(score_fn={"up": len}), ["score_fn", "'up'", "left, right"]),
+    "no-calibration": (options(calibration=None), [LEFT, "unlabelled inputs", "'tsv-m'"]),
+    "calibration-of-one-task": (
+        options(calibration={"left": text_samples(1)}),
+        [RIGHT, "unlabelled inputs", "'tsv-m'"],
+    ),
+    "empty-calibration": (calibration([]), [OF_LEFT, "no samples"]),
+    "all-padding": (
+        calibration([*text_samples(1), {"input_ids": [5, 6], "attention_mask": [0, 0]}], num_samples=0),
+        [OF_LEFT, "sample 7", "Leave it out"],
+    ),
+    "samples-of-two-kinds": (
+        calibration([{"input_ids": [5, 6]}, {"input_ids": [5, 6], "token_type_ids": [0, 0]}]),
+        [OF_LEFT, "sample 1", "token_type_ids"],
+    ),
+    "ready-inputs-and-text": (calibration([{"input_ids": [5, 6]}, "good"]), [OF_LEFT, "sample 1", "input_ids"]),
+    "ready-inputs-that-are-words": (calibration([{"input_ids": ["good"]}]), [OF_LEFT, "sample 0", "input_ids"]),
+    "token-outside-the-vocabulary": (calibration([{"input_ids": [5, 60]}]), [OF_LEFT, "sample 0", "60", "tokenizer"]),
+    "unknown-columns": (
+        tokenized(calibration={task: [{"sentence": text} for text in SENTENCES] for task in ("left", "right")}),
+        [OF_LEFT, "sentence", "columns="],
+    ),
+    "unknown-role-of-a-column": (options(columns={"txt": "sentence"}), ["columns", "'txt'", "text_pair"]),
+    "not-a-sample": (tokenized(calibration={"left": [1, 2], "right": [3]}), [OF_LEFT, "int", "give strings"]),
+    "no-tokenizer": (calibration(SENTENCES), [OF_LEFT, "no tokenizer", "processor="]),
+    "no-such-file": (calibration("nowhere.jsonl"), [OF_LEFT, "nowhere.jsonl", "no file"]),
+    "statistics-of-another-width": (calibration(statistics_of(32)), ["'left'", BODY_WEIGHT, "32", "Calibrate again"]),
+    "statistics-of-another-model": (calibration(statistics_of(16, "h.0.w")), ["'left'", "h.0.w", "Calibrate again"]),
+    # Where it goes.
+    "output-exists": (
+        lambda models: (models.folder / "merged").mkdir(),
+        ["merged exists", "Choose another output_dir", "overwrite=True"],
+    ),
+    "output-is-an-expert": (
+        lambda models: {"output_dir": str(models.right), "overwrite": True},
+        [RIGHT, "output_dir", "Choose another"],
+    ),
+    "output-holds-the-base": (
+        lambda models: {"output_dir": str(models.folder), "overwrite": True},
+        ["base (", "output_dir", "Choose another"],
+    ),
+    "no-space": (full_disk, ["merged", "1 kB are free", "Make room"]),
+    # The options.
+    "unknown-method": (options(method="magic"), ["'magic'", "tsv-m"]),
+    "unknown-setting": (options(method={"name": "esm", "gama": 1}), ["'gama'", "gamma"]),
+    "unknown-alpha": (options(alpha="best"), ["'best'", "'auto'"]),
+    "unknown-dtype": (options(dtype="int8"), ["'int8'", "'bfloat16'"]),
+    "unknown-heads": (options(heads="none"), ["'none'", "'auto', 'merge', 'keep'"]),
+    "unknown-module": (options(heads=["pooler", "colour"]), ["'colour'", "heads"]),
+    "auto-without-validation": (options(alpha="auto"), ["alpha='auto'", "validation", "score_fn"]),
+    "auto-with-validation-of-one-task": (
+        options(alpha="auto", validation={"left": [{"input_ids": [5], "label": 0}]}),
+        ["alpha='auto'", "'right'"],
+    ),
+    "auto-without-alpha": (labelled(0, method="mean", calibration=None), ["'mean'", "leave alpha out"]),
+    "label-out-of-range": (labelled(3), ["validation of 'left'", "label 3", "3 classes"]),
+    "label-below-zero": (labelled(-1), ["validation of 'left'", "label -1", "3 classes"]),
+    "label-unknown": (labelled("sad"), ["validation of 'left'", "'sad'", "LABEL_0"]),
+    "label-missing": (labelled(None), ["validation of 'left'", "label", "columns="]),
+}
+
+
+@pytest.mark.parametrize(("damage", "says"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_refused_early_by_name_and_with_a_remedy(damage, says, models, monkeypatch):
+    forbid_calibration(monkeypatch)
+    changes = damage(models) or {}
+    if "monkeypatch" in changes:
+        monkeypatch.setattr(*changes.pop("monkeypatch"))
+    assert_refused(models.folder, says, arguments(models, **changes))
+
+
+def test_an_unknown_argument_is_a_type_error(models):
+    before = snapshot(models.folder)
+    with pytest.raises(TypeError, match="'num_sample'"):
+        merge_models(**arguments(models, num_sample=3))
+    assert snapshot(models.folder) == before
+
+
+def test_activations_that_overflow_name_the_expert(models):
+    tensors("right", lambda stored: stored[WEIGHT].fill_(1e38))(models)
+    assert_refused(models.folder, [RIGHT, BODY_WEIGHT.replace("output", "intermediate"), "float32"], arguments(models))
+
+
+def test_extra_weights_are_mentioned(models):
+    tensors("right", lambda stored: stored.update({"bert.colour": torch.ones(2)}))(models)
+    result = merge_models(**arguments(models, method="mean", calibration=None), progress=False)
+    (warning,) = result.warnings
+    assert RIGHT in warning
+    assert "'bert.colour'" in warning
+
+
+def test_a_pickled_expert_is_merged_where_that_is_allowed(models):
+    expected = merge_models(**arguments(models, method="mean", output_dir=None), progress=False)
+    pickled(models)
+    found = merge_models(**arguments(models, method="mean", allow_pickle=True), progress=False)
+    merged, literal = stored_tensors(found.output_dir), stored_tensors(expected.output_dir)
+    assert all(torch.equal(merged[name], literal[name]) for name in literal)
+
+
+def test_an_existing_output_is_replaced_where_that_is_allowed(models):
+    given = arguments(models, method="mean", calibration=None, overwrite=True)
+    (models.folder / "merged").mkdir()
+    (models.folder / "merged" / "old.txt").write_text("old")
+    before = {path.name for path in models.folder.iterdir()}
+    merge_models(**given, progress=False)
+    assert not (models.folder / "merged" / "old.txt").exists()
+    assert load_task_model(models.folder / "merged", "left").config.num_labels == 3
+    assert {path.name for path in models.folder.iterdir()} == before
+
+
+def test_more_tasks_than_directions_are_merged(saved):
+    base = AutoModel.from_pretrained(saved.base)
+    experts = {f"t{i}": perturbed(base, 0.1, i) for i in range(base.config.hidden_size + 2)}
+    statistics = calibrate(base, text_samples(0), progress=False)
+    result = merge_models(base, experts, calibration=dict.fromkeys(experts, statistics), progress=False)
+    merged, before = stored_tensors(result.output_dir), base.state_dict()
+    assert all(tensor.isfinite().all() for tensor in merged.values())
+    assert all(not torch.equal(merged[name], before[name]) for name in merged if name.endswith("dense.weight"))
+
+
+KILLED = """
+import json, os, signal, sys
+from hf_esm import merge_models
+
+given, stages = json.loads(sys.argv[1]), []
+
+def kill(stage, done, total):
+    stages.append(stage)
+    if stage == "Writing" and done > total / 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+for overwrite in (False, True):
+    if not (child := os.fork()):
+        output = given["output_dir"] + "-old" * overwrite
+        merge_models(**{**given, "output_dir": output, "overwrite": overwrite}, callback=kill, progress=False)
+        os._exit(0)
+    print(os.WTERMSIG(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_killed_merge_leaves_nothing_under_the_outputs_name(models):
+    old = models.folder / "merged-old"
+    old.mkdir()
+    (old / "old.txt").write_text("old")
+    given = arguments(
+        models, method="mean", calibration=None, experts={"left": str(models.left), "right": str(models.right)}
+    )
+    given["base"] = str(models.base)
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, json.dumps(given)], capture_output=True, text=True, timeout=120
+    )
+    assert ran.stdout.split() == [str(int(signal.SIGKILL))] * 2, ran.stderr
+    assert not (models.folder / "merged").exists()
+    assert [path.name for path in old.iterdir()] == ["old.txt"]
+    merge_models(**given, progress=False)
+    assert Path(given["output_dir"], "model.safetensors").is_file()

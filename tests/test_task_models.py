@@ -1,0 +1,160 @@
+"""Fine-tunes of another class than their base: bodies merge, every task keeps its own readout."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+import torch
+from architectures import ARCHITECTURES
+from helpers import RULES, check_weights, expected_updates, inside, merge, perturbed, reloaded, save, with_end
+from transformers import PreTrainedModel
+
+from hf_esm import load_task_model
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base, its experts, and what stays out of the merge.
+
+    Attributes:
+        architecture: name in `ARCHITECTURES`.
+        base: class of the base.
+        experts: class and number of labels of each expert.
+        own: modules that each expert keeps.
+        untouched: modules of the base that no merge touches.
+        samples: inputs, where the architecture's own do not fit.
+    """
+
+    architecture: str
+    base: str
+    experts: list[tuple[str, Optional[int]]]
+    own: list[set[str]]
+    untouched: set[str]
+    samples: Any = None
+
+
+def two(model_class: str) -> list[tuple[str, Optional[int]]]:
+    return [(model_class, 3), (model_class, 4)]
+
+
+HEAD = {"classifier"}
+BERT_TASK, VIT_TASK = "BertForSequenceClassification", "ViTForImageClassification"
+POOLED = [{"pooler", "classifier"}] * 2
+FAMILIES = {
+    "bert": Family("bert", "BertModel", two(BERT_TASK), POOLED, {"pooler"}),
+    "bert-same-labels": Family("bert", "BertModel", [(BERT_TASK, 2)] * 2, POOLED, {"pooler"}),
+    "bert-mlm": Family("bert", "BertForMaskedLM", two(BERT_TASK), POOLED, {"cls"}),
+    "bert-mlm-bodies": Family("bert", "BertForMaskedLM", [("BertModel", None)] * 2, [{"pooler"}] * 2, {"cls"}),
+    "bert-mlm-mixed": Family(
+        "bert",
+        "BertForMaskedLM",
+        [("BertForTokenClassification", 4), (BERT_TASK, 3)],
+        [{"classifier"}, {"pooler", "classifier"}],
+        {"cls"},
+    ),
+    "bert-one-task-head": Family("bert", BERT_TASK, [(BERT_TASK, 2)] * 2, [set()] * 2, set()),
+    "roberta-mlm": Family(
+        "roberta", "RobertaForMaskedLM", two("RobertaForSequenceClassification"), [HEAD] * 2, {"lm_head"}
+    ),
+    "distilbert-mlm": Family(
+        "distilbert",
+        "DistilBertForMaskedLM",
+        two("DistilBertForSequenceClassification"),
+        [{"pre_classifier", "classifier"}] * 2,
+        {"vocab_transform", "vocab_layer_norm", "vocab_projector"},
+    ),
+    "deberta-v3-mlm": Family(
+        "deberta-v3", "DebertaV2ForMaskedLM", two("DebertaV2ForSequenceClassification"), POOLED, {"cls"}
+    ),
+    "mpnet": Family("mpnet", "MPNetModel", two("MPNetForSequenceClassification"), [HEAD] * 2, {"pooler"}),
+    "vit": Family("vit", "ViTModel", two(VIT_TASK), [HEAD] * 2, {"pooler"}),
+    "swin": Family("swin", "SwinModel", two("SwinForImageClassification"), [HEAD] * 2, set()),
+    "resnet": Family("resnet", "ResNetModel", two("ResNetForImageClassification"), [HEAD] * 2, set()),
+    "clip": Family(
+        "clip-vision",
+        "CLIPModel",
+        two("CLIPForImageClassification"),
+        [HEAD] * 2,
+        {"text_model", "visual_projection", "text_projection", "logit_scale"},
+    ),
+    "wav2vec2": Family(
+        "wav2vec2",
+        "Wav2Vec2Model",
+        [("Wav2Vec2ForSequenceClassification", 3), ("Wav2Vec2ForCTC", None)],
+        [{"projector", "classifier"}, {"lm_head"}],
+        set(),
+    ),
+    "llama": Family("llama", "LlamaModel", [("LlamaForCausalLM", None)] * 2, [{"lm_head"}] * 2, set()),
+    "llama-classifiers": Family(
+        "llama", "LlamaForCausalLM", two("LlamaForSequenceClassification"), [{"score"}] * 2, {"lm_head"}
+    ),
+    "qwen3-tied": Family("qwen3", "Qwen3Model", [("Qwen3ForCausalLM", None)] * 2, [set()] * 2, set()),
+    "gpt2": Family("gpt2", "GPT2LMHeadModel", two("GPT2ForSequenceClassification"), [{"score"}] * 2, set()),
+    "t5": Family(
+        "t5",
+        "T5ForConditionalGeneration",
+        two("T5ForSequenceClassification"),
+        [{"classification_head"}] * 2,
+        set(),
+        with_end,
+    ),
+    "bart": Family(
+        "bart",
+        "BartModel",
+        two("BartForSequenceClassification"),
+        [{"classification_head"}] * 2,
+        set(),
+        with_end,
+    ),
+}
+
+
+def on_body_of(base: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the base's weights wherever both have one."""
+    weights = {inside(base, name): weight for name, weight in base.state_dict().items()}
+    for name, weight in model.state_dict().items():
+        if inside(model, name) in weights and weights[inside(model, name)].shape == weight.shape:
+            weight.copy_(weights[inside(model, name)])
+    return model
+
+
+def in_modules(name: str, modules: set[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bodies_merge_and_heads_stay(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    architecture = ARCHITECTURES[family.architecture]
+    architecture = replace(architecture, samples=family.samples or architecture.samples)
+    source = ARCHITECTURES["clip"] if family.base == "CLIPModel" else architecture
+    base, experts = source.build(family.base), []
+    for i, (model_class, labels) in enumerate(family.experts):
+        model = source.build(model_class, **({"num_labels": labels} if labels else {}))
+        experts.append(perturbed(on_body_of(base, model), 0.05, 1 + i))
+    folders = [save(expert, tmp_path / f"expert-{i}") for i, expert in enumerate(experts)]
+    result = merge(save(base, tmp_path / "base"), folders, architecture, tmp_path / "merged")
+    assert not [warning for warning in result.warnings if "no statistics" not in warning]
+
+    merged = reloaded(base, tmp_path / "merged")
+    updates = expected_updates(base, experts, architecture, RULES["esm"])
+    shared = {key: u for key, u in updates.items() if not in_modules(inside(base, key), family.untouched)}
+    check_weights(base, merged, shared)
+
+    body = {inside(merged, key): weight for key, weight in merged.state_dict().items()}
+    for i, (expert, own) in enumerate(zip(experts, family.own)):
+        model = load_task_model(tmp_path / "merged", f"t{i}")
+        assert type(model) is type(expert) and model.config.id2label == expert.config.id2label
+        assert not model.training
+        tied, theirs, kept = model.all_tied_weights_keys, expert.state_dict(), set()
+        for key, weight in model.state_dict().items():
+            name = inside(model, key)
+            if key in tied:
+                assert model.get_parameter(key) is model.get_parameter(tied[key]), key
+            elif in_modules(name, own):
+                kept.add(name.split(".")[0])
+                assert torch.equal(weight, theirs[key]), key
+            else:
+                assert torch.equal(weight, body[name]), key
+        assert kept == own
