@@ -1,10 +1,11 @@
-"""Merge on several processes: each runs its share of the calibration samples and merges its share of the weights.
+r"""Merge on several processes: each runs its share of the calibration samples and merges its share of the weights.
 
     accelerate launch --num_processes 4 examples/merge_distributed.py --base bert-base-uncased \
-        --expert sst2=me/bert-sst2 mrpc=me/bert-mrpc-lora --calibration sst2=sst2.txt mrpc=mrpc.jsonl --output-dir merged
+        --expert sst2=me/bert-sst2 mrpc=me/bert-mrpc-lora --calibration sst2=sst2.txt mrpc=mrpc.jsonl --output-dir out
 
-Any machine that `accelerate config` describes will do; with --cpu, one without accelerators. For a recipe no script is
-needed: `accelerate launch --num_processes 4 -m hf_esm.cli merge recipe.yaml`.
+That starts one process per accelerator. On CPUs alone, Accelerate leaves starting them to MPI (`mpirun -n 4 accelerate
+launch --cpu --num_processes 4 …`) or to PyTorch (`ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 4 …`). A recipe needs
+no script: `accelerate launch --num_processes 4 -m hf_esm.cli merge recipe.yaml`.
 """
 
 import argparse

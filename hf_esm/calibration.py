@@ -225,7 +225,7 @@ def _with_decoder_inputs(model: PreTrainedModel, samples: list[Sample], batch_si
         batch = _batch([samples[i] for i in chosen], model)
         # Not the class's own `generate`: Whisper's gives back the text alone, not what its decoder read.
         ids = GenerationMixin.generate(model, **batch, generation_config=greedy).cpu()
-        ends = torch.isin(ids, torch.tensor(_token_ids(model, "eos_token_id")))
+        ends = torch.isin(ids, torch.tensor(_token_ids(model, "eos_token_id"), dtype=ids.dtype))
         ends[:, 0] = False  # BART starts with its end-of-sequence token
         real = ends.cumsum(1) - ends.int() == 0  # up to the first end-of-sequence token
         for i, row, kept in zip(chosen, ids, real, strict=True):
@@ -246,7 +246,8 @@ def _shifted(model: PreTrainedModel, target: Tensor) -> Tensor:
     if shift is not None:
         return shift(labels=target[None])[0]
     start, *_ = _token_ids(model, "decoder_start_token_id", "bos_token_id", "pad_token_id") or [0]
-    return torch.cat([target.new_tensor([start]), target[:-1]])
+    ids = torch.cat([target.new_tensor([start]), target[:-1]])
+    return ids.masked_fill(ids == -100, getattr(model.config, "pad_token_id", None) or 0)
 
 
 def _token_ids(model: PreTrainedModel, *names: str) -> list[int]:

@@ -308,8 +308,7 @@ def _train(
         if step < steps and step % 200 == 0:
             say(f"  {task.name:9} step {step} of {steps}, {time.perf_counter() - start:.0f} s")
     score = accuracy(model.eval(), data.encoded(task, "validation", model.config), EVALUATION_BATCH)
-    seconds = time.perf_counter() - start
-    say(f"  {task.name:9} {task.question:56}{100 * score:6.1f} % on validation,{seconds:4.0f} s")
+    say(f"  {task.name:9} {task.question:56}{100 * score:6.1f} % on validation,{time.perf_counter() - start:4.0f} s")
     model.save_pretrained(folder)
     data.processor.save_pretrained(folder)
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
@@ -24,7 +24,10 @@ from .statistics import FILE_NAME, ActivationStatistics, Provenance
 def name_experts(experts: Any) -> dict[str, Any]:
     """Experts by task name, from a mapping, pairs, or a list of paths (named by their last part)."""
     if not isinstance(experts, Mapping):
-        pairs = [e if isinstance(e, (tuple, list)) else (Path(str(e)).name.partition("@")[0], e) for e in experts]
+        if isinstance(experts, (str, os.PathLike)) or not isinstance(experts, Iterable):
+            given = repr(experts) if isinstance(experts, str) else type(experts).__name__
+            raise HfEsmError(f"experts: give models by task name, or a list of folders and ids, not {given}.")
+        pairs = [_named(expert) for expert in experts]
         names = [name for name, _ in pairs]
         if twice := {name for name in names if names.count(name) > 1}:
             raise HfEsmError(f"Two experts are named {sorted(twice)[0]!r}. Give each task a name of its own.")
@@ -35,6 +38,16 @@ def name_experts(experts: Any) -> dict[str, Any]:
     if len(experts) < 2:
         raise HfEsmError(f"Merging takes at least two experts; got {list(experts) or 'none'}.")
     return dict(experts)
+
+
+def _named(expert: Any) -> tuple[str, Any]:
+    """An entry of a list of experts, with its task's name."""
+    if isinstance(expert, (tuple, list)) and len(expert) == 2:
+        return tuple(expert)
+    path = expert.get("path") if isinstance(expert, Mapping) else expert
+    if not isinstance(path, (str, os.PathLike)):
+        raise HfEsmError(f"experts: a list takes folders and ids; give a {type(expert).__name__} by task name.")
+    return Path(path).name.partition("@")[0], expert
 
 
 def check_arguments(
@@ -85,7 +98,7 @@ def calibrate_checkpoint(
 ) -> ActivationStatistics:
     """Load an expert, run it over its samples, and let it go."""
     provenance = Provenance(expert.source, expert.revision, len(samples), options.seed)
-    return collect_statistics(
+    statistics = collect_statistics(
         expert.load_model(),
         samples,
         accelerator=accelerator,
@@ -94,6 +107,13 @@ def calibrate_checkpoint(
         provenance=provenance,
         progress=options.progress,
     )
+    for name in expert.names:  # from the first layer on: what it spoils comes after it
+        if name in statistics.entries and not statistics.entries[name].factor.isfinite().all():
+            raise HfEsmError(
+                f"{expert.title}: on its samples, '{name}' reads NaN or infinite values. If the model is stored in "
+                "float16, save it in float32 and merge that; else it is broken."
+            )
+    return statistics
 
 
 def gather_statistics(
@@ -126,6 +146,8 @@ def gather_statistics(
             title = f"calibration of '{task}'"
             rows = read_rows(given, title, options)
             samples[task] = encode(rows, processors[task], expert.config, title, options)
+        if statistics[task] is not None:
+            _refuse_foreign(plan, task, statistics[task])
     return statistics, samples
 
 
@@ -148,23 +170,34 @@ def read_validation(
 def check_statistics(
     plan: MergePlan, statistics: dict[str, Optional[ActivationStatistics]], warn: Callable[[str], None]
 ) -> None:
-    """Statistics must be of this architecture; maps without any are named."""
+    """Name the linear maps that have no statistics."""
     for task, found in statistics.items():
-        if found is None:
-            continue
-        lacking = []
-        for name, linear in plan.base.linear.items():
-            if name not in plan.heads.shared or linear.slices:
-                continue
-            if name not in found:
-                lacking.append(name)
-                continue
-            width = plan.base.shape(name)[0 if linear.transposed else 1]
-            if found.width(name) != width:
-                raise HfEsmError(
-                    f"The statistics of '{task}' have {found.width(name)} inputs for '{name}', the base has {width}: "
-                    "they are of another model. Calibrate again."
-                )
+        lacking = [name for name in _calibrated_widths(plan) if found is not None and name not in found]
         if lacking:
             some = ", ".join(lacking[:3])
             warn(f"'{task}': no statistics for {len(lacking)} linear maps ({some}); they are merged by TSV-M.")
+
+
+def _refuse_foreign(plan: MergePlan, task: str, found: ActivationStatistics) -> None:
+    """Raise on statistics of another architecture."""
+    widths = _calibrated_widths(plan)
+    if widths and not found.keys() & widths.keys():
+        raise HfEsmError(
+            f"The statistics of '{task}' are of another model: they are of {next(iter(found), 'nothing')!r} and the "
+            "like, which the base has not. Calibrate again."
+        )
+    for name in found.keys() & widths.keys():
+        if found.width(name) != widths[name]:
+            raise HfEsmError(
+                f"The statistics of '{task}' have {found.width(name)} inputs for '{name}', the base has "
+                f"{widths[name]}: they are of another model. Calibrate again."
+            )
+
+
+def _calibrated_widths(plan: MergePlan) -> dict[str, int]:
+    """The linear maps that are merged with statistics, and how many inputs each has."""
+    return {
+        name: plan.base.shape(name)[0 if linear.transposed else 1]
+        for name, linear in plan.base.linear.items()
+        if name in plan.heads.shared and not linear.slices
+    }

@@ -87,7 +87,10 @@ def plan_merge(
         HfEsmError: if an expert is of another architecture or shape, or lacks weights.
     """
     warnings: list[str] = []
+    parts = set(map(_part, base.names))
+    _check_complete(base, [name for name in base.missing if _part(name) in parts])
     for expert in experts.values():
+        _check_complete(expert, expert.missing)
         _check_architecture(base, expert)
     head_plan = plan_heads(base, experts, heads)
     for expert in experts.values():
@@ -128,7 +131,11 @@ def plan_merge(
 
 
 def check_disk(plan: MergePlan, output: Path) -> None:
-    """Raise if the disk of the output folder cannot hold the merge."""
+    """Raise if the output would replace one of the models, or its disk cannot hold the merge."""
+    for model in (plan.base, *plan.experts.values()):
+        folder = getattr(model, "folder", None) or model.source
+        if folder and Path(folder).resolve().is_relative_to(output.resolve()):
+            raise HfEsmError(f"{model.title} stands in output_dir {output}, which would be replaced. Choose another.")
     place = output.absolute().parent
     while not place.exists():
         place = place.parent
@@ -140,7 +147,9 @@ def check_disk(plan: MergePlan, output: Path) -> None:
 
 
 def check_values(plan: MergePlan, progress: Any = iter) -> None:
-    """Read every weight that will be merged once, and raise if one is not finite or an expert equals the base."""
+    """Read every weight that will be merged or kept by a task once, and raise if one is not finite or an expert equals
+    the base.
+    """
     changed = dict.fromkeys(plan.experts, False)
     for name in progress(plan.heads.shared):
         weight = plan.base.tensor(name)
@@ -159,6 +168,9 @@ def check_values(plan: MergePlan, progress: Any = iter) -> None:
     for task, differs in changed.items():
         if not differs:
             raise HfEsmError(f"{plan.experts[task].title} equals the base in every merged weight. Leave it out.")
+    for task, names in plan.heads.own.items():
+        for name in names:
+            _check_finite(plan.experts[task].tensor(name), plan.experts[task], name)
 
 
 def _check_finite(tensor: torch.Tensor, checkpoint: Checkpoint, name: str) -> None:
@@ -173,26 +185,32 @@ def _check_finite(tensor: torch.Tensor, checkpoint: Checkpoint, name: str) -> No
 def _check_architecture(base: Checkpoint, expert: Checkpoint) -> None:
     own, other = base.config.model_type, expert.config.model_type
     if own != other:
+        remedy = "Experts must be fine-tunes of it."
+        if type(expert.config) in base.config.sub_configs.values():
+            name = type(expert.skeleton).__name__
+            remedy = f"It may be a part of the base: load `{name}.from_pretrained(…)` of the base, and pass that."
+        raise HfEsmError(f"{expert.title} is a {other} model, but the base is a {own}. {remedy}")
+
+
+def _check_complete(checkpoint: Checkpoint, missing: list[str]) -> None:
+    if missing:
         raise HfEsmError(
-            f"{expert.title} is a {other} model, but the base is a {own}. Experts must be fine-tunes of it."
+            f"{checkpoint.title}: the file lacks {_some(missing)}, which its {type(checkpoint.skeleton).__name__} "
+            "needs. Save the model again with `save_pretrained`."
         )
 
 
 def _check_weights(base: Checkpoint, expert: Checkpoint, heads: HeadPlan) -> None:
     """Every weight of the body that one has and the other lacks, and every shape, before any weight is read."""
-    if expert.missing:
-        raise HfEsmError(
-            f"{expert.title}: the file lacks {_some(expert.missing)}, which its {type(expert.skeleton).__name__} "
-            "needs. Save the model again with `save_pretrained`."
-        )
-    prefix = body_prefix(base.skeleton)
-    in_body = [name for name, live in base.names.items() if not prefix or live == prefix + name]
-    owned = {name for names in heads.own.values() for name in names}
-    # A body built without one of the base's parts (BERT without its pooler) is no error; one with half a part is.
-    parts = {name.split(".")[0] for name in expert.names}
-    lacking = [n for n in in_body if n not in expert.names and n not in owned and n.split(".")[0] in parts]
-    if lacking:
-        raise HfEsmError(f"{expert.title} lacks {_some(lacking)}, which the base has. Is it a fine-tune of this base?")
+    for verb, one, other in (("lacks", base, expert), ("has", expert, base)):
+        prefix = body_prefix(one.skeleton)
+        in_body = [name for name, live in one.names.items() if not prefix or live == prefix + name]
+        # A body without a part that the other's has (BERT's pooler) is no error; one with half of it is.
+        parts = set(map(_part, other.names))
+        alone = [name for name in in_body if name not in other.names and _part(name) in parts]
+        if alone:
+            what = f"which the base {'lacks' if one is expert else 'has'}"
+            raise HfEsmError(f"{expert.title} {verb} {_some(alone)}, {what}. Is it a fine-tune of this base?")
     for name in heads.shared:
         ours, theirs = base.shape(name), expert.shape(name)
         if ours == theirs:
@@ -203,8 +221,8 @@ def _check_weights(base: Checkpoint, expert: Checkpoint, heads: HeadPlan) -> Non
                 "vocabulary was resized, call `model.resize_token_embeddings` to bring both to one size."
             )
         raise HfEsmError(
-            f"{expert.title}: '{expert.names[name]}' is {theirs}, in the base it is {ours}. Experts must be fine-tunes "
-            "of this base."
+            f"{expert.title}: '{expert.names[name]}' is {theirs}, in the base it is {ours}. Experts must be "
+            "fine-tunes of this base."
         )
 
 
@@ -247,6 +265,11 @@ def _seconds_per_cube() -> float:
     start = time.perf_counter()
     torch.linalg.eigh(probe + probe.T)
     return (time.perf_counter() - start) / 768**3
+
+
+def _part(name: str) -> str:
+    """The part of the model that a weight belongs to: `encoder`, `pooler`, `classifier`."""
+    return name.partition(".")[0]
 
 
 def _some(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Whatever users call data, turned into samples that a model takes: strings, pairs, rows, images, datasets, loaders."""
+"""Whatever users call data, turned into samples that a model takes: strings, pairs, rows, images, sets, batches."""
 
 import os
 import random
@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -63,14 +64,21 @@ class ProxyOptions:
                 continue
             if not isinstance(value, Integral) or value < least:
                 raise HfEsmError(f"{option.name} must be a whole number, {least} or more, not {value!r}.")
+        if not isinstance(self.columns, Mapping) or not set(self.columns) <= set(COLUMNS):
+            raise HfEsmError(f"columns must name the columns of {', '.join(COLUMNS)}, not {self.columns!r}.")
 
 
 def load_processor(folder: str | os.PathLike, trust_remote_code: bool = False) -> Any:
     """The tokenizer, image processor, feature extractor or processor in a folder; None if there is none."""
     try:
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError):
         return None
+    # Where there is none, Transformers makes one up from the model's type, with an empty vocabulary.
+    tokenizer = getattr(processor, "tokenizer", processor)
+    vocabulary = set((getattr(tokenizer, "vocab_files_names", None) or {}).values())
+    stands_there = not vocabulary or any((Path(folder) / name).is_file() for name in {"tokenizer.json", *vocabulary})
+    return processor if stands_there else None
 
 
 def read_rows(data: Any, title: str, options: ProxyOptions) -> list[Any]:
@@ -112,7 +120,10 @@ def _read_file(path: Path, title: str) -> Any:
         return load_samples(path)
     if path.suffix not in kinds:
         raise HfEsmError(f"{title}: {path} is none of {', '.join(kinds)} or .safetensors.")
-    return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+    try:
+        return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+    except (DatasetsError, ValueError, OSError) as error:
+        raise HfEsmError(f"{title}: {path} cannot be read: {str(error.__cause__ or error).splitlines()[0]}") from None
 
 
 def _split_batches(loader: DataLoader, count: int) -> Iterator[dict[str, Any]]:
@@ -132,7 +143,7 @@ def encode(
     """Rows as unbatched, unpadded model inputs, labels left out; those of an encoder-decoder stay, as its targets."""
     first = rows[0]
     if isinstance(first, Mapping) and any(name in first for name in READY_INPUTS):
-        samples = [_ready(row, config) for row in rows]
+        samples = [_ready(row, config, f"{title}: sample {i}") for i, row in enumerate(rows)]
     else:
         if processor is None:
             raise HfEsmError(
@@ -144,7 +155,23 @@ def encode(
     for i, sample in enumerate(samples):
         if any(tensor.numel() == 0 for tensor in sample.values()):
             raise HfEsmError(f"{title}: sample {i} has no real token. Leave it out.")
+        if sample.keys() != samples[0].keys():
+            raise HfEsmError(
+                f"{title}: sample {i} has {', '.join(sample)}, but sample 0 has {', '.join(samples[0])}. Give all of "
+                "them the same inputs."
+            )
+        _check_tokens(sample, config, f"{title}: sample {i}")
     return samples
+
+
+def _check_tokens(sample: Sample, config: PretrainedConfig, title: str) -> None:
+    """Raise on tokens that the model has no embedding for; those that stand for an image may be such."""
+    size, ids = getattr(config.get_text_config(), "vocab_size", None), sample.get("input_ids")
+    if size and ids is not None and "pixel_values" not in sample and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise HfEsmError(
+            f"{title} has tokens from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary has {size}. "
+            "Encode it with the model's own tokenizer."
+        )
 
 
 def _unpadded(sample: Sample) -> Sample:
@@ -161,11 +188,16 @@ def _unpadded(sample: Sample) -> Sample:
     return sample
 
 
-def _ready(row: Mapping[str, Any], config: PretrainedConfig) -> Sample:
+def _ready(row: Any, config: PretrainedConfig, title: str) -> Sample:
+    if not isinstance(row, Mapping):
+        raise HfEsmError(f"{title} is a {type(row).__name__}, but sample 0 holds model inputs. Give all in one form.")
     sample = {}
     for name, value in row.items():
         if name not in ("label", "label_ids", "idx") and not isinstance(value, str) and value is not None:
-            sample[name] = torch.as_tensor(value)
+            try:
+                sample[name] = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise HfEsmError(f"{title}: '{name}' is no array of numbers ({error}). Leave it out.") from None
     # What an encoder-decoder is to write are its decoder's inputs; a class is nothing that a model reads.
     if "labels" in sample and not (config.is_encoder_decoder and sample["labels"].dim()):
         del sample["labels"]

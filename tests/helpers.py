@@ -134,7 +134,7 @@ class Rules:
     """What a method does with the weights, in the terms of `reference`.
 
     Attributes:
-        esm: settings of `reference.esm`; None for a method that calibrates nothing.
+        esm: settings of `reference.esm` that differ from its defaults; None for a method that calibrates nothing.
         matrix: rule for other matrices.
         rest: rule for parameters of other kinds.
         layer_exponent: see `reference.layer_scales`.
@@ -143,7 +143,7 @@ class Rules:
         alpha: what every update is multiplied by.
     """
 
-    esm: Optional[dict[str, float]] = None
+    esm: Optional[dict[str, Any]] = None
     matrix: Callable = reference.tsv_m
     rest: Callable = reference.mean
     layer_exponent: float = 0.0
@@ -152,16 +152,17 @@ class Rules:
     alpha: float = 1.0
 
 
+PUBLISHED = {"gamma": 0.15, "shrinkage": 0.0, "keep_singular_values": False, "match_norm": False}
 RULES = {
-    "esm": Rules(esm={"gamma": 0.15}),
+    "esm": Rules(esm={}),
     "tsv-m": Rules(),
     "mean": Rules(matrix=reference.mean),
     "task-arithmetic": Rules(matrix=reference.task_arithmetic, rest=reference.task_arithmetic, alpha=0.3),
     "esm-roberta": Rules(
-        esm={"gamma": 0.15}, matrix=lambda deltas: reference.tsv_m(deltas, keep_scale=True), layer_exponent=2.0
+        esm=PUBLISHED, matrix=lambda deltas: reference.tsv_m(deltas, keep_scale=True), layer_exponent=2.0
     ),
     "esm-vit": Rules(
-        esm={"gamma": 0.15, "task_exponent": 2.0, "dimension_exponent": 2.0, "factor": 2.0},
+        esm=PUBLISHED | {"task_exponent": 2.0, "dimension_exponent": 2.0, "factor": 2.0},
         layer_exponent=2.0,
         uncalibrated=r"\.(o_proj|out_proj)\.weight$",
         sisters=("q_proj", "k_proj", "v_proj"),

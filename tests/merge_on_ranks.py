@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 
 from hf_esm import merge_models
 from hf_esm.cli import main
@@ -21,7 +21,8 @@ from hf_esm.cli import main
 
 FOLDER = Path(sys.argv[1])
 EXAMPLE = Path(__file__).parents[1] / "examples" / "merge_distributed.py"
-RANK = PartialState().process_index
+STATE = Accelerator().state  # not `PartialState`, which does not know of `--cpu` when it comes first
+RANK = STATE.process_index
 touched: set[str] = set()
 
 

@@ -4,7 +4,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -23,12 +23,15 @@ from helpers import (
     reloaded,
     save,
     stored_tensors,
+    text_samples,
     with_end,
 )
 from problems import relative_error
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
+
+from hf_esm.proxies import collate
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Version v4.12.0:FutureWarning")  # on the labels of EncoderDecoderModel
@@ -187,6 +190,20 @@ def test_padding_in_rows_is_no_token(case: str, tmp_path: Path) -> None:
     merge(base_folder, folders, architecture, tmp_path / "padded", calibration=rows)
     for key, tensor in stored_tensors(tmp_path / "plain").items():
         assert relative_error(stored_tensors(tmp_path / "padded")[key], tensor) < 1e-5, key
+
+
+@pytest.mark.parametrize(("name", "head"), [("bert", "BertForSequenceClassification"), ("t5", None)])
+@torch.no_grad()
+def test_where_a_batch_is_padded_it_says_so(name: str, head: Optional[str]) -> None:
+    """For scores, samples of unlike lengths share a batch; each gets what it gets alone."""
+    model = ARCHITECTURES[name].build(head)
+    rows = text_samples(0)
+    if model.config.is_encoder_decoder:
+        rows = [row | {"decoder_input_ids": row["input_ids"]} for row in rows]
+    together = model(**collate(rows, model.config)).logits
+    for row, found in zip(rows, together):
+        alone = model(**{key: value[None] for key, value in row.items()}).logits[0]
+        assert relative_error(found[: len(alone)], alone) < 1e-5
 
 
 def test_no_token_at_all_is_an_error(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def sharded(models):
 
 def shard_lost(models):
     sharded(models)
-    (models.base / "model-00002-of-00008.safetensors").unlink()
+    sorted(models.base.glob("model-00002-of-*.safetensors"))[0].unlink()
 
 
 def index_broken(models):
@@ -184,7 +184,7 @@ REFUSED = {
     "cut-short": (cut("right/model.safetensors", 5000), [RIGHT, "model.safetensors", "again"]),
     "cut-in-the-header": (cut("right/model.safetensors", 6), [RIGHT, "model.safetensors", "again"]),
     "empty-file": (cut("base/model.safetensors", 0), ["base (", "model.safetensors", "again"]),
-    "shard-lost": (shard_lost, ["base (", "model-00002-of-00008.safetensors", "again"]),
+    "shard-lost": (shard_lost, ["base (", "model-00002-of-", "again"]),
     "index-broken": (index_broken, ["base (", "model.safetensors.index.json", "again"]),
     "config-broken": (cut("right/config.json", 20), [RIGHT, "config.json", "cannot be used"]),
     "no-such-folder": (
@@ -231,7 +231,7 @@ REFUSED = {
         calibration([{"input_ids": [5, 6]}, {"input_ids": [5, 6], "token_type_ids": [0, 0]}]),
         [OF_LEFT, "sample 1", "token_type_ids"],
     ),
-    "ready-inputs-and-text": (calibration([{"input_ids": [5, 6]}, "good"]), [OF_LEFT, "sample 1", "input_ids"]),
+    "ready-inputs-and-text": (calibration([{"input_ids": [5, 6]}, "good"]), [OF_LEFT, "sample 1", "in one form"]),
     "ready-inputs-that-are-words": (calibration([{"input_ids": ["good"]}]), [OF_LEFT, "sample 0", "input_ids"]),
     "token-outside-the-vocabulary": (calibration([{"input_ids": [5, 60]}]), [OF_LEFT, "sample 0", "60", "tokenizer"]),
     "unknown-columns": (
@@ -295,7 +295,7 @@ def test_an_unknown_argument_is_a_type_error(models):
 
 
 def test_activations_that_overflow_name_the_expert(models):
-    tensors("right", lambda stored: stored[WEIGHT].fill_(1e38))(models)
+    tensors("right", lambda stored: stored[WEIGHT.replace("output", "attention.output")].fill_(1e38))(models)
     assert_refused(models.folder, [RIGHT, BODY_WEIGHT.replace("output", "intermediate"), "float32"], arguments(models))
 
 

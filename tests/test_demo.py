@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification
 
 from hf_esm import HfEsmError, demo, load_task_model
-from hf_esm.demo import EXPERTS, TASKS, DemoSettings, load_digit_data, reload_difference, run_demo
+from hf_esm.demo import BASE, EXPERTS, TASKS, DemoSettings, load_digit_data, reload_difference, run_demo
 from hf_esm.evaluation import accuracy
 from hf_esm.plots import COLOURS, plot_task_scores
 
@@ -86,6 +86,9 @@ def test_scores_are_those_of_the_models_in_the_folder(ran):
         test = data.encoded(task, "test", expert.config)
         assert accuracy(expert, test) == pytest.approx(results["scores"][EXPERTS]["accuracy"][task.name])
         assert accuracy(merged, test) == pytest.approx(results["scores"]["esm"]["accuracy"][task.name])
+        base = AutoModelForImageClassification.from_pretrained(folder / "base").eval()
+        base.classifier = expert.classifier
+        assert accuracy(base, test) == pytest.approx(results["scores"][BASE]["accuracy"][task.name])
         validation.append(accuracy(merged, data.encoded(task, "validation", expert.config)))
     # The α was chosen on models in memory: those on disk have the very score that it was chosen by.
     scores = results["merges"]["esm"]["alpha_scores"]
@@ -202,9 +205,10 @@ REFERENCE = {"a": 0.97, "b": 0.95}
 
 def test_picture_has_a_bar_for_every_score(tmp_path):
     few = assert_picture(plot_task_scores(SCORES, REFERENCE, tmp_path / "new" / "few.png", "Two methods"))
-    # Every method's colour is as high as its scores, the average included.
-    grey, blue = (count_colour(few, colour) for colour in COLOURS[:2])
-    assert blue / grey == pytest.approx((0.99 + 0.9 + 0.945) / (0.5 + 0.02 + 0.26), rel=0.1)
+    mean, esm = (bar_heights(few, colour) for colour in COLOURS[:2])
+    unit = esm[0] / 0.99
+    assert esm == pytest.approx([0.99 * unit, 0.9 * unit, 0.945 * unit], abs=3)
+    assert mean == pytest.approx([0.5 * unit, 0.02 * unit, 0.26 * unit], abs=3)
     tasks = [f"task{i}" for i in range(12)]
     many = {f"method{i}": dict.fromkeys(tasks, 0.5) for i in range(len(COLOURS))}
     wide = assert_picture(plot_task_scores(many, dict.fromkeys(tasks, 0.9), tmp_path / "many.png", "Many"))
@@ -243,7 +247,10 @@ def assert_picture(path: Path) -> np.ndarray:
     return pixels
 
 
-def count_colour(pixels: np.ndarray, colour: str) -> int:
-    """How many pixels of the plotting area have the colour; the legend above is left out."""
+def bar_heights(pixels: np.ndarray, colour: str) -> list[int]:
+    """Heights in pixels of the bars of one colour, from left to right; the legend above is left out."""
     wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    return int((pixels[150:] == wanted).all(-1).sum())
+    columns = (pixels[150:] == wanted).all(-1).sum(0)
+    inside = np.flatnonzero(columns)
+    bars = np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
+    return [int(columns[bar].max()) for bar in bars]

@@ -149,7 +149,7 @@ def small_models(seed, dtype):
 
 
 def planned(base, experts, method=None):
-    heads = SimpleNamespace(shared=list(base.tensors))
+    heads = SimpleNamespace(shared=list(base.tensors), own={})
     return SimpleNamespace(base=base, experts=experts, method=method, heads=heads)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from helpers import RULES, check_weights, expected_updates, inside, merge, perturbed, reloaded, save, with_end
-from transformers import PreTrainedModel
+from transformers import CLIPVisionModel, PreTrainedModel
 
-from hf_esm import load_task_model
+from hf_esm import HfEsmError, load_task_model
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ FAMILIES = {
     ),
     "deberta-v3-mlm": Family(
         "deberta-v3", "DebertaV2ForMaskedLM", two("DebertaV2ForSequenceClassification"), POOLED, {"cls"}
+    ),
+    # Its code looks at values, so that no dummy input runs on the meta device.
+    "longformer": Family(
+        "longformer", "LongformerModel", two("LongformerForSequenceClassification"), [HEAD] * 2, {"pooler"}
     ),
     "mpnet": Family("mpnet", "MPNetModel", two("MPNetForSequenceClassification"), [HEAD] * 2, {"pooler"}),
     "vit": Family("vit", "ViTModel", two(VIT_TASK), [HEAD] * 2, {"pooler"}),
@@ -158,3 +162,54 @@ def test_bodies_merge_and_heads_stay(name: str, tmp_path: Path) -> None:
             else:
                 assert torch.equal(weight, body[name]), key
         assert kept == own
+
+
+def test_heads_of_one_shape_but_other_labels_stay(tmp_path: Path) -> None:
+    architecture, labels = ARCHITECTURES["bert"], [["no", "yes"], ["no", "yes"], ["bad", "good"]]
+    base, *experts = [
+        perturbed(architecture.build(BERT_TASK, id2label=dict(enumerate(names))), 0.05, i)
+        for i, names in enumerate(labels)
+    ]
+    merge(base, experts, architecture, tmp_path / "merged", "mean")
+    heads = [reloaded(base, tmp_path / "merged"), *(load_task_model(tmp_path / "merged", f"t{i}") for i in range(2))]
+    for model, source, names in zip(heads, (base, *experts), labels):
+        assert list(model.config.id2label.values()) == names
+        assert torch.equal(model.classifier.weight, source.classifier.weight)
+        assert torch.equal(model.bert.pooler.dense.weight, source.bert.pooler.dense.weight)
+
+
+@pytest.mark.parametrize(
+    ("heads", "own"),
+    [
+        ("auto", {"pooler", "classifier"}),
+        ("merge", {"classifier"}),  # which the base has none of
+        ("keep", {"pooler", "classifier"}),
+        (["classifier", "encoder.layer.1"], {"classifier", "encoder"}),
+    ],
+    ids=str,
+)
+def test_choice_of_heads(heads: Any, own: set[str], tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["bert"]
+    base = architecture.build()
+    experts = [perturbed(on_body_of(base, architecture.build(BERT_TASK, num_labels=2)), 0.05, i) for i in range(2)]
+    merge(base, experts, architecture, tmp_path / "merged", "mean", heads=heads)
+    merged = load_task_model(tmp_path / "merged", "t1").state_dict()
+    kept = {key for key, weight in experts[1].state_dict().items() if torch.equal(merged[key], weight)}
+    assert {key.removeprefix("bert.").split(".")[0] for key in kept} == own
+    if "encoder" in own:
+        assert {key.split(".")[3] for key in kept if key.startswith("bert.encoder")} == {"1"}
+
+
+def test_experts_of_a_part_of_the_base(tmp_path: Path) -> None:
+    """Fine-tunes of CLIP's image encoder are merged over that part of CLIP."""
+    whole = save(ARCHITECTURES["clip"].build(), tmp_path / "clip")
+    architecture = ARCHITECTURES["clip-vision"]
+    part = CLIPVisionModel.from_pretrained(whole)
+    experts = [perturbed(part, 0.05, 1 + i) for i in range(2)]
+    folders = [save(expert, tmp_path / f"expert-{i}") for i, expert in enumerate(experts)]
+    with pytest.raises(HfEsmError, match=r"load `CLIPVisionModel\.from_pretrained"):
+        merge(whole, folders, architecture, tmp_path / "merged")
+    merge(part, folders, architecture, tmp_path / "merged")
+    check_weights(
+        part, reloaded(part, tmp_path / "merged"), expected_updates(part, experts, architecture, RULES["esm"])
+    )

@@ -46,14 +46,14 @@ def classifier(base: BertModel, task: str) -> BertForSequenceClassification:
     return model
 
 
-def lora_adapter(base: BertModel, task: str, base_name: str) -> Any:
+def lora_adapter(base: BertModel, task: str, base_name: str, seed: int = 7) -> Any:
     """A LoRA expert with rank and update of its own."""
     model = classifier(base, task)
     model.name_or_path = base_name
     adapted = get_peft_model(
         model, LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"], init_lora_weights=False)
     )
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad:
@@ -70,7 +70,9 @@ def write_models(folder: Path, vocabulary: int = 64, base_name: Optional[str] = 
         perturbed(classifier(base, task), 0.05, seed).save_pretrained(folder / task)
     for name in ("base", *LABELS):
         save_tokenizer(folder / name)
-    lora_adapter(base, "c", base_name or str(folder / "base")).save_pretrained(folder / "c-lora")
+    lora_adapter(base, "c", base_name or str(folder / "base")).save_pretrained(
+        folder / "c-lora", save_embedding_layers=False
+    )
     return folder
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -305,7 +306,10 @@ class TensorFiles:
         """The weights in a folder: `model.safetensors`, the shards its index names, or, if allowed, pickle files."""
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            paths = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+            try:
+                paths = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+            except (ValueError, KeyError, AttributeError) as error:
+                raise HfEsmError(f"{title}: {index} is broken ({error!r}). Copy or download it again.") from None
         elif (folder / "model.safetensors").is_file():
             paths = [folder / "model.safetensors"]
         else:
@@ -338,7 +342,11 @@ class TensorFiles:
             )
         state: dict[str, Tensor] = {}
         for path in paths:
-            state.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+            try:
+                state.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                why = str(error).splitlines()[0]
+                raise HfEsmError(f"{title}: {path} cannot be read ({why}). Save or download it again.") from None
         return cls({key: (tuple(value.shape), value.dtype) for key, value in state.items()}, state.__getitem__)
 
 

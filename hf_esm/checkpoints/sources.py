@@ -7,8 +7,18 @@ from typing import Any, Optional
 
 import torch
 import transformers
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -66,23 +76,30 @@ class ModelSource:
             return (self.folder / "README.md").read_text(encoding="utf-8")
         return ""
 
-    def fetch(self) -> None:
-        """Download the weights of a Hub model."""
-        if self.repo_id:
-            patterns = ["*.safetensors", *_SMALL_FILES] + (["*.bin"] if self.allow_pickle else [])
-            self.folder = Path(
-                _on_hub(
-                    self.title,
-                    snapshot_download,
-                    self.repo_id,
-                    self.revision,
-                    self.token,
-                    allow_patterns=patterns,
-                    ignore_patterns=["*/*"],
-                )
+    def fetch(self, weights: str = "*.safetensors") -> None:
+        """Download the weights of a Hub model, or those of its safetensors files that fit a pattern."""
+        if not self.repo_id:
+            return
+        patterns = [weights, *_SMALL_FILES] + (["*.bin"] if self.allow_pickle else [])
+        self.folder = Path(
+            _on_hub(
+                self.title,
+                snapshot_download,
+                self.repo_id,
+                self.revision,
+                self.token,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],
             )
+        )
+        if not any(self.folder.glob(weights)):
+            if is_offline_mode():
+                raise HfEsmError(f"{self.title}: its weights are not in the local cache. Go online to download them.")
+            if not self.allow_pickle:
+                raise HfEsmError(f"{self.title}: there are no safetensors weights in it. {_PICKLE_REMEDY}")
 
 
+_PICKLE_REMEDY = "If it has pickle weights, which can run code when read, and you trust it, pass allow_pickle=True."
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "README.md"]
 
 
@@ -156,11 +173,12 @@ def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, head
     if source.is_adapter:
         if base is None:
             raise HfEsmError(f"{source.title} is a PEFT adapter; the base must be a full model.")
-        source.fetch()  # an adapter is small, and its shapes alone do not say what it changes
+        # An adapter is small, and its shapes alone do not say what it changes.
+        source.fetch("adapter_model.safetensors" if headers_only else "*.safetensors")
         checkpoint = LoraCheckpoint(source.folder, source.title, base, source.allow_pickle)
     else:
         config, model_class = _model_class(source)
-        if headers_only and source.repo_id:
+        if headers_only and source.repo_id and not is_offline_mode():
             files = _hub_headers(source)
         else:
             source.fetch()
@@ -195,9 +213,17 @@ def _model_class(source: ModelSource) -> tuple[PretrainedConfig, type[PreTrained
 
 def _hub_headers(source: ModelSource) -> TensorFiles:
     """Names, shapes and dtypes of a Hub model's weights, from the first bytes of its files."""
-    metadata = _on_hub(
-        source.title, HfApi(token=source.token).get_safetensors_metadata, source.repo_id, source.revision
-    )
+    try:
+        metadata = _on_hub(
+            source.title, HfApi(token=source.token).get_safetensors_metadata, source.repo_id, source.revision
+        )
+    except NotASafetensorsRepoError:
+        remedy = "Merge without `dry_run`." if source.allow_pickle else _PICKLE_REMEDY
+        raise HfEsmError(
+            f"{source.title}: there are no safetensors weights in it, whose headers could be read alone. {remedy}"
+        ) from None
+    except SafetensorsParsingError as error:
+        raise HfEsmError(f"{source.title}: its weights cannot be read: {error}") from None
     headers = {
         name: (tuple(tensor.shape), _DTYPES[tensor.dtype])
         for file in metadata.files_metadata.values()
@@ -208,6 +234,9 @@ def _hub_headers(source: ModelSource) -> TensorFiles:
         raise RuntimeError(f"{source.title}: only headers were read, '{key}' was not downloaded")
 
     return TensorFiles(headers, refuse)
+
+
+_LOG_IN = "log in (`hf auth login`) or pass `token`"
 
 
 def _on_hub(title: str, call: Any, repo_id: str, revision: Optional[str], token: Any = None, **options: Any) -> Any:
@@ -223,5 +252,11 @@ def _on_hub(title: str, call: Any, repo_id: str, revision: Optional[str], token:
             f"{title}: neither a folder nor in the local cache, and the Hub cannot be reached. Check the name, or go "
             "online."
         ) from None
+    except RevisionNotFoundError:
+        raise HfEsmError(f"{title}: there is no such branch, tag or commit in {repo_id}.") from None
+    except GatedRepoError:
+        raise HfEsmError(f"{title}: access is restricted. Ask for it on the model's page, and {_LOG_IN}.") from None
+    except RepositoryNotFoundError:
+        raise HfEsmError(f"{title}: not on the Hub, or private. Check the id; if it is private, {_LOG_IN}.") from None
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise HfEsmError(f"{title}: the Hub refuses it: {str(error).splitlines()[0]}") from None
