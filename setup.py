@@ -10,7 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "hf_esm" / "version.py").re
 setup(
     name="hf_esm",
     version=version,
-    description="Merge fine-tunes of one checkpoint into one multi-task model (ESM), for transformers, peft and accelerate",
+    description="Merge fine-tunes of one checkpoint into one multi-task model, for transformers, peft and accelerate",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -3,8 +3,8 @@
     python benchmarks/peak_memory.py FOLDER [--counts 2 8]
 
 FOLDER is the one that benchmarks/suite.py describes. Counted is the memory that the process allocates (anonymous
-pages, `RssAnon`), sampled every 5 ms, above what it holds after its imports; pages of the checkpoints' files, which the
-operating system maps and can drop, are not. Linux only.
+pages, `RssAnon`), sampled every 5 ms, above what it holds after its imports; pages of the checkpoints' files, which
+the operating system maps and can drop, are not. Linux only.
 """
 
 import argparse

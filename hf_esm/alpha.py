@@ -1,6 +1,6 @@
 """Choosing α: the merged updates are put on the base at several scales, nothing is merged again."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Optional
 
 import torch
@@ -18,27 +18,30 @@ FINE = 0.1
 
 
 def search_alpha(score: Callable[[float], float], progress: Callable = iter) -> tuple[float, dict[float, float]]:
-    """The α in 0.1, 0.2, …, 3.0 with the highest score, searched by steps of 0.3 first and of 0.1 around the best.
+    """The best α in 0.1, 0.2, …, 3.0, searched by steps of 0.3 first and of 0.1 around the best.
 
-    Of equal scores the one with the better neighbours wins, then the smaller. Returns the α, and the scores seen.
+    A few hundred rows make a score uncertain by more than neighbouring values of α differ, so that each is judged by
+    the mean of its score and those of its neighbours; of equals the smaller wins. Returns the α, and the scores seen.
     """
     scores: dict[float, float] = {}
     for alpha in progress(COARSE):
         scores[alpha] = score(alpha)
-    middle = _best(scores, 0.3)
-    for step in (-2, -1, 1, 2):
-        alpha = round(middle + step * FINE, 1)
-        if alpha > 0 and alpha not in scores:
+    middle = _best(scores, scores, 0.3)
+    around = [alpha for alpha in (round(middle + step * FINE, 1) for step in range(-2, 3)) if alpha > 0]
+    for alpha in around:
+        if alpha not in scores:
             scores[alpha] = score(alpha)
-    return _best(scores, FINE), dict(sorted(scores.items()))
+    return _best(around, scores, FINE), dict(sorted(scores.items()))
 
 
-def _best(scores: dict[float, float], step: float) -> float:
-    def beside(alpha: float) -> float:
-        near = [scores[a] for a in (round(alpha - step, 1), round(alpha + step, 1)) if a in scores]
-        return sum(near) / len(near) if near else 0.0
+def _best(candidates: Iterable[float], scores: dict[float, float], step: float) -> float:
+    """The candidate with the highest mean score of itself and its neighbours."""
 
-    return max(scores, key=lambda alpha: (round(scores[alpha], 9), round(beside(alpha), 9), -alpha))
+    def smooth(alpha: float) -> float:
+        near = [scores[a] for a in (round(alpha - step, 1), alpha, round(alpha + step, 1)) if a in scores]
+        return sum(near) / len(near)
+
+    return max(candidates, key=lambda alpha: (round(smooth(alpha), 9), -alpha))
 
 
 class CandidateModels:

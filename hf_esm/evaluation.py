@@ -75,7 +75,7 @@ def predict(model: PreTrainedModel, samples: list[Sample], batch_size: int = 32)
 
 def accuracy(model: PreTrainedModel, data: LabelledSamples, batch_size: int = 32) -> float:
     """Share of samples whose class is right, in [0, 1]."""
-    return float((predict(model, data.samples, batch_size) == torch.tensor(data.labels)).float().mean())
+    return float((predict(model, data.samples, batch_size) == torch.tensor(data.labels)).double().mean())
 
 
 @dataclass

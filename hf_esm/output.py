@@ -139,7 +139,7 @@ def _record_calibration(
 
 
 def absolute_path(value: Any, folder: Path) -> Any:
-    """A model or data set as recipes name them, with a relative path in it that exists below `folder` made absolute."""
+    """A model or data set as recipes name it, with a relative path in it that exists below `folder` made absolute."""
     if isinstance(value, str):
         return str((folder / value).absolute()) if value and (folder / value).exists() else value
     if isinstance(value, Mapping):

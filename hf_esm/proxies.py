@@ -5,6 +5,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain, islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Optional
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor, PretrainedConfig
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer, PretrainedConfig
 from transformers.image_utils import is_valid_image
 
 from .errors import HfEsmError
@@ -70,15 +71,18 @@ class ProxyOptions:
 
 def load_processor(folder: str | os.PathLike, trust_remote_code: bool = False) -> Any:
     """The tokenizer, image processor, feature extractor or processor in a folder; None if there is none."""
-    try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError):
-        return None
-    # Where there is none, Transformers makes one up from the model's type, with an empty vocabulary.
-    tokenizer = getattr(processor, "tokenizer", processor)
-    vocabulary = set((getattr(tokenizer, "vocab_files_names", None) or {}).values())
-    stands_there = not vocabulary or any((Path(folder) / name).is_file() for name in {"tokenizer.json", *vocabulary})
-    return processor if stands_there else None
+    # A model's type may call for a processor of several parts of which one alone stands there.
+    for kind in (AutoProcessor, AutoTokenizer, AutoImageProcessor, AutoFeatureExtractor):
+        try:
+            processor = kind.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        # Where there is no tokenizer, Transformers makes one up from the model's type, with an empty vocabulary.
+        tokenizer = getattr(processor, "tokenizer", processor)
+        vocabulary = set((getattr(tokenizer, "vocab_files_names", None) or {}).values())
+        if not vocabulary or any((Path(folder) / name).is_file() for name in {"tokenizer.json", *vocabulary}):
+            return processor
+    return None
 
 
 def read_rows(data: Any, title: str, options: ProxyOptions) -> list[Any]:
@@ -99,7 +103,7 @@ def read_rows(data: Any, title: str, options: ProxyOptions) -> list[Any]:
         length = len(next(iter(data.values()), ()))
         data = [{name: column[i] for name, column in data.items()} for i in range(length)]
     if isinstance(data, DataLoader):
-        data = list(_split_batches(data, options.num_samples))
+        data = list(_split_batches(data, options.num_samples, title))
     if isinstance(data, IterableDataset):
         data = list(data.take(options.num_samples)) if options.num_samples else list(data)
     if not isinstance(data, (Sequence, Dataset)):
@@ -122,19 +126,26 @@ def _read_file(path: Path, title: str) -> Any:
         raise HfEsmError(f"{title}: {path} is none of {', '.join(kinds)} or .safetensors.")
     try:
         return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
-    except (DatasetsError, ValueError, OSError) as error:
-        raise HfEsmError(f"{title}: {path} cannot be read: {str(error.__cause__ or error).splitlines()[0]}") from None
+    except (DatasetsError, ValueError, OSError, StopIteration) as error:
+        why = " ".join(str(error.__cause__ or error).split()) or "it is empty"
+        raise HfEsmError(f"{title}: {path} cannot be read: {why}") from None
 
 
-def _split_batches(loader: DataLoader, count: int) -> Iterator[dict[str, Any]]:
+def _split_batches(loader: DataLoader, count: int, title: str) -> Iterator[Any]:
     """The samples of a loader's batches, as many as are wanted."""
-    taken = 0
-    for batch in loader:
-        for i in range(len(next(iter(batch.values())))):
-            yield {name: column[i] for name, column in batch.items()}
-            taken += 1
-            if taken == count:
-                return
+    rows = chain.from_iterable(_split(batch, title) for batch in loader)
+    return islice(rows, count or None)
+
+
+def _split(batch: Any, title: str) -> Iterable[Any]:
+    """The samples of one batch: columns by name, strings, or pairs of strings as PyTorch collates them."""
+    if isinstance(batch, Mapping):
+        return [dict(zip(batch, values)) for values in zip(*batch.values())]
+    if isinstance(batch, (list, tuple)) and all(isinstance(entry, str) for entry in batch):
+        return batch
+    if isinstance(batch, (list, tuple)) and len(batch) == 2 and all(isinstance(part, tuple) for part in batch):
+        return zip(*batch)
+    raise HfEsmError(f"{title}: batches of a DataLoader must hold model inputs by name, or texts.")
 
 
 def encode(
@@ -225,7 +236,8 @@ def _encode_row(row: Any, processor: Any, config: PretrainedConfig, title: str, 
             extractor = getattr(processor, "feature_extractor", processor)
             found |= extractor(sound["array"] if rate else sound, sampling_rate=rate, return_tensors="pt")
     except (TypeError, ValueError) as error:
-        raise HfEsmError(f"{title}: {type(processor).__name__} does not take such a sample: {error}") from None
+        why = " ".join(str(error).split())
+        raise HfEsmError(f"{title}: {type(processor).__name__} does not take such a sample: {why}") from None
     # Processors give batches of one where tensors were asked for, and plain lists for text.
     return {name: value[0] if isinstance(value, Tensor) else torch.as_tensor(value) for name, value in found.items()}
 

@@ -65,7 +65,7 @@ def esm(
     task_exponent: float = 0.0,
     dimension_exponent: float = 0.0,
     factor: float = 1.0,
-    shrinkage: float = 0.1,
+    shrinkage: float = 1.0,
     keep_singular_values: bool = True,
     match_norm: bool = True,
 ) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from helpers import perturbed, save, stored_tensors, text_samples
 from safetensors.torch import load_file, save_file
 from tiny import BERT, SENTENCES, assert_refused, forbid_calibration, save_models, save_tokenizer, snapshot
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModel, DistilBertConfig, DistilBertModel
 
 from hf_esm import ActivationStatistics, calibrate, load_task_model, merge_models
@@ -110,12 +111,35 @@ def pickled(models):
     (models.right / "model.safetensors").unlink()
 
 
+def pickle_broken(models):
+    pickled(models)
+    cut("right/pytorch_model.bin", 900)(models)
+    return {"allow_pickle": True}
+
+
+def shallower(models):
+    deeper = BERT.build(num_hidden_layers=2)
+    save(deeper, models.base)
+    save(perturbed(deeper, 0.1, 1), models.left)
+
+
 def tokenized(**changes: Any) -> Callable:
     """Calibration samples for a tokenizer that is there."""
 
     def damage(models):
         save_tokenizer(models.base)
         return changes
+
+    return damage
+
+
+def data_file(text: str) -> Callable:
+    """Calibration samples in a file."""
+
+    def damage(models):
+        path = models.folder / "data.jsonl"
+        path.write_text(text)
+        return {"calibration": {"left": path, "right": text_samples(2)}}
 
     return damage
 
@@ -159,12 +183,7 @@ REFUSED = {
         instead(lambda: BERT.build(num_hidden_layers=2)),
         [RIGHT, "encoder.layer.1.", "fine-tune of this base"],
     ),
-    "shallower": (
-        lambda models: [
-            save(BERT.build(num_hidden_layers=2), models.folder / name) for name in ("base", "left")
-        ].clear(),
-        [RIGHT, "encoder.layer.1.", "fine-tune of this base"],
-    ),
+    "shallower": (shallower, [RIGHT, "encoder.layer.1.", "fine-tune of this base"]),
     "vocabulary-resized": (instead(resized), [RIGHT, "word_embeddings", "64 rows", "resize_token_embeddings"]),
     "weights-missing": (tensors("right", without(WEIGHT)), [RIGHT, BODY_WEIGHT, "save_pretrained"]),
     "head-missing": (tensors("right", without("classifier.weight")), [RIGHT, "classifier.weight", "save_pretrained"]),
@@ -181,6 +200,7 @@ REFUSED = {
         [RIGHT, "equals the base", "Leave it out"],
     ),
     "pickle-only": (pickled, [RIGHT, "pytorch_model.bin", "allow_pickle=True"]),
+    "pickle-broken": (pickle_broken, [RIGHT, "pytorch_model.bin", "again"]),
     "cut-short": (cut("right/model.safetensors", 5000), [RIGHT, "model.safetensors", "again"]),
     "cut-in-the-header": (cut("right/model.safetensors", 6), [RIGHT, "model.safetensors", "again"]),
     "empty-file": (cut("base/model.safetensors", 0), ["base (", "model.safetensors", "again"]),
@@ -241,6 +261,12 @@ REFUSED = {
     "unknown-role-of-a-column": (options(columns={"txt": "sentence"}), ["columns", "'txt'", "text_pair"]),
     "not-a-sample": (tokenized(calibration={"left": [1, 2], "right": [3]}), [OF_LEFT, "int", "give strings"]),
     "no-tokenizer": (calibration(SENTENCES), [OF_LEFT, "no tokenizer", "processor="]),
+    "loader-without-names": (
+        calibration(DataLoader(TensorDataset(torch.ones(3, 4)))),
+        [OF_LEFT, "DataLoader", "model inputs by name"],
+    ),
+    "data-file-broken": (data_file("{'text': "), [OF_LEFT, "data.jsonl", "cannot be read"]),
+    "data-file-empty": (data_file(""), [OF_LEFT, "data.jsonl"]),
     "no-such-file": (calibration("nowhere.jsonl"), [OF_LEFT, "nowhere.jsonl", "no file"]),
     "statistics-of-another-width": (calibration(statistics_of(32)), ["'left'", BODY_WEIGHT, "32", "Calibrate again"]),
     "statistics-of-another-model": (calibration(statistics_of(16, "h.0.w")), ["'left'", "h.0.w", "Calibrate again"]),

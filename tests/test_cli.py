@@ -218,7 +218,7 @@ def test_evaluate_prints_and_writes_accuracies_beside_the_experts(models, merged
         accuracy[task] = sum(x == y for x, y in zip(found, labels)) / 12
         expert[task] = 8 / 12
     average = sum(accuracy.values()) / 2
-    normalised = average / (8 / 12)
+    normalised = sum(accuracy[task] / expert[task] for task in data) / 2
     command = ["evaluate", merged, *named("data", data)]
     assert run(*command, *named("expert", {task: models / task for task in data}), "--json", tmp_path / "s.json") == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -277,7 +277,7 @@ REFUSED = {
     "unknown method": ("inspect {}/recipe.yaml --method best", "no method 'best'; there are mean, task-arithmetic"),
     "unknown setting": ("inspect {}/recipe.yaml --set beta=1", "has no setting ['beta']"),
     "setting of no kind": ("inspect {}/recipe.yaml --set gamma=[", "--set: '[' is not a YAML value"),
-    "setting of another kind": ("inspect {}/recipe.yaml --set gamma=high", "gamma must be like 0.15, not 'high'"),
+    "setting of another kind": ("inspect {}/recipe.yaml --set gamma=high", "esm: gamma must be like 0.0, not 'high'"),
     "alpha": ("inspect {}/recipe.yaml --alpha best", "alpha must be a number or 'auto', not 'best'"),
     "alpha without rows": ("inspect {}/recipe.yaml --alpha auto", "alpha='auto' needs validation rows"),
     "batch size": ("inspect {}/recipe.yaml --batch-size 0", "batch_size must be a whole number, 1 or more, not 0"),
@@ -288,7 +288,7 @@ REFUSED = {
     "no model": ("calibrate {}/none {}/a.jsonl -o {}/x", "model ({}/none): there is no such folder"),
     "adapter alone": ("calibrate {}/c-lora {}/c.jsonl -o {}/x", "is a PEFT adapter: name the base model"),
     "nothing to score": ("evaluate {}/none --data a={}/a.jsonl", "{}/none: there is no such folder"),
-    "not on the Hub": ("evaluate me/none --data a={}/a.jsonl", "me/none: neither a folder nor in the local cache"),
+    "not on the Hub": ("evaluate me/none --data a={}/a.jsonl", "me/none: neither a folder nor wholly in the local"),
     "no label": ("evaluate {}/a --data a={}/a.jsonl", "rows need a label"),
     "wrong label": ("evaluate {}/a --data a={}/labelled.jsonl", "label 7, but the expert knows 2 classes"),
     "wrong label name": ("evaluate {}/a --data a={}/named.jsonl", "has no label 'maybe'; it has ['no', 'yes']"),

@@ -1,6 +1,7 @@
 """Recipes: what is refused, where paths lead, and that the recipe which a merge writes repeats it."""
 
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from helpers import text_samples
 from toys import LABELS, texts, weights, write_models, write_rows
 
-from hf_esm import ActivationStatistics, EssentialMerge, HfEsmError, calibrate, load_recipe, merge_models
+from hf_esm import EssentialMerge, HfEsmError, calibrate, load_recipe, merge_models
 from hf_esm.output import RECIPE_FILE
 from hf_esm.statistics import FILE_NAME
 
@@ -157,16 +158,14 @@ CALIBRATIONS = {
     "rows": lambda models, folder, task, seed: [{"label": 1, "text": text} for text in texts(seed)],
     "ready inputs": lambda models, folder, task, seed: text_samples(seed),
     "statistics file": statistics_file,
-    "statistics": lambda models, folder, task, seed: ActivationStatistics.load(
-        statistics_file(models, folder, task, seed)
-    ),
+    "statistics": lambda models, folder, task, seed: calibrate(models / task, texts(seed), progress=False),
 }
 IN_MEMORY = ("texts", "pairs", "rows", "ready inputs", "statistics")
 SETTINGS = {
     "defaults": {},
     "a preset": {"method": "esm-roberta", "alpha": 0.7, "heads": "keep"},
     "own settings": {"method": EssentialMerge(gamma=0.4, uncalibrated=("query",)), "dtype": torch.bfloat16},
-    "heads by name": {"method": {"name": "tsv-m"}, "heads": ("pooler", "classifier"), "max_shard_size": "40KB"},
+    "heads by name": {"method": {"name": "tsv-m"}, "heads": ("pooler", "encoder.layer.1"), "max_shard_size": "40KB"},
     "statistics kept": {"statistics_dir": "kept"},
     "fewer samples": {"num_samples": 4, "seed": 3, "max_length": 6, "batch_size": 2},
 }
@@ -223,18 +222,10 @@ def test_a_recipe_writes_down_every_setting_and_the_chosen_alpha(models, tmp_pat
     assert recipe["recipe_version"] == 1
     assert recipe["alpha"] == result.alpha
     assert result.alpha_scores[result.alpha] == max(result.alpha_scores.values())
-    assert recipe["method"] == {
-        "name": "esm",
-        "gamma": 0.15,
-        "task_exponent": 2.0,
-        "dimension_exponent": 2.0,
-        "layer_exponent": 2.0,
-        "factor": 2.0,
-        "uncalibrated": list(EssentialMerge.vit().uncalibrated),
-        "stack_shared_inputs": True,
-        "keep_fallback_scale": False,
-        "scale_all": True,
-    }
+    settings = {field.name: getattr(EssentialMerge.vit(), field.name) for field in fields(EssentialMerge)}
+    settings["uncalibrated"] = list(settings["uncalibrated"])
+    assert recipe["method"] == {"name": "esm", **settings}
+    assert settings != {field.name: field.default for field in fields(EssentialMerge)}
     again = merge_models(
         **load_recipe(tmp_path / "merged" / RECIPE_FILE), output_dir=tmp_path / "again", progress=False
     )

@@ -92,11 +92,8 @@ class ModelSource:
                 ignore_patterns=["*/*"],
             )
         )
-        if not any(self.folder.glob(weights)):
-            if is_offline_mode():
-                raise HfEsmError(f"{self.title}: its weights are not in the local cache. Go online to download them.")
-            if not self.allow_pickle:
-                raise HfEsmError(f"{self.title}: there are no safetensors weights in it. {_PICKLE_REMEDY}")
+        if not self.allow_pickle and not any(self.folder.glob(weights)):
+            raise HfEsmError(f"{self.title}: there are no safetensors weights in it. {_PICKLE_REMEDY}")
 
 
 _PICKLE_REMEDY = "If it has pickle weights, which can run code when read, and you trust it, pass allow_pickle=True."
@@ -249,8 +246,8 @@ def _on_hub(title: str, call: Any, repo_id: str, revision: Optional[str], token:
         raise HfEsmError(f"{title}: neither a folder nor a Hub id.") from None
     except LocalEntryNotFoundError:
         raise HfEsmError(
-            f"{title}: neither a folder nor in the local cache, and the Hub cannot be reached. Check the name, or go "
-            "online."
+            f"{title}: neither a folder nor wholly in the local cache, and the Hub cannot be reached. Check the "
+            "name, or go online."
         ) from None
     except RevisionNotFoundError:
         raise HfEsmError(f"{title}: there is no such branch, tag or commit in {repo_id}.") from None

@@ -21,7 +21,7 @@ class EssentialMerge:
 
     `roberta()` and `vit()` are the settings of the published code. The defaults keep the essential subspaces and the
     orthogonalisation of the papers and differ in three points, chosen on the validation rows of eight text tasks:
-    the inputs' second moments are shrunk towards the identity, so that the mean input does not decide alone which
+    the inputs' second moments are shrunk half way to the identity, so that the mean input does not decide alone which
     directions are essential; the coordinates keep their singular values, where the published polar factor makes all
     equal; and the merged update gets the norm that the experts' updates would have together if they were orthogonal,
     so that α = 1 is a sound choice without labels.
@@ -47,7 +47,7 @@ class EssentialMerge:
         default=0.0, metadata={"help": "scaling between layers of one type; published: 2; 0 turns it off"}
     )
     shrinkage: float = field(
-        default=0.1, metadata={"help": "weight of the identity in the inputs' second moments; published: 0"}
+        default=1.0, metadata={"help": "weight of the identity in the inputs' second moments; published: 0"}
     )
     keep_singular_values: bool = field(
         default=True,

@@ -1,0 +1,303 @@
+"""Calibration data in every form that users have it in: the same samples give the same statistics."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import safetensors
+import torch
+import yaml
+from architectures import ARCHITECTURES
+from helpers import perturbed, save, text_samples
+from peft import LoraConfig, get_peft_model
+from problems import relative_error
+from tiny import BERT, SENTENCES, save_models, save_tokenizer, snapshot
+from torch.utils.data import DataLoader
+from transformers import ViTImageProcessor, Wav2Vec2FeatureExtractor
+
+from hf_esm import ActivationStatistics, HfEsmError, MergePlan, calibrate, merge_models
+from hf_esm.checkpoints import reader
+from hf_esm.output import RECIPE_FILE
+from hf_esm.proxies import ProxyOptions, encode, read_rows, save_samples
+
+
+PAIRS = list(zip(SENTENCES, SENTENCES[1:] + SENTENCES[:1], strict=True))
+ROWS = [{"sentence1": first, "sentence2": second, "label": i % 3, "idx": i} for i, (first, second) in enumerate(PAIRS)]
+COLUMNS = {"text": "sentence1", "text_pair": "sentence2"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The tiny models, with a tokenizer beside one expert."""
+    models = save_models(tmp_path_factory.mktemp("models"))
+    models.expert = models.experts["left"]
+    models.tokenizer = save_tokenizer(Path(models.expert))
+    return models
+
+
+def same_statistics(found: ActivationStatistics, expected: ActivationStatistics) -> bool:
+    """Whether both are of the same tokens, in whatever batches they ran."""
+    return (
+        found.keys_of == expected.keys_of
+        and found.provenance.num_samples == expected.provenance.num_samples
+        and all(
+            found[name].count == entry.count
+            and relative_error(found[name].mean, entry.mean) < 1e-5
+            and relative_error(found[name].factor.T @ found[name].factor, entry.factor.T @ entry.factor) < 1e-5
+            for name, entry in expected.items()
+        )
+    )
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def csv_file(path: Path) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(ROWS[0]))
+        writer.writeheader()
+        writer.writerows(ROWS)
+    return path
+
+
+def json_lines(path: Path) -> Path:
+    return written(path, "".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+def saved(samples: list, path: Path) -> Path:
+    save_samples(samples, path)
+    return path
+
+
+def encoded(tokenizer, texts=SENTENCES, kind=None) -> list[dict]:
+    return [dict(tokenizer(*text) if isinstance(text, tuple) else tokenizer(text)) for text in texts]
+
+
+def as_tensors(samples: list[dict]) -> list[dict]:
+    return [{name: torch.tensor(value) for name, value in sample.items()} for sample in samples]
+
+
+def padded(tokenizer, texts, **options):
+    return tokenizer(list(texts), padding=True, return_tensors="pt", **options)
+
+
+TEXT_FORMS = {  # the data, from a tokenizer and a folder, and the columns
+    "tuple": (lambda t, folder: tuple(SENTENCES), {}),
+    "generator": (lambda t, folder: (text for text in SENTENCES), {}),
+    "rows": (lambda t, folder: [{"text": text, "label": 0} for text in SENTENCES], {}),
+    "rows-with-named-columns": (lambda t, folder: ROWS, {"text": "sentence1"}),
+    "columns": (lambda t, folder: {"text": SENTENCES, "label": [0] * len(SENTENCES)}, {}),
+    "dataset": (lambda t, folder: datasets.Dataset.from_list(ROWS), {"text": "sentence1"}),
+    "iterable-dataset": (
+        lambda t, folder: datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+        {"text": "sentence1"},
+    ),
+    "loader-of-strings": (lambda t, folder: DataLoader(SENTENCES, batch_size=4), {}),
+    "loader-of-rows": (lambda t, folder: DataLoader(ROWS, batch_size=4), {"text": "sentence1"}),
+    "loader-of-padded-batches": (
+        lambda t, folder: DataLoader(SENTENCES, 4, collate_fn=lambda texts: padded(t, texts)),
+        {},
+    ),
+    "text-file": (lambda t, folder: written(folder / "data.txt", "\n".join(SENTENCES)), {}),
+    "ready-lists": (lambda t, folder: encoded(t), {}),
+    "ready-tensors": (lambda t, folder: as_tensors(encoded(t)), {}),
+    "ready-arrays": (lambda t, folder: [{"input_ids": np.array(s["input_ids"])} for s in encoded(t)], {}),
+    "ready-ids-alone": (lambda t, folder: [{"input_ids": sample["input_ids"]} for sample in encoded(t)], {}),
+    "ready-with-labels": (lambda t, folder: [{**s, "labels": 1, "label": 2, "id": "x"} for s in encoded(t)], {}),
+    "ready-and-padded": (lambda t, folder: padded(t, SENTENCES), {}),
+    "ready-and-padded-on-the-left": (lambda t, folder: padded(t, SENTENCES, padding_side="left"), {}),
+    "ready-dataset": (lambda t, folder: datasets.Dataset.from_list(encoded(t)), {}),
+    "saved-proxies": (lambda t, folder: saved(as_tensors(encoded(t)), folder / "proxies.safetensors"), {}),
+}
+PAIR_FORMS = {
+    "lists": (lambda t, folder: [list(pair) for pair in PAIRS], {}),
+    "rows": (lambda t, folder: [{"text": first, "text_pair": second} for first, second in PAIRS], {}),
+    "rows-with-named-columns": (lambda t, folder: ROWS, COLUMNS),
+    "loader-of-pairs": (lambda t, folder: DataLoader(PAIRS, batch_size=4), {}),
+    "dataset": (lambda t, folder: datasets.Dataset.from_list(ROWS), COLUMNS),
+    "json-lines": (lambda t, folder: json_lines(folder / "data.jsonl"), COLUMNS),
+    "json-lines-by-name": (lambda t, folder: str(json_lines(folder / "data.jsonl")), COLUMNS),
+    "csv": (lambda t, folder: csv_file(folder / "data.csv"), COLUMNS),
+    "load_dataset": (lambda t, folder: {"path": "csv", "data_files": str(csv_file(folder / "data.csv"))}, COLUMNS),
+    "ready": (lambda t, folder: encoded(t, PAIRS), {}),
+    "ready-and-padded": (lambda t, folder: t(*zip(*PAIRS), padding=True, return_tensors="pt"), {}),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(models):
+    """Statistics of strings, and of pairs of strings."""
+    return {id(kind): calibrate(models.expert, kind, progress=False) for kind in (SENTENCES, PAIRS)}
+
+
+@pytest.mark.parametrize(
+    ("plain", "form", "columns"),
+    [pytest.param(SENTENCES, *form, id=f"texts-{name}") for name, form in TEXT_FORMS.items()]
+    + [pytest.param(PAIRS, *form, id=f"pairs-{name}") for name, form in PAIR_FORMS.items()],
+)
+def test_the_same_texts_in_any_form_give_the_same_statistics(models, expected, tmp_path, plain, form, columns):
+    data = form(models.tokenizer, tmp_path)
+    found = calibrate(models.expert, data, columns=columns, batch_size=4, progress=False)
+    assert same_statistics(found, expected[id(plain)])
+    assert not same_statistics(found, expected[id(PAIRS if plain is SENTENCES else SENTENCES)])
+
+
+def image_forms(folder: Path) -> SimpleNamespace:
+    image = pytest.importorskip("PIL.Image")
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    arrays = np.random.default_rng(0).integers(0, 255, (5, 20, 24, 3), dtype=np.uint8)
+    pictures = [image.fromarray(array) for array in arrays]
+    dataset = datasets.Dataset.from_dict({"image": pictures}, datasets.Features({"image": datasets.Image()}))
+    ready = [processor(picture, return_tensors="pt")["pixel_values"][0] for picture in pictures]
+    forms = [
+        (list(arrays), {}),
+        ([{"image": picture, "label": 0} for picture in pictures], {}),
+        ([{"picture": picture} for picture in pictures], {"image": "picture"}),
+        (dataset, {}),
+        ([{"pixel_values": values} for values in ready], {}),
+        ({"pixel_values": torch.stack(ready)}, {}),
+        (DataLoader([{"pixel_values": values} for values in ready], batch_size=2), {}),
+    ]
+    return SimpleNamespace(model="vit", processor=processor, plain=pictures, forms=forms)
+
+
+def sound_forms(folder: Path) -> SimpleNamespace:
+    processor = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False)
+    waves = [
+        np.random.default_rng(i).normal(size=length).astype(np.float32) for i, length in enumerate((400, 520, 440))
+    ]
+    rows = [{"audio": {"array": wave, "sampling_rate": 16_000}} for wave in waves]
+    ready = [processor(wave, sampling_rate=16_000, return_tensors="pt")["input_values"][0] for wave in waves]
+    forms = [
+        ([{"sound": row["audio"]} for row in rows], {"audio": "sound"}),
+        ([{"input_values": values} for values in ready], {}),
+    ]
+    return SimpleNamespace(model="wav2vec2", processor=processor, plain=rows, forms=forms)
+
+
+@pytest.mark.parametrize("make", [image_forms, sound_forms])
+def test_the_same_images_and_sounds_in_any_form_give_the_same_statistics(make, tmp_path):
+    given = make(tmp_path)
+    save(ARCHITECTURES[given.model].build(), tmp_path)
+    given.processor.save_pretrained(tmp_path)
+    expected = calibrate(tmp_path, given.plain, progress=False)
+    assert len(expected) > 5
+    assert expected.provenance.num_samples == len(given.plain)
+    for i, (data, columns) in enumerate(given.forms):
+        assert same_statistics(calibrate(tmp_path, data, columns=columns, progress=False), expected), i
+
+
+def test_a_sound_of_another_sampling_rate_is_refused(tmp_path):
+    given = sound_forms(tmp_path)
+    save(ARCHITECTURES[given.model].build(), tmp_path)
+    given.plain[1]["audio"]["sampling_rate"] = 8_000
+    with pytest.raises(HfEsmError, match=r"data: Wav2Vec2FeatureExtractor does not take .*16000"):
+        calibrate(tmp_path, given.plain, processor=given.processor, progress=False)
+
+
+def test_samples_are_chosen_by_their_number_and_the_seed():
+    rows = [f"text {i}" for i in range(100)]
+
+    def chosen(data=rows, **options) -> list[str]:
+        return read_rows(data, "data", ProxyOptions(**options))
+
+    assert len(chosen()) == 32
+    some = chosen(num_samples=10, seed=1)
+    assert some == chosen(num_samples=10, seed=1)
+    assert some == [row["text"] for row in chosen(datasets.Dataset.from_dict({"text": rows}), num_samples=10, seed=1)]
+    assert some != chosen(num_samples=10, seed=2)
+    assert len(set(some)) == 10
+    assert some == sorted(some, key=rows.index)  # in the data's own order
+    assert some != rows[:10]
+    assert chosen(num_samples=0) == chosen(num_samples=100) == chosen(num_samples=200) == rows
+    # What comes as a stream is not read to its end: the first samples are taken.
+    assert chosen(DataLoader(rows, batch_size=7), num_samples=10) == rows[:10]
+    stream = datasets.Dataset.from_dict({"text": rows}).to_iterable_dataset()
+    assert [row["text"] for row in chosen(stream, num_samples=10)] == rows[:10]
+
+
+def test_the_number_of_samples_and_the_seed_are_recorded(models, tmp_path):
+    rows = read_rows(SENTENCES, "data", ProxyOptions(num_samples=3, seed=5))
+    expected = calibrate(models.expert, rows, progress=False)
+    result = merge_models(
+        models.base,
+        models.experts,
+        calibration=dict.fromkeys(models.experts, SENTENCES),
+        num_samples=3,
+        seed=5,
+        statistics_dir=str(tmp_path / "statistics"),
+        progress=False,
+    )
+    found = ActivationStatistics.load(tmp_path / "statistics" / "left.safetensors")
+    assert same_statistics(found, expected)
+    assert found.provenance.seed == 5
+    assert found.provenance.model == models.expert
+    recipe = yaml.safe_load((result.output_dir / RECIPE_FILE).read_text())
+    assert (recipe["num_samples"], recipe["seed"]) == (3, 5)
+
+
+@pytest.mark.parametrize(("max_length", "longest"), [(None, 32), (6, 6)])
+def test_texts_are_cut_to_what_the_model_takes_or_to_what_is_asked(models, max_length, longest):
+    texts = ["film " * 50, "good film"]
+    config = models.task_model.config
+    samples = encode(texts, models.tokenizer, config, "data", ProxyOptions(max_length=max_length))
+    assert [len(sample["input_ids"]) for sample in samples] == [longest, 4]
+    assert len(calibrate(models.expert, texts, max_length=max_length, progress=False))
+
+
+def test_a_model_without_a_tokenizer_is_not_given_an_empty_one(models):
+    """Transformers makes one up from the model's type, to which every word is unknown."""
+    with pytest.raises(HfEsmError, match="no tokenizer"):
+        calibrate(models.base, SENTENCES, progress=False)
+    found = calibrate(models.base, SENTENCES, processor=models.tokenizer, progress=False)
+    assert same_statistics(found, calibrate(models.base, encoded(models.tokenizer), progress=False))
+    experts = {"right": models.experts["right"], "live": perturbed(models.task_model, 0.1, 5)}
+    merged = merge_models(models.base, experts, method="mean", progress=False)
+    assert not list(merged.output_dir.glob("*token*"))
+
+
+def test_a_dry_run_says_what_a_merge_would_be_and_reads_no_weight(models, tmp_path, monkeypatch):
+    shutil.copytree(models.folder, tmp_path, dirs_exist_ok=True)
+    for place, licence in {"base": "apache-2.0", "left": "mit"}.items():
+        (tmp_path / place / "README.md").write_text(f"---\nlicense: {licence}\n---\n# A model\n")
+    adapted = get_peft_model(models.task_model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    adapted.save_pretrained(tmp_path / "lora")
+    before = snapshot(tmp_path)
+
+    def refuse(*_):
+        pytest.fail("a weight was read")
+
+    class Headers:
+        """A safetensors file whose values cannot be had."""
+
+        def __init__(self, *arguments):
+            self.file = safetensors.safe_open(*arguments)
+            self.keys, self.get_slice, self.metadata = self.file.keys, self.file.get_slice, self.file.metadata
+
+        get_tensor = refuse
+
+    monkeypatch.setattr(reader, "safe_open", Headers)
+    for checkpoint in (reader.FolderCheckpoint, reader.LiveCheckpoint):
+        monkeypatch.setattr(checkpoint, "tensor", refuse)
+        monkeypatch.setattr(checkpoint, "load_model", refuse)
+    live = BERT.build()
+    experts = {"left": tmp_path / "left", "right": tmp_path / "right", "lora": tmp_path / "lora", "live": live}
+    plan = merge_models(tmp_path / "base", experts, output_dir=str(tmp_path / "merged"), dry_run=True)
+    assert isinstance(plan, MergePlan)
+    text = str(plan)
+    parts = [f"  {task}: " for task in experts]
+    parts += ["licences   base: apache-2.0; left: mit; right: not stated", "LoRA adapter", "live model", "3 labels"]
+    parts += ["disk", "memory", "time", "the licences differ (apache-2.0, mit)"]
+    assert [part for part in parts if part not in text] == [], text
+    assert snapshot(tmp_path) == before
+    stored = (tmp_path / "base" / "model.safetensors").stat().st_size
+    assert 0.8 * stored < plan.output_bytes < stored
+    with pytest.raises(pytest.fail.Exception, match="a weight was read"):
+        merge_models(tmp_path / "base", experts, calibration=dict.fromkeys(experts, text_samples(0)), progress=False)
