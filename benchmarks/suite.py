@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--num-test", type=int, default=400, help="test rows per task; 0 for all")
     parser.add_argument("--max-length", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0, help="of the proxies and the validation rows")
+    parser.add_argument("--alpha", choices=["auto", "default"], default="auto", help="default: needs no labels")
     parser.add_argument("--json", type=Path, help="write the table there too")
     given = parser.parse_args()
     logging.getLogger("hf_esm").setLevel(logging.ERROR)
@@ -82,7 +83,7 @@ def main() -> None:
                 calibration=statistics if known else proxies,
                 statistics_dir=None if known else str(statistics),
                 validation=validation,
-                alpha="auto" if resolve_method(name).tunable else None,
+                alpha="auto" if given.alpha == "auto" and resolve_method(name).tunable else None,
                 num_samples=given.num_samples,
                 seed=given.seed,
                 max_length=given.max_length,
@@ -106,9 +107,10 @@ def main() -> None:
         row["average"] = sum(row["scores"].values()) / len(tasks)
         row["normalised"] = sum(row["scores"][task] / own[task] for task in tasks) / len(tasks)
     print("\n" + markdown(rows, tasks))
+    chosen = f"on {given.num_validation} validation rows per task" if given.alpha == "auto" else "by default"
     print(
-        f"\n{given.num_samples} proxies per task, alpha by {given.num_validation} validation rows per task, "
-        f"{given.num_test or 'all'} test rows per task, seed {given.seed}, {torch.get_num_threads()} threads."
+        f"\n{given.num_samples} proxies per task, alpha {chosen}, {given.num_test or 'all'} test rows per task, "
+        f"seed {given.seed}, {torch.get_num_threads()} threads."
     )
     if given.json:
         given.json.write_text(json.dumps({"seed": given.seed, "rows": rows}, indent=1) + "\n")

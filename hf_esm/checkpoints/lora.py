@@ -1,6 +1,7 @@
 """A LoRA adapter as a checkpoint: its update of each weight, without writing out a full copy of the model."""
 
 import copy
+import pickle
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -50,7 +51,7 @@ class LoraCheckpoint(Checkpoint):
         self.folder, self.title = folder, title
         try:
             self.peft_config = PeftConfig.from_pretrained(folder)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
             raise HfEsmError(f"{title}: its adapter_config.json cannot be used: {error!r}. Upgrade peft?") from None
         self._refuse_unsupported()
         weights = self._read_weights(allow_pickle)
@@ -95,9 +96,10 @@ class LoraCheckpoint(Checkpoint):
                 )
         try:
             weights = load_peft_weights(str(self.folder), device="cpu")
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            why = str(error).partition("\n")[0]
             raise HfEsmError(
-                f"{self.title}: the adapter's weights cannot be read ({error}). Copy or download them again."
+                f"{self.title}: the adapter's weights cannot be read ({why}). Copy or download them again."
             ) from None
         return {key: value.float() if ".lora_" in key else value for key, value in weights.items()}
 
