@@ -1,6 +1,6 @@
 """Choosing α: the merged updates are put on the base at several scales, nothing is merged again."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 import torch
@@ -18,30 +18,33 @@ FINE = 0.1
 
 
 def search_alpha(score: Callable[[float], float], progress: Callable = iter) -> tuple[float, dict[float, float]]:
-    """The best α in 0.1, 0.2, …, 3.0, searched by steps of 0.3 first and of 0.1 around the best.
+    """The best α in 0.1, 0.2, …, 3.0, searched by steps of 0.3 first and of 0.1 around the best of those.
 
-    A few hundred rows make a score uncertain by more than neighbouring values of α differ, so that each is judged by
-    the mean of its score and those of its neighbours; of equals the smaller wins. Returns the α, and the scores seen.
+    On a few hundred rows a score is uncertain by more than neighbouring values of α differ, so that the best is not
+    where one score is highest, but at the top of the parabola fitted to all scores around. Returns it, and the scores.
     """
     scores: dict[float, float] = {}
     for alpha in progress(COARSE):
         scores[alpha] = score(alpha)
-    middle = _best(scores, scores, 0.3)
-    around = [alpha for alpha in (round(middle + step * FINE, 1) for step in range(-2, 3)) if alpha > 0]
+    middle = max(COARSE, key=lambda alpha: (scores[alpha], -alpha))
+    reach = min(max(middle / 2, 2 * FINE), 6 * FINE) + 1e-9
+    around = [round(i * FINE, 1) for i in range(1, 31) if abs(i * FINE - middle) <= reach]
     for alpha in around:
         if alpha not in scores:
             scores[alpha] = score(alpha)
-    return _best(around, scores, FINE), dict(sorted(scores.items()))
+    return _top(around, [scores[alpha] for alpha in around]), dict(sorted(scores.items()))
 
 
-def _best(candidates: Iterable[float], scores: dict[float, float], step: float) -> float:
-    """The candidate with the highest mean score of itself and its neighbours."""
-
-    def smooth(alpha: float) -> float:
-        near = [scores[a] for a in (round(alpha - step, 1), alpha, round(alpha + step, 1)) if a in scores]
-        return sum(near) / len(near)
-
-    return max(candidates, key=lambda alpha: (round(smooth(alpha), 9), -alpha))
+def _top(alphas: list[float], scores: list[float]) -> float:
+    """The α nearest to the top of the parabola through the scores; the best one (the smaller of equals) where that
+    opens upwards.
+    """
+    x = torch.tensor(alphas, dtype=torch.float64)
+    powers = torch.stack([torch.ones_like(x), x, x**2], dim=1)
+    _, slope, curvature = torch.linalg.lstsq(powers, torch.tensor(scores, dtype=torch.float64)[:, None]).solution[:, 0]
+    if curvature > -1e-9:
+        return max(zip(scores, alphas), key=lambda pair: (pair[0], -pair[1]))[1]
+    return min(alphas, key=lambda alpha: abs(alpha + float(slope / (2 * curvature))))
 
 
 class CandidateModels:

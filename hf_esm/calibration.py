@@ -42,7 +42,7 @@ class _Accumulator:
 
     def add(self, rows: Tensor) -> None:
         rows = rows.detach().to("cpu", torch.float32, copy=True)  # the model may go on in place
-        self.total += rows.sum(0, dtype=torch.float64)
+        self.total += rows.sum(0)  # exact enough within a batch, float64 over all
         self.count += rows.shape[0]
         self.pending.append(rows)
         self.waiting += rows.shape[0]

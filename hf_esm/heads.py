@@ -66,12 +66,14 @@ def plan_heads(base: Checkpoint, experts: dict[str, Checkpoint], heads: str | It
     else:
         kept = set()
         agree = heads == "auto" and _labels_agree(base, experts.values())
+        known: dict[str, Optional[set[str]]] = {}
         for expert in experts.values():
             head = [name for name in expert.names if not _in_body(expert, name)]
             own = [name for name in head if not (agree and name in common and _one_shape(name, base, experts))]
             kept.update(own)
             if own:
-                found = readouts(expert.skeleton)
+                body = repr((type(expert.skeleton), _without_labels(expert.config)))
+                found = known[body] if body in known else known.setdefault(body, readouts(expert.skeleton))
                 if found is None:
                     warnings.append(
                         f"{expert.title}: could not tell which weights of its body feed only its head (no dummy input "
@@ -149,6 +151,12 @@ def _dummy_inputs(body: PreTrainedModel) -> dict[str, Tensor]:
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.zeros(1, 4, dtype=torch.long)
     return inputs
+
+
+def _without_labels(config: PretrainedConfig) -> dict[str, Any]:
+    """All settings but those of the head and of where the model comes from: what the body is built from."""
+    dropped = ("id2label", "label2id", "problem_type", "_name_or_path")
+    return {name: value for name, value in config.to_dict().items() if name not in dropped}
 
 
 def _in_body(checkpoint: Checkpoint, name: str) -> bool:
