@@ -15,7 +15,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["hf_esm", "hf_esm.checkpoints", "hf_esm.methods", "hf_esm.model_cards"],
+    packages=[
+        "hf_esm",
+        "hf_esm.checkpoints",
+        "hf_esm.methods",
+        "hf_esm.model_cards",
+        "hf_esm.tuners",
+        "hf_esm.tuners.essential",
+        "hf_esm.tuners.routed",
+    ],
     package_dir={"hf_esm": "hf_esm", "hf_esm.model_cards": "model_cards"},
     package_data={"hf_esm.model_cards": ["*.md"]},
     install_requires=[

@@ -9,6 +9,15 @@ from .methods import METHODS, TSVM, EssentialMerge, Mean, TaskArithmetic
 from .planning import MergePlan
 from .recipes import load_recipe
 from .statistics import ActivationStatistics
+from .tuners import (
+    EssentialComponentsConfig,
+    EssentialComponentsModel,
+    RoutedExpertsConfig,
+    RoutedExpertsModel,
+    essential_components,
+    fuse_components,
+    write_lora_adapter,
+)
 from .version import __version__
 
 
@@ -16,18 +25,25 @@ __all__ = [
     "METHODS",
     "TSVM",
     "ActivationStatistics",
+    "EssentialComponentsConfig",
+    "EssentialComponentsModel",
     "EssentialMerge",
     "HfEsmError",
     "Mean",
     "MergePlan",
     "MergeResult",
+    "RoutedExpertsConfig",
+    "RoutedExpertsModel",
     "Scores",
     "TaskArithmetic",
     "__version__",
     "calibrate",
     "collect_statistics",
+    "essential_components",
     "evaluate",
+    "fuse_components",
     "load_recipe",
     "load_task_model",
     "merge_models",
+    "write_lora_adapter",
 ]

@@ -19,7 +19,7 @@ from .errors import HfEsmError
 from .linalg import triangular_factor
 from .proxies import Sample, batch_indices, collate
 from .statistics import ActivationStatistics, InputStatistics, Provenance
-from .weights import canonical_names, linear_maps
+from .weights import canonical_names, layer_type, linear_maps
 
 
 # A linear map by its weight, and which of its calls within one pass.
@@ -80,7 +80,7 @@ class InputRecorder:
         """
         shapes: dict[int, dict[_Call, torch.Size]] = {1: {}, 2: {}}
         for count, found in shapes.items():
-            with self._hooks(lambda call, inputs, found=found: found.update({call: inputs.shape})):
+            with self.hooked(lambda call, inputs, found=found: found.update({call: inputs.shape})):
                 run(count)
         self._left_out = {call for call, shape in shapes[1].items() if shapes[2].get(call) == shape}
 
@@ -88,7 +88,7 @@ class InputRecorder:
     def recording(self) -> Iterator[None]:
         """Around one pass over samples."""
         self._seen = {}
-        with self._hooks(self._take):
+        with self.hooked(self._take):
             yield
 
     def _take(self, call: _Call, inputs: Tensor) -> None:
@@ -106,7 +106,7 @@ class InputRecorder:
         self.accumulators[weight].add(inputs.reshape(-1, inputs.shape[-1]))
 
     @contextmanager
-    def _hooks(self, act: Callable[[_Call, Tensor], Any]) -> Iterator[None]:
+    def hooked(self, act: Callable[[_Call, Tensor], Any]) -> Iterator[None]:
         """Call `act` with every input of every linear map in one pass."""
         calls: Counter[str] = Counter()
 
@@ -152,35 +152,75 @@ def collect_statistics(
     Returns statistics of every linear map that ran, the same on every process.
     """
     accelerator = accelerator or Accelerator()
-    training = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
-    moved = device != accelerator.device and not getattr(model, "hf_device_map", None)
     recorder = InputRecorder(model)
 
     def run(samples: list[Sample]) -> None:
         model(**_batch(samples, model))
 
+    with _in_evaluation(model, accelerator), torch.no_grad(), accelerator.split_between_processes(samples) as own:
+        own = _with_decoder_inputs(model, own, batch_size)
+        groups = batch_indices(own, batch_size)
+        if groups:
+            shortest = own[groups[-1][-1]]
+            recorder.leave_out_constants(lambda count: run([shortest] * count))
+        for group in tqdm(groups, desc=f"Calibrating {title}", disable=not progress or not groups, leave=False):
+            with recorder.recording():
+                run([own[i] for i in group])
+    entries, keys_of = _reduce(recorder, accelerator)
+    provenance = provenance or Provenance(num_samples=len(samples))
+    return ActivationStatistics(entries, keys_of, provenance)
+
+
+def pooled_inputs(
+    model: PreTrainedModel,
+    samples: list[Sample],
+    *,
+    accelerator: Optional[Accelerator] = None,
+    batch_size: int = 8,
+    title: str = "model",
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """What every block reads: the mean input row of its first linear map, for each sample.
+
+    Blocks are told by their names: the linear maps that stand where the first one to run stands in its own block.
+
+    Returns `[N, d_in]` float32 by the weight's canonical name, in the order in which they run.
+    """
+    recorder = InputRecorder(model)
+    found: dict[str, Tensor] = {}
+    with _in_evaluation(model, accelerator or Accelerator()), torch.no_grad():
+        samples = _with_decoder_inputs(model, samples, batch_size)
+        for group in tqdm(batch_indices(samples, batch_size), desc=f"Reading {title}", disable=not progress):
+            first: dict[str, Tensor] = {}
+
+            def act(call: _Call, inputs: Tensor, size: int = len(group), first: dict[str, Tensor] = first) -> None:
+                kind = layer_type(next(iter(first), call[0]))
+                if layer_type(call[0]) == kind and call[1] == 1 and inputs.shape[0] % size == 0:
+                    first[call[0]] = inputs.detach().float().reshape(size, -1, inputs.shape[-1]).mean(1).cpu()
+
+            with recorder.hooked(act):
+                model(**_batch([samples[i] for i in group], model))
+            for weight, rows in first.items():
+                found.setdefault(weight, torch.zeros(len(samples), rows.shape[1]))[group] = rows
+    return found
+
+
+@contextmanager
+def _in_evaluation(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[None]:
+    """The model on the accelerator's device and in evaluation mode; afterwards as it was."""
+    training = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    moved = device != accelerator.device and not getattr(model, "hf_device_map", None)
     try:
         model.eval()
         if moved:
             model.to(accelerator.device)
-        with accelerator.split_between_processes(samples) as own, torch.no_grad():
-            own = _with_decoder_inputs(model, own, batch_size)
-            groups = batch_indices(own, batch_size)
-            if groups:
-                shortest = own[groups[-1][-1]]
-                recorder.leave_out_constants(lambda count: run([shortest] * count))
-            for group in tqdm(groups, desc=f"Calibrating {title}", disable=not progress or not groups, leave=False):
-                with recorder.recording():
-                    run([own[i] for i in group])
+        yield
     finally:
         if moved:
             model.to(device)
         for module, mode in training.items():
             module.training = mode
-    entries, keys_of = _reduce(recorder, accelerator)
-    provenance = provenance or Provenance(num_samples=len(samples))
-    return ActivationStatistics(entries, keys_of, provenance)
 
 
 def _reduce(recorder: InputRecorder, accelerator: Accelerator) -> tuple[dict[str, InputStatistics], dict[str, str]]:

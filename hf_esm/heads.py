@@ -235,3 +235,46 @@ def load_task_model(
     if unknown:
         raise HfEsmError(f"{place / WEIGHTS}: {model_class.__name__} has no place for {unknown[:3]}. Merge again.")
     return loaded.eval()
+
+
+def attach_head(model: PreTrainedModel, folder: Path, task: str) -> PreTrainedModel:
+    """A task's model around the modules of a loaded one: what is the task's own is its own, all else is shared.
+
+    Args:
+        model: the merged model, with or without adapters in it.
+        folder: where `merge_models` wrote it.
+    """
+    place = folder / FOLDER / task
+    config = AutoConfig.from_pretrained(place)
+    head = load_file(place / WEIGHTS) if (place / WEIGHTS).is_file() else {}
+    with torch.device("meta"):
+        fresh = getattr(transformers, config.architectures[0])(config)
+    if type(fresh) is type(model):
+        found = _graft(model, fresh, list(head))
+        found.config = config
+    else:
+        prefix, found = body_prefix(fresh), fresh
+        own = [name.removeprefix(prefix) for name in head if name.startswith(prefix)]
+        body = getattr(model, prefix.rstrip(".")) if body_prefix(model) else model
+        setattr(found, prefix.rstrip("."), _graft(body, getattr(fresh, prefix.rstrip(".")), own))
+    weight = next(model.parameters())
+    head = {name: tensor.to(weight.device, weight.dtype) for name, tensor in head.items()}
+    found.load_state_dict(head, strict=False, assign=True)
+    if empty := [name for name, tensor in found.state_dict().items() if tensor.is_meta]:
+        raise HfEsmError(f"{place}: neither the merged model nor the head holds {empty[:3]}. Merge again.")
+    return found.eval()
+
+
+def _graft(shared: torch.nn.Module, fresh: torch.nn.Module, own: list[str]) -> Any:
+    """A copy of `shared` that holds its very modules, but for those on the way to the weights named in `own`."""
+    copied = copy.copy(shared)
+    copied._modules, copied._parameters = dict(shared._modules), dict(shared._parameters)
+    for child in dict.fromkeys(name.partition(".")[0] for name in own):
+        below = [name.partition(".")[2] for name in own if name.partition(".")[0] == child]
+        if child in fresh._parameters:
+            copied._parameters[child] = fresh._parameters[child]
+        elif child in shared._modules and set(dict(fresh._modules[child].named_parameters())) - set(below):
+            copied._modules[child] = _graft(shared._modules[child], fresh._modules[child], below)
+        else:
+            copied._modules[child] = fresh._modules[child]
+    return copied

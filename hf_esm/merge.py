@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,8 +17,10 @@ from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from .alpha import CandidateModels, score_candidates, search_alpha
+from .calibration import pooled_inputs
 from .checkpoints import open_checkpoint, publish_folder, resolve_source, staging_folder
 from .errors import HfEsmError
+from .experts import write_experts
 from .heads import load_task_model
 from .inputs import (
     calibrate_checkpoint,
@@ -31,7 +33,7 @@ from .inputs import (
     read_validation,
     torch_dtype,
 )
-from .methods import resolve_method
+from .methods import RoutedMerge, resolve_method
 from .options import MergeOptions
 from .output import PROXIES_FOLDER, write_files, write_model
 from .passes import MergedUpdates, WeightReport, merge_weights, scale_layers
@@ -89,6 +91,10 @@ def merge_models(
         raise TypeError(f"merge_models has no argument {sorted(unknown)[0]!r}")
     options = MergeOptions(**options)
     method = resolve_method(options.method)
+    if options.rank is not None:
+        if not isinstance(method, RoutedMerge):
+            raise HfEsmError(f"Method {method.name!r} has no experts, so no rank. Leave it out, or use 'esm++'.")
+        method = replace(method, rank=options.rank)
     accelerator = accelerator or Accelerator()
     run = _Run(options, accelerator, callback)
     experts = name_experts(experts)
@@ -124,8 +130,15 @@ def merge_models(
         scratch.mkdir(exist_ok=True)
         accelerator.wait_for_everyone()
         with run.stage("calibrating"):
+            routed = isinstance(method, RoutedMerge)
+            keep_base = options.statistics_dir or (routed and method.router_features == "base")
+            base_model = opened.load_model() if samples and keep_base else None
             for task, proxies in run.progress("Calibrating")(samples.items()):
                 found = calibrate_checkpoint(plan.experts[task], proxies, options, accelerator, task)
+                if base_model is not None:
+                    found.pooled = pooled_inputs(
+                        base_model, proxies, batch_size=options.batch_size, title=task, progress=options.progress
+                    )
                 kept = (
                     Path(options.statistics_dir).expanduser() / f"{task}.safetensors"
                     if options.statistics_dir
@@ -161,6 +174,14 @@ def merge_models(
             if accelerator.is_main_process:
                 write_model(folder, plan, updates, alpha, options, run.progress("Writing"))
                 write_files(folder, plan, sources, processors, samples, statistics, calibration, options, result)
+        if routed:
+            with run.stage("adding experts"):
+                if accelerator.is_main_process:
+                    write_experts(
+                        folder, plan, updates, alpha, statistics, samples, accelerator, options, run.progress
+                    )
+        with run.stage("publishing"):
+            if accelerator.is_main_process:
                 shutil.rmtree(scratch)
                 if output is not None:
                     publish_folder(folder, output, options.overwrite)
@@ -188,7 +209,8 @@ def calibrate(
     Args:
         model: the expert: a Hub id, a folder, a live model, or a LoRA adapter.
         data: unlabelled samples, as `calibration` of `merge_models`.
-        base: the base model, if the expert is a LoRA adapter.
+        base: the base model: needed if the expert is a LoRA adapter; otherwise, with it the statistics also hold what
+            a router of ESM++ is made from.
         options: fields of `ProxyOptions`: `num_samples`, `seed`, `max_length`, `columns`; and of `MergeOptions`:
             `allow_pickle`, `trust_remote_code`, `progress`.
 
@@ -205,7 +227,18 @@ def calibrate(
     expert = open_checkpoint(sources[0], over)
     processor = processor or first_processor(sources, options)
     samples = encode(read_rows(data, "data", options), processor, expert.config, "data", options)
-    return calibrate_checkpoint(expert, samples, options, accelerator or Accelerator(), expert.source or "model")
+    accelerator = accelerator or Accelerator()
+    statistics = calibrate_checkpoint(expert, samples, options, accelerator, expert.source or "model")
+    if over is not None:
+        statistics.pooled = pooled_inputs(
+            over.load_model(),
+            samples,
+            accelerator=accelerator,
+            batch_size=batch_size,
+            title=over.title,
+            progress=options.progress,
+        )
+    return statistics
 
 
 @dataclass

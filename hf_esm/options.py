@@ -19,6 +19,7 @@ class MergeOptions(ProxyOptions):
         method: name of a method, `{"name": …, setting: value}`, or its settings dataclass.
         alpha: scale of the merged update; a number, `"auto"` to choose it on validation data, or None for the
             method's default.
+        rank: of the routed experts, for `method="esm++"`.
         heads: what every task keeps to itself; see `heads.plan_heads`.
         dtype: of the written weights, by its name in torch; by default each keeps the base's.
         output_dir: folder to write, which must not exist yet.
@@ -32,12 +33,14 @@ class MergeOptions(ProxyOptions):
     """
 
     method: Any = field(
-        default="esm", metadata={"help": "merge method: mean, task-arithmetic, tsv-m, esm, esm-roberta, esm-vit"}
+        default="esm",
+        metadata={"help": "merge method: mean, task-arithmetic, tsv-m, esm, esm-roberta, esm-vit, esm++"},
     )
     alpha: Optional[float | str] = field(
         default=None,
         metadata={"help": "scale of the merged update: a number, or 'auto' to choose it on validation data"},
     )
+    rank: Optional[int] = field(default=None, metadata={"help": "rank of the routed experts of esm++", "least": 1})
     heads: Any = field(
         default="auto", metadata={"help": "what tasks keep to themselves: auto, merge, keep, or module names"}
     )

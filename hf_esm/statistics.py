@@ -73,11 +73,14 @@ class ActivationStatistics(Mapping):
         entries: entry by its key.
         keys_of: weight's canonical name to the key of its entry.
         provenance: where they come from.
+        pooled: what every block of the *base* reads on the same samples, `[num_samples, d_in]` by the weight's
+            canonical name, from which a router can be made without data; empty where no base was given.
     """
 
     entries: Mapping[str, InputStatistics]
     keys_of: dict[str, str]
     provenance: Provenance = field(default_factory=Provenance)
+    pooled: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, weight: str) -> InputStatistics:
         return self.entries[self.keys_of[weight]]
@@ -108,7 +111,13 @@ class ActivationStatistics(Mapping):
             tensors[f"{key}.factor"] = factor.contiguous()
             tensors[f"{key}.mean"] = entry.mean.contiguous()
             counts[key] = entry.count
-        header = {"counts": counts, "keys_of": self.keys_of, "provenance": asdict(self.provenance)}
+        tensors |= {f"{weight}.pooled": rows.contiguous() for weight, rows in self.pooled.items()}
+        header = {
+            "counts": counts,
+            "keys_of": self.keys_of,
+            "provenance": asdict(self.provenance),
+            "pooled": list(self.pooled),
+        }
         metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "privacy": PRIVACY, "header": json.dumps(header)}
         partial = path.with_name(path.name + ".partial")
         try:
@@ -139,7 +148,9 @@ class ActivationStatistics(Mapping):
             )
         try:
             header: dict[str, Any] = json.loads(metadata["header"])
-            return cls(_FileEntries(file, header["counts"]), header["keys_of"], Provenance(**header["provenance"]))
+            pooled = {weight: file.get_tensor(f"{weight}.pooled") for weight in header["pooled"]}
+            provenance = Provenance(**header["provenance"])
+            return cls(_FileEntries(file, header["counts"]), header["keys_of"], provenance, pooled)
         except (KeyError, TypeError, ValueError) as error:
             raise HfEsmError(f"{path}: its header of statistics is damaged ({error!r}). Calibrate again.") from None
 
@@ -162,7 +173,9 @@ class ActivationStatistics(Mapping):
             compressed_rank=min(ranks, default=None),
             compression_error=max(part.provenance.compression_error for part in parts),
         )
-        return cls(entries, parts[0].keys_of, provenance)
+        everywhere = [weight for weight in parts[0].pooled if all(weight in part.pooled for part in parts)]
+        pooled = {weight: torch.cat([part.pooled[weight] for part in parts]) for weight in everywhere}
+        return cls(entries, parts[0].keys_of, provenance, pooled)
 
     def compress(self, rank: int) -> "ActivationStatistics":
         """A smaller, lossy copy: the top `rank` rows of `S Vᵀ` of each factor. Its error is kept in `provenance`."""
@@ -179,7 +192,7 @@ class ActivationStatistics(Mapping):
             compressed_rank=min(rank, before.compressed_rank or rank),
             compression_error=(before.compression_error**2 + (1 - before.compression_error**2) * worst**2) ** 0.5,
         )
-        return type(self)(entries, self.keys_of, provenance)
+        return type(self)(entries, self.keys_of, provenance, self.pooled)
 
 
 class _FileEntries(Mapping):

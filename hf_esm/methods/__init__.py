@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from ..errors import HfEsmError
 from .averaging import Mean, TaskArithmetic
-from .essential import EssentialMerge
+from .essential import EssentialMerge, RoutedMerge
 from .singular_vectors import TSVM
 from .stack import Merged, Stack
 
@@ -44,6 +44,7 @@ METHODS: dict[str, Callable[[], MergeMethod]] = {
     "esm": EssentialMerge,
     "esm-roberta": EssentialMerge.roberta,
     "esm-vit": EssentialMerge.vit,
+    "esm++": RoutedMerge,
 }
 
 
@@ -84,6 +85,7 @@ __all__ = [
     "Mean",
     "MergeMethod",
     "Merged",
+    "RoutedMerge",
     "Stack",
     "TaskArithmetic",
     "describe_method",

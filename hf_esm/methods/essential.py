@@ -98,7 +98,7 @@ class EssentialMerge:
             merged = merge_singular_vectors(stack.deltas, self.keep_fallback_scale)
             return Merged(merged.float(), "tsv-m", scaled)
         merged, energy_kept = self.merge_calibrated(stack.deltas, stack.statistics)
-        return Merged(merged.float(), self.name, scaled, {"energy_kept": energy_kept})
+        return Merged(merged.float(), "esm", scaled, {"energy_kept": energy_kept})
 
     def merge_calibrated(self, deltas: list[Tensor], statistics: list[InputStatistics]) -> tuple[Tensor, list[float]]:
         """One calibrated weight: the merged update `[d_out, d_in]` in float64, and the energy kept per task."""
@@ -124,6 +124,32 @@ class EssentialMerge:
         return merged * self.factor, energy_kept
 
 
+@dataclass
+class RoutedMerge(EssentialMerge):
+    """ESM++: the static ESM model, beside it an expert per task and linear map, and a router (arXiv 2606.19164).
+
+    Settings are those of ESM, for the static model, and the following.
+    """
+
+    name: ClassVar[str] = "esm++"
+
+    rank: int = field(default=32, metadata={"help": "rank of each expert, per linear map; published: 8 and 32"})
+    router: str = field(
+        default="discriminant",
+        metadata={"help": "how experts are chosen: discriminant, once per sample; prototype, per layer, as published"},
+    )
+    depth: float = field(
+        default=1 / 3, metadata={"help": "share of the blocks that run before the discriminant router decides"}
+    )
+    confidence: float = field(
+        default=0.85, metadata={"help": "probability that a task needs for its expert to be added"}
+    )
+    router_features: str = field(
+        default="merged",
+        metadata={"help": "whose features the router is made from: merged (one more pass), or base (no data needed)"},
+    )
+
+
 # What both published codes have in common.
 _PUBLISHED = {
     "gamma": 0.15,
@@ -145,14 +171,19 @@ def _fuse(directions: list[Tensor], coordinates: list[Tensor]) -> Tensor:
 
 
 def _fuse_with_singular_values(directions: list[Tensor], coordinates: list[Tensor]) -> Tensor:
-    """`polar(E P) S polar(Q)` with the SVD `P_t S_t Q_t` of each task's coordinates: as in TSV-M, each direction keeps
-    its strength.
+    left, right = fuse_with_singular_values(directions, coordinates)
+    return left @ right
+
+
+def fuse_with_singular_values(directions: list[Tensor], coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """`polar(E P) S` and `polar(Q)` with the SVD `P_t S_t Q_t` of each task's coordinates: as in TSV-M, each direction
+    keeps its strength. Their product is the merged update.
     """
     turned = [truncated_svd(found, found.shape[0]) for found in coordinates if found.any()]
     kept = [found for found, c in zip(directions, coordinates, strict=True) if c.any()]
     left, _ = polar_factor(torch.cat([e @ p for e, (p, _, _) in zip(kept, turned, strict=True)], dim=1))
     right, _ = polar_factor(torch.cat([q for _, _, q in turned]))
-    return (left * torch.cat([s for _, s, _ in turned])) @ right
+    return left * torch.cat([s for _, s, _ in turned]), right
 
 
 def _relative(values: Tensor, exponent: float) -> Tensor:

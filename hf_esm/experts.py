@@ -1,0 +1,195 @@
+"""ESM++: the experts and the router that stand beside a merged model, as one adapter (arXiv 2606.19164)."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .calibration import pooled_inputs
+from .checkpoints.reader import quiet_loading
+from .errors import HfEsmError
+from .linalg import essential_subspace
+from .options import MergeOptions
+from .passes import MergedUpdates
+from .planning import MergePlan
+from .proxies import Sample
+from .routers import fit_discriminant
+from .statistics import ActivationStatistics, InputStatistics
+from .tuners.lora_export import rank_settings, write_adapter
+from .tuners.routed import RoutedExpertsConfig, fingerprint
+from .weights import to_matrices
+
+
+FOLDER = "routed"
+FEATURES = "router_features.safetensors"
+
+
+def expert_factors(residual: Tensor, inputs: InputStatistics, rank: int) -> tuple[Tensor, Tensor]:
+    """One task's expert of one linear map: `A [r, d_in]` and `B [d_out, r]`, float32, with `B A ≈ residual`.
+
+    `B` are the leading essential directions of the residual `W_t − W_M`, `A` its coordinates. Directions that are not
+    there are zero, so that the ranks of all tasks agree.
+    """
+    directions = essential_subspace(inputs.factor, residual, rank).directions
+    a, b = torch.zeros(rank, residual.shape[1]), torch.zeros(residual.shape[0], rank)
+    found = directions.shape[1]
+    a[:found], b[:, :found] = (directions.T @ residual.double()).float(), directions.float()
+    return a, b
+
+
+@dataclass
+class RoutedExperts:
+    """All that the adapter holds, before it is one.
+
+    Attributes:
+        tasks: names of the experts.
+        factors: `(A [T, r, d_in], B [T, d_out, r])` by the module's name.
+        prototypes: `[T, d_in]` by the module's name, normalised mean inputs.
+        features: per task, what every block reads: `[N_t, d_in]` by the module's name, in the order in which they run.
+        router: name of the router.
+        depth: share of the blocks that run before the router decides.
+        confidence: probability that a task needs for a sample to get its expert.
+    """
+
+    tasks: list[str]
+    factors: dict[str, tuple[Tensor, Tensor]]
+    prototypes: dict[str, Tensor]
+    features: dict[str, dict[str, Tensor]]
+    router: str = "discriminant"
+    depth: float = 1 / 3
+    confidence: float = 0.85
+
+    def save(self, folder: Path, model: PreTrainedModel, base_name: Optional[str] = None) -> RoutedExpertsConfig:
+        """Write the adapter for a merged model, and beside it the features that its router is made from."""
+        readers, tensors, settings = self._route()
+        ranks = {module: a.shape[1] for module, (a, _) in self.factors.items()}
+        ranks |= {module: 0 for module in readers if module not in ranks}
+        largest, _ = rank_settings(ranks)
+        config = RoutedExpertsConfig(
+            tasks=self.tasks,
+            r=largest,
+            rank_pattern={f"^{module}": rank for module, rank in ranks.items()},
+            target_modules=list(ranks),
+            router=self.router,
+            readers=readers,
+            confidence=self.confidence,
+            base_fingerprint=fingerprint(model, ranks),
+            base_model_name_or_path=base_name,
+            inference_mode=True,
+            **settings,
+        )
+        tensors |= {f"{module}.routed_experts_A": a for module, (a, _) in self.factors.items()}
+        tensors |= {f"{module}.routed_experts_B": b for module, (_, b) in self.factors.items()}
+        write_adapter(folder, config, tensors, type(model))
+        save_file(
+            {f"{task}/{module}": rows.contiguous() for task, f in self.features.items() for module, rows in f.items()},
+            folder / FEATURES,
+            {"modules": "\n".join(next(iter(self.features.values())))},
+        )
+        return config
+
+    def _route(self) -> tuple[list[str], dict[str, Tensor], dict]:
+        """The router's readers, tensors and settings."""
+        if self.router == "prototype":
+            return [], {f"{m}.routed_experts_prototypes": p for m, p in self.prototypes.items()}, {}
+        modules = list(next(iter(self.features.values())))
+        readers = modules[: min(int(self.depth * len(modules)), len(modules) - 1) + 1]
+        found = fit_discriminant({t: torch.cat([self.features[t][m] for m in readers], dim=1) for t in self.tasks})
+        widths = [self.features[self.tasks[0]][m].shape[1] for m in readers]
+        stacked = torch.cat([found.directions, found.center[None]]).float()
+        parts = dict(zip(readers, stacked.split(widths, dim=1), strict=True))
+        tensors = {f"{module}.routed_experts_projection": part for module, part in parts.items()}
+        offset = torch.cat([found.directions @ found.center, found.center.square().sum()[None]])
+        tensors[f"{readers[-1]}.routed_experts_classes"] = found.classes.float()
+        tensors[f"{readers[-1]}.routed_experts_precision"] = torch.stack([found.precision, offset]).float()
+        settings = {
+            "directions": len(found.directions),
+            "temperature": found.temperature,
+            "threshold": found.threshold if found.threshold < float("inf") else None,
+        }
+        return readers, tensors, settings
+
+
+def load_features(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """What `RoutedExperts.save` wrote beside an adapter: per task, the rows of every module, in their order."""
+    with safe_open(folder / FEATURES, "pt") as file:
+        modules = file.metadata()["modules"].split("\n")
+        tasks = sorted({key.partition("/")[0] for key in file.keys()})
+        return {task: {module: file.get_tensor(f"{task}/{module}") for module in modules} for task in tasks}
+
+
+def make_experts(
+    plan: MergePlan,
+    merged: Callable[[str], Tensor],
+    statistics: Mapping[str, ActivationStatistics],
+    features: Mapping[str, Mapping[str, Tensor]],
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> RoutedExperts:
+    """Experts and prototypes of every linear map that all tasks have statistics of.
+
+    Args:
+        merged: the merged model's weight by its canonical name.
+        features: per task, what `calibration.pooled_inputs` gave.
+    """
+    method, base = plan.method, plan.base
+    factors, prototypes = {}, {}
+    for name in progress([name for name in plan.heads.shared if all(name in s for s in statistics.values())]):
+        linear = base.linear[name]
+        weight = merged(name).float()
+        found, means = [], []
+        for task, expert in plan.experts.items():
+            (residual,) = to_matrices(expert.update(name, weight), linear)
+            inputs = statistics[task][name]
+            found.append(expert_factors(residual, inputs, min(method.rank, *residual.shape)))
+            means.append(torch.nn.functional.normalize(inputs.mean, dim=0))
+        module = base.names[name].removesuffix(".weight")
+        factors[module] = torch.stack([a for a, _ in found]), torch.stack([b for _, b in found])
+        prototypes[module] = torch.stack(means)
+    modules = {name: base.names[name].removesuffix(".weight") for found in features.values() for name in found}
+    by_module = {task: {modules[name]: rows for name, rows in found.items()} for task, found in features.items()}
+    return RoutedExperts(
+        list(plan.experts), factors, prototypes, by_module, method.router, method.depth, method.confidence
+    )
+
+
+def write_experts(
+    folder: Path,
+    plan: MergePlan,
+    updates: MergedUpdates,
+    alpha: float,
+    statistics: Mapping[str, ActivationStatistics],
+    samples: Mapping[str, list[Sample]],
+    accelerator: Accelerator,
+    options: MergeOptions,
+    progress: Callable[[str], Callable[[Iterable], Iterable]],
+) -> None:
+    """Put experts and router beside the merged model in `folder`."""
+    with quiet_loading():
+        model = type(plan.base.skeleton).from_pretrained(folder)
+    features = {}
+    for task, found in statistics.items():
+        if task in samples and plan.method.router_features == "merged":
+            features[task] = pooled_inputs(
+                model,
+                samples[task],
+                accelerator=accelerator,
+                batch_size=options.batch_size,
+                title=f"{task} for the router",
+                progress=options.progress,
+            )
+        elif found.pooled:
+            features[task] = found.pooled
+        else:
+            raise HfEsmError(
+                f"The statistics of '{task}' do not hold what the base's blocks read, which makes the router. "
+                "Calibrate again with the base (`hf-esm calibrate --base`), or give samples."
+            )
+    experts = make_experts(plan, lambda name: updates.weight(name, alpha), statistics, features, progress("Experts"))
+    experts.save(folder / FOLDER, model)

@@ -1,0 +1,24 @@
+"""The experts of all tasks in one adapter, one of which each sample is routed to."""
+
+from ..registration import HfEsmPeftType, register
+from .config import RoutedExpertsConfig
+from .layer import RoutedExpertsLayer, RoutedExpertsLinear
+from .model import RoutedExpertsModel, decide, fingerprint, recording, route, routing_state
+from .routing import Decision, Route
+
+
+__all__ = [
+    "Decision",
+    "Route",
+    "RoutedExpertsConfig",
+    "RoutedExpertsLayer",
+    "RoutedExpertsLinear",
+    "RoutedExpertsModel",
+    "decide",
+    "fingerprint",
+    "recording",
+    "route",
+    "routing_state",
+]
+
+register(HfEsmPeftType.ROUTED_EXPERTS, RoutedExpertsConfig, RoutedExpertsModel)

@@ -1,0 +1,171 @@
+"""A linear map with the low-rank experts of all tasks on it."""
+
+from typing import Any, Optional
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import HfEsmError
+from .config import RoutedExpertsConfig
+from .routing import Decided, Decision, Frame, Route, RoutingState, forced_route, pool, sample_rows
+
+
+NOT_MERGEABLE = (
+    "Routed experts depend on the sample and cannot be merged into one weight. `hf-esm export` (or "
+    "`RoutedModel.export_lora`) writes each expert as a LoRA adapter, which can."
+)
+
+
+class RoutedExpertsLayer(BaseTunerLayer):
+    """What a module with routed experts holds, by adapter, for `T` tasks.
+
+    Attributes:
+        routed_experts_A: `[T, r, d_in]`, the experts' coordinates `Eᵀ δ`.
+        routed_experts_B: `[T, d_out, r]`, their essential directions `E`; expert t adds `x Aᵀ Bᵀ`.
+        routed_experts_prototypes: `[T, d_in]`, normalised mean inputs, with a prototype router.
+        routed_experts_projection: `[K + 1, d_in]`, in the modules that a discriminant router reads: orthonormal
+            directions over all of them, and the mean input.
+        routed_experts_classes: `[T, K]`, in the one that decides: the tasks' means in these directions.
+        routed_experts_precision: `[2, K + 1]`, there too: one over the variance along and beside the directions, and
+            the mean of all along them, with its squared norm.
+    """
+
+    adapter_layer_names = ("routed_experts_A", "routed_experts_B")
+    other_param_names = (
+        "routed_experts_prototypes",
+        "routed_experts_projection",
+        "routed_experts_classes",
+        "routed_experts_precision",
+    )
+
+    def __init__(self, base_layer: nn.Module, state: RoutingState, name: str):
+        self.base_layer = base_layer
+        self.state, self.name = state, name
+        self.configs: dict[str, RoutedExpertsConfig] = {}
+        self.routed_experts_A, self.routed_experts_B = nn.ParameterDict(), nn.ParameterDict()
+        for buffers in self.other_param_names:
+            setattr(self, buffers, BufferDict(persistent=True))
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+
+    def update_layer(self, adapter_name: str, config: RoutedExpertsConfig, rank: int) -> None:
+        """Make room for an adapter, which adds nothing until it is loaded."""
+        self.configs[adapter_name] = config
+        count, width, directions = len(config.tasks), self.in_features, config.directions
+        if rank:
+            self.routed_experts_A[adapter_name] = nn.Parameter(torch.randn(count, rank, width) * width**-0.5)
+            self.routed_experts_B[adapter_name] = nn.Parameter(torch.zeros(count, self.out_features, rank))
+        if config.router == "prototype":
+            self.routed_experts_prototypes[adapter_name] = torch.zeros(count, width)
+        if self.name in config.readers:
+            self.routed_experts_projection[adapter_name] = torch.zeros(directions + 1, width)
+            if self.name == config.readers[-1]:
+                self.routed_experts_classes[adapter_name] = torch.zeros(count, directions)
+                self.routed_experts_precision[adapter_name] = torch.zeros(2, directions + 1)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
+        # PEFT's own brings them to the base's dtype, too: in bfloat16 routes change.
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            held = getattr(self, name)
+            if adapter_name in held and not held[adapter_name].is_meta:
+                held[adapter_name] = held[adapter_name].to(device or self.weight.device)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+
+class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
+    """`y = x Wᵀ + b + w (x A_tᵀ) B_tᵀ` with each sample's own `t` and `w`, for `nn.Linear` and `Conv1D`."""
+
+    def __init__(self, base_layer: nn.Module, state: RoutingState, name: str, adapter_name: str):
+        super().__init__()
+        RoutedExpertsLayer.__init__(self, base_layer, state, name)
+        self._active_adapter = adapter_name
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        frame = self.state.local.frames[-1] if self.state.local.frames else Frame(x.shape[0])
+        rows = sample_rows(x, frame.batch)
+        # A second reading of another length in one pass is of no sample: DeBERTa's relative positions.
+        if rows is None or frame.lengths.setdefault(self.name, rows.shape[1]) != rows.shape[1]:
+            return result
+        for adapter in self.active_adapters:
+            if adapter in self.configs:
+                route = self._route(adapter, frame, rows, x)
+                if route is not None and adapter in self.routed_experts_A:
+                    result = self._add_experts(result, adapter, rows, route)
+        return result
+
+    def _add_experts(self, result: Tensor, adapter: str, rows: Tensor, route: Route) -> Tensor:
+        a, b = self.routed_experts_A[adapter], self.routed_experts_B[adapter]
+        experts, weights = route.for_batch(rows.shape[0])
+        hidden = torch.bmm(rows.to(a.dtype), a[experts].mT)
+        if weights is not None:
+            hidden = hidden * weights.to(a.dtype)[:, None, None]
+        added = torch.bmm(hidden, b[experts].mT).reshape(result.shape)
+        return (result + added).to(result.dtype)
+
+    def _route(self, adapter: str, frame: Frame, rows: Tensor, x: Tensor) -> Optional[Route]:
+        config, local = self.configs[adapter], self.state.local
+        if local.forced is not None and not isinstance(local.forced, Decision):
+            return forced_route(local.forced, config.tasks, rows.shape[0], rows.device)
+        key = adapter if config.router == "discriminant" else (adapter, self.name)
+        if key not in frame.decisions and not frame.decoding:
+            if isinstance(local.forced, Decision):
+                if adapter in self.routed_experts_classes:
+                    frame.decisions[key] = local.forced
+            elif config.router == "prototype":
+                frame.decisions[key] = self._compare(adapter, pool(rows, frame, x, self.name))
+            elif adapter in self.routed_experts_projection:
+                self._read(adapter, frame, pool(rows, frame, x, self.name))
+            if key in frame.decisions and local.records is not None:
+                local.records.append((adapter, self.name, frame.decisions[key]))
+                if local.deciding and config.router == "discriminant":
+                    raise Decided
+        return frame.decisions[key].route if key in frame.decisions else None
+
+    def _compare(self, adapter: str, pooled: Tensor) -> Decision:
+        """The published router: the task whose prototype has the largest cosine with the pooled input."""
+        prototypes = self.routed_experts_prototypes[adapter]
+        cosines = F.normalize(pooled, dim=-1) @ F.normalize(prototypes.float(), dim=-1).T
+        return Decision(Route(cosines.argmax(-1)), cosines)
+
+    def _read(self, adapter: str, frame: Frame, pooled: Tensor) -> None:
+        """Leave what the discriminant needs of this module's input; the last reader decides."""
+        found = pooled @ self.routed_experts_projection[adapter].float().T
+        found = torch.cat([found, pooled.square().sum(-1, keepdim=True)], dim=1)
+        earlier = frame.evidence.get(adapter)
+        frame.evidence[adapter] = found = found if earlier is None else earlier + found
+        if adapter in self.routed_experts_classes:
+            del frame.evidence[adapter]
+            frame.decisions[adapter] = self._decide(adapter, found)
+
+    def _decide(self, adapter: str, found: Tensor) -> Decision:
+        """Probabilities of the tasks under normal distributions of one covariance, and the distance from all."""
+        config = self.configs[adapter]
+        precision, offset = self.routed_experts_precision[adapter].float()
+        along = found[:, :-2] - offset[:-1]
+        beside = (found[:, -1] - 2 * found[:, -2] + offset[-1] - along.square().sum(-1)).clamp_min(0)
+        apart = along[:, None] - self.routed_experts_classes[adapter].float()
+        distances = apart.square() @ precision[:-1]
+        probabilities = torch.softmax(distances / (-2 * config.temperature), dim=-1)
+        likeliest, experts = probabilities.max(-1)
+        sure, distance = likeliest >= config.confidence, None
+        if config.threshold is not None:
+            distance = (distances.min(-1).values + beside * precision[-1]) / config.threshold
+            sure = sure & (distance <= 1)
+        return Decision(Route(experts, sure.float()), probabilities, distance)
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        raise HfEsmError(NOT_MERGEABLE)
+
+    def unmerge(self) -> None:
+        """Nothing was merged."""

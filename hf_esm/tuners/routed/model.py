@@ -1,0 +1,163 @@
+"""Routed experts on the linear maps of a whole model."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...errors import HfEsmError
+from .config import RoutedExpertsConfig
+from .layer import NOT_MERGEABLE, RoutedExpertsLayer, RoutedExpertsLinear
+from .routing import Decided, Decision, RoutingState, install, uninstall
+
+
+class RoutedExpertsModel(BaseTuner):
+    """A merged model with one low-rank expert per task and linear map beside it (ESM++, arXiv 2606.19164).
+
+    Each sample is routed by itself: what it gets depends neither on its batchmates nor on padding. `merge_models` with
+    `method="esm++"` makes such an adapter.
+    """
+
+    prefix: str = "routed_experts_"
+    tuner_layer_cls = RoutedExpertsLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        expected = config.base_fingerprint
+        if expected is not None and fingerprint(model, config.modules) not in (None, expected):
+            raise HfEsmError(
+                f"Adapter '{adapter_name}' holds experts over another model than this {type(model).__name__}: their "
+                "weights differ. Load it over the merged model that it was made with."
+            )
+        if routing_state(model) is None:
+            self._state = RoutingState()
+            install(model, self._state)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _create_and_replace(
+        self,
+        config: RoutedExpertsConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        rank = config.rank_pattern.get(f"^{current_key}", config.r)
+        if not isinstance(target, RoutedExpertsLayer):
+            layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            if not isinstance(layer, (nn.Linear, Conv1D)):
+                raise HfEsmError(
+                    f"'{current_key}' is a {type(layer).__name__}: experts can be routed on nn.Linear and Conv1D "
+                    "alone. Leave it out of target_modules."
+                )
+            state = routing_state(self.model) or self._state
+            target = RoutedExpertsLinear(target, state, current_key, adapter_name)
+            if adapter_name not in self.active_adapters:
+                target.requires_grad_(False)
+            self._replace_module(parent, target_name, target, None)
+        target.update_layer(adapter_name, config, rank)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:
+        # PEFT's own also sets `weight` on what is put back when an adapter is unloaded, which a head of several
+        # layers does not have. Devices are the layer's concern.
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        raise HfEsmError(NOT_MERGEABLE)
+
+    def unload(self) -> nn.Module:
+        model = super().unload()
+        uninstall(model)
+        return model
+
+
+def routing_state(model: nn.Module) -> Optional[RoutingState]:
+    """What the routed layers of a model share; None if it has none."""
+    return next((module.state for module in model.modules() if isinstance(module, RoutedExpertsLayer)), None)
+
+
+@contextmanager
+def route(model: nn.Module, tasks: str | Sequence[str] | Any) -> Iterator[None]:
+    """Within it, this thread's samples get the experts that are named.
+
+    Args:
+        model: a model with a routed adapter.
+        tasks: a task for all samples, one per sample, a `Route`, or `"static"` for no expert.
+
+    Raises:
+        HfEsmError: if there is no such task.
+    """
+    state = _state_of(model)
+    known = {
+        task
+        for module in model.modules()
+        if isinstance(module, RoutedExpertsLayer)
+        for config in module.configs.values()
+        for task in config.tasks
+    }
+    named = [tasks] if isinstance(tasks, str) else tasks if isinstance(tasks, list) else []
+    if unknown := [task for task in named if task not in known and tasks != "static"]:
+        raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {', '.join(sorted(known))}, or 'static'.")
+    before, state.local.forced = state.local.forced, tasks
+    try:
+        yield
+    finally:
+        state.local.forced = before
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[list[tuple[str, str, Decision]]]:
+    """Within it, this thread's decisions are listed: adapter, module that decided, and the decision."""
+    state = _state_of(model)
+    before, state.local.records = state.local.records, []
+    try:
+        yield state.local.records
+    finally:
+        state.local.records = before
+
+
+def _state_of(model: nn.Module) -> RoutingState:
+    state = routing_state(model)
+    if state is None:
+        raise HfEsmError(f"This {type(model).__name__} has no routed experts. Load its adapter first.")
+    return state
+
+
+def fingerprint(model: nn.Module, modules: Iterable[str]) -> Optional[str]:
+    """A hash of the first weights of each module, the same in float32 and bfloat16; None where they cannot be read.
+
+    It tells the model that experts were made over from its neighbours: the base, another merge.
+    """
+    found = hashlib.sha256()
+    for name in sorted(modules):
+        weight = getattr(model.get_submodule(name), "weight", None)
+        if weight is None or weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        sample = weight.detach().flatten()[:256].to("cpu", torch.bfloat16)
+        found.update(f"{name} {tuple(weight.shape)}".encode())
+        found.update(sample.view(torch.int16).numpy().tobytes())
+    return found.hexdigest()
+
+
+def decide(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, str, Decision]]:
+    """The decisions on a batch; with a discriminant router, no block after the deciding one is run."""
+    local = _state_of(model).local
+    with recording(model) as records:
+        local.deciding = True
+        try:
+            model(**inputs)
+        except Decided:
+            pass
+        finally:
+            local.deciding = False
+            local.frames.clear()
+    return records

@@ -1,0 +1,278 @@
+"""Which expert each sample gets: a frame around every forward pass, pooling over real tokens, decisions that are kept.
+
+A layer sees its input and nothing else: not which rows are padding, nor what other layers decided. Hooks on the model
+(and on every model nested in it) therefore keep a stack of frames, one stack per thread, in which the layers find the
+mask and leave their decisions. With a KV cache, the decisions stay on the cache: the prompt decides, decoding reuses.
+"""
+
+import inspect
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import HfEsmError
+
+
+class Route(NamedTuple):
+    """The expert of every sample of a batch, and how much of it is added.
+
+    Attributes:
+        experts: `[B]` int64.
+        weights: `[B]` float32, 0 for the static model alone; None where every expert counts wholly.
+    """
+
+    experts: Tensor
+    weights: Optional[Tensor] = None
+
+    def for_batch(self, size: int) -> "Route":
+        """The same for a batch in which every sample stands several times in a row (beams)."""
+        have = self.experts.shape[0]
+        if have == size:
+            return self
+        if size % have:
+            raise HfEsmError(f"Routes of {have} samples do not fit a batch of {size}. Give one task per sample.")
+        return Route(*(None if part is None else part.repeat_interleave(size // have, dim=0) for part in self))
+
+
+@dataclass
+class Decision:
+    """What a router found out about a batch.
+
+    Attributes:
+        route: the experts that are added.
+        probabilities: `[B, T]` of the tasks; cosines, from a prototype router.
+        distance: `[B]`, how far each sample is from all tasks, in units of what is still believed to be one of them.
+    """
+
+    route: Route
+    probabilities: Tensor
+    distance: Optional[Tensor] = None
+
+
+class Decided(Exception):
+    """Ends a forward pass that was wanted for its decision alone."""
+
+
+# Where the decisions stay between the passes of one generation: on the cache, or on the encoder's output.
+_KEPT = "_hf_esm_decisions"
+
+
+@dataclass
+class Frame:
+    """One forward pass of a model.
+
+    Attributes:
+        batch: number of samples.
+        mask: the attention mask as it was given.
+        encoder_mask, encoder_states: what cross-attention reads.
+        prompt: `[B, n]`, False for tokens that are scored rather than read (labels), or None.
+        decisions: by adapter (one decision per sample), or by adapter and module.
+        decoding: whether decisions of an earlier pass hold.
+        past: tokens in the cache before this pass.
+        evidence: sums that readers left for the one that decides, by adapter.
+    """
+
+    batch: int
+    mask: Any = None
+    encoder_mask: Any = None
+    encoder_states: Optional[Tensor] = None
+    prompt: Optional[Tensor] = None
+    decisions: dict[Any, Decision] = field(default_factory=dict)
+    decoding: bool = False
+    past: int = 0
+    cache: Any = None
+    evidence: dict[str, Tensor] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=dict)
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.frames: list[Frame] = []
+        self.forced: Any = None
+        self.deciding = False
+        self.records: Optional[list[tuple[str, str, Decision]]] = None
+
+
+class RoutingState:
+    """What the hooks of one model and its routed layers share. Each thread has its own; copies start empty."""
+
+    def __init__(self) -> None:
+        self.local = _Local()
+
+    def __reduce__(self) -> Any:
+        return RoutingState, ()
+
+    def __deepcopy__(self, memo: dict) -> "RoutingState":
+        return memo.setdefault(id(self), RoutingState())
+
+
+class OpenFrame:
+    """Forward pre-hook of a model: opens its frame."""
+
+    def __init__(self, state: RoutingState, model: nn.Module):
+        self.state = state
+        self.names = tuple(inspect.signature(model.forward).parameters)
+        self.main_input = model.main_input_name
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = dict(zip(self.names, args))
+        given.update(kwargs)
+        frames = self.state.local.frames
+        parent = frames[-1] if frames else None
+        cache = given.get("past_key_values")
+        first = given.get(self.main_input)
+        for name in ("inputs_embeds", "decoder_input_ids", "input_ids", "encoder_outputs", "decoder_inputs_embeds"):
+            first = given.get(name) if first is None else first
+        first = first if first is None or isinstance(first, Tensor) else first[0]
+        batch = parent.batch if first is None else first.shape[0]
+        frame = Frame(
+            batch,
+            given.get("attention_mask"),
+            given.get("encoder_attention_mask"),
+            given.get("encoder_hidden_states"),
+            cache=cache,
+        )
+        if frame.mask is not None and hasattr(model, "_get_feature_vector_attention_mask"):
+            frame.mask = None  # of sound samples; the encoder inside has that of the frames
+        if parent is not None and (cache is None or parent.cache is cache or parent.cache is None):
+            frame.decisions, frame.decoding, frame.past = parent.decisions, parent.decoding, parent.past
+            frame.evidence, frame.prompt, frame.lengths = parent.evidence, parent.prompt, parent.lengths
+        else:
+            _take_up(frame, given, cache)
+            if not model.config.is_encoder_decoder:
+                frame.prompt = _prompt(given)
+        frames.append(frame)
+
+
+def _take_up(frame: Frame, given: dict[str, Any], cache: Any) -> None:
+    """Go on with the decisions that a cache or an encoder's output carries."""
+    kept = getattr(given.get("encoder_outputs"), _KEPT, None)
+    if cache is not None:
+        ids = given.get("decoder_input_ids")
+        for name in ("input_ids", "decoder_inputs_embeds", "inputs_embeds"):
+            ids = given.get(name) if ids is None else ids
+        found = getattr(cache, _KEPT, None)
+        if found and ids is not None and ids.shape[1] == 1:
+            kept, frame.decoding = found, True  # reads no tensor, so that it compiles
+        elif hasattr(cache, "get_seq_length"):
+            frame.past = int(cache.get_seq_length())
+            if frame.past and found:
+                kept, frame.decoding = found, True
+    frame.decisions = {} if kept is None else kept
+    if cache is not None:
+        setattr(cache, _KEPT, frame.decisions)
+
+
+def _prompt(given: dict[str, Any]) -> Optional[Tensor]:
+    """The tokens that a language model reads before it answers, where labels say which they are."""
+    labels, ids = given.get("labels"), given.get("input_ids")
+    if labels is None or ids is None or labels.shape != ids.shape:
+        return None
+    prompt = labels == -100
+    return prompt | ~prompt.any(-1, keepdim=True)
+
+
+class CloseFrame:
+    """Forward hook of a model: closes its frame, and leaves the decisions with what the next pass is given."""
+
+    def __init__(self, state: RoutingState):
+        self.state = state
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        frames = self.state.local.frames
+        if not frames:
+            return
+        frame = frames.pop()
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and not isinstance(cache, tuple):
+            setattr(cache, _KEPT, frame.decisions)
+        elif not frames and hasattr(output, "last_hidden_state"):  # an encoder that `generate` calls by itself
+            setattr(output, _KEPT, frame.decisions)
+
+
+def install(model: nn.Module, state: RoutingState) -> None:
+    """Hooks on a model and on all models nested in it."""
+    for module in model.modules():
+        if module is model or hasattr(module, "main_input_name"):
+            if not hasattr(module, "main_input_name"):
+                raise HfEsmError(f"Routed experts need a Transformers model, not a {type(module).__name__}.")
+            module.register_forward_pre_hook(OpenFrame(state, module), with_kwargs=True)
+            module.register_forward_hook(CloseFrame(state), with_kwargs=True, always_call=True)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Remove what `install` put there."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, (OpenFrame, CloseFrame)):
+                    for table in (
+                        hooks,
+                        module._forward_pre_hooks_with_kwargs,
+                        module._forward_hooks_with_kwargs,
+                        module._forward_hooks_always_called,
+                    ):
+                        table.pop(key, None)
+
+
+def sample_rows(x: Tensor, batch: int) -> Optional[Tensor]:
+    """A layer's input as `[B, rows, d]`, or None if it is made of no sample (relative positions)."""
+    if x.dim() < 2 or x.shape[0] % batch:
+        return None
+    return x if x.dim() == 3 and x.shape[0] == batch else x.reshape(batch, -1, x.shape[-1])
+
+
+def pool(rows: Tensor, frame: Frame, x: Tensor, module: str) -> Tensor:
+    """The mean over each sample's real tokens, `[B, d]` float32.
+
+    Raises:
+        HfEsmError: if the mask is of another length than the layer's input, or a sample has no real token.
+    """
+    from_encoder = frame.encoder_states is not None and x is frame.encoder_states
+    real = _real_tokens(frame.encoder_mask if from_encoder else frame.mask, rows, frame.past, module)
+    if frame.prompt is not None and frame.prompt.shape == rows.shape[:2]:
+        real = frame.prompt if real is None else real & frame.prompt
+    rows = rows.float()
+    if real is None:
+        return rows.mean(1)
+    count = real.sum(1, keepdim=True)
+    if not torch.compiler.is_compiling() and not bool(count.all()):
+        raise HfEsmError(f"{module}: a sample has no real token. Leave empty inputs out, or check the attention mask.")
+    return torch.einsum("bnd,bn->bd", rows, real.float()) / count
+
+
+def _real_tokens(mask: Any, rows: Tensor, past: int, module: str) -> Optional[Tensor]:
+    """`[B, n]` bool from any mask that a model hands on; None where all tokens are real."""
+    if isinstance(mask, dict):  # one per kind of attention
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if not isinstance(mask, Tensor):
+        return None
+    length = rows.shape[1]
+    if mask.dim() == 4:  # what a query sees of itself: causal and sliding windows let it
+        mask = mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)
+        mask = mask if mask.dtype == torch.bool else mask >= 0
+    mask = mask.bool()
+    if mask.dim() == 2 and mask.shape[1] > length and past:
+        mask = mask[:, past : past + length]
+    if mask.shape == rows.shape[:2]:
+        return mask
+    if length == 1 or bool(mask.all()):  # pooled already, or nothing is padded
+        return None
+    raise HfEsmError(
+        f"{module}: the attention mask has {tuple(mask.shape)} positions and the layer reads {tuple(rows.shape[:2])}, "
+        "so that padding cannot be told from tokens. Run samples of one length together, without a mask."
+    )
+
+
+def forced_route(forced: Any, tasks: Sequence[str], batch: int, device: torch.device) -> Optional[Route]:
+    """The route that the caller of `route(…)` wants; None for the static model."""
+    if forced == "static":
+        return None
+    if isinstance(forced, Route):
+        return Route(*(None if part is None else part.to(device) for part in forced)).for_batch(batch)
+    names = [forced] * batch if isinstance(forced, str) else forced
+    return Route(torch.tensor([tasks.index(name) for name in names], device=device)).for_batch(batch)
