@@ -4,8 +4,9 @@ from .calibration import collect_statistics
 from .errors import HfEsmError
 from .evaluation import Scores, evaluate
 from .heads import load_task_model
+from .hub import Explanation, Prediction, RoutedModel
 from .merge import MergeResult, calibrate, merge_models
-from .methods import METHODS, TSVM, EssentialMerge, Mean, TaskArithmetic
+from .methods import METHODS, TSVM, EssentialMerge, Mean, RoutedMerge, TaskArithmetic
 from .planning import MergePlan
 from .recipes import load_recipe
 from .statistics import ActivationStatistics
@@ -28,12 +29,16 @@ __all__ = [
     "EssentialComponentsConfig",
     "EssentialComponentsModel",
     "EssentialMerge",
+    "Explanation",
     "HfEsmError",
     "Mean",
     "MergePlan",
     "MergeResult",
+    "Prediction",
     "RoutedExpertsConfig",
     "RoutedExpertsModel",
+    "RoutedMerge",
+    "RoutedModel",
     "Scores",
     "TaskArithmetic",
     "__version__",

@@ -7,9 +7,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .checkpoints import Checkpoint
-from .evaluation import LabelledSamples, accuracy
+from .evaluation import accuracy
 from .passes import MergedUpdates
 from .planning import MergePlan
+from .proxies import LabelledSamples
 from .weights import canonical_names
 
 

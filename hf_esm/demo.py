@@ -25,12 +25,12 @@ from transformers import (
 
 from .checkpoints.reader import quiet_loading
 from .errors import HfEsmError
-from .evaluation import LabelledSamples, Scores, accuracy, load_labelled
+from .evaluation import Scores, accuracy
 from .heads import load_task_model
 from .merge import merge_models
 from .methods import METHODS
 from .plots import plot_task_scores, require_matplotlib
-from .proxies import ProxyOptions
+from .proxies import LabelledSamples, ProxyOptions, load_labelled
 from .version import __version__
 
 

@@ -3,7 +3,8 @@
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
@@ -15,45 +16,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from .checkpoints import open_checkpoint, resolve_source, whole_folder
 from .errors import HfEsmError
+from .experts import FOLDER as EXPERTS_FOLDER
 from .heads import FOLDER as HEADS_FOLDER
 from .heads import load_task_model
-from .proxies import ProxyOptions, Sample, collate, encode, load_processor, read_rows
-
-
-@dataclass
-class LabelledSamples:
-    """Encoded rows and the class that each belongs to."""
-
-    samples: list[Sample]
-    labels: list[int]
-
-
-def load_labelled(data: Any, processor: Any, config: Any, title: str, options: ProxyOptions) -> LabelledSamples:
-    """Read, select and encode labelled rows.
-
-    The label stands in the column `label` (or what `options.columns` names), as a class index or as one of the
-    model's label names. `options.num_samples` 0 takes all rows.
-
-    Raises:
-        HfEsmError: if a row has no label, or one that the model does not know.
-    """
-    rows = read_rows(data, title, options)
-    labels = [_label(row, config, title, options) for row in rows]
-    return LabelledSamples(encode(rows, processor, config, title, options), labels)
-
-
-def _label(row: Any, config: Any, title: str, options: ProxyOptions) -> int:
-    column = options.columns.get("label", "label")
-    found = row.get(column, row.get("labels")) if isinstance(row, Mapping) else None
-    if found is None:
-        raise HfEsmError(f"{title}: rows need a label; name its column with columns={{'label': …}}.")
-    if isinstance(found, str):
-        if found not in config.label2id:
-            raise HfEsmError(f"{title}: the expert has no label {found!r}; it has {list(config.label2id)[:10]}.")
-        return config.label2id[found]
-    if not 0 <= int(found) < config.num_labels:
-        raise HfEsmError(f"{title}: label {int(found)}, but the expert knows {config.num_labels} classes.")
-    return int(found)
+from .hub import RoutedModel
+from .proxies import LabelledSamples, ProxyOptions, Sample, collate, load_labelled, load_processor
 
 
 @torch.no_grad()
@@ -85,10 +52,12 @@ class Scores:
     Attributes:
         accuracy: of the model, in [0, 1], by task.
         expert: of each task's own expert.
+        routing: of a routed model, the share of the task's samples that the router took for it.
     """
 
     accuracy: dict[str, float]
     expert: dict[str, float]
+    routing: dict[str, float] = field(default_factory=dict)
 
     @property
     def average(self) -> float:
@@ -107,14 +76,20 @@ class Scores:
             "expert": self.expert,
             "average": self.average,
             "normalised": self.normalised,
+            "routing": self.routing,
         }
 
     def __str__(self) -> str:
         width = max(len(task) for task in [*self.accuracy, "average"])
-        lines = [f"{'task':{width}}  accuracy" + ("  expert" if self.expert else "")]
+        lines = [
+            f"{'task':{width}}  accuracy"
+            + ("  expert" if self.expert else "")
+            + ("  task found" if self.routing else "")
+        ]
         for task, score in self.accuracy.items():
             beside = f"  {100 * self.expert[task]:6.1f}" if task in self.expert else ""
-            lines.append(f"{task:{width}}  {100 * score:8.1f}{beside}")
+            found = f"  {100 * self.routing[task]:10.1f}" if task in self.routing else ""
+            lines.append(f"{task:{width}}  {100 * score:8.1f}{beside}{found}")
         lines.append(f"{'average':{width}}  {100 * self.average:8.1f}")
         if self.normalised is not None:
             lines[-1] += f"  ({100 * self.normalised:.1f} % of the experts)"
@@ -127,10 +102,14 @@ def evaluate(
     *,
     experts: Optional[Mapping[str, Any]] = None,
     processor: Any = None,
+    route: str = "routed",
     batch_size: int = 32,
     **options: Any,
 ) -> Scores:
     """Accuracy of a merged model on each task's labelled rows, with the task's own head.
+
+    Of an ESM++ model, the router chooses the expert while the head is the task's: how often the two agree is in
+    `Scores.routing`.
 
     Args:
         model: folder or Hub id that `merge_models` wrote, or any sequence or image classifier.
@@ -138,6 +117,7 @@ def evaluate(
         experts: by task, the expert to measure beside it, as `merge_models` takes it; a LoRA adapter stands on the
             base that it names.
         processor: tokenizer or processor, where none stands beside the model.
+        route: of an ESM++ model: `"routed"`, `"oracle"` (each task's expert for its rows), or `"static"`.
         options: fields of `ProxyOptions`; all rows are used unless `num_samples` says otherwise.
     """
     options = ProxyOptions(**{"num_samples": 0, **options})
@@ -152,9 +132,25 @@ def evaluate(
         labelled = load_labelled(data[task], processor, model.config, f"data of '{task}'", options)
         return accuracy(model.to(device), labelled, batch_size)
 
-    has_heads = (folder / HEADS_FOLDER).is_dir()
-    merged = {t: score(load_task_model(folder, t) if has_heads else _load(folder, str(model)), t) for t in data}
-    return Scores(merged, {task: score(_load(expert, f"expert '{task}'"), task) for task, expert in experts.items()})
+    if route not in ("routed", "oracle", "static"):
+        raise HfEsmError(f"route must be 'routed', 'oracle' or 'static', not {route!r}.")
+    found: dict[str, float] = {}
+    if (folder / EXPERTS_FOLDER).is_dir():
+        routed = RoutedModel.from_pretrained(folder).to(device)
+        merged = {}
+        for task in data:
+            forced = {"oracle": task, "static": "static"}.get(route)
+            with routed.route(forced) if forced else nullcontext():
+                merged[task] = score(routed.task_model(task), task)
+            if not forced:
+                samples = load_labelled(data[task], processor, routed.task_model(task).config, task, options).samples
+                explained = routed.explain(samples, batch_size)
+                found[task] = sum(e.likeliest == task for e in explained) / len(explained)
+    else:
+        has_heads = (folder / HEADS_FOLDER).is_dir()
+        merged = {t: score(load_task_model(folder, t) if has_heads else _load(folder, str(model)), t) for t in data}
+    own = {task: score(_load(expert, f"expert '{task}'"), task) for task, expert in experts.items()}
+    return Scores(merged, own, found)
 
 
 def _load(spec: Any, title: str) -> PreTrainedModel:

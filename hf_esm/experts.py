@@ -1,5 +1,6 @@
 """ESM++: the experts and the router that stand beside a merged model, as one adapter (arXiv 2606.19164)."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Optional
 
 import torch
 from accelerate import Accelerator
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -66,7 +69,7 @@ class RoutedExperts:
     depth: float = 1 / 3
     confidence: float = 0.85
 
-    def save(self, folder: Path, model: PreTrainedModel, base_name: Optional[str] = None) -> RoutedExpertsConfig:
+    def save(self, folder: Path, model: PreTrainedModel, base_fingerprint: Optional[str] = None) -> None:
         """Write the adapter for a merged model, and beside it the features that its router is made from."""
         readers, tensors, settings = self._route()
         ranks = {module: a.shape[1] for module, (a, _) in self.factors.items()}
@@ -80,8 +83,7 @@ class RoutedExperts:
             router=self.router,
             readers=readers,
             confidence=self.confidence,
-            base_fingerprint=fingerprint(model, ranks),
-            base_model_name_or_path=base_name,
+            base_fingerprint=base_fingerprint or fingerprint(model, ranks),
             inference_mode=True,
             **settings,
         )
@@ -91,16 +93,19 @@ class RoutedExperts:
         save_file(
             {f"{task}/{module}": rows.contiguous() for task, f in self.features.items() for module, rows in f.items()},
             folder / FEATURES,
-            {"modules": "\n".join(next(iter(self.features.values())))},
+            {"modules": "\n".join(self.modules), "depth": str(self.depth)},
         )
-        return config
+
+    @property
+    def modules(self) -> list[str]:
+        """The first modules of the blocks, which a router may read."""
+        return list(next(iter(self.features.values())))
 
     def _route(self) -> tuple[list[str], dict[str, Tensor], dict]:
         """The router's readers, tensors and settings."""
         if self.router == "prototype":
             return [], {f"{m}.routed_experts_prototypes": p for m, p in self.prototypes.items()}, {}
-        modules = list(next(iter(self.features.values())))
-        readers = modules[: min(int(self.depth * len(modules)), len(modules) - 1) + 1]
+        readers = self.modules[: min(int(self.depth * len(self.modules)), len(self.modules) - 1) + 1]
         found = fit_discriminant({t: torch.cat([self.features[t][m] for m in readers], dim=1) for t in self.tasks})
         widths = [self.features[self.tasks[0]][m].shape[1] for m in readers]
         stacked = torch.cat([found.directions, found.center[None]]).float()
@@ -117,12 +122,19 @@ class RoutedExperts:
         return readers, tensors, settings
 
 
-def load_features(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """What `RoutedExperts.save` wrote beside an adapter: per task, the rows of every module, in their order."""
-    with safe_open(folder / FEATURES, "pt") as file:
-        modules = file.metadata()["modules"].split("\n")
-        tasks = sorted({key.partition("/")[0] for key in file.keys()})
-        return {task: {module: file.get_tensor(f"{task}/{module}") for module in modules} for task in tasks}
+def load_experts(folder: Path) -> RoutedExperts:
+    """What stands in a merged model's folder."""
+    config = PeftConfig.from_pretrained(str(folder / FOLDER))
+    with safe_open(folder / FOLDER / FEATURES, "pt") as file:
+        modules, depth = file.metadata()["modules"].split("\n"), float(file.metadata()["depth"])
+        features = {task: {module: file.get_tensor(f"{task}/{module}") for module in modules} for task in config.tasks}
+    held: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in load_file(folder / FOLDER / SAFETENSORS_WEIGHTS_NAME).items():
+        module, _, name = key.removeprefix("base_model.model.").rpartition(".")
+        held[name][module] = tensor
+    factors = {module: (a, held["routed_experts_B"][module]) for module, a in held["routed_experts_A"].items()}
+    prototypes = held["routed_experts_prototypes"]
+    return RoutedExperts(config.tasks, factors, prototypes, features, config.router, depth, config.confidence)
 
 
 def make_experts(

@@ -13,11 +13,18 @@ from accelerate import Accelerator
 from .calibration import collect_statistics
 from .checkpoints import Checkpoint, ModelSource
 from .errors import HfEsmError
-from .evaluation import LabelledSamples, load_labelled
 from .methods import MergeMethod
 from .options import MergeOptions
 from .planning import MergePlan
-from .proxies import Sample, encode, is_samples_file, load_processor, read_rows
+from .proxies import (
+    LabelledSamples,
+    Sample,
+    encode,
+    is_samples_file,
+    load_labelled,
+    load_processor,
+    read_rows,
+)
 from .statistics import FILE_NAME, ActivationStatistics, Provenance
 
 

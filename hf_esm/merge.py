@@ -13,7 +13,6 @@ from typing import Any, Optional
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, tqdm
-from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
 from .alpha import CandidateModels, score_candidates, search_alpha
@@ -22,6 +21,7 @@ from .checkpoints import open_checkpoint, publish_folder, resolve_source, stagin
 from .errors import HfEsmError
 from .experts import write_experts
 from .heads import load_task_model
+from .hub import RoutedModel, push_folder, write_hashes
 from .inputs import (
     calibrate_checkpoint,
     check_arguments,
@@ -35,7 +35,7 @@ from .inputs import (
 )
 from .methods import RoutedMerge, resolve_method
 from .options import MergeOptions
-from .output import PROXIES_FOLDER, write_files, write_model
+from .output import write_files, write_model
 from .passes import MergedUpdates, WeightReport, merge_weights, scale_layers
 from .planning import MergePlan, check_disk, check_values, plan_merge
 from .proxies import encode, read_rows
@@ -183,6 +183,8 @@ def merge_models(
         with run.stage("publishing"):
             if accelerator.is_main_process:
                 shutil.rmtree(scratch)
+                if routed:
+                    write_hashes(folder)
                 if output is not None:
                     publish_folder(folder, output, options.overwrite)
             accelerator.wait_for_everyone()
@@ -272,13 +274,13 @@ class MergeResult:
         """The merged body with the head of one task; see `heads.load_task_model`."""
         return load_task_model(self.output_dir, task, **kwargs)
 
+    def load_routed(self, **kwargs: Any) -> RoutedModel:
+        """The merged model with its experts, if the method was ESM++; see `RoutedModel.from_pretrained`."""
+        return RoutedModel.from_pretrained(self.output_dir, **kwargs)
+
     def push_to_hub(self, repo_id: str, *, private: Optional[bool] = None, token: Any = None, **kwargs: Any) -> Any:
         """Upload the merged model, its heads, card and recipe. Calibration samples stay here."""
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return api.upload_folder(
-            repo_id=repo_id, folder_path=self.output_dir, ignore_patterns=[f"{PROXIES_FOLDER}/*"], **kwargs
-        )
+        return push_folder(self.output_dir, repo_id, private=private, token=token, **kwargs)
 
     def __str__(self) -> str:
         how = Counter(report.how for report in self.weights)

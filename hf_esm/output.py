@@ -22,7 +22,7 @@ from .methods import describe_method
 from .options import MergeOptions
 from .passes import MergedUpdates
 from .planning import MergePlan
-from .proxies import Sample, save_samples
+from .proxies import PROXIES_FOLDER, Sample, save_samples
 from .statistics import ActivationStatistics
 from .version import __version__
 
@@ -30,7 +30,6 @@ from .version import __version__
 RECIPE_FILE = "merge_recipe.yaml"
 RECIPE_VERSION = 1
 REPORT_FILE = "merge_report.json"
-PROXIES_FOLDER = "calibration"
 
 
 def write_model(

@@ -34,6 +34,8 @@ LONGEST = 512  # tokens, unless `max_length` says otherwise
 # One model input per name, unbatched and unpadded.
 Sample = dict[str, Tensor]
 
+PROXIES_FOLDER = "calibration"  # beside a merged model: the samples that were given in memory
+
 
 @dataclass
 class ProxyOptions:
@@ -325,3 +327,39 @@ def load_samples(path: Path) -> list[Sample]:
             index, _, name = key.partition(".")
             samples.setdefault(int(index), {})[name] = file.get_tensor(key)
     return [samples[i] for i in sorted(samples)]
+
+
+@dataclass
+class LabelledSamples:
+    """Encoded rows and the class that each belongs to."""
+
+    samples: list[Sample]
+    labels: list[int]
+
+
+def load_labelled(data: Any, processor: Any, config: Any, title: str, options: ProxyOptions) -> LabelledSamples:
+    """Read, select and encode labelled rows.
+
+    The label stands in the column `label` (or what `options.columns` names), as a class index or as one of the
+    model's label names. `options.num_samples` 0 takes all rows.
+
+    Raises:
+        HfEsmError: if a row has no label, or one that the model does not know.
+    """
+    rows = read_rows(data, title, options)
+    labels = [_label(row, config, title, options) for row in rows]
+    return LabelledSamples(encode(rows, processor, config, title, options), labels)
+
+
+def _label(row: Any, config: Any, title: str, options: ProxyOptions) -> int:
+    column = options.columns.get("label", "label")
+    found = row.get(column, row.get("labels")) if isinstance(row, Mapping) else None
+    if found is None:
+        raise HfEsmError(f"{title}: rows need a label; name its column with columns={{'label': …}}.")
+    if isinstance(found, str):
+        if found not in config.label2id:
+            raise HfEsmError(f"{title}: the expert has no label {found!r}; it has {list(config.label2id)[:10]}.")
+        return config.label2id[found]
+    if not 0 <= int(found) < config.num_labels:
+        raise HfEsmError(f"{title}: label {int(found)}, but the expert knows {config.num_labels} classes.")
+    return int(found)

@@ -1,0 +1,420 @@
+"""`RoutedModel`: a merged model with its experts, router, heads and processor, from a folder or the Hub."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from accelerate.utils import send_to_device
+from huggingface_hub import HfApi
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .checkpoints import open_checkpoint, publish_folder, resolve_source, staging_folder, whole_folder
+from .checkpoints.sources import _model_class
+from .errors import HfEsmError
+from .experts import FOLDER, RoutedExperts, expert_factors, load_experts
+from .heads import FOLDER as HEADS_FOLDER
+from .heads import attach_head, plan_heads, save_head
+from .proxies import PROXIES_FOLDER, ProxyOptions, batch_indices, collate, encode, load_processor
+from .statistics import ActivationStatistics
+from .tuners.lora_export import write_lora_adapter
+from .tuners.routed import Decision, Route, decide, route
+from .weights import to_matrices
+
+
+HASHES_FILE = "hashes.json"
+
+
+@dataclass
+class Prediction:
+    """What a routed model says of one sample.
+
+    Attributes:
+        task: the task that it was taken for, or that was given.
+        label: that task's label.
+        score: the label's probability.
+        sure: whether the task's expert was added; False where the router was not sure enough.
+    """
+
+    task: str
+    label: str
+    score: float
+    sure: bool
+
+
+@dataclass
+class Explanation:
+    """Why a sample was routed as it was.
+
+    Attributes:
+        task: the likeliest task, or "none" where the sample is too far from all.
+        probabilities: by task; for a prototype router, the share of layers that voted for it.
+        distance: in units of what is still believed to be one of the tasks; None if the router knows none.
+        layers: the task that every deciding module chose.
+        sure: whether the expert of `likeliest` was added.
+    """
+
+    task: str
+    probabilities: dict[str, float]
+    distance: Optional[float]
+    layers: dict[str, str]
+    sure: bool = True
+
+    @property
+    def likeliest(self) -> str:
+        """The likeliest task, even if none is likely."""
+        return max(self.probabilities, key=self.probabilities.get)
+
+
+class RoutedModel:
+    """A merged model that adds to each sample the expert of the task that it belongs to (ESM++, arXiv 2606.19164).
+
+    Attributes:
+        model: the `PeftModel`; call it, or this object, as any Transformers model.
+        folder: where it was loaded from.
+        tasks: names of the experts.
+        processor: tokenizer or processor, None if there is none.
+    """
+
+    def __init__(self, model: PeftModel, folder: Path, processor: Any = None):
+        self.model, self.folder, self.processor = model, folder, processor
+        self.config = model.peft_config[model.active_adapter]
+        self.tasks: list[str] = self.config.tasks
+        self._task_models: dict[str, PreTrainedModel] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike,
+        *,
+        revision: Optional[str] = None,
+        token: Optional[str | bool] = None,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> "RoutedModel":
+        """Load what `merge_models(…, method="esm++")` wrote, or `push_to_hub` uploaded.
+
+        Args:
+            model: folder or Hub id.
+            revision: branch, tag or commit.
+            kwargs: passed to the static model's `from_pretrained`: `dtype`, `device_map`, …
+
+        Raises:
+            HfEsmError: if it is no routed model, or a file is not what was written.
+        """
+        folder = whole_folder(model, str(model), revision, token)
+        if not (folder / FOLDER / "adapter_config.json").is_file():
+            raise HfEsmError(f"{model}: no experts in {FOLDER}/. It takes a model that method 'esm++' wrote.")
+        verify_hashes(folder, str(model))
+        source = resolve_source(str(folder), str(model), trust_remote_code=trust_remote_code)
+        config, model_class = _model_class(source)
+        static = model_class.from_pretrained(folder, config=config, **kwargs)
+        adapted = PeftModel.from_pretrained(static, str(folder / FOLDER)).eval()
+        return cls(adapted, folder, load_processor(folder, trust_remote_code))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As `generate` of the static model; the prompt decides the route."""
+        return self.model.generate(*args, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> "RoutedModel":
+        self.model.to(*args, **kwargs)
+        for task_model in self._task_models.values():
+            task_model.to(*args, **kwargs)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def route(self, tasks: str | Sequence[str]) -> AbstractContextManager[None]:
+        """Within `with model.route(…)`: a task for all samples, one per sample, or `"static"` for no expert."""
+        return route(self.model, tasks if isinstance(tasks, str) else list(tasks))
+
+    def task_model(self, task: str) -> PreTrainedModel:
+        """The task's model (`…ForSequenceClassification`, …) around the routed body, which all of them share."""
+        if task not in self.tasks:
+            raise HfEsmError(f"There is no expert for {task!r}; there are {', '.join(self.tasks)}.")
+        if not (self.folder / HEADS_FOLDER / task).is_dir():
+            raise HfEsmError(f"{self.folder}: no head of {task!r} in it.")
+        if task not in self._task_models:
+            self._task_models[task] = attach_head(self.model.get_base_model(), self.folder, task)
+        return self._task_models[task]
+
+    def explain(self, inputs: Any, batch_size: int = 32, **options: Any) -> list[Explanation]:
+        """Which expert each input gets and why. Takes what `predict` takes."""
+        found: list[Optional[Explanation]] = [None] * len(inputs)
+        for chosen, batch in self._batches(inputs, batch_size, options):
+            records = self._decide(batch)
+            for row, i in enumerate(chosen):
+                found[i] = self._explain(records, row)
+        return found
+
+    @torch.no_grad()
+    def predict(
+        self,
+        inputs: Any,
+        tasks: Optional[str | Sequence[str]] = None,
+        *,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> list[Prediction]:
+        """Task and label of each input, by the head of the task that is given or that the router finds.
+
+        Args:
+            inputs: a list of texts, pairs, rows, images, or ready model inputs, as `calibration` of `merge_models`.
+            tasks: the task of all inputs or of each, where it is known. Then its expert is added in all layers.
+            options: fields of `ProxyOptions`, such as `max_length`.
+        """
+        given = [tasks] * len(inputs) if isinstance(tasks, str) else tasks
+        if given is not None and len(given) != len(inputs):
+            raise HfEsmError(f"{len(given)} tasks are given for {len(inputs)} inputs. Give one each.")
+        found: list[Optional[Prediction]] = [None] * len(inputs)
+        for chosen, batch in self._batches(inputs, batch_size, options):
+            if given is not None:
+                names, decision = [given[i] for i in chosen], None
+            else:
+                decision, names = self._vote(self._decide(batch))
+            for task in dict.fromkeys(names):
+                rows = [row for row, name in enumerate(names) if name == task]
+                part = {name: value[rows] for name, value in batch.items()}
+                forced = task if decision is None else _take(decision, rows)
+                with route(self.model, forced):
+                    logits = self.task_model(task)(**part).logits
+                if logits.dim() != 2:
+                    raise HfEsmError(f"{task!r} has no class per sample; run `task_model({task!r})` yourself.")
+                scores = logits.float().softmax(-1).max(-1)
+                labels = self.task_model(task).config.id2label
+                for at, row in enumerate(rows):
+                    sure = decision is None or decision.route.weights is None or bool(decision.route.weights[row])
+                    label = labels[int(scores.indices[at])]
+                    found[chosen[row]] = Prediction(task, label, float(scores.values[at]), sure)
+        return found
+
+    def _batches(self, inputs: Any, batch_size: int, options: Mapping[str, Any]) -> Iterable[tuple[list[int], dict]]:
+        config = self.model.get_base_model().config
+        samples = encode(list(inputs), self.processor, config, "inputs", ProxyOptions(**{"num_samples": 0, **options}))
+        order = sorted(range(len(samples)), key=lambda i: max(value.numel() for value in samples[i].values()))
+        groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        if not any("attention_mask" in sample or "input_ids" in sample for sample in samples):
+            groups = batch_indices(samples, batch_size)  # pictures of one size, sound of one length
+        dtype = self.model.get_base_model().dtype
+        for chosen in groups:
+            batch = send_to_device(collate([samples[i] for i in chosen], config), self.device)
+            yield chosen, {n: v.to(dtype) if v.is_floating_point() else v for n, v in batch.items()}
+
+    @torch.no_grad()
+    def _decide(self, batch: dict[str, Tensor]) -> list[tuple[str, str, Decision]]:
+        return decide(self.model, batch)
+
+    def _vote(self, records: list[tuple[str, str, Decision]]) -> tuple[Optional[Decision], list[str]]:
+        """The one decision of a discriminant router, or, of a prototype router's many, the task of most layers."""
+        if self.config.router == "discriminant":
+            (decision,) = (found for _, _, found in records)
+            return decision, [self.tasks[i] for i in decision.probabilities.argmax(-1)]
+        votes = torch.stack([found.route.experts for _, _, found in records]).mode(0).values
+        return None, [self.tasks[i] for i in votes]
+
+    def _explain(self, records: list[tuple[str, str, Decision]], row: int) -> Explanation:
+        layers = {module: self.tasks[int(found.route.experts[row])] for _, module, found in records}
+        if self.config.router == "prototype":
+            counts = {task: list(layers.values()).count(task) / len(layers) for task in self.tasks}
+            return Explanation(max(counts, key=counts.get), counts, None, layers)
+        (decision,) = (found for _, _, found in records)
+        likely = dict(zip(self.tasks, decision.probabilities[row].tolist(), strict=True))
+        distance = None if decision.distance is None else float(decision.distance[row])
+        task = "none" if distance is not None and distance > 1 else max(likely, key=likely.get)
+        return Explanation(task, likely, distance, layers, bool(decision.route.weights[row]))
+
+    def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
+        """Write the whole model, as it was loaded, to a folder that appears when it is whole."""
+        folder = Path(folder).expanduser()
+        if folder.exists() and not overwrite:
+            raise HfEsmError(f"{folder} exists. Choose another folder, or pass overwrite=True.")
+        with staging_folder(folder) as staging:
+            shutil.copytree(self.folder, staging, dirs_exist_ok=True)
+            publish_folder(staging, folder, overwrite)
+        return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_model: Optional[str] = None,
+        private: Optional[bool] = None,
+        token: Optional[str | bool] = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload the whole model; or, with `base_model`, the adapter alone over a static model that is on the Hub.
+
+        Calibration samples stay here. `kwargs` go to `HfApi.upload_folder` (`revision`, `commit_message`, …).
+        """
+        return push_folder(self.folder, repo_id, base_model=base_model, private=private, token=token, **kwargs)
+
+    def export_lora(self, folder: str | os.PathLike, tasks: Optional[Iterable[str]] = None) -> dict[str, Path]:
+        """Write every expert as an ordinary LoRA adapter over the static model, to `folder/TASK`.
+
+        With one of them, the static model gives what this one gives in `with model.route(TASK)`.
+        """
+        experts = load_experts(self.folder)
+        base = self.model.get_base_model()
+        transposed = any(type(base.get_submodule(m).get_base_layer()).__name__ == "Conv1D" for m in experts.factors)
+        wanted = list(self.tasks if tasks is None else tasks)
+        if unknown := [task for task in wanted if task not in self.tasks]:
+            raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {', '.join(self.tasks)}.")
+        return {
+            task: write_lora_adapter(
+                Path(folder).expanduser() / task,
+                {
+                    m: (a[experts.tasks.index(task)], b[experts.tasks.index(task)])
+                    for m, (a, b) in experts.factors.items()
+                },
+                str(self.folder.absolute()),
+                fan_in_fan_out=transposed,
+                base_class=type(base),
+            )
+            for task in wanted
+        }
+
+    def add_expert(
+        self, task: str, expert: Any, statistics: Any = None, *, output_dir: str | os.PathLike, token: Any = None
+    ) -> "RoutedModel":
+        """One more task, from its expert and its statistics alone; the static model stays as it is.
+
+        Args:
+            expert: as `merge_models` takes it; of the same architecture as the merged model.
+            statistics: `ActivationStatistics`, or a path of such, collected with `base=`; by default what stands
+                beside the expert's weights.
+            output_dir: folder to write the larger model to.
+        """
+        if task in self.tasks:
+            raise HfEsmError(f"There is an expert for {task!r} already. Remove it first, or choose another name.")
+        root = open_checkpoint(resolve_source(str(self.folder), "the merged model"))
+        source = resolve_source(expert, f"expert '{task}'", token)
+        opened = open_checkpoint(source, root)
+        if not isinstance(statistics, ActivationStatistics):
+            statistics = ActivationStatistics.load(statistics if statistics is not None else source.folder)
+        experts = load_experts(self.folder)
+        modules = {root.names[name].removesuffix(".weight"): name for name in root.linear}
+        if lacking := [m for m in experts.factors if modules[m] not in statistics or modules[m] not in opened.names]:
+            raise HfEsmError(f"'{task}': no weight or statistics for '{lacking[0]}'. Is it a fine-tune of this base?")
+        features = {module: statistics.pooled.get(modules[module]) for module in experts.modules}
+        if any(rows is None for rows in features.values()):
+            raise HfEsmError(
+                f"The statistics of '{task}' do not hold what the base's blocks read, which makes the router. "
+                "Calibrate again with the base (`hf-esm calibrate --base`)."
+            )
+        for module, (a, b) in experts.factors.items():
+            name = modules[module]
+            (residual,) = to_matrices(opened.update(name, root.tensor(name)), root.linear[name])
+            new_a, new_b = expert_factors(residual, statistics[name], a.shape[1])
+            experts.factors[module] = torch.cat([a, new_a[None]]), torch.cat([b, new_b[None]])
+            if module in experts.prototypes:
+                prototype = torch.nn.functional.normalize(statistics[name].mean, dim=0)
+                experts.prototypes[module] = torch.cat([experts.prototypes[module], prototype[None]])
+        experts.tasks.append(task)
+        experts.features[task] = features
+        return self._rewrite(
+            experts,
+            output_dir,
+            lambda folder: save_head(folder, task, opened, plan_heads(root, {task: opened}).own[task]),
+        )
+
+    def remove_expert(self, task: str, *, output_dir: str | os.PathLike) -> "RoutedModel":
+        """The model without one of its tasks, written to `output_dir`."""
+        if task not in self.tasks:
+            raise HfEsmError(f"There is no expert for {task!r}; there are {', '.join(self.tasks)}.")
+        experts = load_experts(self.folder)
+        kept = [i for i, name in enumerate(experts.tasks) if name != task]
+        experts.factors = {module: (a[kept], b[kept]) for module, (a, b) in experts.factors.items()}
+        experts.prototypes = {module: rows[kept] for module, rows in experts.prototypes.items()}
+        experts.tasks.remove(task)
+        del experts.features[task]
+        return self._rewrite(
+            experts, output_dir, lambda folder: shutil.rmtree(folder / HEADS_FOLDER / task, ignore_errors=True)
+        )
+
+    def _rewrite(self, experts: RoutedExperts, output_dir: str | os.PathLike, change: Any) -> "RoutedModel":
+        """The same model with other experts, in a new folder."""
+        output = Path(output_dir).expanduser()
+        if output.exists():
+            raise HfEsmError(f"{output} exists. Choose another output_dir.")
+        with staging_folder(output) as staging:
+            left_out = shutil.ignore_patterns(FOLDER, HASHES_FILE)
+            shutil.copytree(self.folder, staging, dirs_exist_ok=True, ignore=left_out)
+            change(staging)
+            static = self.model.get_base_model()
+            experts.save(staging / FOLDER, static, base_fingerprint=self.config.base_fingerprint)
+            write_hashes(staging)
+            publish_folder(staging, output)
+        return type(self).from_pretrained(output)
+
+
+def _take(decision: Decision, rows: list[int]) -> Decision:
+    """The decision on some of a batch's samples."""
+    weights = None if decision.route.weights is None else decision.route.weights[rows]
+    distance = None if decision.distance is None else decision.distance[rows]
+    return Decision(Route(decision.route.experts[rows], weights), decision.probabilities[rows], distance)
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    base_model: Optional[str] = None,
+    private: Optional[bool] = None,
+    token: Optional[str | bool] = None,
+    **kwargs: Any,
+) -> Any:
+    """Upload a merged model's folder, or, with `base_model`, its routed adapter alone."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if base_model is None:
+        ignored = [f"{PROXIES_FOLDER}/*"]
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=ignored, **kwargs)
+    with staging_folder(folder.parent / f"{folder.name}-adapter") as staging:
+        shutil.copytree(folder / FOLDER, staging, dirs_exist_ok=True)
+        config = PeftConfig.from_pretrained(str(staging))
+        config.base_model_name_or_path = base_model
+        config.save_pretrained(str(staging))
+        return api.upload_folder(repo_id=repo_id, folder_path=staging, **kwargs)
+
+
+def write_hashes(folder: Path) -> None:
+    """Record the hash of every weight file: the Hub's client notices no flipped byte."""
+    hashes = {str(path.relative_to(folder)): _hash(path) for path in _hashed(folder)}
+    (folder / HASHES_FILE).write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
+
+
+def verify_hashes(folder: Path, title: str) -> None:
+    """Raise if a file is missing or not what was written."""
+    if not (folder / HASHES_FILE).is_file():
+        raise HfEsmError(f"{title}: {HASHES_FILE} is missing, so that its files cannot be checked. Download it again.")
+    for name, expected in json.loads((folder / HASHES_FILE).read_text(encoding="utf-8")).items():
+        if not (folder / name).is_file():
+            raise HfEsmError(f"{title}: {name} is missing. Download the whole model again.")
+        if _hash(folder / name) != expected:
+            raise HfEsmError(f"{title}: {name} is damaged: its hash is not the one recorded. Download it again.")
+
+
+def _hashed(folder: Path) -> list[Path]:
+    weights = [path for path in sorted(folder.rglob("*.safetensors")) if PROXIES_FOLDER not in path.parts]
+    return [*weights, folder / FOLDER / "adapter_config.json"]
+
+
+def _hash(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
