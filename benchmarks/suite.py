@@ -16,9 +16,9 @@ data set (from the Hub: `stanfordnlp/sst2`, `CogComp/trec`, `SetFit/subj`, `nyu-
 (banking77: 700), learning rate 1e-4 or so, embeddings frozen.
 
 What is chosen on what: proxies and the rows that α is chosen on come from the validation split (32 unlabelled and 60
-labelled rows per task, disjoint); α by `alpha="auto"` (0.1 to 3 in steps of 0.1, coarse to fine, the top of a parabola
-through the mean accuracies), once per method and seed. The test split (400 rows per task, one fixed sample) is read
-once, after every choice.
+labelled rows per task, disjoint); α by `alpha="auto"` (0.1 to 3 in steps of 0.1, coarse to fine; the one nearest to
+the method's default whose mean accuracy is within a standard error of the best), once per method and seed. The test
+split (400 rows per task, one fixed sample) is read once, after every choice.
 """
 
 import argparse

@@ -7,6 +7,7 @@ from .heads import load_task_model
 from .hub import Explanation, Prediction, RoutedModel
 from .merge import MergeResult, calibrate, merge_models
 from .methods import METHODS, TSVM, EssentialMerge, Mean, RoutedMerge, TaskArithmetic
+from .pipelines import RoutedPipeline
 from .planning import MergePlan
 from .recipes import load_recipe
 from .statistics import ActivationStatistics
@@ -39,6 +40,7 @@ __all__ = [
     "RoutedExpertsModel",
     "RoutedMerge",
     "RoutedModel",
+    "RoutedPipeline",
     "Scores",
     "TaskArithmetic",
     "__version__",

@@ -18,34 +18,27 @@ COARSE = [round(0.1 + 0.3 * i, 1) for i in range(10)]  # 0.1, 0.4, …, 2.8
 FINE = 0.1
 
 
-def search_alpha(score: Callable[[float], float], progress: Callable = iter) -> tuple[float, dict[float, float]]:
-    """The best α in 0.1, 0.2, …, 3.0, searched by steps of 0.3 first and of 0.1 around the best of those.
+def search_alpha(
+    score: Callable[[float], float], progress: Callable = iter, *, default: float = 1.0, rows: Optional[int] = None
+) -> tuple[float, dict[float, float]]:
+    """The α in 0.1, 0.2, …, 3.0 to use, searched by steps of 0.3 first and of 0.1 around the best of those.
 
-    On a few hundred rows a score is uncertain by more than neighbouring values of α differ, so that the best is not
-    where one score is highest, but at the top of the parabola fitted to all scores around. Returns it, and the scores.
+    On a few hundred rows a score is uncertain by more than neighbouring values of α differ. Where the score is the
+    share of `rows` rows that are right, the α nearest to the method's default is taken whose score is within one
+    standard error of the best (the one-standard-error rule): it is left for as much as the rows can tell. Other scores
+    are taken to be exact. Returns the α, and the scores seen.
     """
     scores: dict[float, float] = {}
     for alpha in progress(COARSE):
         scores[alpha] = score(alpha)
     middle = max(COARSE, key=lambda alpha: (scores[alpha], -alpha))
-    reach = min(max(middle / 2, 2 * FINE), 6 * FINE) + 1e-9
-    around = [round(i * FINE, 1) for i in range(1, 31) if abs(i * FINE - middle) <= reach]
-    for alpha in around:
-        if alpha not in scores:
+    for alpha in (round(middle + step * FINE, 1) for step in range(-2, 3)):
+        if 0 < alpha <= 3 and alpha not in scores:
             scores[alpha] = score(alpha)
-    return _top(around, [scores[alpha] for alpha in around]), dict(sorted(scores.items()))
-
-
-def _top(alphas: list[float], scores: list[float]) -> float:
-    """The α nearest to the top of the parabola through the scores; the best one (the smaller of equals) where that
-    opens upwards.
-    """
-    x = torch.tensor(alphas, dtype=torch.float64)
-    powers = torch.stack([torch.ones_like(x), x, x**2], dim=1)
-    _, slope, curvature = torch.linalg.lstsq(powers, torch.tensor(scores, dtype=torch.float64)[:, None]).solution[:, 0]
-    if curvature > -1e-9:
-        return max(zip(scores, alphas), key=lambda pair: (pair[0], -pair[1]))[1]
-    return min(alphas, key=lambda alpha: abs(alpha + float(slope / (2 * curvature))))
+    best = max(scores.values())
+    error = (best * (1 - best) / rows) ** 0.5 if rows else 0.0
+    good = [alpha for alpha, found in scores.items() if found >= best - error]
+    return min(good, key=lambda alpha: (abs(alpha - default), alpha)), dict(sorted(scores.items()))
 
 
 class CandidateModels:

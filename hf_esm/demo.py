@@ -37,7 +37,8 @@ from .version import __version__
 RESULTS_FILE = "results.json"
 PICTURE_FILE = "scores.png"
 TRAIN_BATCH, EVALUATION_BATCH = 64, 256
-EXPERTS, BASE = "experts", "base, experts' heads"
+EXPERTS, BASE, GIVEN = "experts", "base, experts' heads", "esm++, task given"
+FOLDERS = {"esm": "merged", "esm++": "routed"}  # the methods whose models stay
 FORMAT = "hf_esm.demo"
 Say = Callable[[str], Any]
 SAME = 1e-5  # largest difference of logits that still is the same answer, in float32
@@ -109,7 +110,7 @@ class DemoSettings:
         layers: its depth.
     """
 
-    methods: tuple[str, ...] = ("mean", "task-arithmetic", "tsv-m", "esm")
+    methods: tuple[str, ...] = ("mean", "task-arithmetic", "tsv-m", "esm", "esm++")
     base_steps: int = 600
     expert_steps: int = 200
     train_size: int = 1000
@@ -178,7 +179,9 @@ def run_demo(
     say(f"that Transformers' AutoModel reads from 'merged' differ in no logit by more than {difference:.1e}.")
     if not difference <= SAME:
         raise HfEsmError(f"The reloaded model answers differently, by {difference:.2g}. Please report this.")
-    say(f"{results['seconds']:.0f} s in all. Written to {output}: base, experts, merged, results.json and scores.png.")
+    say(
+        f"{results['seconds']:.0f} s in all. Written to {output}: base, experts, merged, routed, results.json, scores.png."
+    )
     say(f"Go on with: hf_esm.load_task_model({str(output / 'merged')!r}, 'parity')")
     return results
 
@@ -317,7 +320,7 @@ def compare_methods(output: Path, data: DigitData, settings: DemoSettings, seed:
     """Merge by every method, and score experts, base and merged models on the test pictures.
 
     Returns by row of the table its `Scores` as plain data, and by method its α, the scores that α was chosen by, and
-    times in seconds. Only ESM's model stays, in `merged`.
+    times in seconds. The models of ESM and ESM++ stay, in `merged` and `routed`.
     """
     base = output / "base"
     experts = {task.name: output / "experts" / task.name for task in TASKS}
@@ -337,18 +340,33 @@ def compare_methods(output: Path, data: DigitData, settings: DemoSettings, seed:
         options: dict[str, Any] = {"progress": False, "batch_size": EVALUATION_BATCH, "seed": seed}
         if METHODS[method]().tunable:
             options |= {"alpha": "auto", "validation": validation}
-        if method == "esm":
-            options |= {"output_dir": output / "merged", "overwrite": True}
+        if method in FOLDERS:
+            options |= {"output_dir": output / FOLDERS[method], "overwrite": True}
+        if method == "esm++":  # its static model is the one before: the α is the same
+            options |= {"alpha": merges["esm"]["alpha"], "validation": None}
         start = time.perf_counter()
         merged = merge_models(base, experts, calibration=calibration, method=method, **options)
         seconds = time.perf_counter() - start
-        found[method] = {task: accuracy(merged.load_task_model(task), test[task], EVALUATION_BATCH) for task in test}
+        if method == "esm++":
+            routed, task_found = merged.load_routed(), {}
+            found[method], found[GIVEN] = {}, {}
+            for task, rows in test.items():
+                model = routed.task_model(task)
+                found[method][task] = accuracy(model, rows, EVALUATION_BATCH)
+                with routed.route(task):
+                    found[GIVEN][task] = accuracy(model, rows, EVALUATION_BATCH)
+                why = routed.explain(rows.samples, EVALUATION_BATCH)
+                task_found[task] = sum(e.likeliest == task for e in why) / len(why)
+        else:
+            models = {task: merged.load_task_model(task) for task in test}
+            found[method] = {task: accuracy(models[task], test[task], EVALUATION_BATCH) for task in test}
         searched = merged.seconds["choosing alpha"]
         merges[method] = {
             "alpha": merged.alpha,
             "alpha_scores": merged.alpha_scores,
             "merge_seconds": round(seconds - searched, 2),
             "search_seconds": round(searched, 2),
+            **({"task_found": task_found} if method == "esm++" else {}),
         }
         say(f"  {method:16}{seconds:5.1f} s")
     return {name: Scores(scores, found[EXPERTS]).as_dict() for name, scores in found.items()}, merges
@@ -391,9 +409,14 @@ def format_table(results: Mapping[str, Any]) -> list[str]:
             line += f"{merge['search_seconds']:6.1f} s" if tuned else f"{'-':>8}"
         lines.append(line)
     counted = results["splits"]["validation"]
+    for merge in results["merges"].values():
+        if found := merge.get("task_found"):
+            share = sum(found.values()) / len(found)
+            lines.append(f"The router found the task of {100 * share:.1f} % of the test pictures.")
     return [
         *lines,
         "normalised: mean over tasks of the accuracy divided by the expert's.",
-        f"alpha: the best of 0.1, 0.2 … 3.0 by mean accuracy on {counted} validation pictures per task, found in the",
-        "time under 'search'; 'merge' is the rest. The test pictures were used for this table alone.",
+        "alpha: of 0.1, 0.2 … 3.0, the nearest to the default within a standard error of the best mean accuracy on",
+        f"{counted} validation pictures per task, found in the time under 'search'; 'merge' is the rest. The test",
+        "pictures were used for this table alone.",
     ]

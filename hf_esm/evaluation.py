@@ -76,7 +76,7 @@ class Scores:
             "expert": self.expert,
             "average": self.average,
             "normalised": self.normalised,
-            "routing": self.routing,
+            **({"routing": self.routing} if self.routing else {}),
         }
 
     def __str__(self) -> str:

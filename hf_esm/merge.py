@@ -358,7 +358,9 @@ def _choose_alpha(
             scores = score_candidates(models, labelled, score_fn, run.options.batch_size)
             return sum(scores.values()) / len(scores)
 
-        outcome = [search_alpha(score, run.progress("Choosing alpha"))]
+        rows = sum(len(data.labels) for data in labelled.values()) if score_fn is None else None
+        progress = run.progress("Choosing alpha")
+        outcome = [search_alpha(score, progress, default=plan.method.default_alpha, rows=rows)]
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome)
     return outcome[0]

@@ -1,4 +1,4 @@
-"""The choice of α: found where the scores peak, and not led astray by one lucky score."""
+"""The choice of α: found where the scores peak, and not led astray by what a few rows cannot tell."""
 
 import pytest
 
@@ -12,13 +12,19 @@ def test_finds_the_peak(peak):
     assert scores[alpha] == max(scores.values())
 
 
-def test_one_lucky_score_does_not_decide():
-    alpha, scores = search_alpha(lambda a: 0.9 - 0.1 * (a - 1.0) ** 2 + (0.02 if a == 1.4 else 0))
-    assert max(scores, key=scores.get) == 1.4
-    assert abs(alpha - 1.0) <= 0.11
+@pytest.mark.parametrize(("rows", "expected"), [(100, 1.0), (900, 1.3), (10**6, 1.6)])
+def test_the_default_is_left_for_as_much_as_the_rows_can_tell(rows, expected):
+    # One standard error at the best score of 0.9 is 0.03, 0.01 and 0.0003.
+    alpha, _ = search_alpha(lambda a: 0.9 - 0.06 * (a - 1.6) ** 2, default=1.0, rows=rows)
+    assert alpha == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("score", "expected"), [(lambda a: a, 3.0), (lambda a: -a, 0.1), (lambda a: 0.5, 0.1)])
+def test_a_default_beyond_the_peak_is_left_downwards():
+    alpha, _ = search_alpha(lambda a: 0.9 - 0.06 * (a - 0.4) ** 2, default=1.0, rows=900)
+    assert alpha == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(("score", "expected"), [(lambda a: a, 3.0), (lambda a: -a, 0.1), (lambda a: 0.5, 1.0)])
 def test_the_ends_of_the_range_and_ties(score, expected):
     assert search_alpha(score)[0] == expected
 

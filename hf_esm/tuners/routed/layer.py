@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ...errors import HfEsmError
 from .config import RoutedExpertsConfig
-from .routing import Decided, Decision, Frame, Route, RoutingState, forced_route, pool, sample_rows
+from .routing import Decided, Decision, Frame, Route, RoutingState, forced_route, pool, sample_rows, vote
 
 
 NOT_MERGEABLE = (
@@ -41,10 +41,11 @@ class RoutedExpertsLayer(BaseTunerLayer):
         "routed_experts_precision",
     )
 
-    def __init__(self, base_layer: nn.Module, state: RoutingState, name: str):
+    def __init__(self, base_layer: nn.Module, state: RoutingState, name: str, reads_once: bool):
         self.base_layer = base_layer
-        self.state, self.name = state, name
+        self.state, self.name, self.reads_once = state, name, reads_once
         self.configs: dict[str, RoutedExpertsConfig] = {}
+        self.known_loaded: set[str] = set()
         self.routed_experts_A, self.routed_experts_B = nn.ParameterDict(), nn.ParameterDict()
         for buffers in self.other_param_names:
             setattr(self, buffers, BufferDict(persistent=True))
@@ -53,19 +54,22 @@ class RoutedExpertsLayer(BaseTunerLayer):
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, config: RoutedExpertsConfig, rank: int) -> None:
-        """Make room for an adapter, which adds nothing until it is loaded."""
+        """Make room for an adapter; what has to come from its file is NaN until it is loaded."""
         self.configs[adapter_name] = config
+        self.known_loaded.discard(adapter_name)
         count, width, directions = len(config.tasks), self.in_features, config.directions
         if rank:
-            self.routed_experts_A[adapter_name] = nn.Parameter(torch.randn(count, rank, width) * width**-0.5)
-            self.routed_experts_B[adapter_name] = nn.Parameter(torch.zeros(count, self.out_features, rank))
+            a, b = torch.randn(count, rank, width) * width**-0.5, torch.zeros(count, self.out_features, rank)
+            if config.inference_mode:
+                a, b = torch.full_like(a, torch.nan), torch.full_like(b, torch.nan)
+            self.routed_experts_A[adapter_name], self.routed_experts_B[adapter_name] = nn.Parameter(a), nn.Parameter(b)
         if config.router == "prototype":
-            self.routed_experts_prototypes[adapter_name] = torch.zeros(count, width)
+            self.routed_experts_prototypes[adapter_name] = torch.full((count, width), torch.nan)
         if self.name in config.readers:
-            self.routed_experts_projection[adapter_name] = torch.zeros(directions + 1, width)
+            self.routed_experts_projection[adapter_name] = torch.full((directions + 1, width), torch.nan)
             if self.name == config.readers[-1]:
-                self.routed_experts_classes[adapter_name] = torch.zeros(count, directions)
-                self.routed_experts_precision[adapter_name] = torch.zeros(2, directions + 1)
+                self.routed_experts_classes[adapter_name] = torch.full((count, directions), torch.nan)
+                self.routed_experts_precision[adapter_name] = torch.full((2, directions + 1), torch.nan)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -76,6 +80,20 @@ class RoutedExpertsLayer(BaseTunerLayer):
             if adapter_name in held and not held[adapter_name].is_meta:
                 held[adapter_name] = held[adapter_name].to(device or self.weight.device)
 
+    def check_loaded(self, adapter: str) -> None:
+        """Refuse an adapter whose file lacked some of its tensors, of which PEFT only warns."""
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            held = getattr(self, name)
+            if adapter in held and (held[adapter].is_meta or bool(held[adapter].isnan().any())):
+                raise HfEsmError(
+                    f"{self.name}: adapter '{adapter}' has no {name}. Its file lacks it, or holds NaN: write it again."
+                )
+        self.known_loaded.add(adapter)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.configs.pop(adapter_name, None)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
 
@@ -83,22 +101,30 @@ class RoutedExpertsLayer(BaseTunerLayer):
 class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
     """`y = x Wᵀ + b + w (x A_tᵀ) B_tᵀ` with each sample's own `t` and `w`, for `nn.Linear` and `Conv1D`."""
 
-    def __init__(self, base_layer: nn.Module, state: RoutingState, name: str, adapter_name: str):
+    def __init__(self, base_layer: nn.Module, state: RoutingState, name: str, adapter_name: str, reads_once: bool):
         super().__init__()
-        RoutedExpertsLayer.__init__(self, base_layer, state, name)
+        RoutedExpertsLayer.__init__(self, base_layer, state, name, reads_once)
         self._active_adapter = adapter_name
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
-        frame = self.state.local.frames[-1] if self.state.local.frames else Frame(x.shape[0])
+        frames = self.state.local.frames
+        if not frames and self.training and torch.is_grad_enabled():
+            raise HfEsmError(
+                f"{self.name} was run outside of its model's forward pass, as gradient checkpointing does: the routes "
+                "are gone, and gradients would be wrong. Turn it off (`gradient_checkpointing_disable`)."
+            )
+        frame = frames[-1] if frames else Frame(x.shape[0])
         rows = sample_rows(x, frame.batch)
-        # A second reading of another length in one pass is of no sample: DeBERTa's relative positions.
-        if rows is None or frame.lengths.setdefault(self.name, rows.shape[1]) != rows.shape[1]:
+        if rows is None or (self.reads_once and self.name in frame.read):
             return result
+        frame.read.add(self.name)
         for adapter in self.active_adapters:
             if adapter in self.configs:
+                if not torch.compiler.is_compiling() and adapter not in self.known_loaded:
+                    self.check_loaded(adapter)
                 route = self._route(adapter, frame, rows, x)
                 if route is not None and adapter in self.routed_experts_A:
                     result = self._add_experts(result, adapter, rows, route)
@@ -116,21 +142,31 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
     def _route(self, adapter: str, frame: Frame, rows: Tensor, x: Tensor) -> Optional[Route]:
         config, local = self.configs[adapter], self.state.local
         if local.forced is not None and not isinstance(local.forced, Decision):
-            return forced_route(local.forced, config.tasks, rows.shape[0], rows.device)
+            return forced_route(local.forced, config.tasks, rows.shape[0], rows.device, frame)
         key = adapter if config.router == "discriminant" else (adapter, self.name)
         if key not in frame.decisions and not frame.decoding:
             if isinstance(local.forced, Decision):
                 if adapter in self.routed_experts_classes:
                     frame.decisions[key] = local.forced
-            elif config.router == "prototype":
-                frame.decisions[key] = self._compare(adapter, pool(rows, frame, x, self.name))
-            elif adapter in self.routed_experts_projection:
-                self._read(adapter, frame, pool(rows, frame, x, self.name))
+            else:
+                with torch.autocast(rows.device.type, enabled=False):  # in half precision routes change
+                    self._find(adapter, frame, rows, x)
             if key in frame.decisions and local.records is not None:
                 local.records.append((adapter, self.name, frame.decisions[key]))
                 if local.deciding and config.router == "discriminant":
                     raise Decided
         return frame.decisions[key].route if key in frame.decisions else None
+
+    def _find(self, adapter: str, frame: Frame, rows: Tensor, x: Tensor) -> None:
+        """Do this module's part in the decision."""
+        if self.configs[adapter].router == "prototype":
+            # What a decoder reads at first is the same for every sample, and grows: the encoder's modules vote.
+            answering = frame.encoder_states is not None and x is not frame.encoder_states
+            found = vote(adapter, frame) if answering else None
+            found = found or self._compare(adapter, pool(rows, frame, x, self.name))
+            frame.decisions[adapter, self.name] = found
+        elif adapter in self.routed_experts_projection:
+            self._read(adapter, frame, pool(rows, frame, x, self.name))
 
     def _compare(self, adapter: str, pooled: Tensor) -> Decision:
         """The published router: the task whose prototype has the largest cosine with the pooled input."""

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ...errors import HfEsmError
 from .config import RoutedExpertsConfig
 from .layer import NOT_MERGEABLE, RoutedExpertsLayer, RoutedExpertsLinear
-from .routing import Decided, Decision, RoutingState, install, uninstall
+from .routing import Decided, Decision, Route, RoutingState, install, uninstall
 
 
 class RoutedExpertsModel(BaseTuner):
@@ -31,11 +31,15 @@ class RoutedExpertsModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         expected = config.base_fingerprint
-        if expected is not None and fingerprint(model, config.modules) not in (None, expected):
-            raise HfEsmError(
-                f"Adapter '{adapter_name}' holds experts over another model than this {type(model).__name__}: their "
-                "weights differ. Load it over the merged model that it was made with."
-            )
+        if expected is not None:
+            present = dict(model.named_modules())
+            missing = [name for name in config.modules if name not in present]
+            if missing or fingerprint(model, config.modules) not in (None, expected):
+                why = f"it has no '{missing[0]}'" if missing else "their weights differ"
+                raise HfEsmError(
+                    f"Adapter '{adapter_name}' holds experts over another model than this {type(model).__name__}: "
+                    f"{why}. Load it over the merged model that it was made with."
+                )
         if routing_state(model) is None:
             self._state = RoutingState()
             install(model, self._state)
@@ -60,7 +64,9 @@ class RoutedExpertsModel(BaseTuner):
                     "alone. Leave it out of target_modules."
                 )
             state = routing_state(self.model) or self._state
-            target = RoutedExpertsLinear(target, state, current_key, adapter_name)
+            # DeBERTa's shared projections read its relative positions, too, which are of no sample.
+            reads_once = bool(getattr(parent, "share_att_key", False))
+            target = RoutedExpertsLinear(target, state, current_key, adapter_name, reads_once)
             if adapter_name not in self.active_adapters:
                 target.requires_grad_(False)
             self._replace_module(parent, target_name, target, None)
@@ -94,18 +100,22 @@ def route(model: nn.Module, tasks: str | Sequence[str] | Any) -> Iterator[None]:
         tasks: a task for all samples, one per sample, a `Route`, or `"static"` for no expert.
 
     Raises:
-        HfEsmError: if there is no such task.
+        HfEsmError: if there is no such task; in the forward pass, if there is not one per sample.
     """
     state = _state_of(model)
     known = {
         task
         for module in model.modules()
         if isinstance(module, RoutedExpertsLayer)
-        for config in module.configs.values()
+        for adapter, config in module.configs.items()
+        if adapter in module.active_adapters
         for task in config.tasks
     }
-    named = [tasks] if isinstance(tasks, str) else tasks if isinstance(tasks, list) else []
-    if unknown := [task for task in named if task not in known and tasks != "static"]:
+    named: list[str] = []
+    if not isinstance(tasks, (Route, Decision)):
+        named = [tasks] if isinstance(tasks, str) else list(tasks)
+        tasks = tasks if isinstance(tasks, str) else named
+    if unknown := [task for task in named if task not in known and task != "static"]:
         raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {', '.join(sorted(known))}, or 'static'.")
     before, state.local.forced = state.local.forced, tasks
     try:

@@ -13,8 +13,12 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...errors import HfEsmError
+
+
+ONE_PER_SAMPLE = "Give one task per sample."
 
 
 class Route(NamedTuple):
@@ -34,7 +38,7 @@ class Route(NamedTuple):
         if have == size:
             return self
         if size % have:
-            raise HfEsmError(f"Routes of {have} samples do not fit a batch of {size}. Give one task per sample.")
+            raise HfEsmError(f"Routes of {have} samples do not fit a batch of {size}. {ONE_PER_SAMPLE}")
         return Route(*(None if part is None else part.repeat_interleave(size // have, dim=0) for part in self))
 
 
@@ -69,11 +73,12 @@ class Frame:
         batch: number of samples.
         mask: the attention mask as it was given.
         encoder_mask, encoder_states: what cross-attention reads.
-        prompt: `[B, n]`, False for tokens that are scored rather than read (labels), or None.
+        prompt: `[B, n]`, False from the first token on that is scored rather than read (labels), or None.
         decisions: by adapter (one decision per sample), or by adapter and module.
         decoding: whether decisions of an earlier pass hold.
         past: tokens in the cache before this pass.
         evidence: sums that readers left for the one that decides, by adapter.
+        read: modules that have run.
     """
 
     batch: int
@@ -86,7 +91,7 @@ class Frame:
     past: int = 0
     cache: Any = None
     evidence: dict[str, Tensor] = field(default_factory=dict)
-    lengths: dict[str, int] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
 
 
 class _Local(threading.local):
@@ -113,8 +118,9 @@ class RoutingState:
 class OpenFrame:
     """Forward pre-hook of a model: opens its frame."""
 
-    def __init__(self, state: RoutingState, model: nn.Module):
-        self.state = state
+    def __init__(self, state: RoutingState, model: nn.Module, outermost: bool):
+        self.state, self.outermost = state, outermost
+        self.answers = model.can_generate() and not model.config.is_encoder_decoder
         self.names = tuple(inspect.signature(model.forward).parameters)
         self.main_input = model.main_input_name
 
@@ -122,6 +128,8 @@ class OpenFrame:
         given = dict(zip(self.names, args))
         given.update(kwargs)
         frames = self.state.local.frames
+        if self.outermost:  # an interrupt leaves what was open
+            frames.clear()
         parent = frames[-1] if frames else None
         cache = given.get("past_key_values")
         first = given.get(self.main_input)
@@ -140,10 +148,10 @@ class OpenFrame:
             frame.mask = None  # of sound samples; the encoder inside has that of the frames
         if parent is not None and (cache is None or parent.cache is cache or parent.cache is None):
             frame.decisions, frame.decoding, frame.past = parent.decisions, parent.decoding, parent.past
-            frame.evidence, frame.prompt, frame.lengths = parent.evidence, parent.prompt, parent.lengths
+            frame.evidence, frame.prompt, frame.lengths = parent.evidence, parent.prompt, parent.read
         else:
             _take_up(frame, given, cache)
-            if not model.config.is_encoder_decoder:
+            if self.answers:
                 frame.prompt = _prompt(given)
         frames.append(frame)
 
@@ -168,12 +176,14 @@ def _take_up(frame: Frame, given: dict[str, Any], cache: Any) -> None:
 
 
 def _prompt(given: dict[str, Any]) -> Optional[Tensor]:
-    """The tokens that a language model reads before it answers, where labels say which they are."""
-    labels, ids = given.get("labels"), given.get("input_ids")
-    if labels is None or ids is None or labels.shape != ids.shape:
+    """The tokens that a language model reads before it answers, where labels say which they are: generating decides
+    on them, and keeps to it.
+    """
+    labels, read = given.get("labels"), given.get("input_ids")
+    read = given.get("inputs_embeds") if read is None else read
+    if labels is None or read is None or labels.shape != read.shape[:2]:
         return None
-    prompt = labels == -100
-    return prompt | ~prompt.any(-1, keepdim=True)
+    return (labels == -100).cumprod(1).bool()
 
 
 class CloseFrame:
@@ -200,7 +210,7 @@ def install(model: nn.Module, state: RoutingState) -> None:
         if module is model or hasattr(module, "main_input_name"):
             if not hasattr(module, "main_input_name"):
                 raise HfEsmError(f"Routed experts need a Transformers model, not a {type(module).__name__}.")
-            module.register_forward_pre_hook(OpenFrame(state, module), with_kwargs=True)
+            module.register_forward_pre_hook(OpenFrame(state, module, module is model), with_kwargs=True)
             module.register_forward_hook(CloseFrame(state), with_kwargs=True, always_call=True)
 
 
@@ -235,7 +245,8 @@ def pool(rows: Tensor, frame: Frame, x: Tensor, module: str) -> Tensor:
     from_encoder = frame.encoder_states is not None and x is frame.encoder_states
     real = _real_tokens(frame.encoder_mask if from_encoder else frame.mask, rows, frame.past, module)
     if frame.prompt is not None and frame.prompt.shape == rows.shape[:2]:
-        real = frame.prompt if real is None else real & frame.prompt
+        prompt = frame.prompt if real is None else frame.prompt & real
+        real = torch.where(prompt.any(1, keepdim=True), prompt, torch.ones_like(prompt) if real is None else real)
     rows = rows.float()
     if real is None:
         return rows.mean(1)
@@ -268,11 +279,30 @@ def _real_tokens(mask: Any, rows: Tensor, past: int, module: str) -> Optional[Te
     )
 
 
-def forced_route(forced: Any, tasks: Sequence[str], batch: int, device: torch.device) -> Optional[Route]:
+def vote(adapter: str, frame: Frame) -> Optional[Decision]:
+    """What most modules of the encoder decided, by their prototypes; None if there were none."""
+    key = adapter, "the encoder's vote"
+    if key not in frame.decisions:
+        found = [d for by, d in frame.decisions.items() if isinstance(by, tuple) and by[0] == adapter]
+        if not found:
+            return None
+        shares = torch.stack([F.one_hot(d.route.experts, d.probabilities.shape[1]).float() for d in found]).mean(0)
+        frame.decisions[key] = Decision(Route(shares.argmax(-1)), shares)
+    return frame.decisions[key]
+
+
+def forced_route(forced: Any, tasks: Sequence[str], batch: int, device: torch.device, frame: Frame) -> Optional[Route]:
     """The route that the caller of `route(…)` wants; None for the static model."""
-    if forced == "static":
+    if isinstance(forced, str) and forced == "static":
         return None
+    if isinstance(forced, str):
+        forced = [forced] * batch
     if isinstance(forced, Route):
-        return Route(*(None if part is None else part.to(device) for part in forced)).for_batch(batch)
-    names = [forced] * batch if isinstance(forced, str) else forced
-    return Route(torch.tensor([tasks.index(name) for name in names], device=device)).for_batch(batch)
+        found = Route(*(None if part is None else part.to(device) for part in forced))
+    else:
+        experts = torch.tensor([0 if name == "static" else tasks.index(name) for name in forced], device=device)
+        weights = torch.tensor([float(name != "static") for name in forced], device=device)
+        found = Route(experts, weights if "static" in forced else None)
+    if len(found.experts) != batch and frame.cache is None and frame.encoder_states is None:  # no beams
+        raise HfEsmError(f"Routes of {len(found.experts)} samples do not fit a batch of {batch}. {ONE_PER_SAMPLE}")
+    return found.for_batch(batch)

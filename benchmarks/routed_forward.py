@@ -1,0 +1,172 @@
+"""How long the forward pass of a routed model takes, against the static model and against other ways, in one run.
+
+    python benchmarks/routed_forward.py FOLDER [--rank 32] [--batch-size 32] [--rounds 15]
+
+FOLDER is the one that benchmarks/suite.py describes. One batch of test rows that mixes all tasks runs through
+
+    static                  the merged model alone
+    known                   the routed model, each sample's task given (`route`)
+    decided                 the routed model, the router deciding
+    dense                   one dense update per task and layer, the sample's own picked, as published for ESM++
+    PEFT, known             the same experts as LoRA adapters, `adapter_names` one per sample
+    PEFT Arrow              the same adapters, PEFT's own per-token router
+
+in turn, `--rounds` times; every time is divided by the static one of the same round, and the median and the range of
+the ratios are printed. Then, with each task's own head, accuracy on 100 test rows per task of the static model, both
+routed ones, and Arrow; the sizes on disk; and the parameters added per task.
+"""
+
+import argparse
+import gzip
+import json
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import ArrowConfig, PeftModel, create_arrow_model
+from torch import Tensor, nn
+
+from hf_esm import RoutedModel, merge_models
+from hf_esm.evaluation import accuracy
+from hf_esm.experts import load_experts
+from hf_esm.heads import attach_head
+from hf_esm.proxies import ProxyOptions, collate, load_labelled
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=15)
+    given = parser.parse_args()
+    logging.getLogger("hf_esm").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    tasks = sorted(path.name for path in (given.folder / "experts").iterdir() if path.is_dir())
+    rows = {
+        task: json.loads(gzip.decompress((given.folder / "data" / f"{task}.json.gz").read_bytes())) for task in tasks
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "routed"
+        merge_models(
+            given.folder / "base",
+            {task: given.folder / "experts" / task for task in tasks},
+            method="esm++",
+            rank=given.rank,
+            calibration={
+                t: [{k: v for k, v in r.items() if k != "label"} for r in rows[t]["validation"]] for t in tasks
+            },
+            max_length=96,
+            output_dir=str(output),
+            progress=False,
+        )
+        routed = RoutedModel.from_pretrained(output)
+        adapters = routed.export_lora(Path(scratch) / "lora")
+        mixed = PeftModel.from_pretrained(bare(output), str(adapters[tasks[0]]), adapter_name=tasks[0])
+        for task in tasks[1:]:
+            mixed.load_adapter(str(adapters[task]), adapter_name=task)
+        arrow = create_arrow_model(bare(output), [str(path) for path in adapters.values()], ArrowConfig(top_k=1))
+        dense = materialised(bare(output), output)
+
+        options = ProxyOptions(num_samples=100, seed=7, max_length=96)
+        test = {
+            task: load_labelled(rows[task]["test"], routed.processor, routed.task_model(task).config, task, options)
+            for task in tasks
+        }
+        names = [tasks[i % len(tasks)] for i in range(given.batch_size)]
+        samples = [test[name].samples[i // len(tasks)] for i, name in enumerate(names)]
+        batch = collate(samples, routed.model.get_base_model().config)
+        chosen = torch.tensor([tasks.index(name) for name in names])
+        static = bare(output)
+
+        def known() -> Any:
+            with routed.route(names):
+                return routed(**batch)
+
+        def picked() -> Any:
+            Dense.chosen = chosen
+            return dense(**batch)
+
+        ways: dict[str, Callable[[], Any]] = {
+            "static": lambda: static(**batch),
+            "known": known,
+            "decided": lambda: routed(**batch),
+            "dense": picked,
+            "PEFT, known": lambda: mixed.eval()(**batch, adapter_names=names),
+            "PEFT Arrow": lambda: arrow.eval()(**batch),
+        }
+        seconds = measure(ways, given.rounds)
+        print(f"rank {given.rank}, {len(tasks)} tasks, batch {tuple(batch['input_ids'].shape)}, ", end="")
+        print(f"{torch.get_num_threads()} threads: static {1000 * statistics.median(seconds['static']):.0f} ms")
+        for name in ways:
+            ratios = [own / one for own, one in zip(seconds[name], seconds["static"], strict=True)]
+            print(f"  {name:12} {statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        ratios = [one / own for own, one in zip(seconds["known"], seconds["dense"], strict=True)]
+        print(f"  dense against known: {statistics.median(ratios):.1f}")
+        with routed.route(names):
+            apart = (routed(**batch).last_hidden_state - ways["PEFT, known"]().last_hidden_state).abs().max()
+        print(f"  known and PEFT known differ by {float(apart):.1e}, known and dense by ", end="")
+        print(f"{float((known().last_hidden_state - picked().last_hidden_state).abs().max()):.1e}")
+
+        scores = {"static": 0.0, "known": 0.0, "decided": 0.0, "PEFT Arrow": 0.0}
+        for task in tasks:
+            for name, forced in (("static", "static"), ("known", task), ("decided", None)):
+                with routed.route(forced) if forced else nullcontext():
+                    scores[name] += accuracy(routed.task_model(task), test[task]) / len(tasks)
+            scores["PEFT Arrow"] += accuracy(attach_head(arrow.get_base_model(), output, task), test[task]) / len(
+                tasks
+            )
+        print("  accuracy: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
+        size = (output / "routed" / "adapter_model.safetensors").stat().st_size
+        added = sum(a[0].numel() + b[0].numel() for a, b in load_experts(output).factors.values())
+        whole = sum(parameter.numel() for parameter in static.parameters())
+        print(f"  adapter {size / 1e6:.1f} MB, {added:,} parameters per task ({added / whole:.1%} of the model)")
+
+
+def bare(folder: Path) -> transformers.PreTrainedModel:
+    return transformers.AutoModel.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def measure(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 2):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run()
+            if turn >= 2:  # the first warm up
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+class Dense(nn.Module):
+    """A linear map with one dense update per task, of which each sample gets its own."""
+
+    chosen: Tensor
+
+    def __init__(self, layer: nn.Linear, updates: Tensor):
+        super().__init__()
+        self.layer, self.updates = layer, updates
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + torch.bmm(x, self.updates[self.chosen].mT)
+
+
+def materialised(model: transformers.PreTrainedModel, folder: Path) -> transformers.PreTrainedModel:
+    for name, (a, b) in load_experts(folder).factors.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Dense(model.get_submodule(name), b @ a))
+    return model
+
+
+if __name__ == "__main__":
+    main()

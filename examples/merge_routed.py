@@ -1,0 +1,35 @@
+"""Merge fine-tunes from the Hub into one routed model, ask it without naming the task, and hand it on.
+
+    pip install . && python examples/merge_routed.py
+
+Any fine-tunes of one checkpoint will do: put your own ids below.
+"""
+
+from datasets import load_dataset
+
+from hf_esm import RoutedModel, merge_models
+
+
+BASE = "FacebookAI/roberta-base"
+EXPERTS = {"sst2": "textattack/roberta-base-SST-2", "cola": "textattack/roberta-base-CoLA"}
+
+samples = {task: load_dataset("nyu-mll/glue", task, split="train")["sentence"][:1000] for task in EXPERTS}
+merge_models(
+    BASE,
+    EXPERTS,
+    calibration=samples,
+    num_samples=128,  # more proxies make a better router
+    method="esm++",
+    rank=32,
+    output_dir="routed",
+)
+
+model = RoutedModel.from_pretrained("routed")
+texts = ["a deep and meaningful film .", "The more we study , the more discover ."]
+for text, found in zip(texts, model.predict(texts), strict=True):
+    print(f"{text!r}: {found.task}, {found.label} ({found.score:.0%}){'' if found.sure else ', static model'}")
+print(model.explain(texts)[0])
+print(model.predict(texts, tasks="cola"))  # the task is known
+
+model.export_lora("adapters")  # ordinary LoRA adapters over the static model in routed/
+# model.push_to_hub("me/roberta-routed")

@@ -1,0 +1,33 @@
+"""A routed model as a Transformers pipeline."""
+
+from dataclasses import asdict
+from typing import Any
+
+from transformers import Pipeline
+
+from .hub import Prediction, RoutedModel
+
+
+class RoutedPipeline(Pipeline):
+    """Inputs in, `{"task": …, "label": …, "score": …, "sure": …}` out, for classifiers that `merge_models` routed.
+
+    `RoutedPipeline(model)(texts)` takes what `RoutedModel.predict` takes, one input or a list, a generator or a
+    `datasets` column, and its options (`tasks="sst2"` where the task is known). Inputs run one by one: for large sets,
+    `RoutedModel.predict` runs them in batches.
+    """
+
+    def __init__(self, model: RoutedModel, **kwargs: Any):
+        self.routed = model
+        super().__init__(model=model.model.get_base_model(), device=model.device, **kwargs)
+
+    def _sanitize_parameters(self, **options: Any) -> tuple[dict, dict, dict]:
+        return {}, options, {}
+
+    def preprocess(self, inputs: Any) -> dict[str, Any]:
+        return {"inputs": inputs}
+
+    def _forward(self, model_inputs: dict[str, Any], **options: Any) -> dict[str, Prediction]:
+        return {"prediction": self.routed.predict([model_inputs["inputs"]], **options)[0]}
+
+    def postprocess(self, model_outputs: dict[str, Prediction]) -> dict[str, Any]:
+        return asdict(model_outputs["prediction"])

@@ -1,0 +1,82 @@
+"""Experts that differ from their base in linear maps alone, so that routed experts of full rank give them back, on
+texts that tell the tasks apart; and the ESM++ models made of them.
+"""
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import VOCABULARY, Architecture
+from safetensors.torch import load_file
+from tiny import WORDS, save_tokenizer
+from torch import Tensor, nn
+from toys import base_model, classifier
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_esm import merge_models
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+GPT2 = Architecture(
+    "GPT2LMHeadModel", {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+)
+VIT = Architecture("ViTModel", SMALL | {"image_size": 16, "patch_size": 4})
+FULL = 64  # a rank above all widths
+quiet = partial(merge_models, progress=False, method="esm++")
+
+
+def task_texts(task: str, seed: int = 0, count: int = 16) -> list[str]:
+    """Texts of the task's own five words, of differing lengths."""
+    generator = torch.Generator().manual_seed(100 * "abc".index(task) + seed)
+    own = WORDS["abc".index(task) * 5 :][:5]
+    lengths = torch.randint(4, 13, (count,), generator=generator).tolist()
+    return [" ".join(own[i] for i in torch.randint(5, (n,), generator=generator)) for n in lengths]
+
+
+def task_ids(task: str, seed: int = 0, count: int = 16) -> list[dict[str, Tensor]]:
+    """The same as ready inputs of a model of `VOCABULARY` tokens."""
+    words = {word: 5 + i for i, word in enumerate(WORDS)}
+    return [{"input_ids": torch.tensor([words[w] for w in t.split()])} for t in task_texts(task, seed, count)]
+
+
+@torch.no_grad()
+def tuned(model: PreTrainedModel, seed: int, scale: float = 0.05) -> PreTrainedModel:
+    """A copy with noise on the weights of its linear maps."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not model.get_output_embeddings():
+            module.weight.add_(scale * torch.randn(module.weight.shape, generator=generator))
+    return model
+
+
+def expert(task: str) -> PreTrainedModel:
+    return tuned(classifier(base_model(), task), 1 + "abc".index(task))
+
+
+def write_bert(folder: Path) -> Path:
+    """`base`, and the classifiers `a`, `b` and `c` with 2, 3 and 4 labels, each with its tokenizer."""
+    base_model().save_pretrained(folder / "base")
+    save_tokenizer(folder / "base")
+    for task in "abc":
+        expert(task).save_pretrained(folder / task)
+        save_tokenizer(folder / task)
+    return folder
+
+
+def merge_bert(folder: Path, output: Path, tasks: str = "ab", **options: Any) -> Path:
+    """An ESM++ merge of what `write_bert` wrote."""
+    arguments = {"calibration": {task: task_texts(task) for task in tasks}, "rank": FULL, **options}
+    return quiet(folder / "base", {task: folder / task for task in tasks}, output_dir=output, **arguments).output_dir
+
+
+def adapter(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a model's routed adapter, by their names in the static model."""
+    stored = load_file(Path(folder) / "routed" / "adapter_model.safetensors")
+    return {name.removeprefix("base_model.model."): tensor for name, tensor in stored.items()}
+
+
+def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)

@@ -1,0 +1,555 @@
+"""ESM++ as a method of `merge_models`, and the `RoutedModel` that it makes: against the literal formulas of
+`reference`, the static merge, the experts themselves, and PEFT alone.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import reference
+import torch
+from helpers import image_samples, perturbed, save, token_inputs
+from peft import PeftModel
+from problems import relative_error
+from routed_toys import (
+    FULL,
+    GPT2,
+    VIT,
+    adapter,
+    equal,
+    expert,
+    merge_bert,
+    quiet,
+    task_ids,
+    task_texts,
+    tuned,
+    write_bert,
+)
+from tiny import BERT, snapshot
+from toys import LABELS, base_model, classifier, lora_adapter
+from transformers import AutoModel, AutoTokenizer, BertModel, GPT2LMHeadModel, ViTForImageClassification, ViTModel
+
+from hf_esm import HfEsmError, RoutedModel, calibrate, load_recipe, merge_models
+from hf_esm.experts import FEATURES
+
+
+QUERY = "encoder.layer.1.attention.self.query"
+DOWN = "encoder.layer.0.output.dense"
+CHECKED = (QUERY, DOWN, "encoder.layer.0.intermediate.dense")
+MIXED = [text for pair in zip(task_texts("a", 7), task_texts("b", 8)) for text in pair]  # a, b, a, b, …
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_bert(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def merged(models):
+    """An ESM++ model of `a` and `b`, of full rank."""
+    return merge_bert(models, models / "merged")
+
+
+@pytest.fixture(scope="module")
+def routed(merged):
+    return RoutedModel.from_pretrained(merged)
+
+
+@pytest.fixture(scope="module")
+def statistics(models):
+    """Of every expert, with what the base's blocks read."""
+    return {t: calibrate(models / t, task_texts(t), base=models / "base", progress=False) for t in "abc"}
+
+
+@pytest.fixture(scope="module")
+def encoded(models):
+    """Token ids of a list of texts, unpadded."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "base")
+    return lambda texts: [{"input_ids": torch.tensor(tokenizer(text)["input_ids"])} for text in texts]
+
+
+@pytest.fixture(scope="module")
+def inputs(encoded):
+    """`X` of every linear map of an expert on its calibration texts, one by one."""
+    return {task: token_inputs(expert(task), encoded(task_texts(task)), BERT) for task in "abc"}
+
+
+@torch.no_grad()
+def logits(model, samples):
+    """Of samples one by one."""
+    return torch.cat([model(**{name: value[None] for name, value in s.items()}).logits for s in samples])
+
+
+def assert_expert(a, b, x, residual, rank):
+    """`B` are the leading essential directions of the residual, and `A` its coordinates."""
+    directions, _, coordinates = reference.esd(x, residual, rank)
+    assert a.shape[0] == b.shape[1] == rank
+    assert relative_error(b.double() @ a.double(), directions @ coordinates) < 1e-4
+    kept = b.norm(dim=0) > 0
+    assert int(kept.sum()) == directions.shape[1]
+    assert torch.allclose(b.T @ b, torch.diag(kept.float()), atol=1e-5)
+
+
+# ---- the merge
+
+
+@pytest.fixture(scope="module")
+def small(models):
+    """An ESM++ model of rank 4 with the published router."""
+    return merge_bert(models, models / "small", rank=4, method={"name": "esm++", "router": "prototype"})
+
+
+def test_the_static_model_is_the_plain_merge_and_the_adapter_a_plain_one(models, small):
+    plain = merge_bert(models, models / "plain", rank=None, method="esm")
+    found, expected = AutoModel.from_pretrained(small), AutoModel.from_pretrained(plain)
+    assert type(found) is BertModel
+    assert equal(found.state_dict(), expected.state_dict())
+    assert not (plain / "routed").exists()
+    loaded = PeftModel.from_pretrained(found, small, subfolder="routed")
+    assert loaded.peft_config["default"].tasks == ["a", "b"]
+    for name, tensor in adapter(small).items():
+        module, _, kind = name.rpartition(".")
+        assert torch.equal(getattr(loaded.get_base_model().get_submodule(module), kind)["default"], tensor)
+
+
+def test_factors_and_prototypes_are_the_literal_formulas(small, inputs):
+    static, found = AutoModel.from_pretrained(small).state_dict(), adapter(small)
+    for i, task in enumerate("ab"):
+        own = expert(task).state_dict()
+        for module in CHECKED:
+            x = inputs[task][f"bert.{module}.weight"]
+            residual = own[f"bert.{module}.weight"].double() - static[f"{module}.weight"].double()
+            a, b = (found[f"{module}.routed_experts_{kind}"][i] for kind in "AB")
+            assert_expert(a, b, x, residual, 4)
+            mean = x.mean(0) / x.mean(0).norm()
+            assert torch.allclose(found[f"{module}.routed_experts_prototypes"][i].double(), mean, atol=1e-5)
+    assert not any("pooler" in name for name in found)  # the tasks' own
+
+
+def test_adapters_of_lora_experts_hold_what_the_merge_lost_of_them(models, encoded, tmp_path):
+    adapted = lora_adapter(base_model(), "b", str(models / "base"))
+    adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    given = {"calibration": {task: task_texts(task) for task in "ab"}, "rank": 4}
+    quiet(models / "base", {"a": models / "a", "b": tmp_path / "lora"}, output_dir=tmp_path / "out", **given)
+    static, found, own = AutoModel.from_pretrained(tmp_path / "out").state_dict(), adapter(tmp_path / "out"), adapted
+    own = own.merge_and_unload()
+    x = token_inputs(own, encoded(task_texts("b")), BERT)
+    for module in CHECKED:
+        residual = own.state_dict()[f"bert.{module}.weight"].double() - static[f"{module}.weight"].double()
+        a, b = (found[f"{module}.routed_experts_{kind}"][1] for kind in "AB")
+        assert_expert(a, b, x[f"bert.{module}.weight"], residual, 4)
+
+
+def test_the_recipe_repeats_the_merge(merged, tmp_path):
+    again = merge_models(**load_recipe(merged / "merge_recipe.yaml"), output_dir=tmp_path / "again", progress=False)
+    for name in ("model.safetensors", "routed/adapter_model.safetensors", "routed/adapter_config.json", "hashes.json"):
+        assert (again.output_dir / name).read_bytes() == (merged / name).read_bytes()
+
+
+def test_a_merge_in_bfloat16_has_experts_in_float32(models, encoded, tmp_path):
+    merge_bert(models, tmp_path / "out", dtype="bfloat16")
+    found = RoutedModel.from_pretrained(tmp_path / "out", dtype="auto")
+    assert found.model.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in adapter(tmp_path / "out").values()} == {torch.float32}
+    full = RoutedModel.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    samples = encoded(task_texts("b", 4))
+    with full.route("b"):
+        lost = logits(full.task_model("b"), samples) - logits(expert("b"), samples)
+    assert lost.abs().max() < 0.02  # of logits of about 0.3: what rounding the static model lost
+
+
+def test_a_router_of_the_base_needs_no_samples(models, statistics, tmp_path):
+    """From samples, with the base run over them; from statistics alone that hold what the base read."""
+    by_hand = {"name": "esm++", "router_features": "base"}
+    merge_bert(models, tmp_path / "samples", method=by_hand)
+    merge_bert(models, tmp_path / "statistics", calibration={t: statistics[t] for t in "ab"})
+    assert equal(adapter(tmp_path / "samples"), adapter(tmp_path / "statistics"))
+    found = RoutedModel.from_pretrained(tmp_path / "statistics")
+    assert [p.task for p in found.predict(MIXED)] == ["a", "b"] * 16
+
+
+def test_a_router_never_mixes_features_of_two_models(models, statistics, tmp_path):
+    """One task with samples, one with statistics: both are read off the base."""
+    given = {"a": task_texts("a"), "b": statistics["b"]}
+    merge_bert(models, tmp_path / "mixed", calibration=given)
+    merge_bert(models, tmp_path / "expected", calibration={t: statistics[t] for t in "ab"})
+    assert equal(adapter(tmp_path / "mixed"), adapter(tmp_path / "expected"))
+
+
+REFUSED = {
+    "a rank of no experts": ({"method": "esm", "rank": 4}, "Method 'esm' has no experts, so no rank."),
+    "no pooled inputs": ({"pooled": False}, "Calibrate again with the base (`hf-esm calibrate --base`)"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_merge_that_cannot_be_routed_is_refused(models, statistics, tmp_path, changes, message):
+    options = dict(changes)
+    if not options.pop("pooled", True):
+        options["calibration"] = {t: calibrate(models / t, task_texts(t), progress=False) for t in "ab"}
+    with pytest.raises(HfEsmError) as caught:
+        merge_bert(models, tmp_path / "out", **options)
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- the model
+
+
+def test_a_saved_copy_gives_the_same(merged, routed, encoded, tmp_path):
+    copy = routed.save_pretrained(tmp_path / "copy")
+    again = RoutedModel.from_pretrained(copy)
+    for task in "ab":
+        samples = encoded(task_texts(task, 3))
+        assert torch.equal(logits(again.task_model(task), samples), logits(routed.task_model(task), samples))
+    with pytest.raises(HfEsmError, match="exists"):
+        again.save_pretrained(copy)
+    (copy / "stale").touch()
+    assert routed.save_pretrained(copy, overwrite=True) == copy
+    assert not (copy / "stale").exists()
+
+
+def test_it_is_loaded_with_all_that_belongs_to_it(merged, routed):
+    assert routed.tasks == ["a", "b"]
+    assert routed.processor("one so").keys() >= {"input_ids", "attention_mask"}
+    half = RoutedModel.from_pretrained(merged, dtype=torch.bfloat16)
+    assert half.task_model("a").dtype == half.model.dtype == torch.bfloat16
+    assert half.task_model("a").classifier.weight.dtype == torch.bfloat16
+    assert [p.task for p in half.predict(MIXED)] == ["a", "b"] * 16
+
+
+def test_task_models_share_the_body_and_have_heads_of_their_own(routed):
+    body = {name: weight.data_ptr() for name, weight in routed.model.get_base_model().named_parameters()}
+    for task in "ab":
+        own, trained = routed.task_model(task), expert(task)
+        assert own is routed.task_model(task)
+        assert own.config.id2label == dict(enumerate(LABELS[task]))
+        pooled = own.bert.pooler.dense.weight
+        assert torch.equal(own.classifier.weight, trained.classifier.weight)
+        assert torch.equal(pooled, trained.bert.pooler.dense.weight)
+        found = {name: weight.data_ptr() for name, weight in own.bert.named_parameters() if "pooler" not in name}
+        assert found == {name: at for name, at in body.items() if "pooler" not in name}
+        assert pooled.data_ptr() != body["pooler.dense.weight"]
+
+
+def test_with_its_expert_of_full_rank_a_task_is_its_expert(routed, encoded):
+    for task in "ab":
+        samples = encoded(task_texts(task, 5))
+        with routed.route(task):
+            found = logits(routed.task_model(task), samples)
+        expected = logits(expert(task), samples)
+        assert torch.allclose(found, expected, atol=1e-4)
+        with routed.route("static"):
+            static = logits(routed.task_model(task), samples)
+        assert not torch.allclose(static, expected, atol=1e-2)
+
+
+def test_the_static_route_is_the_plain_model(merged, routed, encoded):
+    plain, batch = AutoModel.from_pretrained(merged), encoded(MIXED[:1])[0]["input_ids"][None]
+    with torch.no_grad(), routed.route("static"):
+        assert torch.equal(routed(batch).last_hidden_state, plain(batch).last_hidden_state)
+    with torch.no_grad():
+        assert not torch.equal(routed(batch).last_hidden_state, plain(batch).last_hidden_state)
+
+
+def test_a_base_that_is_a_task_model_keeps_its_class(models, encoded, tmp_path):
+    """Its own head has two labels; the loss of a task with three is that task's."""
+    whole = classifier(base_model(), "a")
+    calibration = {task: task_texts(task) for task in "ab"}
+    given = {task: models / task for task in "ab"}
+    quiet(save(whole, tmp_path / "base"), given, calibration=calibration, rank=FULL, output_dir=tmp_path / "out")
+    routed = RoutedModel.from_pretrained(tmp_path / "out")
+    assert type(routed.model.get_base_model()) is type(whole)
+    task_model, samples = routed.task_model("b"), encoded(task_texts("b", 5))
+    with routed.route("b"):
+        found = logits(task_model, samples)
+        loss = task_model(**{n: v[None] for n, v in samples[0].items()}, labels=torch.tensor([2])).loss
+    assert torch.allclose(found, logits(expert("b"), samples), atol=1e-4)
+    assert torch.allclose(loss, -found[0].log_softmax(-1)[2])
+    assert [(p.task, p.label in LABELS[p.task]) for p in routed.predict(MIXED)] == [("a", True), ("b", True)] * 16
+
+
+@pytest.mark.parametrize("router", ["discriminant", "prototype"])
+def test_predictions_depend_neither_on_batchmates_nor_on_order(models, router, tmp_path):
+    folder = merge_bert(models, tmp_path / "out", method={"name": "esm++", "router": router})
+    routed = RoutedModel.from_pretrained(folder)
+    one_by_one = [routed.predict([text])[0] for text in MIXED]
+    assert [p.task for p in one_by_one] == ["a", "b"] * 16
+    assert all(p.label in LABELS[p.task] for p in one_by_one)
+    assert len({p.label for p in one_by_one}) > 2
+    for texts, expected in ((MIXED, one_by_one), (MIXED[::-1], one_by_one[::-1])):
+        found = routed.predict(texts, batch_size=5)
+        assert [(p.task, p.label, p.sure) for p in found] == [(p.task, p.label, p.sure) for p in expected]
+        assert [p.score for p in found] == pytest.approx([p.score for p in expected], abs=1e-5)
+    assert routed.predict([]) == routed.explain([]) == []
+
+
+def test_predictions_by_given_tasks_are_the_experts(routed, encoded):
+    tasks = ["b", "a", "b"] * 10
+    texts = MIXED[: len(tasks)]
+    found = routed.predict(texts, tasks, batch_size=4)
+    assert [p.task for p in found] == tasks
+    assert found == routed.predict(encoded(texts), tasks, batch_size=4)  # ready inputs
+    own = [i for i, task in enumerate(tasks) if task == "ab"[i % 2]]  # where the text is of the task, too
+    for i in own:
+        scores = logits(expert(tasks[i]), encoded([texts[i]])).softmax(-1)[0]
+        assert found[i].label == LABELS[tasks[i]][int(scores.argmax())]
+        assert found[i].score == pytest.approx(float(scores.max()), abs=1e-4)
+    assert routed.predict(texts[:2], "a") == routed.predict(texts[:2], ["a", "a"])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda routed: routed.predict(MIXED, ["a"]), "1 tasks are given for 32 inputs"),
+        (lambda routed: routed.predict(MIXED[:2], "c"), "no expert for 'c'; there are a, b"),
+        (lambda routed: routed.task_model("c"), "no expert for 'c'; there are a, b"),
+        (lambda routed: routed.export_lora("never", ["c"]), "no expert for 'c'; there are a, b"),
+        (lambda routed: routed.remove_expert("c", output_dir="never"), "no expert for 'c'; there are a, b"),
+    ],
+)
+def test_what_is_not_there_is_said(routed, call, message):
+    with pytest.raises(HfEsmError, match=message):
+        call(routed)
+
+
+def test_explanations(models, routed, small, tmp_path):
+    found = routed.explain(MIXED + task_texts("c"), batch_size=7)
+    assert [e.task for e in found[:32]] == ["a", "b"] * 16
+    reader = routed.config.readers[-1]
+    for e in found:
+        assert e.probabilities.keys() == {"a", "b"}
+        assert sum(e.probabilities.values()) == pytest.approx(1)
+        assert e.layers == {reader: e.likeliest}
+        assert (e.task == "none") == (e.distance > 1)
+    assert [e.task for e in found[32:]].count("none") > 12  # of a task that nobody knows
+    assert not any(e.sure for e in found if e.task == "none")
+    votes = RoutedModel.from_pretrained(small).explain(MIXED)
+    assert [e.task for e in votes] == ["a", "b"] * 16
+    for e in votes:
+        assert e.distance is None
+        assert len(e.layers) == 12  # six linear maps a block
+        shares = {task: list(e.layers.values()).count(task) / 12 for task in "ab"}
+        assert e.probabilities == pytest.approx(shares)
+
+
+def test_pictures_are_routed_by_what_they_show(tmp_path):
+    base = VIT.build()
+    pictures = {task: image_samples(i) for i, task in enumerate("ab")}
+    for task, shift in (("a", 1.5), ("b", -1.5)):
+        pictures[task] = [{"pixel_values": s["pixel_values"] + shift} for s in pictures[task] * 2]
+    experts = {}
+    for i, task in enumerate("ab"):
+        torch.manual_seed(i)
+        model = ViTForImageClassification(type(base.config).from_dict({**base.config.to_dict(), "num_labels": 2 + i}))
+        model.vit.load_state_dict(base.state_dict(), strict=False)
+        experts[task] = tuned(model.eval(), i)
+    quiet(base, experts, calibration=pictures, rank=FULL, output_dir=tmp_path / "out")
+    routed = RoutedModel.from_pretrained(tmp_path / "out")
+    assert type(routed.model.get_base_model()) is ViTModel
+    mixed = [picture for pair in zip(pictures["a"], pictures["b"]) for picture in pair]
+    found = routed.predict(mixed, batch_size=4)
+    assert [p.task for p in found] == ["a", "b"] * 12
+    with routed.route("b"):
+        assert torch.allclose(
+            logits(routed.task_model("b"), pictures["b"]), logits(experts["b"], pictures["b"]), atol=1e-4
+        )
+
+
+# ---- a language model, and the experts as LoRA adapters
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """An ESM++ model of two language models without heads of their own."""
+    folder, base = tmp_path_factory.mktemp("gpt2"), GPT2.build()
+    experts = {task: tuned(base, i) for i, task in enumerate("ab")}
+    calibration = {task: task_ids(task) for task in "ab"}
+    quiet(save(base, folder / "base"), experts, calibration=calibration, rank=FULL, output_dir=folder / "out")
+    return SimpleNamespace(experts=experts, folder=folder / "out", routed=RoutedModel.from_pretrained(folder / "out"))
+
+
+def test_language_models_are_routed_by_their_prompt(language):
+    routed = language.routed
+    assert type(routed.model.get_base_model()) is GPT2LMHeadModel
+    assert [e.task for e in routed.explain([*task_ids("a", 3), *task_ids("b", 3)])] == ["a"] * 16 + ["b"] * 16
+    for task in "ab":
+        with routed.route(task):
+            found = logits(routed.task_model(task), task_ids(task, count=2)[:1])
+        assert torch.allclose(found, logits(language.experts[task], task_ids(task, count=2)[:1]), atol=1e-4)
+        prompt = task_ids(task, 3)[0]["input_ids"][None]
+        with routed.route(task):
+            expected = routed.generate(input_ids=prompt, max_new_tokens=6, do_sample=False)
+        assert torch.equal(routed.generate(input_ids=prompt, max_new_tokens=6, do_sample=False), expected)
+    with pytest.raises(HfEsmError, match="has no class per sample"):
+        routed.predict(task_ids("a"))
+
+
+ALONE = """
+import sys
+sys.modules["hf_esm"] = None  # importing it fails
+import torch
+from peft import AutoPeftModel
+static, adapter, batch, output = sys.argv[1:]
+for path in (static, adapter, batch, output):
+    pass
+for adapter, batch, output in zip(adapter.split(":"), batch.split(":"), output.split(":")):
+    with torch.no_grad():
+        torch.save(AutoPeftModel.from_pretrained(adapter).eval()(torch.load(batch))[0], output)
+"""
+
+
+def test_exported_experts_are_lora_adapters_that_peft_alone_loads(routed, language, encoded, tmp_path):
+    cases, script = [], tmp_path / "alone.py"
+    for name, model, texts in (("bert", routed, encoded), ("gpt2", language.routed, None)):
+        written = model.export_lora(tmp_path / name)
+        assert written == {task: tmp_path / name / task for task in "ab"}
+        batch = (encoded(task_texts("b", 6)) if texts else task_ids("b", 6))[0]["input_ids"][None]
+        torch.save(batch, tmp_path / f"{name}.ids")
+        with torch.no_grad(), model.route("b"):
+            cases.append((written["b"], tmp_path / f"{name}.ids", tmp_path / f"{name}.out", model(batch)[0]))
+        config = json.loads((written["b"] / "adapter_config.json").read_text())
+        assert (config["peft_type"], config["fan_in_fan_out"]) == ("LORA", name == "gpt2")
+    script.write_text(ALONE)
+    given = [":".join(str(case[i]) for case in cases) for i in range(3)]
+    subprocess.run([sys.executable, script, str(routed.folder), *given], check=True, timeout=120)
+    for *_, output, expected in cases:
+        found = torch.load(output)
+        assert torch.allclose(found, expected, atol=1e-5)
+    with pytest.raises(HfEsmError, match="exists"):
+        routed.export_lora(tmp_path / "bert", ["b"])
+
+
+# ---- more experts, and fewer
+
+
+@pytest.fixture(scope="module")
+def larger(routed, models, statistics):
+    """The model of `a` and `b` with `c`, from its statistics alone."""
+    return routed.add_expert("c", models / "c", statistics["c"], output_dir=models / "larger")
+
+
+def test_an_added_expert_leaves_the_others_as_they_were(merged, larger, inputs):
+    before, after = adapter(merged), adapter(larger.folder)
+    static = AutoModel.from_pretrained(merged).state_dict()
+    assert equal(AutoModel.from_pretrained(larger.folder).state_dict(), static)
+    own = expert("c").state_dict()
+    for name, tensor in before.items():
+        if name.endswith(("_A", "_B")):
+            assert torch.equal(after[name][:2], tensor)
+    for module in CHECKED:
+        residual = own[f"bert.{module}.weight"].double() - static[f"{module}.weight"].double()
+        a, b = (after[f"{module}.routed_experts_{kind}"][2] for kind in "AB")
+        assert_expert(a, b, inputs["c"][f"bert.{module}.weight"], residual, 32)
+
+
+def test_an_added_expert_is_found_and_has_its_head(larger, encoded):
+    assert larger.tasks == ["a", "b", "c"]
+    texts = [text for three in zip(*(task_texts(task, 11) for task in "abc")) for text in three]
+    found = larger.predict(texts, batch_size=5)
+    assert [p.task for p in found] == ["a", "b", "c"] * 16
+    samples = encoded(task_texts("c", 11))
+    with larger.route("c"):
+        assert torch.allclose(logits(larger.task_model("c"), samples), logits(expert("c"), samples), atol=1e-4)
+
+
+def test_an_added_lora_expert_stands_on_its_own_base(models, routed, encoded, tmp_path):
+    adapted = lora_adapter(base_model(), "c", str(models / "base"))
+    adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
+    found = calibrate(tmp_path / "lora", task_texts("c"), base=models / "base", progress=False)
+    larger = routed.add_expert("c", tmp_path / "lora", found, output_dir=tmp_path / "out")
+    samples, own = encoded(task_texts("c", 11)), adapted.merge_and_unload()
+    with larger.route("c"):
+        assert torch.allclose(logits(larger.task_model("c"), samples), logits(own, samples), atol=1e-4)
+
+
+def test_an_added_expert_keeps_its_head_where_its_labels_are_the_bases(models, statistics, encoded, tmp_path):
+    """The merged model then holds a head with these labels; it is not the expert's."""
+    base = save(perturbed(classifier(base_model(), "c"), 0.1, 5), tmp_path / "base")
+    calibration = {task: statistics[task] for task in "ab"}
+    given = {task: models / task for task in "ab"}
+    quiet(base, given, calibration=calibration, rank=FULL, output_dir=tmp_path / "out")
+    routed = RoutedModel.from_pretrained(tmp_path / "out")
+    larger = routed.add_expert("c", models / "c", statistics["c"], output_dir=tmp_path / "larger")
+    assert torch.equal(larger.task_model("c").classifier.weight, expert("c").classifier.weight)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """An expert of the same names and other widths."""
+    folder = tmp_path_factory.mktemp("wide")
+    model = perturbed(BERT.build("BertForSequenceClassification", hidden_size=64, num_hidden_layers=2), 0.1, 0)
+    return save(model, folder / "wide")
+
+
+NOT_ADDED = {
+    "a name that is taken": ("a", "c", "c", "There is an expert for 'a' already"),
+    "a name that leaves the folder": ("../c", "c", "c", "Task name '../c'"),
+    "no pooled inputs": ("c", "c", "bare", "Calibrate again with the base (`hf-esm calibrate --base`)"),
+    "no statistics": ("c", "c", None, "esm_statistics.safetensors: not a readable statistics file"),
+    "other widths": ("c", "wide", "c", "expert 'c' ("),
+    "another architecture": ("c", "gpt2", "c", "expert 'c' ("),
+}
+
+
+@pytest.mark.parametrize(("name", "model", "given", "message"), NOT_ADDED.values(), ids=NOT_ADDED)
+def test_an_expert_that_does_not_fit_is_refused(
+    models, routed, language, wide, statistics, tmp_path, name, model, given, message
+):
+    if given == "bare":
+        given = calibrate(models / "c", task_texts("c"), progress=False)
+    spec = {"wide": wide, "gpt2": language.folder}.get(model, models / model)
+    before = snapshot(models)
+    with pytest.raises(HfEsmError) as caught:
+        routed.add_expert(name, spec, statistics.get(given, given) if given else None, output_dir=tmp_path / "out")
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    assert snapshot(models) == before
+
+
+def test_a_live_expert_needs_statistics_and_no_folder(routed, statistics, tmp_path):
+    with pytest.raises(HfEsmError, match="statistics"):
+        routed.add_expert("c", expert("c"), output_dir=tmp_path / "out")
+    larger = routed.add_expert("c", expert("c"), statistics["c"], output_dir=tmp_path / "out")
+    assert larger.tasks == ["a", "b", "c"]
+
+
+def test_a_removed_expert_is_gone_and_the_rest_is_as_it_was(merged, larger, tmp_path):
+    fewer = larger.remove_expert("c", output_dir=tmp_path / "fewer")
+    assert fewer.tasks == ["a", "b"]
+    assert equal(adapter(fewer.folder), adapter(merged))
+    assert not (fewer.folder / "heads" / "c").exists()
+    without = larger.remove_expert("a", output_dir=tmp_path / "without")
+    assert [p.task for p in without.predict([*task_texts("b"), *task_texts("c")])] == ["b"] * 16 + ["c"] * 16
+    last = without.remove_expert("b", output_dir=tmp_path / "last")
+    assert [p.task for p in last.predict(task_texts("c"))] == ["c"] * 16
+    with pytest.raises(HfEsmError, match="last"):
+        last.remove_expert("c", output_dir=tmp_path / "none")
+    with pytest.raises(HfEsmError, match="exists"):
+        larger.remove_expert("a", output_dir=tmp_path / "fewer")
+    assert {path.name for path in tmp_path.iterdir()} == {"fewer", "without", "last"}
+
+
+def test_a_task_may_be_named_as_a_folder_of_ours(models, statistics, tmp_path):
+    """`routed` and `calibration` are names of folders, too: their heads are kept and checked."""
+    given = {"routed": models / "a", "calibration": models / "b"}
+    calibration = {"routed": task_texts("a"), "calibration": task_texts("b")}
+    quiet(models / "base", given, calibration=calibration, output_dir=tmp_path / "calibration")
+    recorded = json.loads((tmp_path / "calibration" / "hashes.json").read_text())
+    heads = {f"heads/{task}/head.safetensors" for task in given}
+    assert heads | {"model.safetensors", "routed/adapter_model.safetensors", f"routed/{FEATURES}"} <= recorded.keys()
+    assert not any(name.startswith("calibration/") for name in recorded)
+    routed = RoutedModel.from_pretrained(tmp_path / "calibration")
+    larger = routed.add_expert("c", models / "c", statistics["c"], output_dir=tmp_path / "larger")
+    assert all(larger.task_model(task).config.num_labels == n for task, n in zip(larger.tasks, (2, 3, 4)))
+
+
+def test_half_of_a_change_is_never_left(routed, models, statistics, tmp_path, monkeypatch):
+    """The disk fills up while the larger model is written."""
+    monkeypatch.setattr(shutil, "copytree", lambda *_, **__: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space"):
+        routed.add_expert("c", models / "c", statistics["c"], output_dir=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
