@@ -179,9 +179,8 @@ def run_demo(
     say(f"that Transformers' AutoModel reads from 'merged' differ in no logit by more than {difference:.1e}.")
     if not difference <= SAME:
         raise HfEsmError(f"The reloaded model answers differently, by {difference:.2g}. Please report this.")
-    say(
-        f"{results['seconds']:.0f} s in all. Written to {output}: base, experts, merged, routed, results.json, scores.png."
-    )
+    written = "base, experts, merged, routed, results.json and scores.png"
+    say(f"{results['seconds']:.0f} s in all. Written to {output}: {written}.")
     say(f"Go on with: hf_esm.load_task_model({str(output / 'merged')!r}, 'parity')")
     return results
 

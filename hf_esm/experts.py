@@ -1,8 +1,9 @@
 """ESM++: the experts and the router that stand beside a merged model, as one adapter (arXiv 2606.19164)."""
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .calibration import pooled_inputs
+from .checkpoints import Checkpoint, LoraCheckpoint
 from .checkpoints.reader import quiet_loading
-from .errors import HfEsmError
 from .linalg import essential_subspace
 from .options import MergeOptions
 from .passes import MergedUpdates
@@ -47,6 +48,14 @@ def expert_factors(residual: Tensor, inputs: InputStatistics, rank: int) -> tupl
     return a, b
 
 
+def residual_update(expert: Checkpoint, name: str, merged: Tensor) -> Tensor:
+    """`W_t − W_M`, float32: what an expert's weight has that the merged model's lacks."""
+    if isinstance(expert, LoraCheckpoint) and name in expert.base.names:  # its update is over its own base
+        own = expert.base.tensor(name)
+        return expert.update(name, own) + (own.float() - merged.float())
+    return expert.update(name, merged)
+
+
 @dataclass
 class RoutedExperts:
     """All that the adapter holds, before it is one.
@@ -59,6 +68,8 @@ class RoutedExperts:
         router: name of the router.
         depth: share of the blocks that run before the router decides.
         confidence: probability that a task needs for a sample to get its expert.
+        shift: by module, how much farther the merged model's mean feature is than the base's, which brings near what
+            statistics say of another task; empty where the features are the base's own.
     """
 
     tasks: list[str]
@@ -68,6 +79,7 @@ class RoutedExperts:
     router: str = "discriminant"
     depth: float = 1 / 3
     confidence: float = 0.85
+    shift: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, folder: Path, model: PreTrainedModel, base_fingerprint: Optional[str] = None) -> None:
         """Write the adapter for a merged model, and beside it the features that its router is made from."""
@@ -90,10 +102,12 @@ class RoutedExperts:
         tensors |= {f"{module}.routed_experts_A": a for module, (a, _) in self.factors.items()}
         tensors |= {f"{module}.routed_experts_B": b for module, (_, b) in self.factors.items()}
         write_adapter(folder, config, tensors, type(model))
+        rows = {f"{task}/{module}": rows for task, found in self.features.items() for module, rows in found.items()}
+        rows |= {f"/{module}": shift for module, shift in self.shift.items()}
         save_file(
-            {f"{task}/{module}": rows.contiguous() for task, f in self.features.items() for module, rows in f.items()},
+            {name: tensor.contiguous() for name, tensor in rows.items()},
             folder / FEATURES,
-            {"modules": "\n".join(self.modules), "depth": str(self.depth)},
+            {"header": json.dumps({"modules": self.modules, "depth": self.depth})},  # two keys have no order
         )
 
     @property
@@ -126,15 +140,17 @@ def load_experts(folder: Path) -> RoutedExperts:
     """What stands in a merged model's folder."""
     config = PeftConfig.from_pretrained(str(folder / FOLDER))
     with safe_open(folder / FOLDER / FEATURES, "pt") as file:
-        modules, depth = file.metadata()["modules"].split("\n"), float(file.metadata()["depth"])
+        header = json.loads(file.metadata()["header"])
+        modules, depth = header["modules"], header["depth"]
         features = {task: {module: file.get_tensor(f"{task}/{module}") for module in modules} for task in config.tasks}
+        shift = {key[1:]: file.get_tensor(key) for key in file.keys() if key.startswith("/")}
     held: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in load_file(folder / FOLDER / SAFETENSORS_WEIGHTS_NAME).items():
         module, _, name = key.removeprefix("base_model.model.").rpartition(".")
         held[name][module] = tensor
     factors = {module: (a, held["routed_experts_B"][module]) for module, a in held["routed_experts_A"].items()}
     prototypes = held["routed_experts_prototypes"]
-    return RoutedExperts(config.tasks, factors, prototypes, features, config.router, depth, config.confidence)
+    return RoutedExperts(config.tasks, factors, prototypes, features, config.router, depth, config.confidence, shift)
 
 
 def make_experts(
@@ -142,6 +158,7 @@ def make_experts(
     merged: Callable[[str], Tensor],
     statistics: Mapping[str, ActivationStatistics],
     features: Mapping[str, Mapping[str, Tensor]],
+    shift: Mapping[str, Tensor],
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> RoutedExperts:
     """Experts and prototypes of every linear map that all tasks have statistics of.
@@ -149,6 +166,7 @@ def make_experts(
     Args:
         merged: the merged model's weight by its canonical name.
         features: per task, what `calibration.pooled_inputs` gave.
+        shift: see `RoutedExperts`.
     """
     method, base = plan.method, plan.base
     factors, prototypes = {}, {}
@@ -157,7 +175,7 @@ def make_experts(
         weight = merged(name).float()
         found, means = [], []
         for task, expert in plan.experts.items():
-            (residual,) = to_matrices(expert.update(name, weight), linear)
+            (residual,) = to_matrices(residual_update(expert, name, weight), linear)
             inputs = statistics[task][name]
             found.append(expert_factors(residual, inputs, min(method.rank, *residual.shape)))
             means.append(torch.nn.functional.normalize(inputs.mean, dim=0))
@@ -167,7 +185,14 @@ def make_experts(
     modules = {name: base.names[name].removesuffix(".weight") for found in features.values() for name in found}
     by_module = {task: {modules[name]: rows for name, rows in found.items()} for task, found in features.items()}
     return RoutedExperts(
-        list(plan.experts), factors, prototypes, by_module, method.router, method.depth, method.confidence
+        list(plan.experts),
+        factors,
+        prototypes,
+        by_module,
+        method.router,
+        method.depth,
+        method.confidence,
+        {modules[name]: rows for name, rows in shift.items()},
     )
 
 
@@ -185,23 +210,25 @@ def write_experts(
     """Put experts and router beside the merged model in `folder`."""
     with quiet_loading():
         model = type(plan.base.skeleton).from_pretrained(folder)
-    features = {}
-    for task, found in statistics.items():
-        if task in samples and plan.method.router_features == "merged":
+    features: dict[str, Mapping[str, Tensor]] = {task: found.pooled for task, found in statistics.items()}
+    shift: dict[str, Tensor] = {}
+    # All tasks' features are of one model: a router would learn to tell two models apart.
+    if plan.method.router == "prototype":
+        features = {task: {} for task in statistics}
+    elif plan.method.router_features == "merged" and samples.keys() >= statistics.keys():
+        for task, rows in samples.items():
             features[task] = pooled_inputs(
                 model,
-                samples[task],
+                rows,
                 accelerator=accelerator,
                 batch_size=options.batch_size,
                 title=f"{task} for the router",
                 progress=options.progress,
             )
-        elif found.pooled:
-            features[task] = found.pooled
-        else:
-            raise HfEsmError(
-                f"The statistics of '{task}' do not hold what the base's blocks read, which makes the router. "
-                "Calibrate again with the base (`hf-esm calibrate --base`), or give samples."
-            )
-    experts = make_experts(plan, lambda name: updates.weight(name, alpha), statistics, features, progress("Experts"))
+        for name in next(iter(features.values())):
+            apart = [features[task][name].mean(0) - statistics[task].pooled[name].mean(0) for task in features]
+            shift[name] = torch.stack(apart).mean(0)
+    experts = make_experts(
+        plan, lambda name: updates.weight(name, alpha), statistics, features, shift, progress("Experts")
+    )
     experts.save(folder / FOLDER, model)

@@ -251,7 +251,8 @@ def attach_head(model: PreTrainedModel, folder: Path, task: str) -> PreTrainedMo
         fresh = getattr(transformers, config.architectures[0])(config)
     if type(fresh) is type(model):
         found = _graft(model, fresh, list(head))
-        found.config = config
+        settings = {name: value for name, value in vars(fresh).items() if not name.startswith("_")}
+        vars(found).update(settings)  # config, num_labels
     else:
         prefix, found = body_prefix(fresh), fresh
         own = [name.removeprefix(prefix) for name in head if name.startswith(prefix)]

@@ -20,9 +20,13 @@ from transformers import PreTrainedModel
 from .checkpoints import open_checkpoint, publish_folder, resolve_source, staging_folder, whole_folder
 from .checkpoints.sources import _model_class
 from .errors import HfEsmError
-from .experts import FOLDER, RoutedExperts, expert_factors, load_experts
+from .experts import FOLDER, RoutedExperts, expert_factors, load_experts, residual_update
 from .heads import FOLDER as HEADS_FOLDER
-from .heads import attach_head, plan_heads, save_head
+from .heads import WEIGHTS as HEAD_WEIGHTS
+from .heads import attach_head, save_head
+from .inputs import name_experts, refuse_foreign
+from .methods import RoutedMerge
+from .planning import check_values, plan_merge
 from .proxies import PROXIES_FOLDER, ProxyOptions, batch_indices, collate, encode, load_processor
 from .statistics import ActivationStatistics
 from .tuners.lora_export import write_lora_adapter
@@ -111,8 +115,7 @@ class RoutedModel:
             HfEsmError: if it is no routed model, or a file is not what was written.
         """
         folder = whole_folder(model, str(model), revision, token)
-        if not (folder / FOLDER / "adapter_config.json").is_file():
-            raise HfEsmError(f"{model}: no experts in {FOLDER}/. It takes a model that method 'esm++' wrote.")
+        _check_routed(folder, str(model))
         verify_hashes(folder, str(model))
         source = resolve_source(str(folder), str(model), trust_remote_code=trust_remote_code)
         config, model_class = _model_class(source)
@@ -202,6 +205,10 @@ class RoutedModel:
         return found
 
     def _batches(self, inputs: Any, batch_size: int, options: Mapping[str, Any]) -> Iterable[tuple[list[int], dict]]:
+        if isinstance(inputs, str):
+            raise HfEsmError("Give a list of inputs, even for one: [text].")
+        if not len(inputs):
+            return
         config = self.model.get_base_model().config
         samples = encode(list(inputs), self.processor, config, "inputs", ProxyOptions(**{"num_samples": 0, **options}))
         order = sorted(range(len(samples)), key=lambda i: max(value.numel() for value in samples[i].values()))
@@ -299,41 +306,56 @@ class RoutedModel:
         """
         if task in self.tasks:
             raise HfEsmError(f"There is an expert for {task!r} already. Remove it first, or choose another name.")
+        name_experts({**dict.fromkeys(self.tasks), task: expert})
         root = open_checkpoint(resolve_source(str(self.folder), "the merged model"))
         source = resolve_source(expert, f"expert '{task}'", token)
-        opened = open_checkpoint(source, root)
+        over = None
+        if source.is_adapter:  # its update is over the base that it was trained on, not over the merged model
+            named = PeftConfig.from_pretrained(source.folder)
+            spec = {"path": named.base_model_name_or_path, "revision": named.revision}
+            over = open_checkpoint(resolve_source(spec, f"base of {source.title}", token))
+        opened = open_checkpoint(source, over)
+        keeps = any((self.folder / HEADS_FOLDER).glob(f"*/{HEAD_WEIGHTS}"))
+        plan = plan_merge(root, {task: opened}, RoutedMerge(), "keep" if keeps else "auto")
+        check_values(plan)
         if not isinstance(statistics, ActivationStatistics):
+            if statistics is None and source.folder is None:
+                raise HfEsmError(f"{source.title}: it has no folder with statistics. Give `statistics`.")
             statistics = ActivationStatistics.load(statistics if statistics is not None else source.folder)
+        refuse_foreign(plan, task, statistics)
         experts = load_experts(self.folder)
         modules = {root.names[name].removesuffix(".weight"): name for name in root.linear}
         if lacking := [m for m in experts.factors if modules[m] not in statistics or modules[m] not in opened.names]:
             raise HfEsmError(f"'{task}': no weight or statistics for '{lacking[0]}'. Is it a fine-tune of this base?")
-        features = {module: statistics.pooled.get(modules[module]) for module in experts.modules}
-        if any(rows is None for rows in features.values()):
+        if lacking := [module for module in experts.modules if modules[module] not in statistics.pooled]:
             raise HfEsmError(
                 f"The statistics of '{task}' do not hold what the base's blocks read, which makes the router. "
                 "Calibrate again with the base (`hf-esm calibrate --base`)."
             )
         for module, (a, b) in experts.factors.items():
             name = modules[module]
-            (residual,) = to_matrices(opened.update(name, root.tensor(name)), root.linear[name])
+            (residual,) = to_matrices(residual_update(opened, name, root.tensor(name)), root.linear[name])
             new_a, new_b = expert_factors(residual, statistics[name], a.shape[1])
             experts.factors[module] = torch.cat([a, new_a[None]]), torch.cat([b, new_b[None]])
             if module in experts.prototypes:
                 prototype = torch.nn.functional.normalize(statistics[name].mean, dim=0)
                 experts.prototypes[module] = torch.cat([experts.prototypes[module], prototype[None]])
         experts.tasks.append(task)
-        experts.features[task] = features
+        experts.features[task] = {
+            module: statistics.pooled[modules[module]] + experts.shift.get(module, 0) for module in experts.modules
+        }
         return self._rewrite(
             experts,
             output_dir,
-            lambda folder: save_head(folder, task, opened, plan_heads(root, {task: opened}).own[task]),
+            lambda folder: save_head(folder, task, opened, plan.heads.own[task]),
         )
 
     def remove_expert(self, task: str, *, output_dir: str | os.PathLike) -> "RoutedModel":
         """The model without one of its tasks, written to `output_dir`."""
         if task not in self.tasks:
             raise HfEsmError(f"There is no expert for {task!r}; there are {', '.join(self.tasks)}.")
+        if len(self.tasks) == 1:
+            raise HfEsmError(f"{task!r} is the last expert. Without it, this is the static model in {self.folder}.")
         experts = load_experts(self.folder)
         kept = [i for i, name in enumerate(experts.tasks) if name != task]
         experts.factors = {module: (a[kept], b[kept]) for module, (a, b) in experts.factors.items()}
@@ -350,12 +372,15 @@ class RoutedModel:
         if output.exists():
             raise HfEsmError(f"{output} exists. Choose another output_dir.")
         with staging_folder(output) as staging:
-            left_out = shutil.ignore_patterns(FOLDER, HASHES_FILE)
-            shutil.copytree(self.folder, staging, dirs_exist_ok=True, ignore=left_out)
+            shutil.copytree(self.folder, staging, dirs_exist_ok=True)
+            shutil.rmtree(staging / FOLDER)
+            (staging / HASHES_FILE).unlink()
             change(staging)
             static = self.model.get_base_model()
             experts.save(staging / FOLDER, static, base_fingerprint=self.config.base_fingerprint)
             write_hashes(staging)
+            with (staging / "README.md").open("a", encoding="utf-8") as card:
+                card.write(f"\n\nAfter the merge, experts came or went: now there are {', '.join(experts.tasks)}.\n")
             publish_folder(staging, output)
         return type(self).from_pretrained(output)
 
@@ -365,6 +390,11 @@ def _take(decision: Decision, rows: list[int]) -> Decision:
     weights = None if decision.route.weights is None else decision.route.weights[rows]
     distance = None if decision.distance is None else decision.distance[rows]
     return Decision(Route(decision.route.experts[rows], weights), decision.probabilities[rows], distance)
+
+
+def _check_routed(folder: Path, title: str) -> None:
+    if not (folder / FOLDER / "adapter_config.json").is_file():
+        raise HfEsmError(f"{title}: no experts in {FOLDER}/. It takes a model that method 'esm++' wrote.")
 
 
 def push_folder(
@@ -377,6 +407,8 @@ def push_folder(
     **kwargs: Any,
 ) -> Any:
     """Upload a merged model's folder, or, with `base_model`, its routed adapter alone."""
+    if base_model is not None:
+        _check_routed(folder, str(folder))
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if base_model is None:
@@ -400,15 +432,23 @@ def verify_hashes(folder: Path, title: str) -> None:
     """Raise if a file is missing or not what was written."""
     if not (folder / HASHES_FILE).is_file():
         raise HfEsmError(f"{title}: {HASHES_FILE} is missing, so that its files cannot be checked. Download it again.")
-    for name, expected in json.loads((folder / HASHES_FILE).read_text(encoding="utf-8")).items():
+    try:
+        hashes = dict(json.loads((folder / HASHES_FILE).read_text(encoding="utf-8")))
+    except ValueError:
+        raise HfEsmError(f"{title}: {HASHES_FILE} is damaged. Download it again.") from None
+    for name, expected in hashes.items():
         if not (folder / name).is_file():
             raise HfEsmError(f"{title}: {name} is missing. Download the whole model again.")
         if _hash(folder / name) != expected:
-            raise HfEsmError(f"{title}: {name} is damaged: its hash is not the one recorded. Download it again.")
+            path = (folder / name).resolve()  # in the Hub's cache, the client takes it as it is until it is deleted
+            raise HfEsmError(
+                f"{title}: {name} is damaged: its hash is not the one recorded. Delete {path} and download it again."
+            )
 
 
 def _hashed(folder: Path) -> list[Path]:
-    weights = [path for path in sorted(folder.rglob("*.safetensors")) if PROXIES_FOLDER not in path.parts]
+    weights = [path.relative_to(folder) for path in sorted(folder.rglob("*.safetensors"))]
+    weights = [folder / path for path in weights if path.parts[0] != PROXIES_FOLDER]
     return [*weights, folder / FOLDER / "adapter_config.json"]
 
 

@@ -28,6 +28,9 @@ from .proxies import (
 from .statistics import FILE_NAME, ActivationStatistics, Provenance
 
 
+TAKEN = ("base", "static", "none")  # what stands beside the tasks: the base, no expert, none of the tasks
+
+
 def name_experts(experts: Any) -> dict[str, Any]:
     """Experts by task name, from a mapping, pairs, or a list of paths (named by their last part)."""
     if not isinstance(experts, Mapping):
@@ -40,8 +43,9 @@ def name_experts(experts: Any) -> dict[str, Any]:
             raise HfEsmError(f"Two experts are named {sorted(twice)[0]!r}. Give each task a name of its own.")
         experts = dict(pairs)
     for name in experts:
-        if not re.fullmatch(r"[\w-][\w.-]*", str(name)) or name == "base":
-            raise HfEsmError(f"Task name {name!r}: use letters, digits, '.', '_' and '-' ('base' is taken).")
+        if not re.fullmatch(r"[\w-][\w.-]*", str(name)) or name in TAKEN:
+            taken = ", ".join(TAKEN)
+            raise HfEsmError(f"Task name {name!r}: use letters, digits, '.', '_' and '-' (taken are {taken}).")
     if len(experts) < 2:
         raise HfEsmError(f"Merging takes at least two experts; got {list(experts) or 'none'}.")
     return dict(experts)
@@ -154,7 +158,14 @@ def gather_statistics(
             rows = read_rows(given, title, options)
             samples[task] = encode(rows, processors[task], expert.config, title, options)
         if statistics[task] is not None:
-            _refuse_foreign(plan, task, statistics[task])
+            refuse_foreign(plan, task, statistics[task])
+    if getattr(method, "router", None) == "discriminant":
+        for task, found in statistics.items():
+            if found is not None and not found.pooled:
+                raise HfEsmError(
+                    f"The statistics of '{task}' do not hold what the base's blocks read, which makes the router. "
+                    "Calibrate again with the base (`hf-esm calibrate --base`), or give samples."
+                )
     return statistics, samples
 
 
@@ -185,7 +196,7 @@ def check_statistics(
             warn(f"'{task}': no statistics for {len(lacking)} linear maps ({some}); they are merged by TSV-M.")
 
 
-def _refuse_foreign(plan: MergePlan, task: str, found: ActivationStatistics) -> None:
+def refuse_foreign(plan: MergePlan, task: str, found: ActivationStatistics) -> None:
     """Raise on statistics of another architecture."""
     widths = _calibrated_widths(plan)
     if widths and not found.keys() & widths.keys():

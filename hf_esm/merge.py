@@ -131,7 +131,7 @@ def merge_models(
         accelerator.wait_for_everyone()
         with run.stage("calibrating"):
             routed = isinstance(method, RoutedMerge)
-            keep_base = options.statistics_dir or (routed and method.router_features == "base")
+            keep_base = options.statistics_dir or (routed and method.router == "discriminant")
             base_model = opened.load_model() if samples and keep_base else None
             for task, proxies in run.progress("Calibrating")(samples.items()):
                 found = calibrate_checkpoint(plan.experts[task], proxies, options, accelerator, task)

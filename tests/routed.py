@@ -1,19 +1,26 @@
 """Adapters of routed experts over tiny models, made of tasks that can be told apart, and batches that mix them."""
 
 import inspect
+import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Optional
 
+import pytest
 import torch
-from helpers import VOCABULARY, Architecture, Samples, perturbed, token_inputs
+from architectures import DECODER, ENCODER, GPT
+from helpers import VOCABULARY, Architecture, Samples, perturbed, save, token_inputs
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_esm import HfEsmError
 from hf_esm.calibration import pooled_inputs
 from hf_esm.experts import RoutedExperts
-from hf_esm.tuners.routed import Decision, recording
+from hf_esm.tuners.routed import Decision, RoutedExpertsLayer, recording
 from hf_esm.weights import canonical_names
 
 
@@ -42,11 +49,11 @@ def task_samples(architecture: Architecture, task: str, seed: int = 0) -> Sample
     return found
 
 
-def linear_maps(model: nn.Module, architecture: Optional[Architecture] = None) -> dict[str, nn.Module]:
+def linear_maps(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Those of the body."""
-    heads = {id(model.get_output_embeddings())}
-    maps = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and id(m) not in heads}
-    return {n: m for n, m in maps.items() if "classifier" not in n and "position_proj" not in n}
+    head = model.get_output_embeddings()
+    maps = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
+    return {name: module for name, module in maps.items() if "classifier" not in name}
 
 
 @torch.no_grad()
@@ -55,9 +62,9 @@ def save_adapter(
     architecture: Architecture,
     folder: Path,
     router: str,
-    confidence: float = 0.5,
     base_name: Optional[str] = None,
     seed: int = 0,
+    **settings: Any,
 ) -> RoutedExperts:
     """Write an adapter of random experts; its router is made from the tasks' samples. Returns what was written."""
     samples = {task: [s for k in (0, 1) for s in task_samples(architecture, task, k)] for task in TASKS}
@@ -77,8 +84,11 @@ def save_adapter(
         a = torch.randn(len(TASKS), RANK, width, generator=generator) * width**-0.5
         factors[name] = a, torch.randn(len(TASKS), height, RANK, generator=generator) * 0.3
         prototypes[name] = torch.stack([F.normalize(x[f"{name}.weight"].mean(0), dim=0).float() for x in inputs])
-    experts = RoutedExperts(list(TASKS), factors, prototypes, features, router, confidence=confidence)
-    experts.save(folder, model, base_name)
+    settings = {"confidence": 0.5, **settings}
+    experts = RoutedExperts(list(TASKS), factors, prototypes, features, router, **settings)
+    experts.save(folder, model)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base_name}))
     return experts
 
 
@@ -130,3 +140,82 @@ def chosen(decisions: dict[tuple[str, str], Decision]) -> dict[tuple[str, str], 
 def rebuilt(architecture: Architecture, **settings: Any) -> PreTrainedModel:
     """Random weights, none zero: the padding token has an embedding, too."""
     return perturbed(architecture.build(**settings), 0.1, 7)
+
+
+KINDS = {
+    "bert": (
+        Architecture("BertForSequenceClassification", {**ENCODER, "num_hidden_layers": 3}),
+        "SequenceClassification",
+    ),
+    "gpt2": (Architecture("GPT2LMHeadModel", GPT), "CausalLM"),
+    "llama": (Architecture("LlamaForCausalLM", DECODER), "CausalLM"),
+}
+
+
+def write_cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleNamespace]:
+    """Per architecture a base on disk, an adapter of each router over it, and a batch of all tasks."""
+    made = {}
+    for name, (architecture, auto) in KINDS.items():
+        folder, base = tmp_path_factory.mktemp(name), rebuilt(architecture)
+        at = save(base, folder / "base")
+        written = {
+            router: save_adapter(base, architecture, folder / router, router, at, i, depth=0.4, confidence=0.95)
+            for i, router in enumerate(ROUTERS)
+        }
+        samples = [task_samples(architecture, (TASKS * 2)[i], seed=3)[i] for i in range(5)]
+        samples.append({"input_ids": torch.cat([s["input_ids"] for s in samples[:2]])})  # of two tasks
+        samples.append({"input_ids": torch.tensor([0, 0, 59])})  # of none
+        batch = padded(base, samples)
+        batch["attention_mask"] = batch["attention_mask"].bool()
+        made[name] = SimpleNamespace(
+            folder=folder, base=base, at=at, auto=f"AutoModelFor{auto}", samples=samples, batch=batch, written=written
+        )
+    return made
+
+
+def fresh(case: SimpleNamespace, **options: Any) -> PreTrainedModel:
+    return type(case.base).from_pretrained(case.at, **options).eval()
+
+
+def loaded(case: SimpleNamespace, *names: str, **options: Any) -> PeftModel:
+    """The base with these adapters on it, the first one active."""
+    model = PeftModel.from_pretrained(fresh(case), case.folder / names[0], adapter_name=names[0], **options)
+    for name in names[1:]:
+        model.load_adapter(case.folder / name, adapter_name=name, **options)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, case: SimpleNamespace) -> Tensor:
+    return model(**case.batch).logits
+
+
+def layers(model: nn.Module) -> list[RoutedExpertsLayer]:
+    return [module for module in model.modules() if isinstance(module, RoutedExpertsLayer)]
+
+
+def refused(says: str, call: Callable, *arguments: Any, **options: Any) -> None:
+    with pytest.raises(HfEsmError) as caught:
+        call(*arguments, **options)
+    assert says in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
+
+
+@torch.no_grad()
+def passed(model: nn.Module, case: SimpleNamespace, modules: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What modules read and give in a pass over the batch, float64."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: found.update({name: (args[0].double(), output.double())})
+        )
+        for name in modules
+    ]
+    model(**case.batch)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def pooled(rows: Tensor, mask: Tensor) -> Tensor:
+    """`[B, d]`, one sample at a time; what is pooled already as it is."""
+    return rows if rows.dim() == 2 else torch.stack([sample[real].mean(0) for sample, real in zip(rows, mask)])

@@ -3,14 +3,16 @@ texts that tell the tasks apart; and the ESM++ models made of them.
 """
 
 import copy
-from functools import partial
+import functools
 from pathlib import Path
 from typing import Any
 
+import reference
 import torch
-from helpers import VOCABULARY, Architecture
+from helpers import VOCABULARY, Architecture, token_inputs
+from problems import relative_error
 from safetensors.torch import load_file
-from tiny import WORDS, save_tokenizer
+from tiny import BERT, WORDS, save_tokenizer
 from torch import Tensor, nn
 from toys import base_model, classifier
 from transformers import PreTrainedModel
@@ -25,7 +27,7 @@ GPT2 = Architecture(
 )
 VIT = Architecture("ViTModel", SMALL | {"image_size": 16, "patch_size": 4})
 FULL = 64  # a rank above all widths
-quiet = partial(merge_models, progress=False, method="esm++")
+quiet = functools.partial(merge_models, progress=False, method="esm++")
 
 
 def task_texts(task: str, seed: int = 0, count: int = 16) -> list[str]:
@@ -43,7 +45,7 @@ def task_ids(task: str, seed: int = 0, count: int = 16) -> list[dict[str, Tensor
 
 
 @torch.no_grad()
-def tuned(model: PreTrainedModel, seed: int, scale: float = 0.05) -> PreTrainedModel:
+def tuned(model: PreTrainedModel, seed: int, scale: float = 0.15) -> PreTrainedModel:
     """A copy with noise on the weights of its linear maps."""
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -80,3 +82,30 @@ def adapter(folder: Path) -> dict[str, Tensor]:
 
 def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def encoded(texts: list[str]) -> list[dict[str, Tensor]]:
+    """As the tokenizer encodes them."""
+    return [{"input_ids": torch.tensor([2, *(5 + WORDS.index(word) for word in text.split()), 3])} for text in texts]
+
+
+@functools.cache
+def inputs(task: str) -> dict[str, Tensor]:
+    """`X` of every linear map of an expert on its calibration texts, one by one."""
+    return token_inputs(expert(task), encoded(task_texts(task)), BERT)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, samples: list[dict[str, Tensor]]) -> Tensor:
+    """Of samples one by one."""
+    return torch.cat([model(**{name: value[None] for name, value in s.items()}).logits for s in samples])
+
+
+def assert_expert(a: Tensor, b: Tensor, x: Tensor, residual: Tensor, rank: int) -> None:
+    """`B` are the leading essential directions of the residual, and `A` its coordinates."""
+    directions, _, coordinates = reference.esd(x, residual, rank)
+    assert a.shape[0] == b.shape[1] == rank
+    assert relative_error(b.double() @ a.double(), directions @ coordinates) < 1e-4
+    kept = b.norm(dim=0) > 0
+    assert int(kept.sum()) == directions.shape[1]
+    assert torch.allclose(b.T @ b, torch.diag(kept.float()), atol=1e-5)

@@ -227,14 +227,15 @@ def test_conversations_keep_their_routes_on_their_caches(load, router):
     model = load("llama", router)
     asked = [task_samples(ARCHITECTURES["llama"], task, seed=3)[4]["input_ids"][None] for task in ("left", "right")]
     questions = [row.flip(1)[:, :2] for row in reversed(asked)]
-    caches = [DynamicCache(config=model.config) for _ in asked]
+    caches = [DynamicCache(config=model.config), None]  # one of ours, one that the model makes
     logits: list[list[Tensor]] = [[], []]
     texts = [row.clone() for row in asked]
     routes = []
-    for row, cache, found in zip(asked, caches, logits):
-        output, decisions = recorded(model, input_ids=row, past_key_values=cache)
+    for i, row in enumerate(asked):
+        output, decisions = recorded(model, input_ids=row, past_key_values=caches[i], use_cache=True)
+        caches[i] = output.past_key_values
         routes.append(chosen(decisions))
-        found.append(output.logits[:, -1:])
+        logits[i].append(output.logits[:, -1:])
     assert routes[0] != routes[1]
     for step in range(NEW):
         for i, cache in enumerate(caches):
@@ -257,8 +258,12 @@ def test_threads_share_a_model(load, router):
     batches = [padded(model, mixed(architecture)[:3]), padded(model, mixed(architecture)[3:])]
     expected = [recorded(model, **batch)[0][0] for batch in batches]
     layers = [module for module in model.modules() if isinstance(module, RoutedExpertsLayer)]
-    meeting = threading.Barrier(2, timeout=60)
-    handles = [layer.register_forward_pre_hook(lambda *_: meeting.wait() and None) for layer in layers]
+    meeting = threading.Barrier(2, timeout=20)
+
+    def meet(*_: Any) -> None:
+        meeting.wait()
+
+    handles = [layer.register_forward_pre_hook(meet) for layer in layers]
     found: list[Any] = [None, None]
 
     @torch.no_grad()

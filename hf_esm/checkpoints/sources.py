@@ -255,5 +255,9 @@ def _on_hub(title: str, call: Any, repo_id: str, revision: Optional[str], token:
         raise HfEsmError(f"{title}: access is restricted. Ask for it on the model's page, and {_LOG_IN}.") from None
     except RepositoryNotFoundError:
         raise HfEsmError(f"{title}: not on the Hub, or private. Check the id; if it is private, {_LOG_IN}.") from None
+    except (NotASafetensorsRepoError, SafetensorsParsingError):
+        raise
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise HfEsmError(f"{title}: the Hub refuses it: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the HTTP library's own, after the client's retries
+        raise HfEsmError(f"{title}: the connection to the Hub broke ({error}). Try again.") from None

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import HfEsmError
 from ..linalg import essential_subspace, polar_factor, truncated_svd
 from ..statistics import InputStatistics
 from .singular_vectors import merge_singular_vectors
@@ -148,6 +149,16 @@ class RoutedMerge(EssentialMerge):
         default="merged",
         metadata={"help": "whose features the router is made from: merged (one more pass), or base (no data needed)"},
     )
+
+    def __post_init__(self) -> None:
+        for setting, allowed in (("router", ("discriminant", "prototype")), ("router_features", ("merged", "base"))):
+            if getattr(self, setting) not in allowed:
+                raise HfEsmError(f"esm++: {setting} is {' or '.join(allowed)}, not {getattr(self, setting)!r}.")
+        if self.rank < 1:
+            raise HfEsmError(f"esm++: rank must be 1 or more, not {self.rank}.")
+        for setting in ("depth", "confidence"):
+            if not 0 <= getattr(self, setting) <= 1:
+                raise HfEsmError(f"esm++: {setting} must be between 0 and 1, not {getattr(self, setting)}.")
 
 
 # What both published codes have in common.

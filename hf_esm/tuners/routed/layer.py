@@ -146,7 +146,7 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         key = adapter if config.router == "discriminant" else (adapter, self.name)
         if key not in frame.decisions and not frame.decoding:
             if isinstance(local.forced, Decision):
-                if adapter in self.routed_experts_classes:
+                if config.router == "prototype" or adapter in self.routed_experts_classes:
                     frame.decisions[key] = local.forced
             else:
                 with torch.autocast(rows.device.type, enabled=False):  # in half precision routes change

@@ -148,7 +148,7 @@ class OpenFrame:
             frame.mask = None  # of sound samples; the encoder inside has that of the frames
         if parent is not None and (cache is None or parent.cache is cache or parent.cache is None):
             frame.decisions, frame.decoding, frame.past = parent.decisions, parent.decoding, parent.past
-            frame.evidence, frame.prompt, frame.lengths = parent.evidence, parent.prompt, parent.read
+            frame.evidence, frame.prompt, frame.read = parent.evidence, parent.prompt, parent.read
         else:
             _take_up(frame, given, cache)
             if self.answers:

@@ -1,0 +1,166 @@
+"""Routes that are given, decisions that are wanted alone, passes that break, and compiled models."""
+
+import copy
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from routed import (
+    KINDS,
+    ROUTERS,
+    TASKS,
+    chosen,
+    layers,
+    loaded,
+    logits,
+    recorded,
+    refused,
+    write_cases,
+)
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_esm.tuners.routed import Decision, Route, decide, route, routing_state
+
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+routers = pytest.mark.parametrize("router", ROUTERS)
+cases = pytest.fixture(write_cases, scope="module")
+
+
+@torch.no_grad()
+def with_expert(case: SimpleNamespace, router: str, task: str) -> PreTrainedModel:
+    """The base with one expert added to its weights."""
+    model = copy.deepcopy(case.base)
+    for name, (a, b) in case.written[router].factors.items():
+        module, delta = model.get_submodule(name), b[TASKS.index(task)] @ a[TASKS.index(task)]
+        module.weight.add_(delta.T if isinstance(module, Conv1D) else delta)
+    return model
+
+
+@kinds
+@routers
+def test_given_routes_hold_whatever_the_router_says(cases, kind, router):
+    case = cases[kind]
+    model = loaded(case, router)
+    routed, count = logits(model, case), len(case.samples)
+    alone = {task: logits(with_expert(case, router, task), case) for task in TASKS}
+    alone["static"] = logits(case.base, case)
+    named = [[*TASKS, "static"][i % 4] for i in range(count)]
+    wanted = torch.stack([alone[task][i] for i, task in enumerate(named)])
+    number = {"static": 0} | {task: i for i, task in enumerate(TASKS)}
+    weights = torch.tensor([float(task != "static") for task in named])
+    given = Route(torch.tensor([number[task] for task in named]), weights)
+    for tasks in (named, tuple(named), given):
+        with route(model, tasks):
+            torch.testing.assert_close(logits(model, case), wanted, rtol=1e-4, atol=1e-4)
+    with route(model, "middle"):
+        torch.testing.assert_close(logits(model, case), alone["middle"], rtol=1e-4, atol=1e-4)
+        with route(model, "static"):
+            assert torch.equal(logits(model, case), alone["static"])
+            others: list[Tensor] = []
+            thread = threading.Thread(target=lambda: others.append(logits(model, case)))
+            thread.start()
+            thread.join()
+            assert torch.equal(others[0], routed)
+        torch.testing.assert_close(logits(model, case), alone["middle"], rtol=1e-4, atol=1e-4)
+        _, decisions = recorded(model, **case.batch)
+        assert not decisions
+    assert torch.equal(logits(model, case), routed)
+
+
+@routers
+def test_a_decision_given_back_is_followed(cases, router):
+    case = cases["bert"]
+    model = loaded(case, router)
+    decision = Decision(Route(torch.tensor([2] * len(case.samples))), torch.zeros(len(case.samples), 3))
+    with route(model, decision):
+        _, decisions = recorded(model, **case.batch)
+    assert decisions and all(found is decision for found in decisions.values())
+
+
+def test_given_routes_hold_for_beams(cases):
+    case = cases["gpt2"]
+    model = loaded(case, "discriminant")
+    ids = torch.stack([sample["input_ids"][:3] for sample in case.samples])
+    options = {"num_beams": 3, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
+    named = [[*TASKS, "static"][i % 4] for i in range(len(ids))]
+    with route(model, named):
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    for row, task, tokens in zip(ids, named, found):
+        plain = case.base if task == "static" else with_expert(case, "discriminant", task)
+        expected = plain.generate(input_ids=row[None], attention_mask=torch.ones(1, 3), **options)
+        assert torch.equal(tokens, expected[0])
+
+
+def test_routes_that_cannot_be_given_are_refused(cases):
+    case = cases["bert"]
+    model, count = loaded(case, "prototype"), len(case.samples)
+    routed = logits(model, case)
+    refused("no expert for 'up'; there are left, middle, right, or 'static'", route(model, "up").__enter__)
+    refused("no expert for 'up'", route(model, ["left"] * (count - 1) + ["up"]).__enter__)
+    for wrong in (["left"] * (count - 1), ["left"], ["left"] * 2 * count, Route(torch.zeros(1, dtype=torch.int64))):
+        with route(model, wrong):
+            refused("Give one task per sample", logits, model, case)
+    for call in (lambda: route(case.base, "left").__enter__(), lambda: decide(case.base, case.batch)):
+        refused("has no routed experts", call)
+    assert torch.equal(logits(model, case), routed)
+
+
+@kinds
+@routers
+@torch.no_grad()
+def test_a_decision_alone_runs_no_more_than_it_needs(cases, kind, router):
+    case = cases[kind]
+    model = loaded(case, router)
+    output, expected = recorded(model, **case.batch)
+    ran: list[str] = []
+    for layer in layers(model):
+        layer.register_forward_pre_hook(lambda layer, _: ran.append(layer.name))
+    found = {(adapter, module): decision for adapter, module, decision in decide(model, case.batch)}
+    assert chosen(found) == chosen(expected)
+    for key, decision in found.items():
+        assert torch.equal(decision.probabilities, expected[key].probabilities)
+    if router == "discriminant":
+        assert ran[-1] == model.peft_config[router].readers[-1] and len(ran) < len(layers(model)) // 2 + 2
+    else:
+        assert len(ran) == len(layers(model))
+    local = routing_state(model).local
+    assert not local.frames and local.records is None and not local.deciding
+    assert torch.equal(logits(model, case), output.logits)
+
+
+@routers
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_pass_that_breaks_leaves_nothing_behind(cases, router, error):
+    case = cases["llama"]
+    model = loaded(case, router)
+    expected = logits(model, case)
+
+    def stop(*_: Any) -> None:
+        raise error
+
+    handle = layers(model)[-1].register_forward_pre_hook(stop)
+    for call in (lambda: logits(model, case), lambda: recorded(model, **case.batch)):
+        with pytest.raises(error), route(model, ["right"] * len(case.samples)):
+            call()
+    handle.remove()
+    # What an interrupt leaves open is gone with the next pass.
+    assert error is KeyboardInterrupt or not routing_state(model).local.frames
+    assert torch.equal(logits(model, case), expected)
+    assert not routing_state(model).local.frames and routing_state(model).local.records is None
+
+
+@kinds
+@routers
+def test_a_compiled_model_gives_the_same(cases, kind, router):
+    case = cases[kind]
+    model = loaded(case, router)
+    expected = logits(model, case)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(logits(compiled, case), expected)
+    assert torch.equal(logits(compiled, case), expected) and not routing_state(model).local.frames
