@@ -170,7 +170,9 @@ def make_experts(
     """
     method, base = plan.method, plan.base
     factors, prototypes = {}, {}
-    for name in progress([name for name in plan.heads.shared if all(name in s for s in statistics.values())]):
+    # What reads only some of a sample's tokens (experts of a mixture) cannot be routed by the sample.
+    routable = [n for n in plan.heads.shared if ".experts." not in n and all(n in s for s in statistics.values())]
+    for name in progress(routable):
         linear = base.linear[name]
         weight = merged(name).float()
         found, means = [], []

@@ -86,19 +86,25 @@ def _fit(x: Tensor, y: Tensor, shrinkage: float, max_directions: int) -> Discrim
     _, values, rows = torch.linalg.svd(x - means[y], full_matrices=False)
     variances = (1 - shrinkage) * values.square() / freedom
     floor = shrinkage * values.square().sum() / freedom / x.shape[1]
-    floor = floor.clamp_min(torch.finfo(torch.float32).tiny)
-    # Σ⁻¹ of the means, and the widest directions: with both, distances along them order the tasks as all would.
     apart = means - center
+    # Samples that do not vary leave the tasks as far apart as float32 can tell, and no farther.
+    floor = torch.maximum(floor, 1e-6 * apart.square().mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    # Σ⁻¹ of the means, and the widest directions: with both, distances along them order the tasks as all would.
     seen = apart @ rows.T
     solved = (apart - seen @ rows) / floor + (seen / (variances + floor)) @ rows
-    basis = torch.cat([solved / solved.norm(dim=1, keepdim=True).clamp_min(1e-300), rows])
-    basis = basis[: min(max_directions, x.shape[1])]
-    left, triangle = torch.linalg.qr(basis.T)
-    kept = triangle.diagonal().abs() > 1e-9
-    directions = left.T[kept]
+    directions = _span(solved / solved.norm(dim=1, keepdim=True).clamp_min(1e-300))
+    rest = rows - (rows @ directions.T) @ directions
+    widest = _span(rest * (values / values[0].clamp_min(1e-300))[:, None])
+    directions = torch.cat([directions, widest[: max(max_directions - len(directions), 0)]])
     covariance = directions @ rows.T
     covariance = (covariance * variances) @ covariance.T
     spread, turn = torch.linalg.eigh(covariance)
     directions = turn.T @ directions
     precision = torch.cat([1 / (spread.clamp_min(0) + floor), (1 / floor)[None]])
     return Discriminant(directions, center, apart @ directions.T, precision, shrinkage=shrinkage)
+
+
+def _span(rows: Tensor) -> Tensor:
+    """Orthonormal rows that span the same, the direction of most rows first."""
+    _, sizes, found = torch.linalg.svd(rows, full_matrices=False)
+    return found[sizes > 1e-9]

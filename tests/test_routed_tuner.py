@@ -260,21 +260,23 @@ def test_bad_settings_are_refused(cases, settings, message):
     refused(message, use)
 
 
-def test_modules_and_models_that_cannot_be_routed_are_refused():
-    vit = ARCHITECTURES["vit"].build()
-    refused(
-        "'embeddings.patch_embeddings.projection' is a Conv2d",
-        get_peft_model,
-        vit,
-        RoutedExpertsConfig(**CONFIG, target_modules=["projection"]),
-    )
-    plain = nn.Sequential(nn.Linear(3, 3))
-    refused(
-        "need a Transformers model, not a Sequential",
-        get_peft_model,
-        plain,
-        RoutedExpertsConfig(**CONFIG, target_modules=["0"]),
-    )
+@pytest.mark.parametrize(
+    ("name", "module", "message"),
+    [
+        ("vit", "projection", "'embeddings.patch_embeddings.projection' is a Conv2d"),
+        ("switch", "wi", ".mlp.experts.expert_0.wi' reads some of each sample's tokens"),
+        ("xlnet", "layer_1", "XLNetModel read tokens first"),
+        ("longformer", "query", "LongformerModel read tokens first"),
+    ],
+)
+def test_modules_and_models_that_cannot_be_routed_are_refused(name, module, message):
+    config = RoutedExpertsConfig(**CONFIG, target_modules=[module])
+    refused(message, get_peft_model, ARCHITECTURES[name].build(), config)
+
+
+def test_a_plain_module_is_refused():
+    config = RoutedExpertsConfig(**CONFIG, target_modules=["0"])
+    refused("not a Sequential", get_peft_model, nn.Sequential(nn.Linear(3, 3)), config)
 
 
 @pytest.mark.parametrize("loader", ["PeftModel", "low_cpu_mem_usage", "load_adapter"])

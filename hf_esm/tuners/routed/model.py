@@ -63,6 +63,11 @@ class RoutedExpertsModel(BaseTuner):
                     f"'{current_key}' is a {type(layer).__name__}: experts can be routed on nn.Linear and Conv1D "
                     "alone. Leave it out of target_modules."
                 )
+            if ".experts." in f".{current_key}":  # of a mixture
+                raise HfEsmError(
+                    f"'{current_key}' reads some of each sample's tokens, so that samples cannot be told apart. Leave "
+                    "it out of target_modules."
+                )
             state = routing_state(self.model) or self._state
             # DeBERTa's shared projections read its relative positions, too, which are of no sample.
             reads_once = bool(getattr(parent, "share_att_key", False))

@@ -204,14 +204,24 @@ class CloseFrame:
             setattr(output, _KEPT, frame.decisions)
 
 
+# Their layers read `[tokens, samples, features]`.
+TOKENS_FIRST = ("fsmt", "led", "longformer", "xlnet")
+
+
 def install(model: nn.Module, state: RoutingState) -> None:
     """Hooks on a model and on all models nested in it."""
-    for module in model.modules():
-        if module is model or hasattr(module, "main_input_name"):
-            if not hasattr(module, "main_input_name"):
-                raise HfEsmError(f"Routed experts need a Transformers model, not a {type(module).__name__}.")
-            module.register_forward_pre_hook(OpenFrame(state, module, module is model), with_kwargs=True)
-            module.register_forward_hook(CloseFrame(state), with_kwargs=True, always_call=True)
+    nested = [module for module in model.modules() if hasattr(module, "main_input_name")]
+    if model not in nested:
+        raise HfEsmError(f"Routed experts need a Transformers model, not a {type(model).__name__}.")
+    for module in nested:
+        if module.config.model_type in TOKENS_FIRST:
+            raise HfEsmError(
+                f"The layers of a {type(module).__name__} read tokens first, then samples: they cannot be told apart. "
+                "Merge it without experts (`method='esm'`)."
+            )
+    for module in nested:
+        module.register_forward_pre_hook(OpenFrame(state, module, module is model), with_kwargs=True)
+        module.register_forward_hook(CloseFrame(state), with_kwargs=True, always_call=True)
 
 
 def uninstall(model: nn.Module) -> None:
