@@ -271,6 +271,7 @@ def _graft(shared: torch.nn.Module, fresh: torch.nn.Module, own: list[str]) -> A
     copied = copy.copy(shared)
     copied._modules, copied._parameters = dict(shared._modules), dict(shared._parameters)
     for child in dict.fromkeys(name.partition(".")[0] for name in own):
+        vars(copied).pop(child, None)  # a module that the shared model was built without is None there
         below = [name.partition(".")[2] for name in own if name.partition(".")[0] == child]
         if child in fresh._parameters:
             copied._parameters[child] = fresh._parameters[child]

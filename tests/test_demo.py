@@ -47,6 +47,7 @@ def test_files_are_ordinary_checkpoints_and_results(ran):
         "experts",
         "merged",
         "results.json",
+        "routed",
         "scores.png",
     ]
     assert json.loads((folder / "results.json").read_text()) == results

@@ -134,7 +134,7 @@ def test_a_failed_save_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeyp
 def rewritten(path, **changes):
     """The file again, with other metadata; None removes an entry."""
     tensors = load_file(path)
-    header = json.dumps({"counts": {"q": 1}, "keys_of": {"q": "q"}, "provenance": {}})
+    header = json.dumps({"counts": {"q": 1}, "keys_of": {"q": "q"}, "provenance": {}, "pooled": []})
     metadata = {"format": "hf_esm.statistics", "version": "1", "header": header} | changes
     save_file(tensors, path, {key: value for key, value in metadata.items() if value is not None})
 
