@@ -1,7 +1,5 @@
 """`RoutedModel`: a merged model with its experts, router, heads and processor, from a folder or the Hub."""
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,13 +12,14 @@ import torch
 from accelerate.utils import send_to_device
 from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
-from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .checkpoints import open_checkpoint, publish_folder, resolve_source, staging_folder, whole_folder
 from .checkpoints.sources import _model_class
 from .errors import HfEsmError
 from .experts import FOLDER, RoutedExperts, expert_factors, load_experts, residual_update
+from .hashes import HASHES_FILE, verify_hashes, write_hashes
 from .heads import FOLDER as HEADS_FOLDER
 from .heads import WEIGHTS as HEAD_WEIGHTS
 from .heads import attach_head, save_head
@@ -32,9 +31,6 @@ from .statistics import ActivationStatistics
 from .tuners.lora_export import write_lora_adapter
 from .tuners.routed import Decision, Route, decide, route
 from .weights import to_matrices
-
-
-HASHES_FILE = "hashes.json"
 
 
 @dataclass
@@ -154,11 +150,12 @@ class RoutedModel:
             self._task_models[task] = attach_head(self.model.get_base_model(), self.folder, task)
         return self._task_models[task]
 
+    @torch.no_grad()
     def explain(self, inputs: Any, batch_size: int = 32, **options: Any) -> list[Explanation]:
         """Which expert each input gets and why. Takes what `predict` takes."""
         found: list[Optional[Explanation]] = [None] * len(inputs)
         for chosen, batch in self._batches(inputs, batch_size, options):
-            records = self._decide(batch)
+            records = decide(self.model, batch)
             for row, i in enumerate(chosen):
                 found[i] = self._explain(records, row)
         return found
@@ -187,7 +184,7 @@ class RoutedModel:
             if given is not None:
                 names, decision = [given[i] for i in chosen], None
             else:
-                decision, names = self._vote(self._decide(batch))
+                decision, names = self._vote(decide(self.model, batch))
             for task in dict.fromkeys(names):
                 rows = [row for row, name in enumerate(names) if name == task]
                 part = {name: value[rows] for name, value in batch.items()}
@@ -219,10 +216,6 @@ class RoutedModel:
         for chosen in groups:
             batch = send_to_device(collate([samples[i] for i in chosen], config), self.device)
             yield chosen, {n: v.to(dtype) if v.is_floating_point() else v for n, v in batch.items()}
-
-    @torch.no_grad()
-    def _decide(self, batch: dict[str, Tensor]) -> list[tuple[str, str, Decision]]:
-        return decide(self.model, batch)
 
     def _vote(self, records: list[tuple[str, str, Decision]]) -> tuple[Optional[Decision], list[str]]:
         """The one decision of a discriminant router, or, of a prototype router's many, the task of most layers."""
@@ -264,7 +257,8 @@ class RoutedModel:
     ) -> Any:
         """Upload the whole model; or, with `base_model`, the adapter alone over a static model that is on the Hub.
 
-        Calibration samples stay here. `kwargs` go to `HfApi.upload_folder` (`revision`, `commit_message`, …).
+        Calibration samples stay here; their mean features, which the
+        router is made from, do not. `kwargs` go to `HfApi.upload_folder` (`revision`, `commit_message`, …).
         """
         return push_folder(self.folder, repo_id, base_model=base_model, private=private, token=token, **kwargs)
 
@@ -275,7 +269,7 @@ class RoutedModel:
         """
         experts = load_experts(self.folder)
         base = self.model.get_base_model()
-        transposed = any(type(base.get_submodule(m).get_base_layer()).__name__ == "Conv1D" for m in experts.factors)
+        transposed = any(isinstance(base.get_submodule(m).get_base_layer(), Conv1D) for m in experts.factors)
         wanted = list(self.tasks if tasks is None else tasks)
         if unknown := [task for task in wanted if task not in self.tasks]:
             raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {', '.join(self.tasks)}.")
@@ -420,41 +414,3 @@ def push_folder(
         config.base_model_name_or_path = base_model
         config.save_pretrained(str(staging))
         return api.upload_folder(repo_id=repo_id, folder_path=staging, **kwargs)
-
-
-def write_hashes(folder: Path) -> None:
-    """Record the hash of every weight file: the Hub's client notices no flipped byte."""
-    hashes = {str(path.relative_to(folder)): _hash(path) for path in _hashed(folder)}
-    (folder / HASHES_FILE).write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
-
-
-def verify_hashes(folder: Path, title: str) -> None:
-    """Raise if a file is missing or not what was written."""
-    if not (folder / HASHES_FILE).is_file():
-        raise HfEsmError(f"{title}: {HASHES_FILE} is missing, so that its files cannot be checked. Download it again.")
-    try:
-        hashes = dict(json.loads((folder / HASHES_FILE).read_text(encoding="utf-8")))
-    except ValueError:
-        raise HfEsmError(f"{title}: {HASHES_FILE} is damaged. Download it again.") from None
-    for name, expected in hashes.items():
-        if not (folder / name).is_file():
-            raise HfEsmError(f"{title}: {name} is missing. Download the whole model again.")
-        if _hash(folder / name) != expected:
-            path = (folder / name).resolve()  # in the Hub's cache, the client takes it as it is until it is deleted
-            raise HfEsmError(
-                f"{title}: {name} is damaged: its hash is not the one recorded. Delete {path} and download it again."
-            )
-
-
-def _hashed(folder: Path) -> list[Path]:
-    weights = [path.relative_to(folder) for path in sorted(folder.rglob("*.safetensors"))]
-    weights = [folder / path for path in weights if path.parts[0] != PROXIES_FOLDER]
-    return [*weights, folder / FOLDER / "adapter_config.json"]
-
-
-def _hash(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()

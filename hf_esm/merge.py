@@ -20,8 +20,9 @@ from .calibration import pooled_inputs
 from .checkpoints import open_checkpoint, publish_folder, resolve_source, staging_folder
 from .errors import HfEsmError
 from .experts import write_experts
+from .hashes import write_hashes
 from .heads import load_task_model
-from .hub import RoutedModel, push_folder, write_hashes
+from .hub import RoutedModel, push_folder
 from .inputs import (
     calibrate_checkpoint,
     check_arguments,
