@@ -6,7 +6,19 @@ from .evaluation import Scores, evaluate
 from .heads import load_task_model
 from .hub import Explanation, Prediction, RoutedModel
 from .merge import MergeResult, calibrate, merge_models
-from .methods import METHODS, TSVM, EssentialMerge, Mean, RoutedMerge, TaskArithmetic
+from .methods import (
+    DARE,
+    METHODS,
+    TIES,
+    TSVM,
+    EssentialMerge,
+    IsoC,
+    IsoCTS,
+    Mean,
+    RegMean,
+    RoutedMerge,
+    TaskArithmetic,
+)
 from .pipelines import RoutedPipeline
 from .planning import MergePlan
 from .recipes import load_recipe
@@ -24,7 +36,9 @@ from .version import __version__
 
 
 __all__ = [
+    "DARE",
     "METHODS",
+    "TIES",
     "TSVM",
     "ActivationStatistics",
     "EssentialComponentsConfig",
@@ -32,10 +46,13 @@ __all__ = [
     "EssentialMerge",
     "Explanation",
     "HfEsmError",
+    "IsoC",
+    "IsoCTS",
     "Mean",
     "MergePlan",
     "MergeResult",
     "Prediction",
+    "RegMean",
     "RoutedExpertsConfig",
     "RoutedExpertsModel",
     "RoutedMerge",

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from .checkpoints import LoraCheckpoint, ModelSource
-from .methods import RoutedMerge
+from .methods import ROUTED
 from .planning import MergePlan
 from .version import __version__
 
@@ -45,7 +45,7 @@ def write_card(
             for task, expert in plan.experts.items()
         ],
         method=plan.method.name,
-        routed=isinstance(plan.method, RoutedMerge),
+        routed=isinstance(plan.method, ROUTED),
         alpha=alpha,
         model_class=type(plan.base.skeleton).__name__,
         task_heads=task_heads,

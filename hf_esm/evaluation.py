@@ -117,7 +117,8 @@ def evaluate(
         experts: by task, the expert to measure beside it, as `merge_models` takes it; a LoRA adapter stands on the
             base that it names.
         processor: tokenizer or processor, where none stands beside the model.
-        route: of an ESM++ model: `"routed"`, `"oracle"` (each task's expert for its rows), or `"static"`.
+        route: of a model with experts: `"routed"`, `"oracle"` (each task's expert for its rows; what a model without
+            a router gets in any case), or `"static"`.
         options: fields of `ProxyOptions`; all rows are used unless `num_samples` says otherwise.
     """
     options = ProxyOptions(**{"num_samples": 0, **options})
@@ -137,6 +138,8 @@ def evaluate(
     found: dict[str, float] = {}
     if (folder / EXPERTS_FOLDER).is_dir():
         routed = RoutedModel.from_pretrained(folder).to(device)
+        if route == "routed" and routed.config.router == "none":
+            route = "oracle"
         merged = {}
         for task in data:
             forced = {"oracle": task, "static": "static"}.get(route)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from .calibration import pooled_inputs
 from .checkpoints import Checkpoint, LoraCheckpoint
 from .checkpoints.reader import quiet_loading
-from .linalg import essential_subspace
+from .linalg import essential_subspace, truncated_svd
 from .options import MergeOptions
 from .passes import MergedUpdates
 from .planning import MergePlan
@@ -28,20 +28,24 @@ from .routers import fit_discriminant
 from .statistics import ActivationStatistics, InputStatistics
 from .tuners.lora_export import rank_settings, write_adapter
 from .tuners.routed import RoutedExpertsConfig, fingerprint
-from .weights import to_matrices
+from .weights import is_routable, to_matrices
 
 
 FOLDER = "routed"
 FEATURES = "router_features.safetensors"
 
 
-def expert_factors(residual: Tensor, inputs: InputStatistics, rank: int) -> tuple[Tensor, Tensor]:
+def expert_factors(residual: Tensor, inputs: Optional[InputStatistics], rank: int) -> tuple[Tensor, Tensor]:
     """One task's expert of one linear map: `A [r, d_in]` and `B [d_out, r]`, float32, with `B A ≈ residual`.
 
-    `B` are the leading essential directions of the residual `W_t − W_M`, `A` its coordinates. Directions that are not
-    there are zero, so that the ranks of all tasks agree.
+    `B` are the leading essential directions of the residual `W_t − W_M`, `A` its coordinates; without statistics of
+    the inputs, its leading singular vectors. Directions that are not there are zero, so that the ranks of all tasks
+    agree.
     """
-    directions = essential_subspace(inputs.factor, residual, rank).directions
+    if inputs is None:
+        directions, _, _ = truncated_svd(residual, rank)
+    else:
+        directions = essential_subspace(inputs.factor, residual, rank).directions
     a, b = torch.zeros(rank, residual.shape[1]), torch.zeros(residual.shape[0], rank)
     found = directions.shape[1]
     a[:found], b[:, :found] = (directions.T @ residual.double()).float(), directions.float()
@@ -65,7 +69,7 @@ class RoutedExperts:
         factors: `(A [T, r, d_in], B [T, d_out, r])` by the module's name.
         prototypes: `[T, d_in]` by the module's name, normalised mean inputs.
         features: per task, what every block reads: `[N_t, d_in]` by the module's name, in the order in which they run.
-        router: name of the router.
+        router: name of the router, or "none".
         depth: share of the blocks that run before the router decides.
         confidence: probability that a task needs for a sample to get its expert.
         shift: by module, how much farther the merged model's mean feature is than the base's, which brings near what
@@ -117,8 +121,9 @@ class RoutedExperts:
 
     def _route(self) -> tuple[list[str], dict[str, Tensor], dict]:
         """The router's readers, tensors and settings."""
-        if self.router == "prototype":
-            return [], {f"{m}.routed_experts_prototypes": p for m, p in self.prototypes.items()}, {}
+        if self.router != "discriminant":
+            prototypes = self.prototypes if self.router == "prototype" else {}
+            return [], {f"{m}.routed_experts_prototypes": p for m, p in prototypes.items()}, {}
         readers = self.modules[: min(int(self.depth * len(self.modules)), len(self.modules) - 1) + 1]
         found = fit_discriminant({t: torch.cat([self.features[t][m] for m in readers], dim=1) for t in self.tasks})
         widths = [self.features[self.tasks[0]][m].shape[1] for m in readers]
@@ -170,32 +175,30 @@ def make_experts(
     """
     method, base = plan.method, plan.base
     factors, prototypes = {}, {}
-    # What reads only some of a sample's tokens (experts of a mixture) cannot be routed by the sample.
-    routable = [n for n in plan.heads.shared if ".experts." not in n and all(n in s for s in statistics.values())]
+    routable = [name for name in plan.heads.shared if is_routable(name, base.linear.get(name))]
+    if method.needs_statistics:
+        routable = [name for name in routable if all(name in found for found in statistics.values())]
     for name in progress(routable):
         linear = base.linear[name]
         weight = merged(name).float()
         found, means = [], []
         for task, expert in plan.experts.items():
             (residual,) = to_matrices(residual_update(expert, name, weight), linear)
-            inputs = statistics[task][name]
-            found.append(expert_factors(residual, inputs, min(method.rank, *residual.shape)))
-            means.append(torch.nn.functional.normalize(inputs.mean, dim=0))
+            inputs = statistics[task][name] if method.needs_statistics else None
+            found.append(expert_factors(residual, inputs, method.expert_rank(residual.shape, len(plan.experts))))
+            if inputs is not None:
+                means.append(torch.nn.functional.normalize(inputs.mean, dim=0))
         module = base.names[name].removesuffix(".weight")
         factors[module] = torch.stack([a for a, _ in found]), torch.stack([b for _, b in found])
-        prototypes[module] = torch.stack(means)
+        if means:
+            prototypes[module] = torch.stack(means)
     modules = {name: base.names[name].removesuffix(".weight") for found in features.values() for name in found}
     by_module = {task: {modules[name]: rows for name, rows in found.items()} for task, found in features.items()}
-    return RoutedExperts(
-        list(plan.experts),
-        factors,
-        prototypes,
-        by_module,
-        method.router,
-        method.depth,
-        method.confidence,
-        {modules[name]: rows for name, rows in shift.items()},
-    )
+    experts = RoutedExperts(list(plan.experts), factors, prototypes, by_module, method.router)
+    if method.router == "discriminant":
+        experts.depth, experts.confidence = method.depth, method.confidence
+        experts.shift = {modules[name]: rows for name, rows in shift.items()}
+    return experts
 
 
 def write_experts(
@@ -212,11 +215,11 @@ def write_experts(
     """Put experts and router beside the merged model in `folder`."""
     with quiet_loading():
         model = type(plan.base.skeleton).from_pretrained(folder)
-    features: dict[str, Mapping[str, Tensor]] = {task: found.pooled for task, found in statistics.items()}
+    features: dict[str, Mapping[str, Tensor]] = {t: found.pooled for t, found in statistics.items() if found}
     shift: dict[str, Tensor] = {}
     # All tasks' features are of one model: a router would learn to tell two models apart.
-    if plan.method.router == "prototype":
-        features = {task: {} for task in statistics}
+    if plan.method.router != "discriminant":
+        features = {task: {} for task in plan.experts}
     elif plan.method.router_features == "merged" and samples.keys() >= statistics.keys():
         for task, rows in samples.items():
             features[task] = pooled_inputs(

@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .checkpoints import open_checkpoint, publish_folder, resolve_source, staging_folder, whole_folder
+from .checkpoints import ModelSource, open_checkpoint, publish_folder, resolve_source, staging_folder, whole_folder
 from .checkpoints.sources import _model_class
 from .errors import HfEsmError
 from .experts import FOLDER, RoutedExperts, expert_factors, load_experts, residual_update
@@ -100,7 +100,7 @@ class RoutedModel:
         trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> "RoutedModel":
-        """Load what `merge_models(…, method="esm++")` wrote, or `push_to_hub` uploaded.
+        """Load what `merge_models(…, method="esm++")` (or `"tsv-c"`) wrote, or `push_to_hub` uploaded.
 
         Args:
             model: folder or Hub id.
@@ -153,6 +153,7 @@ class RoutedModel:
     @torch.no_grad()
     def explain(self, inputs: Any, batch_size: int = 32, **options: Any) -> list[Explanation]:
         """Which expert each input gets and why. Takes what `predict` takes."""
+        self._need_router("explain")
         found: list[Optional[Explanation]] = [None] * len(inputs)
         for chosen, batch in self._batches(inputs, batch_size, options):
             records = decide(self.model, batch)
@@ -179,6 +180,8 @@ class RoutedModel:
         given = [tasks] * len(inputs) if isinstance(tasks, str) else tasks
         if given is not None and len(given) != len(inputs):
             raise HfEsmError(f"{len(given)} tasks are given for {len(inputs)} inputs. Give one each.")
+        if given is None:
+            self._need_router("predict")
         found: list[Optional[Prediction]] = [None] * len(inputs)
         for chosen, batch in self._batches(inputs, batch_size, options):
             if given is not None:
@@ -200,6 +203,10 @@ class RoutedModel:
                     label = labels[int(scores.indices[at])]
                     found[chosen[row]] = Prediction(task, label, float(scores.values[at]), sure)
         return found
+
+    def _need_router(self, what: str) -> None:
+        if self.config.router == "none":
+            raise HfEsmError(f"{what}: this model has no router. Name the tasks: {', '.join(self.tasks)}.")
 
     def _batches(self, inputs: Any, batch_size: int, options: Mapping[str, Any]) -> Iterable[tuple[list[int], dict]]:
         if isinstance(inputs, str):
@@ -295,7 +302,7 @@ class RoutedModel:
         Args:
             expert: as `merge_models` takes it; of the same architecture as the merged model.
             statistics: `ActivationStatistics`, or a path of such, collected with `base=`; by default what stands
-                beside the expert's weights.
+                beside the expert's weights. Not needed by a model of method `tsv-c`.
             output_dir: folder to write the larger model to.
         """
         if task in self.tasks:
@@ -312,15 +319,17 @@ class RoutedModel:
         keeps = any((self.folder / HEADS_FOLDER).glob(f"*/{HEAD_WEIGHTS}"))
         plan = plan_merge(root, {task: opened}, RoutedMerge(), "keep" if keeps else "auto")
         check_values(plan)
-        if not isinstance(statistics, ActivationStatistics):
-            if statistics is None and source.folder is None:
-                raise HfEsmError(f"{source.title}: it has no folder with statistics. Give `statistics`.")
-            statistics = ActivationStatistics.load(statistics if statistics is not None else source.folder)
-        refuse_foreign(plan, task, statistics)
         experts = load_experts(self.folder)
         modules = {root.names[name].removesuffix(".weight"): name for name in root.linear}
-        if lacking := [m for m in experts.factors if modules[m] not in statistics or modules[m] not in opened.names]:
-            raise HfEsmError(f"'{task}': no weight or statistics for '{lacking[0]}'. Is it a fine-tune of this base?")
+        if lacking := [module for module in experts.factors if modules[module] not in opened.names]:
+            raise HfEsmError(f"'{task}': no weight for '{lacking[0]}'. Is it a fine-tune of this base?")
+        if self.config.router == "none":  # its experts are made of singular vectors
+            statistics = None
+        else:
+            statistics = self._statistics(task, source, statistics)
+            refuse_foreign(plan, task, statistics)
+            if lacking := [module for module in experts.factors if modules[module] not in statistics]:
+                raise HfEsmError(f"'{task}': no statistics for '{lacking[0]}'. Were they taken of this expert?")
         if lacking := [module for module in experts.modules if modules[module] not in statistics.pooled]:
             raise HfEsmError(
                 f"The statistics of '{task}' do not hold what the base's blocks read, which makes the router. "
@@ -329,7 +338,7 @@ class RoutedModel:
         for module, (a, b) in experts.factors.items():
             name = modules[module]
             (residual,) = to_matrices(residual_update(opened, name, root.tensor(name)), root.linear[name])
-            new_a, new_b = expert_factors(residual, statistics[name], a.shape[1])
+            new_a, new_b = expert_factors(residual, statistics and statistics[name], a.shape[1])
             experts.factors[module] = torch.cat([a, new_a[None]]), torch.cat([b, new_b[None]])
             if module in experts.prototypes:
                 prototype = torch.nn.functional.normalize(statistics[name].mean, dim=0)
@@ -343,6 +352,15 @@ class RoutedModel:
             output_dir,
             lambda folder: save_head(folder, task, opened, plan.heads.own[task]),
         )
+
+    @staticmethod
+    def _statistics(task: str, source: ModelSource, given: Any) -> ActivationStatistics:
+        """Statistics as they are given, or those that stand beside the expert."""
+        if isinstance(given, ActivationStatistics):
+            return given
+        if given is None and source.folder is None:
+            raise HfEsmError(f"{source.title}: it has no folder with statistics. Give `statistics`.")
+        return ActivationStatistics.load(source.folder if given is None else given)
 
     def remove_expert(self, task: str, *, output_dir: str | os.PathLike) -> "RoutedModel":
         """The model without one of its tasks, written to `output_dir`."""
@@ -388,7 +406,7 @@ def _take(decision: Decision, rows: list[int]) -> Decision:
 
 def _check_routed(folder: Path, title: str) -> None:
     if not (folder / FOLDER / "adapter_config.json").is_file():
-        raise HfEsmError(f"{title}: no experts in {FOLDER}/. It takes a model that method 'esm++' wrote.")
+        raise HfEsmError(f"{title}: no experts in {FOLDER}/. It takes a model that method 'esm++' or 'tsv-c' wrote.")
 
 
 def push_folder(

@@ -84,7 +84,7 @@ def polar_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     gram = matrix @ matrix.T if wide else matrix.T @ matrix
     squares, vectors = torch.linalg.eigh(gram)
     mean = squares.clamp_min(0).sqrt().mean()
-    kept = _significant(squares)
+    kept = significant(squares)
     vectors = vectors[:, kept]
     root = (vectors / squares[kept].sqrt()) @ vectors.T
     return (root @ matrix if wide else matrix @ root), mean
@@ -109,12 +109,12 @@ def _leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The `rank` largest eigenvalues of a Gram matrix, descending, with their vectors; zero ones are dropped."""
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-    kept = _significant(values)
+    kept = significant(values)
     return values[kept], vectors[:, kept]
 
 
-def _significant(squares: Tensor) -> Tensor:
-    """Which squared singular values are not numerically zero."""
+def significant(squares: Tensor) -> Tensor:
+    """Which squared singular values, or eigenvalues of a Gram matrix, are not numerically zero."""
     if not len(squares):
         return squares > 0
     return squares > squares.max().clamp_min(0) * RELATIVE_CUTOFF**2

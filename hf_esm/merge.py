@@ -34,7 +34,7 @@ from .inputs import (
     read_validation,
     torch_dtype,
 )
-from .methods import RoutedMerge, resolve_method
+from .methods import ROUTED, resolve_method
 from .options import MergeOptions
 from .output import write_files, write_model
 from .passes import MergedUpdates, WeightReport, merge_weights, scale_layers
@@ -93,8 +93,10 @@ def merge_models(
     options = MergeOptions(**options)
     method = resolve_method(options.method)
     if options.rank is not None:
-        if not isinstance(method, RoutedMerge):
-            raise HfEsmError(f"Method {method.name!r} has no experts, so no rank. Leave it out, or use 'esm++'.")
+        if not isinstance(method, ROUTED):
+            raise HfEsmError(
+                f"Method {method.name!r} has no experts, so no rank. Leave it out, or use 'esm++' or 'tsv-c'."
+            )
         method = replace(method, rank=options.rank)
     accelerator = accelerator or Accelerator()
     run = _Run(options, accelerator, callback)
@@ -131,7 +133,7 @@ def merge_models(
         scratch.mkdir(exist_ok=True)
         accelerator.wait_for_everyone()
         with run.stage("calibrating"):
-            routed = isinstance(method, RoutedMerge)
+            routed = isinstance(method, ROUTED)
             keep_base = options.statistics_dir or (routed and method.router == "discriminant")
             base_model = opened.load_model() if samples and keep_base else None
             for task, proxies in run.progress("Calibrating")(samples.items()):

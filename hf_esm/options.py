@@ -8,6 +8,7 @@ from typing import Any, Optional
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from .errors import HfEsmError
+from .methods import METHODS
 from .proxies import ProxyOptions
 
 
@@ -19,7 +20,7 @@ class MergeOptions(ProxyOptions):
         method: name of a method, `{"name": …, setting: value}`, or its settings dataclass.
         alpha: scale of the merged update; a number, `"auto"` to choose it on validation data, or None for the
             method's default.
-        rank: of the routed experts, for `method="esm++"`.
+        rank: of the experts, for `method="esm++"` and `"tsv-c"`.
         heads: what every task keeps to itself; see `heads.plan_heads`.
         dtype: of the written weights, by its name in torch; by default each keeps the base's.
         output_dir: folder to write, which must not exist yet.
@@ -34,13 +35,13 @@ class MergeOptions(ProxyOptions):
 
     method: Any = field(
         default="esm",
-        metadata={"help": "merge method: mean, task-arithmetic, tsv-m, esm, esm-roberta, esm-vit, esm++"},
+        metadata={"help": f"merge method: {', '.join(METHODS)}"},
     )
     alpha: Optional[float | str] = field(
         default=None,
         metadata={"help": "scale of the merged update: a number, or 'auto' to choose it on validation data"},
     )
-    rank: Optional[int] = field(default=None, metadata={"help": "rank of the routed experts of esm++", "least": 1})
+    rank: Optional[int] = field(default=None, metadata={"help": "rank of the experts of esm++ and tsv-c", "least": 1})
     heads: Any = field(
         default="auto", metadata={"help": "what tasks keep to themselves: auto, merge, keep, or module names"}
     )

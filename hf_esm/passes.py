@@ -14,10 +14,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .checkpoints import Checkpoint, ShardedWriter
-from .methods import MergeMethod, Stack
+from .methods import TIES, MergeMethod, Stack
+from .methods.sparse import magnitude_threshold
 from .planning import MergePlan
 from .statistics import ActivationStatistics
-from .weights import from_matrices, layer_type, to_matrices
+from .weights import from_matrices, is_routable, layer_type, to_matrices
 
 
 # Elements of a weight below which several are merged side by side.
@@ -30,7 +31,7 @@ class WeightReport:
 
     Attributes:
         name: its name in the base model.
-        how: the rule that merged it (`"esm"`, `"tsv-m"`, `"mean"`, `"sum"`).
+        how: the rule that merged it (`"esm"`, `"tsv-m"`, `"mean"`, `"sum"`, …).
         norm: Frobenius norm of the merged update, before α and the scale between layers.
         scaled: whether α multiplies it.
         layer_scale: its scale between layers of one type; 1 where the method has none.
@@ -80,7 +81,8 @@ def merge_weights(
     shapes = {name: torch.empty(plan.base.shape(name), device="meta") for unit in units for name in unit}
     reports: dict[str, WeightReport] = {}
     with ShardedWriter(scratch, shapes, max_shard_size=2**62, stem=f"updates-{rank}") as writer:
-        merge = partial(_merge_unit, plan=plan, statistics=statistics)
+        thresholds = _trim_thresholds(plan, progress) if isinstance(plan.method, TIES) else []
+        merge = partial(_merge_unit, plan=plan, statistics=statistics, thresholds=thresholds)
         for merged in _side_by_side(units, partial(_elements, plan), merge, progress):
             for name, (update, report) in merged.items():
                 writer.write(name, update)
@@ -133,8 +135,22 @@ def _elements(plan: MergePlan, unit: list[str]) -> int:
     return sum(math.prod(plan.base.shape(name)) for name in unit)
 
 
+def _trim_thresholds(plan: MergePlan, progress: Callable[[Iterable], Iterable]) -> list[float]:
+    """Per expert, the magnitude that the method's share of its whole update reaches."""
+    names = [name for name in plan.heads.shared if plan.base.dtype(name).is_floating_point]
+
+    def updates(expert: Checkpoint) -> Iterator[Tensor]:
+        return (expert.update(name, plan.base.tensor(name)) for name in names)
+
+    density = plan.method.density
+    return [magnitude_threshold(partial(updates, expert), density) for expert in progress(plan.experts.values())]
+
+
 def _merge_unit(
-    unit: list[str], plan: MergePlan, statistics: dict[str, Optional[ActivationStatistics]]
+    unit: list[str],
+    plan: MergePlan,
+    statistics: dict[str, Optional[ActivationStatistics]],
+    thresholds: list[float],
 ) -> dict[str, tuple[Tensor, WeightReport]]:
     """One weight of every expert merged, with its report; several names where they are stacked along the output."""
     linear = plan.base.linear.get(unit[0])
@@ -154,7 +170,15 @@ def _merge_unit(
     ]
     merged = [
         plan.method.merge(
-            Stack(plan.base.names[unit[0]], layer_type(unit[0]), list(deltas), linear is not None, inputs)
+            Stack(
+                name=plan.base.names[unit[0]],
+                layer_type=layer_type(unit[0]),
+                deltas=list(deltas),
+                is_linear=linear is not None,
+                routable=is_routable(unit[0], linear),
+                statistics=inputs,
+                thresholds=thresholds,
+            )
         )
         for deltas in zip(*matrices.values(), strict=True)
     ]

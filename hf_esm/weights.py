@@ -51,6 +51,13 @@ def _holds_experts(module: nn.Module, parameter: Tensor) -> bool:
     return hasattr(module, "is_transposed") or getattr(module, "num_experts", None) == parameter.shape[0]
 
 
+def is_routable(name: str, linear: LinearMap | None) -> bool:
+    """Whether experts can be routed beside a linear map: not where it reads only some of a sample's tokens, as the
+    experts of a mixture do.
+    """
+    return linear is not None and not linear.slices and ".experts." not in name
+
+
 def to_matrices(tensor: Tensor, linear: LinearMap | None) -> list[Tensor]:
     """A parameter as the matrices `[d_out, d_in]` that it holds; a parameter of another kind as it is."""
     if linear is None:

@@ -5,7 +5,8 @@ streaming, no import of `hf_esm`. Every function takes tensors of any dtype and 
 
 Shapes: an update `delta` is `[d_out, d_in]` as in `torch.nn.Linear`, the inputs `X` of that map `[n, d_in]`; lists
 run over the `T` tasks. Papers: *Model Merging in the Essential Subspace* (arXiv 2602.20208), *Essential Subspace
-Merging for Multi-Task Learning* (arXiv 2606.19164), *Task Singular Vectors* (arXiv 2412.00081).
+Merging for Multi-Task Learning* (arXiv 2606.19164), *Task Singular Vectors* (arXiv 2412.00081), *No Task Left Behind*
+(Iso-C and Iso-CTS, arXiv 2502.04959), TIES (arXiv 2306.01708), DARE (arXiv 2311.03099), RegMean (arXiv 2212.09849).
 """
 
 import torch
@@ -152,6 +153,69 @@ def mean(deltas: list[Tensor]) -> Tensor:
 def task_arithmetic(deltas: list[Tensor]) -> Tensor:
     """`Σ Δ_t`; its α is 0.3."""
     return sum(delta.double() for delta in deltas)
+
+
+def ties(deltas: list[Tensor], density: float = 0.2) -> Tensor:
+    """TIES of whole updates, each one tensor: keep the `⌊density · N⌋` largest entries of each (at least one), elect
+    the sign of their sum, and average the entries that have it."""
+    trimmed = []
+    for delta in deltas:
+        kept = max(int(density * delta.numel()), 1)
+        threshold = delta.abs().flatten().sort(descending=True).values[kept - 1]
+        trimmed.append(torch.where(delta.abs() >= threshold, delta.double(), torch.zeros(())))
+    elected = sum(trimmed).sign()
+    agreeing = [torch.where(delta.sign() == elected, delta, torch.zeros(())) for delta in trimmed]
+    counts = sum((delta != 0).double() for delta in agreeing)
+    return torch.where(counts > 0, sum(agreeing) / counts, torch.zeros((), dtype=torch.float64))
+
+
+def dare(deltas: list[Tensor], masks: list[Tensor], density: float = 0.1) -> Tensor:
+    """`Σ (mask_t ∘ Δ_t) / density`; its α is 0.3."""
+    return sum(delta.double() * mask / density for delta, mask in zip(deltas, masks))
+
+
+def regmean(deltas: list[Tensor], inputs: list[Tensor], off_diagonal: float = 0.9, ridge: float = 0.0) -> Tensor:
+    """`(Σ Δ_t G_t) (Σ G_t)⁺`, `G_t = XᵀX / tr XᵀX`, off-diagonal entries times a factor, plus `ridge · tr(G_t) / d_in`
+    on the diagonal. A task whose inputs are all zero does not count."""
+    width = deltas[0].shape[1]
+    weighted, total = torch.zeros(deltas[0].shape, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+    for delta, x in zip(deltas, inputs):
+        gram = x.double().T @ x.double()
+        if gram.trace() == 0:
+            continue
+        gram = gram / gram.trace()
+        gram = off_diagonal * gram + (1 - off_diagonal) * torch.diag(gram.diagonal())
+        gram = gram + ridge / width * torch.eye(width, dtype=torch.float64)
+        weighted, total = weighted + delta.double() @ gram, total + gram
+    return weighted @ torch.linalg.pinv(total, rtol=CUTOFF**2, hermitian=True)
+
+
+def iso_c(deltas: list[Tensor]) -> Tensor:
+    """SVD of `Σ Δ_t`, every singular value replaced by the mean of all; zero ones stay zero."""
+    polar_of_sum, mean_value = polar(sum(delta.double() for delta in deltas))
+    return polar_of_sum * mean_value
+
+
+def iso_cts(deltas: list[Tensor], common_space_fraction: float = 0.8) -> Tensor:
+    """The top `k_c` triplets of the sum; the top `(m − k_c) / T` of each `Δ_t − U_c U_cᵀ Δ_t`; stacked, both sides
+    orthogonalised, every singular value their mean over `m = min(d)`. `k_c = ⌊fraction · m⌋`, adjusted so that the
+    rest is the nearest multiple of T that there is room for."""
+    side, tasks = min(deltas[0].shape), len(deltas)
+    own = round((side - int(common_space_fraction * side)) / tasks)
+    own = min(own, side // tasks)
+    u, s, vh = svd(sum(delta.double() for delta in deltas))
+    common = min(side - own * tasks, numerical_rank(s))
+    parts = [(u[:, :common], s[:common], vh[:common])]
+    for delta in deltas:
+        rest = delta.double() - u[:, :common] @ (u[:, :common].T @ delta.double())
+        if rest.norm() <= CUTOFF * max(float(other.double().norm()) for other in deltas):
+            continue
+        a, b, c = svd(rest)
+        k = min(own, numerical_rank(b))
+        parts.append((a[:, :k], b[:k], c[:k]))
+    left, _ = polar(torch.cat([a for a, _, _ in parts], dim=1))
+    right, _ = polar(torch.cat([c for *_, c in parts]))
+    return left @ right * sum(b.sum() for _, b, _ in parts) / side
 
 
 def merge_weight(

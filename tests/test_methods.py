@@ -7,9 +7,10 @@ import reference
 import torch
 from problems import ROUTES, exact, random_problem, relative_error, seeds, shapes, streamed
 
-from hf_esm import TSVM, EssentialMerge, HfEsmError, Mean, TaskArithmetic
+from hf_esm import DARE, TIES, TSVM, EssentialMerge, HfEsmError, IsoC, IsoCTS, Mean, RegMean, TaskArithmetic
 from hf_esm.methods import METHODS, Stack, describe_method, resolve_method
 from hf_esm.methods.singular_vectors import merge_singular_vectors
+from hf_esm.methods.sparse import magnitude_threshold
 
 
 PLAIN = {"gamma": 0.15, "shrinkage": 0.0, "keep_singular_values": False, "match_norm": False}  # as published
@@ -32,7 +33,7 @@ settings = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
 
 def stack(deltas, statistics=None, name="layer.0.up.weight", is_linear=True):
-    return Stack(name, "layer.up.weight", deltas, is_linear, statistics or [])
+    return Stack(name, "layer.up.weight", deltas, is_linear, statistics or [], [0.0] * len(deltas))
 
 
 @seeds
@@ -62,6 +63,88 @@ def test_tsv_m_is_the_formula(seed, shape, keep_scale):
     merged = (EssentialMerge(keep_fallback_scale=True) if keep_scale else TSVM()).merge(stack(deltas))
     assert relative_error(merged.delta, expected) < 1e-4
     assert (merged.how, merged.delta.dtype) == ("tsv-m", torch.float32)
+
+
+ISO = {  # merge of a stack, the formula
+    "iso-c": (IsoC(), reference.iso_c),
+    "iso-cts": (IsoCTS(), reference.iso_cts),
+    "iso-cts-own": (IsoCTS(0.0), lambda deltas: reference.iso_cts(deltas, 0.0)),
+    "iso-cts-half": (IsoCTS(0.5), lambda deltas: reference.iso_cts(deltas, 0.5)),
+    "iso-cts-common": (IsoCTS(1.0), lambda deltas: reference.iso_cts(deltas, 1.0)),
+}
+iso = pytest.mark.parametrize(("method", "formula"), ISO.values(), ids=ISO)
+
+
+@seeds
+@shapes
+@iso
+def test_isotropic_merging_is_the_formula(seed, shape, method, formula):
+    deltas, _ = random_problem(seed, shape)
+    merged = method.merge(stack(deltas))
+    assert relative_error(merged.delta, formula(deltas)) < 1e-4
+    assert (merged.how, merged.delta.dtype) == (method.name, torch.float32)
+    assert method.merge(stack([delta[0] for delta in deltas])).how == "mean"
+
+
+@seeds
+@shapes
+@pytest.mark.parametrize(("off_diagonal", "ridge"), [(0.9, 0.0), (1.0, 0.0), (0.0, 0.0), (1.0, 0.3)])
+def test_regmean_is_the_formula(seed, shape, off_diagonal, ridge):
+    deltas, inputs = random_problem(seed, shape)
+    expected = reference.regmean(deltas, inputs, off_diagonal, ridge)
+    for route in ROUTES:
+        merged = RegMean(off_diagonal, ridge).merge(stack(deltas, [route(x) for x in inputs]))
+        assert relative_error(merged.delta, expected) < 1e-4, route.__name__
+    assert RegMean().merge(stack(deltas, [exact(inputs[0]), None])).how == "mean"
+
+
+@seeds
+def test_regmean_gives_every_expert_its_outputs_where_inputs_do_not_meet(seed):
+    deltas, inputs = random_problem(seed, (40, 18, 15, 3))
+    places = torch.arange(15) % 3
+    inputs = [x * (places == task) for task, x in enumerate(inputs)]
+    merged = RegMean(1.0).merge(stack(deltas, [exact(x) for x in inputs])).delta
+    for delta, x in zip(deltas, inputs):
+        assert relative_error(x @ merged.T, x @ delta.T) < 1e-4
+
+
+@seeds
+@pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("size", [(5, 7), (600,), (20, 3, 4)])
+def test_ties_is_the_formula(seed, density, size):
+    deltas = list(torch.randn(4, *size, generator=torch.Generator().manual_seed(seed)))
+    problem = stack(deltas)
+    problem.thresholds = [magnitude_threshold(lambda d=delta: d.split(2), density) for delta in deltas]
+    merged = TIES(density).merge(problem)
+    assert relative_error(merged.delta, reference.ties(deltas, density)) < 1e-6
+    assert (merged.how, merged.delta.dtype) == ("ties", torch.float32)
+
+
+@seeds
+def test_a_threshold_is_exact_for_ties_zeros_and_tiny_numbers(seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(5000, generator=generator) * 10.0 ** torch.randint(-42, 30, (5000,), generator=generator)
+    values[torch.rand(5000, generator=generator) < 0.3] = 0.0
+    values[:700] = values[700]
+    for density in (0.0001, 0.1, 0.3, 0.69, 0.9, 1.0):
+        last = values.abs().sort(descending=True).values[max(int(density * 5000), 1) - 1]
+        assert magnitude_threshold(lambda: values.split(999), density) == float(last)
+
+
+@seeds
+def test_dare_keeps_the_expected_sum_and_is_the_same_everywhere(seed):
+    deltas = list(torch.randn(3, 200, 100, generator=torch.Generator().manual_seed(seed)))
+    method = DARE(0.25, drop_seed=seed)
+    merged = method.merge(stack(deltas)).delta
+    masks = [method.mask("layer.0.up.weight", place, deltas[0].shape) for place in range(3)]
+    assert relative_error(merged, reference.dare(deltas, masks, 0.25)) < 1e-6
+    assert all(0.23 < float(mask.float().mean()) < 0.27 for mask in masks)
+    assert not torch.equal(masks[0], masks[1])
+    torch.manual_seed(seed + 1)  # nobody else's seed matters, every weight has its own, and so has every setting
+    assert torch.equal(method.merge(stack(deltas)).delta, merged)
+    assert not torch.equal(method.merge(stack(deltas, name="layer.1.up.weight")).delta, merged)
+    assert not torch.equal(DARE(0.25, drop_seed=seed + 1).merge(stack(deltas)).delta, merged)
+    assert relative_error(DARE(1.0).merge(stack(deltas)).delta, sum(deltas)) < 1e-6
 
 
 @seeds
@@ -123,6 +206,10 @@ def test_degenerate_inputs_give_the_formula_on_the_numerical_range(seed, shape, 
     for keep_scale in (False, True):
         expected = reference.tsv_m(deltas, keep_scale)
         assert relative_error(merge_singular_vectors(deltas, keep_scale), expected) < 1e-4
+    for method, formula in ISO.values():
+        assert relative_error(method.merge(stack(deltas)).delta, formula(deltas)) < 1e-4, method
+    expected = reference.regmean(deltas, inputs)
+    assert relative_error(RegMean().merge(stack(deltas, [exact(x) for x in inputs])).delta, expected) < 1e-4
 
 
 @seeds

@@ -11,7 +11,10 @@ from typing import Any, Protocol
 from ..errors import HfEsmError
 from .averaging import Mean, TaskArithmetic
 from .essential import EssentialMerge, RoutedMerge
-from .singular_vectors import TSVM
+from .isotropic import IsoC, IsoCTS
+from .regression import RegMean
+from .singular_vectors import TSVC, TSVM
+from .sparse import DARE, TIES
 from .stack import Merged, Stack
 
 
@@ -40,12 +43,21 @@ class MergeMethod(Protocol):
 METHODS: dict[str, Callable[[], MergeMethod]] = {
     "mean": Mean,
     "task-arithmetic": TaskArithmetic,
+    "ties": TIES,
+    "dare": DARE,
+    "regmean": RegMean,
     "tsv-m": TSVM,
+    "tsv-c": TSVC,
+    "iso-c": IsoC,
+    "iso-cts": IsoCTS,
     "esm": EssentialMerge,
     "esm-roberta": EssentialMerge.roberta,
     "esm-vit": EssentialMerge.vit,
     "esm++": RoutedMerge,
 }
+
+# Those whose outcome has an expert per task beside the static model: they also have `rank`, `router`, `expert_rank`.
+ROUTED = (RoutedMerge, TSVC)
 
 
 def resolve_method(method: str | Mapping[str, Any] | MergeMethod) -> MergeMethod:
@@ -79,12 +91,19 @@ def describe_method(method: MergeMethod) -> dict[str, Any]:
 
 
 __all__ = [
+    "DARE",
     "METHODS",
+    "ROUTED",
+    "TIES",
+    "TSVC",
     "TSVM",
     "EssentialMerge",
+    "IsoC",
+    "IsoCTS",
     "Mean",
     "MergeMethod",
     "Merged",
+    "RegMean",
     "RoutedMerge",
     "Stack",
     "TaskArithmetic",

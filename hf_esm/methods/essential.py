@@ -160,6 +160,10 @@ class RoutedMerge(EssentialMerge):
             if not 0 <= getattr(self, setting) <= 1:
                 raise HfEsmError(f"esm++: {setting} must be between 0 and 1, not {getattr(self, setting)}.")
 
+    def expert_rank(self, shape: torch.Size, tasks: int) -> int:
+        """Rank of one expert of a map `[d_out, d_in]`."""
+        return min(self.rank, *shape)
+
 
 # What both published codes have in common.
 _PUBLISHED = {

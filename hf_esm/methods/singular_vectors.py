@@ -1,11 +1,12 @@
 """Task Singular Vectors (arXiv 2412.00081)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..errors import HfEsmError
 from ..linalg import polar_factor, truncated_svd
 from .stack import Merged, Stack, mean_update
 
@@ -46,3 +47,34 @@ class TSVM:
         if not stack.is_matrix:
             return mean_update(stack, scaled=True)
         return Merged(merge_singular_vectors(stack.deltas).float(), self.name)
+
+
+@dataclass
+class TSVC:
+    """TSV-C: every expert compressed to the leading singular triplets of its updates, to stand beside the base.
+
+    The outcome is a model with routed experts and no router: whoever loads it says which task is meant. Linear maps
+    are the base's; everything else is averaged.
+    """
+
+    name: ClassVar[str] = "tsv-c"
+    default_alpha: ClassVar[float] = 1.0
+    tunable: ClassVar[bool] = False
+    needs_statistics: ClassVar[bool] = False
+    layer_exponent: ClassVar[float] = 0.0
+    router: ClassVar[str] = "none"
+
+    rank: int = field(default=0, metadata={"help": "triplets kept per expert and linear map; 0: min(d) / T"})
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise HfEsmError(f"tsv-c: rank must be 0 or more, not {self.rank}.")
+
+    def merge(self, stack: Stack) -> Merged:
+        if not stack.routable:
+            return mean_update(stack, scaled=True)
+        return Merged(torch.zeros_like(stack.deltas[0]), "base")
+
+    def expert_rank(self, shape: torch.Size, tasks: int) -> int:
+        """Rank of one expert of a map `[d_out, d_in]`."""
+        return min(self.rank or max(min(shape) // tasks, 1), *shape)

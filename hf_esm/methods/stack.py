@@ -18,14 +18,19 @@ class Stack:
         layer_type: the name with its integers removed; weights of one type share a scale between layers.
         deltas: `T` float32 tensors of one shape: `[d_out, d_in]` for a matrix, anything for other parameters.
         is_linear: whether it is the matrix of a linear map, rather than an embedding or a parameter of another kind.
+        routable: whether experts can be routed beside it.
         statistics: per expert, what is known of the map's inputs, or None. Only linear maps have any.
+        thresholds: per expert, the magnitude from which on an entry of its update is kept, if the method trims whole
+            updates (TIES).
     """
 
     name: str
     layer_type: str
     deltas: list[Tensor]
     is_linear: bool = False
+    routable: bool = False
     statistics: list[Optional[InputStatistics]] = field(default_factory=list)
+    thresholds: list[float] = field(default_factory=list)
 
     @property
     def is_matrix(self) -> bool:
@@ -42,7 +47,7 @@ class Merged:
 
     Attributes:
         delta: float32, of the shape of the stack's deltas.
-        how: the rule that made it, in a word (`"esm"`, `"tsv-m"`, `"mean"`, `"sum"`).
+        how: the rule that made it, in a word (`"esm"`, `"tsv-m"`, `"mean"`, `"sum"`, …).
         scaled: whether α multiplies it.
         info: figures for the report, such as the energy kept per expert.
     """

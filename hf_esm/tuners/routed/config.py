@@ -9,7 +9,7 @@ from ...errors import HfEsmError
 from ..registration import HfEsmPeftType
 
 
-ROUTERS = ("prototype", "discriminant")
+ROUTERS = ("prototype", "discriminant", "none")
 FORMAT_VERSION = 1
 
 
@@ -24,7 +24,8 @@ class RoutedExpertsConfig(PeftConfig):
         target_modules: full names of the modules with experts, and of those that a router reads.
         router: `"prototype"`: every module decides for itself, by the cosine of its pooled input with the experts'
             mean inputs (arXiv 2606.19164). `"discriminant"`: decided once per sample, by a linear discriminant on
-            the pooled inputs of a few modules; modules that ran before add no expert.
+            the pooled inputs of a few modules; modules that ran before add no expert. `"none"`: the caller names the
+            task; else no expert is added.
         readers: the modules that the discriminant router reads, in the order in which they run; the last decides.
         directions: number `K` of directions that it reads along.
         confidence: probability that a task needs for a sample to get its expert; the static model serves the others.

@@ -143,6 +143,8 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         config, local = self.configs[adapter], self.state.local
         if local.forced is not None and not isinstance(local.forced, Decision):
             return forced_route(local.forced, config.tasks, rows.shape[0], rows.device, frame)
+        if config.router == "none":
+            return None
         key = adapter if config.router == "discriminant" else (adapter, self.name)
         if key not in frame.decisions and not frame.decoding:
             if isinstance(local.forced, Decision):

@@ -1,0 +1,108 @@
+"""Methods that drop most entries of the task vectors before they add them up."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import HfEsmError
+from .stack import Merged, Stack
+
+
+_LOW_BITS = 15  # of the 31 bits of a magnitude, so that both halves index a table of 65,536
+
+
+def magnitude_threshold(parts: Callable[[], Iterable[Tensor]], density: float) -> float:
+    """The smallest magnitude among the `⌊density · N⌋` largest (at least one) of the `N` entries of `parts()`.
+
+    Exact, in two passes and 0.5 MB whatever `N` is: the bits of non-negative floats order as they do, so that the
+    upper half of the bits is counted first, and then the lower half of those in the bin that holds the threshold.
+    """
+    counts = torch.zeros(2 ** (31 - _LOW_BITS), dtype=torch.long)
+    for part in parts():
+        counts += torch.bincount(_bits(part) >> _LOW_BITS, minlength=len(counts))
+    wanted = max(int(density * int(counts.sum())), 1)
+    upper, above = _bin_of(counts, wanted)
+    counts = torch.zeros(2**_LOW_BITS, dtype=torch.long)
+    for part in parts():
+        bits = _bits(part)
+        counts += torch.bincount(bits[bits >> _LOW_BITS == upper] & (2**_LOW_BITS - 1), minlength=len(counts))
+    lower, _ = _bin_of(counts, wanted - above)
+    return float(torch.tensor([upper << _LOW_BITS | lower], dtype=torch.int32).view(torch.float32))
+
+
+def _bits(part: Tensor) -> Tensor:
+    return part.detach().float().abs().flatten().contiguous().view(torch.int32)
+
+
+def _bin_of(counts: Tensor, wanted: int) -> tuple[int, int]:
+    """The bin of the `wanted`-th largest entry, and how many entries lie above that bin."""
+    from_above = counts.flip(0).cumsum(0)
+    place = int((from_above < wanted).sum())
+    return len(counts) - 1 - place, int(from_above[place - 1]) if place else 0
+
+
+@dataclass
+class TIES:
+    """TIES (arXiv 2306.01708): of every expert's whole update only the largest entries, of those the ones that agree
+    with the sign of their sum, and of these the mean.
+    """
+
+    name: ClassVar[str] = "ties"
+    default_alpha: ClassVar[float] = 1.0
+    tunable: ClassVar[bool] = True
+    needs_statistics: ClassVar[bool] = False
+    layer_exponent: ClassVar[float] = 0.0
+
+    density: float = field(
+        default=0.2, metadata={"help": "share of every expert's update that is kept, by magnitude; published: 0.2"}
+    )
+
+    def __post_init__(self) -> None:
+        _check_density(self.name, self.density)
+
+    def merge(self, stack: Stack) -> Merged:
+        deltas = torch.stack(stack.deltas)
+        thresholds = torch.tensor(stack.thresholds).view(-1, *[1] * (deltas.dim() - 1))
+        deltas = deltas * (deltas.abs() >= thresholds)
+        agreeing = deltas * (deltas.sign() == deltas.sum(0).sign())
+        return Merged(agreeing.sum(0) / agreeing.count_nonzero(0).clamp_min(1), self.name)
+
+
+@dataclass
+class DARE:
+    """DARE (*Language Models are Super Mario*, arXiv 2311.03099): random entries of every update dropped, the others
+    scaled up, and the updates summed.
+    """
+
+    name: ClassVar[str] = "dare"
+    default_alpha: ClassVar[float] = 0.3
+    tunable: ClassVar[bool] = True
+    needs_statistics: ClassVar[bool] = False
+    layer_exponent: ClassVar[float] = 0.0
+
+    density: float = field(default=0.1, metadata={"help": "share of every update that is kept; published: 0.1"})
+    drop_seed: int = field(default=0, metadata={"help": "seed of the choice of entries"})
+
+    def __post_init__(self) -> None:
+        _check_density(self.name, self.density)
+
+    def merge(self, stack: Stack) -> Merged:
+        merged = torch.zeros_like(stack.deltas[0])
+        for place, delta in enumerate(stack.deltas):
+            merged += delta * self.mask(stack.name, place, delta.shape) / self.density
+        return Merged(merged, self.name)
+
+    def mask(self, weight: str, place: int, shape: torch.Size) -> Tensor:
+        """Which entries of the update of one weight by the expert at `place` are kept; the same on every process."""
+        key = hashlib.sha256(f"{self.drop_seed}/{place}/{weight}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        return torch.rand(shape, generator=generator) < self.density
+
+
+def _check_density(method: str, density: float) -> None:
+    if not 0 < density <= 1:
+        raise HfEsmError(f"{method}: density must be above 0 and at most 1, not {density}.")
