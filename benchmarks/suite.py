@@ -99,9 +99,9 @@ def main() -> None:
         reference = score(Path(scratch) / given.methods[0], experts=experts)
         own = reference.expert
         rows.append({"method": "experts", "alpha": None, "scores": own})
-        rows.append({"method": "base, experts' heads", "alpha": None, "scores": score(_bare(base, merged)).accuracy})
+        rows.append({"method": "base, experts' heads", "alpha": None, "scores": score(_bare(base, merged)).model})
         rows += [
-            {"method": name, "alpha": result.alpha, "scores": score(Path(scratch) / name).accuracy}
+            {"method": name, "alpha": result.alpha, "scores": score(Path(scratch) / name).model}
             for name, result in merged.items()
         ]
     for row in rows:

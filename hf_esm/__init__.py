@@ -1,10 +1,12 @@
 """Merge fine-tunes of one checkpoint into one multi-task model, in the Hugging Face ecosystem, without training."""
 
 from .calibration import collect_statistics
+from .comparison import Comparison, compare
 from .errors import HfEsmError
 from .evaluation import Scores, evaluate
 from .heads import load_task_model
 from .hub import Explanation, Prediction, RoutedModel
+from .interference import Interference, measure_interference
 from .merge import MergeResult, calibrate, merge_models
 from .methods import (
     DARE,
@@ -41,11 +43,13 @@ __all__ = [
     "TIES",
     "TSVM",
     "ActivationStatistics",
+    "Comparison",
     "EssentialComponentsConfig",
     "EssentialComponentsModel",
     "EssentialMerge",
     "Explanation",
     "HfEsmError",
+    "Interference",
     "IsoC",
     "IsoCTS",
     "Mean",
@@ -63,11 +67,13 @@ __all__ = [
     "__version__",
     "calibrate",
     "collect_statistics",
+    "compare",
     "essential_components",
     "evaluate",
     "fuse_components",
     "load_recipe",
     "load_task_model",
+    "measure_interference",
     "merge_models",
     "write_lora_adapter",
 ]

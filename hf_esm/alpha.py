@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from .checkpoints import Checkpoint
-from .evaluation import accuracy
+from .evaluation import run
+from .metrics import Metric
 from .passes import MergedUpdates
 from .planning import MergePlan
 from .proxies import LabelledSamples
@@ -78,11 +79,13 @@ def score_candidates(
     models: CandidateModels,
     validation: Mapping[str, LabelledSamples],
     score_fn: Optional[Callable[[Any], float] | Mapping[str, Callable[[Any], float]]],
+    metric: Metric,
     batch_size: int,
 ) -> dict[str, float]:
-    """One score per task: accuracy on its labelled rows, or what `score_fn` says."""
+    """One score per task, higher is better: the metric on its rows, or what `score_fn` says."""
     if models.whole is not None:
         return {"merged": float(score_fn(models.whole))}
     if score_fn is not None:
         return {task: float(score(models.by_task[task])) for task, score in score_fn.items()}
-    return {task: accuracy(models.by_task[task], data, batch_size) for task, data in validation.items()}
+    sign = 1 if metric.higher_is_better else -1
+    return {t: sign * run(models.by_task[t], data, metric, batch_size).score for t, data in validation.items()}

@@ -8,7 +8,7 @@ import logging
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import Any, Optional
@@ -17,6 +17,7 @@ import yaml
 from accelerate import PartialState
 from datasets import disable_progress_bars
 
+from .comparison import NOT_COMPARED, compare
 from .errors import HfEsmError
 from .evaluation import evaluate
 from .hub import RoutedModel, push_folder
@@ -26,6 +27,7 @@ from .options import MergeOptions
 from .output import RECIPE_FILE
 from .proxies import ProxyOptions, read_rows
 from .recipes import load_recipe
+from .reports import REPORT
 from .version import __version__
 
 
@@ -100,12 +102,15 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "evaluate",
         _evaluate,
-        "accuracy of a merged model on labelled rows",
-        "Score a merged model on every task's labelled rows, beside the experts if they are named.",
+        "score a merged model on every task's rows",
+        "Score a merged model on every task's rows, beside the experts if they are named.",
     )
     evaluation.add_argument("model", help="folder or Hub id of the merged model")
     evaluation.add_argument("--data", action="append", required=True, metavar="TASK=FILE", help="labelled rows")
     evaluation.add_argument("--expert", action="append", metavar="TASK=MODEL", help="compare with this expert")
+    evaluation.add_argument(
+        "--metric", default="accuracy", help="accuracy, perplexity, or a metric of the evaluate library"
+    )
     evaluation.add_argument("--json", metavar="FILE", help="write the scores there too")
     evaluation.add_argument("--batch-size", type=_count, default=32, help="samples per batch (default: 32)")
     _add_flags(evaluation, ProxyOptions, num_samples=0)
@@ -113,6 +118,22 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--route", choices=["routed", "oracle", "static"], default="routed", help="of an esm++ model (default: routed)"
     )
+
+    comparison = _command(
+        commands,
+        "compare",
+        _compare,
+        "measure several methods on your experts and rows",
+        "Merge by several methods, score every merged model on every task, and write a report with pictures. What was "
+        "measured is kept beside the report: a second run does only what is new.",
+        epilog=_describe_methods(),
+    )
+    _add_models(comparison)
+    comparison.add_argument("--methods", nargs="+", help="names of methods (default: the recipe's, or the usual ones)")
+    comparison.add_argument("--test", action="append", metavar="TASK=FILE", help="labelled rows to measure on")
+    comparison.add_argument("--seeds", nargs="+", type=int, help="of the choice of proxies (default: 0)")
+    comparison.add_argument("--num-test", type=int, help="test rows per task, chosen at random (default: all)")
+    _add_flags(comparison, MergeOptions, leave_out=NOT_COMPARED)
 
     predict = _command(
         commands,
@@ -201,11 +222,13 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of the method; see below")
 
 
-def _add_flags(parser: argparse.ArgumentParser, options: type, **defaults: Any) -> None:
+def _add_flags(
+    parser: argparse.ArgumentParser, options: type, leave_out: Collection[str] = (), **defaults: Any
+) -> None:
     """A flag for every field of a dataclass; what is not given stays out of the namespace."""
     hints = typing.get_type_hints(options)
     group = parser.add_argument_group("options")
-    for field in fields(options):
+    for field in (field for field in fields(options) if field.name not in leave_out):
         flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
         default = defaults.get(field.name, _default(field))
         if default is not None and default is not False and default != {}:
@@ -218,7 +241,7 @@ def _add_flags(parser: argparse.ArgumentParser, options: type, **defaults: Any) 
             how |= {"nargs": "+", "metavar": "NAME=VALUE"}
         elif field.name == "heads":
             how |= {"nargs": "+", "metavar": "MODULE"}
-        elif field.name != "method":
+        elif field.name not in ("method", "metric"):
             how |= {"type": _scalar(kind), "metavar": "VALUE"}
         parser_ = group.add_argument(flag, **how)
         parser_.dest = field.name
@@ -273,9 +296,9 @@ def _pairs(items: Optional[list[str]], flag: str) -> dict[str, str]:
     return pairs
 
 
-def _request(given: argparse.Namespace) -> dict[str, Any]:
+def _request(given: argparse.Namespace, for_comparison: bool = False) -> dict[str, Any]:
     """The arguments of `merge_models`, from a recipe and the flags that override it."""
-    request = load_recipe(given.recipe) if given.recipe else {}
+    request = load_recipe(given.recipe, for_comparison) if given.recipe else {}
     if given.base:
         request["base"] = given.base
     for name, flag in (("experts", "expert"), ("calibration", "calibration"), ("validation", "validation")):
@@ -308,6 +331,27 @@ def _merge(given: argparse.Namespace) -> None:
     _say(merge_models(**request))
 
 
+def _compare(given: argparse.Namespace) -> None:
+    request = _request(given, for_comparison=True)
+    if "seed" in request:
+        request.setdefault("seeds", [request["seed"]])
+    if found := _pairs(given.test, "--test"):
+        request["test"] = {**(request.get("test") or {}), **found}
+    if "test" not in request:
+        raise HfEsmError("Name the rows to measure on: --test TASK=FILE for each (or test in the recipe).")
+    chosen = given.methods or request.get("methods") or ([request["method"]] if "method" in request else None)
+    request |= {"methods": chosen} if chosen else {}
+    for name in ("seeds", "num_test"):
+        if getattr(given, name) is not None:
+            request[name] = getattr(given, name)
+    request = {name: value for name, value in request.items() if name not in NOT_COMPARED}
+    if not request.get("output_dir"):
+        raise HfEsmError("Say where to write the report: --output-dir FOLDER (or output_dir in the recipe).")
+    comparison = compare(**request)
+    _say(comparison)
+    _say(f"\n{Path(request['output_dir']) / REPORT}")
+
+
 def _inspect(given: argparse.Namespace) -> None:
     _say(merge_models(**_request(given), dry_run=True))
 
@@ -329,7 +373,8 @@ def _calibrate(given: argparse.Namespace) -> None:
 def _evaluate(given: argparse.Namespace) -> None:
     data, experts = _pairs(given.data, "--data"), _pairs(given.expert, "--expert")
     options = _options(given, ProxyOptions)
-    scores = evaluate(given.model, data, experts=experts, route=given.route, batch_size=given.batch_size, **options)
+    options |= {"metric": given.metric, "route": given.route, "batch_size": given.batch_size}
+    scores = evaluate(given.model, data, experts=experts, **options)
     _say(scores)
     if given.json:
         Path(given.json).write_text(json.dumps(scores.as_dict(), indent=2) + "\n", encoding="utf-8")

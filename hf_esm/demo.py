@@ -170,9 +170,9 @@ def run_demo(
         "merges": merges,
         "reload": {"max_logit_difference": difference, "pictures": counts["test"] * len(TASKS)},
     }
-    bars = {method: scores[method]["accuracy"] for method in settings.methods}
+    bars = {method: scores[method]["model"] for method in settings.methods}
     title = "Five fine-tunes of a small Vision Transformer in one model (handwritten digits)"
-    plot_task_scores(bars, scores[EXPERTS]["accuracy"], output / PICTURE_FILE, title)
+    plot_task_scores(bars, scores[EXPERTS]["model"], output / PICTURE_FILE, title)
     results = _write_results(output, {**results, "seconds": round(time.perf_counter() - start, 1)})
     say("\n" + "\n".join(format_table(results)) + "\n")
     say(f"Reloaded: on {results['reload']['pictures']} test pictures, load_task_model and the experts with the body")
@@ -400,7 +400,7 @@ def format_table(results: Mapping[str, Any]) -> list[str]:
     head = f"{'test accuracy in %':22}" + "".join(f"{task:>10}" for task in tasks)
     lines = [f"{head}{'average':>10}{'normalised':>12}{'alpha':>7}{'merge':>8}{'search':>8}"]
     for name, found in results["scores"].items():
-        line = f"{name:22}" + "".join(f"{100 * found['accuracy'][task]:10.1f}" for task in tasks)
+        line = f"{name:22}" + "".join(f"{100 * found['model'][task]:10.1f}" for task in tasks)
         line += f"{100 * found['average']:10.1f}{100 * found['normalised']:12.1f}"
         if merge := results["merges"].get(name):
             tuned = bool(merge["alpha_scores"])

@@ -1,4 +1,4 @@
-"""Scores of a model on labelled rows."""
+"""Scores of a model on each task's rows, and how sure they are."""
 
 import copy
 import os
@@ -10,8 +10,8 @@ from typing import Any, Optional
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from peft import PeftConfig
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from .checkpoints import open_checkpoint, resolve_source, whole_folder
@@ -20,59 +20,83 @@ from .experts import FOLDER as EXPERTS_FOLDER
 from .heads import FOLDER as HEADS_FOLDER
 from .heads import load_task_model
 from .hub import RoutedModel
-from .proxies import LabelledSamples, ProxyOptions, Sample, collate, load_labelled, load_processor
+from .inputs import first_processor
+from .metrics import ACCURACY, Metric, outputs_of, resolve_metric
+from .proxies import LabelledSamples, ProxyOptions, load_labelled, load_processor
 
 
-@torch.no_grad()
-def predict(model: PreTrainedModel, samples: list[Sample], batch_size: int = 32) -> torch.Tensor:
-    """The class of highest logit per sample, `[N]` int64 on the CPU. Samples of like length share a batch."""
-    device = next(model.parameters()).device
-    order = sorted(range(len(samples)), key=lambda i: max(value.numel() for value in samples[i].values()))
-    classes = torch.empty(len(samples), dtype=torch.long)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = send_to_device(collate([samples[i] for i in chosen], model.config), device)
-        batch = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in batch.items()}
-        logits = getattr(model(**batch), "logits", None)
-        if logits is None or logits.dim() != 2:
-            raise HfEsmError(f"{type(model).__name__} gives no class per sample; accuracy needs a classifier.")
-        classes[chosen] = logits.argmax(-1).cpu()
-    return classes
+@dataclass
+class Outcome:
+    """What a model put out on one task's rows, beside what was right.
+
+    Attributes:
+        metric: what makes a score of it.
+        outputs: as the metric reads them; see `metrics.Metric`.
+        labels: `[N]`.
+        routed_to: `[N]` names, of a routed model: the task that each row was likeliest taken for.
+    """
+
+    metric: Metric
+    outputs: Tensor
+    labels: Tensor
+    routed_to: list[str] = field(default_factory=list)
+
+    @property
+    def score(self) -> float:
+        return self.metric.score(self.outputs, self.labels)
+
+    def resampled(self, rows: Tensor) -> float:
+        """The score on other rows (`[N]` int64, with repetition)."""
+        return self.metric.score(self.outputs[rows], self.labels[rows])
+
+
+def run(model: PreTrainedModel, data: LabelledSamples, metric: Metric = ACCURACY, batch_size: int = 32) -> Outcome:
+    """A model's outputs on labelled samples."""
+    return Outcome(metric, outputs_of(model, data.samples, metric, batch_size), torch.tensor(data.labels))
 
 
 def accuracy(model: PreTrainedModel, data: LabelledSamples, batch_size: int = 32) -> float:
     """Share of samples whose class is right, in [0, 1]."""
-    return float((predict(model, data.samples, batch_size) == torch.tensor(data.labels)).double().mean())
+    return run(model, data, ACCURACY, batch_size).score
 
 
 @dataclass
 class Scores:
-    """Accuracy by task, beside the expert's own where it was measured.
+    """A model's scores by task, beside the expert's own where it was measured.
 
     Attributes:
-        accuracy: of the model, in [0, 1], by task.
+        model: score of the model; accuracy is in [0, 1].
         expert: of each task's own expert.
         routing: of a routed model, the share of the task's samples that the router took for it.
+        metric: name of the metric.
+        higher_is_better: whether more of it is better.
+        outcomes: what the model's scores were computed from.
+        expert_outcomes: the same of the experts.
     """
 
-    accuracy: dict[str, float]
+    model: dict[str, float]
     expert: dict[str, float]
     routing: dict[str, float] = field(default_factory=dict)
+    metric: str = ACCURACY.name
+    higher_is_better: bool = True
+    outcomes: dict[str, Outcome] = field(default_factory=dict, repr=False)
+    expert_outcomes: dict[str, Outcome] = field(default_factory=dict, repr=False)
 
     @property
     def average(self) -> float:
-        return sum(self.accuracy.values()) / len(self.accuracy)
+        return sum(self.model.values()) / len(self.model)
 
     @property
     def normalised(self) -> Optional[float]:
-        """Mean over tasks of the accuracy divided by the expert's; None unless every expert was right at all."""
-        if not all(self.expert.get(task) for task in self.accuracy):
-            return None
-        return sum(score / self.expert[task] for task, score in self.accuracy.items()) / len(self.accuracy)
+        """Mean over tasks of the score divided by the expert's (the other way round where less is better); None unless
+        every expert has a score above 0.
+        """
+        return normalised(self.model, self.expert, self.higher_is_better)
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "accuracy": self.accuracy,
+            "metric": self.metric,
+            "model": self.model,
             "expert": self.expert,
             "average": self.average,
             "normalised": self.normalised,
@@ -80,20 +104,34 @@ class Scores:
         }
 
     def __str__(self) -> str:
-        width = max(len(task) for task in [*self.accuracy, "average"])
+        percent = self.metric == ACCURACY.name
+        factor, digits = (100, 1) if percent else (1, 3)
+        width = max(len(task) for task in [*self.model, "average"])
+        title = max(len(self.metric), 8)
         lines = [
-            f"{'task':{width}}  accuracy"
+            f"{'task':{width}}  {self.metric:>{title}}"
             + ("  expert" if self.expert else "")
             + ("  task found" if self.routing else "")
         ]
-        for task, score in self.accuracy.items():
-            beside = f"  {100 * self.expert[task]:6.1f}" if task in self.expert else ""
+        for task, score in self.model.items():
+            beside = f"  {factor * self.expert[task]:6.{digits}f}" if task in self.expert else ""
             found = f"  {100 * self.routing[task]:10.1f}" if task in self.routing else ""
-            lines.append(f"{task:{width}}  {100 * score:8.1f}{beside}{found}")
-        lines.append(f"{'average':{width}}  {100 * self.average:8.1f}")
+            lines.append(f"{task:{width}}  {factor * score:{title}.{digits}f}{beside}{found}")
+        lines.append(f"{'average':{width}}  {factor * self.average:{title}.{digits}f}")
         if self.normalised is not None:
             lines[-1] += f"  ({100 * self.normalised:.1f} % of the experts)"
         return "\n".join(lines)
+
+
+def normalised(
+    model: Mapping[str, float], expert: Mapping[str, float], higher_is_better: bool = True
+) -> Optional[float]:
+    """See `Scores.normalised`."""
+    if not all(expert.get(task, 0) > 0 and model[task] is not None for task in model):
+        return None
+    if higher_is_better:
+        return sum(score / expert[task] for task, score in model.items()) / len(model)
+    return sum(expert[task] / score for task, score in model.items()) / len(model)
 
 
 def evaluate(
@@ -101,27 +139,32 @@ def evaluate(
     data: Mapping[str, Any],
     *,
     experts: Optional[Mapping[str, Any]] = None,
+    metric: Any = "accuracy",
     processor: Any = None,
     route: str = "routed",
     batch_size: int = 32,
     **options: Any,
 ) -> Scores:
-    """Accuracy of a merged model on each task's labelled rows, with the task's own head.
+    """Score of a merged model on each task's rows, with the task's own head.
 
     Of an ESM++ model, the router chooses the expert while the head is the task's: how often the two agree is in
     `Scores.routing`.
 
     Args:
-        model: folder or Hub id that `merge_models` wrote, or any sequence or image classifier.
-        data: by task, labelled rows (column `label`: class index or label name) in any form that `merge_models` takes.
+        model: folder or Hub id that `merge_models` wrote, or any sequence or image classifier, or language model.
+        data: by task, labelled rows (column `label`: class index or label name, or a number for a head of one label)
+            in any form that `merge_models` takes. Perplexity needs no labels.
         experts: by task, the expert to measure beside it, as `merge_models` takes it; a LoRA adapter stands on the
             base that it names.
+        metric: `"accuracy"`, `"perplexity"`, the name of a metric of the `evaluate` library, or a function of
+            predictions and references; see `metrics.resolve_metric`.
         processor: tokenizer or processor, where none stands beside the model.
         route: of a model with experts: `"routed"`, `"oracle"` (each task's expert for its rows; what a model without
             a router gets in any case), or `"static"`.
         options: fields of `ProxyOptions`; all rows are used unless `num_samples` says otherwise.
     """
     options = ProxyOptions(**{"num_samples": 0, **options})
+    metric = resolve_metric(metric)
     device = Accelerator().device
     experts = experts or {}
     if lacking := experts.keys() - data.keys():
@@ -129,13 +172,12 @@ def evaluate(
     folder = whole_folder(model, str(model))
     processor = processor or load_processor(folder)
 
-    def score(model: PreTrainedModel, task: str) -> float:
-        labelled = load_labelled(data[task], processor, model.config, f"data of '{task}'", options)
-        return accuracy(model.to(device), labelled, batch_size)
+    def outcome(model: PreTrainedModel, task: str) -> Outcome:
+        rows = load_labelled(data[task], processor, model.config, f"data of '{task}'", options, metric.needs_labels)
+        return run(model.to(device), rows, metric, batch_size)
 
     if route not in ("routed", "oracle", "static"):
         raise HfEsmError(f"route must be 'routed', 'oracle' or 'static', not {route!r}.")
-    found: dict[str, float] = {}
     if (folder / EXPERTS_FOLDER).is_dir():
         routed = RoutedModel.from_pretrained(folder).to(device)
         if route == "routed" and routed.config.router == "none":
@@ -144,23 +186,64 @@ def evaluate(
         for task in data:
             forced = {"oracle": task, "static": "static"}.get(route)
             with routed.route(forced) if forced else nullcontext():
-                merged[task] = score(routed.task_model(task), task)
+                merged[task] = outcome(routed.task_model(task), task)
             if not forced:
-                samples = load_labelled(data[task], processor, routed.task_model(task).config, task, options).samples
-                explained = routed.explain(samples, batch_size)
-                found[task] = sum(e.likeliest == task for e in explained) / len(explained)
+                config = routed.task_model(task).config
+                rows = load_labelled(data[task], processor, config, task, options, metric.needs_labels)
+                merged[task].routed_to = [e.likeliest for e in routed.explain(rows.samples, batch_size)]
     else:
         has_heads = (folder / HEADS_FOLDER).is_dir()
-        merged = {t: score(load_task_model(folder, t) if has_heads else _load(folder, str(model)), t) for t in data}
-    own = {task: score(_load(expert, f"expert '{task}'"), task) for task, expert in experts.items()}
-    return Scores(merged, own, found)
+        merged = {t: outcome(load_task_model(folder, t) if has_heads else _load(folder, str(model)), t) for t in data}
+    own = expert_outcomes(experts, data, metric=metric, processor=processor, batch_size=batch_size, options=options)
+    return Scores(
+        {task: found.score for task, found in merged.items()},
+        {task: found.score for task, found in own.items()},
+        {
+            task: found.routed_to.count(task) / len(found.routed_to)
+            for task, found in merged.items()
+            if found.routed_to
+        },
+        metric.name,
+        metric.higher_is_better,
+        merged,
+        own,
+    )
 
 
-def _load(spec: Any, title: str) -> PreTrainedModel:
-    """A model in the class that its config names, or a LoRA adapter merged into the base that it names."""
+def expert_outcomes(
+    experts: Mapping[str, Any],
+    data: Mapping[str, Any],
+    *,
+    base: Any = None,
+    metric: Metric = ACCURACY,
+    processor: Any = None,
+    batch_size: int = 32,
+    options: ProxyOptions,
+) -> dict[str, Outcome]:
+    """What each expert puts out on its own task's rows.
+
+    Args:
+        experts, data, processor: as `evaluate` takes them; a processor is looked for beside each expert, then beside
+            the base.
+        base: what LoRA adapters stand on; by default, the base that they name.
+    """
+    device, found = Accelerator().device, {}
+    for task, spec in experts.items():
+        source = resolve_source(spec, f"expert '{task}'")
+        own = processor or first_processor([source, *([resolve_source(base, "base")] if base is not None else [])])
+        model = _load(spec, f"expert '{task}'", base).to(device)
+        rows = load_labelled(data[task], own, model.config, f"data of '{task}'", options, metric.needs_labels)
+        found[task] = run(model, rows, metric, batch_size)
+    return found
+
+
+def _load(spec: Any, title: str, base: Any = None) -> PreTrainedModel:
+    """A model in the class that its config names, or a LoRA adapter merged into `base`, or the base that it names."""
     source = resolve_source(spec, title)
     if source.model is not None:
         return copy.deepcopy(source.model).eval()
+    if source.is_adapter and base is not None:
+        return open_checkpoint(source, open_checkpoint(resolve_source(base, "base"))).load_model()
     if source.is_adapter:
         base = PeftConfig.from_pretrained(source.folder).base_model_name_or_path
         return open_checkpoint(source, open_checkpoint(resolve_source(base, f"base of {source.title}"))).load_model()

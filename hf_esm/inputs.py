@@ -14,6 +14,7 @@ from .calibration import collect_statistics
 from .checkpoints import Checkpoint, ModelSource
 from .errors import HfEsmError
 from .methods import MergeMethod
+from .metrics import resolve_metric
 from .options import MergeOptions
 from .planning import MergePlan
 from .proxies import (
@@ -91,14 +92,17 @@ def torch_dtype(name: Optional[str]) -> Optional[torch.dtype]:
 def find_processors(sources: dict[str, ModelSource], given: Any, options: MergeOptions) -> dict[str, Any]:
     """The tokenizer or processor of each expert, and under `"base"` the one that the merged model gets."""
     everyone = list(sources.values())
-    return {name: given or first_processor([source, *everyone], options) for name, source in sources.items()}
+    return {
+        name: given or first_processor([source, *everyone], options.trust_remote_code)
+        for name, source in sources.items()
+    }
 
 
-def first_processor(sources: list[ModelSource], options: MergeOptions) -> Any:
+def first_processor(sources: list[ModelSource], trust_remote_code: bool = False) -> Any:
     """The first tokenizer or processor that stands beside one of the models; None if there is none."""
     for source in sources:
         folder = source.folder or Path(getattr(source.model, "name_or_path", "") or ".no-folder")
-        processor = load_processor(folder, options.trust_remote_code) if folder.is_dir() else None
+        processor = load_processor(folder, trust_remote_code) if folder.is_dir() else None
         if processor is not None:
             return processor
     return None
@@ -178,9 +182,11 @@ def _is_statistics_file(given: Any) -> bool:
 def read_validation(
     plan: MergePlan, validation: Any, processors: dict, options: MergeOptions
 ) -> dict[str, LabelledSamples]:
-    everything = replace(options, num_samples=0)
+    everything, labelled = replace(options, num_samples=0), resolve_metric(options.metric).needs_labels
     return {
-        task: load_labelled(rows, processors[task], plan.experts[task].config, f"validation of '{task}'", everything)
+        task: load_labelled(
+            rows, processors[task], plan.experts[task].config, f"validation of '{task}'", everything, labelled
+        )
         for task, rows in (validation or {}).items()
     }
 

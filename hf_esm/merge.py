@@ -35,6 +35,7 @@ from .inputs import (
     torch_dtype,
 )
 from .methods import ROUTED, resolve_method
+from .metrics import resolve_metric
 from .options import MergeOptions
 from .output import write_files, write_model
 from .passes import MergedUpdates, WeightReport, merge_weights, scale_layers
@@ -355,13 +356,15 @@ def _choose_alpha(
     outcome = [None]
     if accelerator.is_main_process:
         models = CandidateModels(plan, accelerator.device, whole=callable(score_fn))
+        metric = resolve_metric(run.options.metric)
 
         def score(candidate: float) -> float:
             models.set_alpha(updates, candidate)
-            scores = score_candidates(models, labelled, score_fn, run.options.batch_size)
+            scores = score_candidates(models, labelled, score_fn, metric, run.options.batch_size)
             return sum(scores.values()) / len(scores)
 
-        rows = sum(len(data.labels) for data in labelled.values()) if score_fn is None else None
+        share = score_fn is None and metric.is_share
+        rows = sum(len(data.labels) for data in labelled.values()) if share else None
         progress = run.progress("Choosing alpha")
         outcome = [search_alpha(score, progress, default=plan.method.default_alpha, rows=rows)]
     if accelerator.num_processes > 1:

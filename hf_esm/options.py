@@ -20,6 +20,7 @@ class MergeOptions(ProxyOptions):
         method: name of a method, `{"name": …, setting: value}`, or its settings dataclass.
         alpha: scale of the merged update; a number, `"auto"` to choose it on validation data, or None for the
             method's default.
+        metric: what validation rows are scored by; see `metrics.resolve_metric`.
         rank: of the experts, for `method="esm++"` and `"tsv-c"`.
         heads: what every task keeps to itself; see `heads.plan_heads`.
         dtype: of the written weights, by its name in torch; by default each keeps the base's.
@@ -40,6 +41,10 @@ class MergeOptions(ProxyOptions):
     alpha: Optional[float | str] = field(
         default=None,
         metadata={"help": "scale of the merged update: a number, or 'auto' to choose it on validation data"},
+    )
+    metric: Any = field(
+        default="accuracy",
+        metadata={"help": "what 'auto' goes by: accuracy, perplexity, or a metric of the evaluate library"},
     )
     rank: Optional[int] = field(default=None, metadata={"help": "rank of the experts of esm++ and tsv-c", "least": 1})
     heads: Any = field(

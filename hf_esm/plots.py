@@ -1,7 +1,7 @@
 """Pictures of scores. They take plain data, so that any table of results can be drawn."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,7 @@ def plot_task_scores(
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
-    return path
+    return _written(figure, path)
 
 
 def require_matplotlib() -> Any:
@@ -124,3 +121,79 @@ def require_matplotlib() -> Any:
 def _with_average(scores: Mapping[str, float], tasks: list[str]) -> list[float]:
     values = [float(scores[task]) for task in tasks]
     return [*values, sum(values) / len(values)]
+
+
+def plot_alpha_curves(
+    curves: Mapping[str, Mapping[float, float]], path: str | os.PathLike, title: str, ylabel: str
+) -> Path:
+    """Lines: the mean validation score by α, `{method: {alpha: score}}`, with a mark at the best of each."""
+    figure, axes = _axes(require_matplotlib(), title)
+    for colour, (method, scores) in zip(COLOURS, curves.items(), strict=False):
+        places = sorted(scores)
+        axes.plot(places, [scores[alpha] for alpha in places], color=colour, lw=1.6, label=method)
+        best = max(places, key=lambda alpha: scores[alpha])
+        axes.plot([best], [scores[best]], "o", color=colour, ms=5)
+    axes.set_xlabel("α")
+    axes.set_ylabel(f"{ylabel} on validation rows")
+    return _save(figure, axes, path)
+
+
+def plot_energy(energies: Mapping[str, Any], path: str | os.PathLike, title: str) -> Path:
+    """Lines: the share of the output shift's energy that is kept, `{kind: [(rank as a share, energy), …]}`."""
+    figure, axes = _axes(require_matplotlib(), title)
+    for colour, (kind, points) in zip(COLOURS[1:], energies.items(), strict=False):
+        axes.plot(*zip(*points), "o-", color=colour, lw=1.6, ms=4, label=f"{kind} directions")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("rank, as a share of the smaller side")
+    axes.set_ylabel("energy kept")
+    axes.set_ylim(0, 1.05)
+    return _save(figure, axes, path)
+
+
+def plot_matrix(
+    values: Sequence[Sequence[float]],
+    names: Sequence[str],
+    path: str | os.PathLike,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+) -> Path:
+    """A heat map of shares, `[T, T]` in [0, 1], rows from top to bottom, with the shares in percent written in."""
+    size = 2.2 + 0.62 * len(names)
+    figure = require_matplotlib()(figsize=(size, size), dpi=150)
+    axes = figure.add_subplot()
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=1)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color="white" if value > 0.5 else "black")
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return _written(figure, path)
+
+
+def _axes(figure_class: Any, title: str) -> tuple[Any, Any]:
+    figure = figure_class(figsize=(7.0, 4.2), dpi=150)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.grid(color="#dddddd", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, axes: Any, path: str | os.PathLike) -> Path:
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    return _written(figure, path)
+
+
+def _written(figure: Any, path: str | os.PathLike) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
+    return path

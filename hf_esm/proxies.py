@@ -331,27 +331,30 @@ def load_samples(path: Path) -> list[Sample]:
 
 @dataclass
 class LabelledSamples:
-    """Encoded rows and the class that each belongs to."""
+    """Encoded rows and the class that each belongs to, or its value where the model has one label."""
 
     samples: list[Sample]
-    labels: list[int]
+    labels: list[float]
 
 
-def load_labelled(data: Any, processor: Any, config: Any, title: str, options: ProxyOptions) -> LabelledSamples:
+def load_labelled(
+    data: Any, processor: Any, config: Any, title: str, options: ProxyOptions, labelled: bool = True
+) -> LabelledSamples:
     """Read, select and encode labelled rows.
 
     The label stands in the column `label` (or what `options.columns` names), as a class index or as one of the
-    model's label names. `options.num_samples` 0 takes all rows.
+    model's label names; as a number where the model has one label. `options.num_samples` 0 takes all rows. Without
+    `labelled`, the rows need none.
 
     Raises:
         HfEsmError: if a row has no label, or one that the model does not know.
     """
     rows = read_rows(data, title, options)
-    labels = [_label(row, config, title, options) for row in rows]
+    labels = [_label(row, config, title, options) if labelled else 0 for row in rows]
     return LabelledSamples(encode(rows, processor, config, title, options), labels)
 
 
-def _label(row: Any, config: Any, title: str, options: ProxyOptions) -> int:
+def _label(row: Any, config: Any, title: str, options: ProxyOptions) -> float:
     column = options.columns.get("label", "label")
     found = row.get(column, row.get("labels")) if isinstance(row, Mapping) else None
     if found is None:
@@ -360,6 +363,8 @@ def _label(row: Any, config: Any, title: str, options: ProxyOptions) -> int:
         if found not in config.label2id:
             raise HfEsmError(f"{title}: the expert has no label {found!r}; it has {list(config.label2id)[:10]}.")
         return config.label2id[found]
+    if config.num_labels == 1:
+        return float(found)
     if not 0 <= int(found) < config.num_labels:
         raise HfEsmError(f"{title}: label {int(found)}, but the expert knows {config.num_labels} classes.")
     return int(found)

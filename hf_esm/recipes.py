@@ -14,6 +14,7 @@ from .output import RECIPE_VERSION, absolute_path
 
 
 _MODELS_AND_DATA = ("base", "experts", "calibration", "validation")
+_COMPARED = ("methods", "test", "seeds", "num_test")
 _WRITTEN_ONLY = ("recipe_version", "hf_esm_version")
 
 
@@ -27,8 +28,8 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_recipe(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a recipe: `merge_models(**load_recipe("recipe.yaml"))`.
+def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[str, Any]:
+    """Read a recipe: `merge_models(**load_recipe("recipe.yaml"))`, or `compare` with `for_comparison=True`.
 
     Relative paths in it are taken from the folder that it stands in, where such a file or folder exists.
 
@@ -52,6 +53,7 @@ def load_recipe(path: str | os.PathLike) -> dict[str, Any]:
         )
     recipe = {key: value for key, value in recipe.items() if key not in _WRITTEN_ONLY}
     known = [*_MODELS_AND_DATA, *(field.name for field in fields(MergeOptions))]
+    known += _COMPARED if for_comparison else ()
     if unknown := [key for key in recipe if key not in known]:
         raise HfEsmError(f"{path}: there is no setting {unknown[0]!r}; there are {', '.join(known)}.")
     for key in ("base", "experts"):
@@ -64,7 +66,7 @@ def _from_folder(key: str, value: Any, folder: Path) -> Any:
     """The value of one key with its relative paths taken from `folder`."""
     if key == "base" or (key in ("calibration", "validation") and isinstance(value, str)):
         return absolute_path(value, folder)
-    if key in _MODELS_AND_DATA and isinstance(value, Mapping):
+    if key in (*_MODELS_AND_DATA, "test") and isinstance(value, Mapping):
         return {task: absolute_path(entry, folder) for task, entry in value.items()}
     if key == "experts" and isinstance(value, list):  # paths, or pairs of a name and a path
         return [

@@ -145,6 +145,17 @@ def tsv_m(deltas: list[Tensor], keep_scale: bool = False) -> Tensor:
     return merged * u_mean * v_mean if keep_scale else merged
 
 
+def sti(deltas: list[Tensor]) -> float:
+    """Singular task interference: `‖(UᵀU − I) Σ (VᵀV − I)‖₁` of the top `⌊min(d)/T⌋` triplets, V as columns."""
+    k = max(min(deltas[0].shape) // len(deltas), 1)
+    parts = [svd(delta) for delta in deltas]
+    u = torch.cat([u[:, :k] for u, _, _ in parts], dim=1)
+    s = torch.cat([s[:k] for _, s, _ in parts])
+    v = torch.cat([vh[:k].T for *_, vh in parts], dim=1)
+    eye = torch.eye(len(s), dtype=torch.float64)
+    return float(((u.T @ u - eye) @ torch.diag(s) @ (v.T @ v - eye)).abs().sum())
+
+
 def mean(deltas: list[Tensor]) -> Tensor:
     """`1/T Σ Δ_t`."""
     return sum(delta.double() for delta in deltas) / len(deltas)

@@ -229,7 +229,8 @@ def test_evaluate_prints_and_writes_accuracies_beside_the_experts(models, merged
     ]
     scores = json.loads((tmp_path / "s.json").read_text())
     assert scores == {
-        "accuracy": pytest.approx(accuracy),
+        "metric": "accuracy",
+        "model": pytest.approx(accuracy),
         "expert": pytest.approx(expert),
         "average": pytest.approx(average),
         "normalised": pytest.approx(normalised),
@@ -238,10 +239,10 @@ def test_evaluate_prints_and_writes_accuracies_beside_the_experts(models, merged
     few = evaluate(merged, data, num_samples=4, seed=1)
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in table[1:]] == [
-        [name, f"{100 * value:.1f}"] for name, value in [*few.accuracy.items(), ("average", few.average)]
+        [name, f"{100 * value:.1f}"] for name, value in [*few.model.items(), ("average", few.average)]
     ]
     assert "of the experts" not in table[-1]
-    assert few.accuracy != pytest.approx(accuracy)
+    assert few.model != pytest.approx(accuracy)
 
 
 def test_evaluate_takes_a_lora_expert_and_a_plain_classifier(models, tmp_path, capsys):

@@ -69,7 +69,7 @@ def test_a_model_without_a_router_asks_for_the_task(whole, models):
     assert found == labels
     rows = {"a": [{"text": text, "label": label} for text, label in zip(texts, labels)]}
     scores = evaluate(whole, rows, experts={"a": models / "a"})
-    assert scores.accuracy == scores.expert == {"a": 1.0}
+    assert scores.model == scores.expert == {"a": 1.0}
     assert not scores.routing
 
 

@@ -67,9 +67,9 @@ def test_table_is_what_the_results_say(ran):
     for name, row in results["scores"].items():
         line = next(line for line in said.splitlines() if line.startswith(f"{name} ") and "%" not in line)
         shown = [float(cell) for cell in line.removeprefix(name).split()[: len(columns)]]
-        experts = results["scores"][EXPERTS]["accuracy"]
-        scores = [row["accuracy"][task.name] for task in TASKS]
-        wanted = [*scores, np.mean(scores), np.mean([row["accuracy"][task] / experts[task] for task in experts])]
+        experts = results["scores"][EXPERTS]["model"]
+        scores = [row["model"][task.name] for task in TASKS]
+        wanted = [*scores, np.mean(scores), np.mean([row["model"][task] / experts[task] for task in experts])]
         assert shown == pytest.approx([100 * value for value in wanted], abs=0.051)
         if name in results["merges"] and results["merges"][name]["alpha_scores"]:
             assert float(line.split()[len(columns) + 1]) == results["merges"][name]["alpha"]
@@ -85,11 +85,11 @@ def test_scores_are_those_of_the_models_in_the_folder(ran):
         expert = AutoModelForImageClassification.from_pretrained(folder / "experts" / task.name).eval()
         merged = load_task_model(folder / "merged", task.name)
         test = data.encoded(task, "test", expert.config)
-        assert accuracy(expert, test) == pytest.approx(results["scores"][EXPERTS]["accuracy"][task.name])
-        assert accuracy(merged, test) == pytest.approx(results["scores"]["esm"]["accuracy"][task.name])
+        assert accuracy(expert, test) == pytest.approx(results["scores"][EXPERTS]["model"][task.name])
+        assert accuracy(merged, test) == pytest.approx(results["scores"]["esm"]["model"][task.name])
         base = AutoModelForImageClassification.from_pretrained(folder / "base").eval()
         base.classifier = expert.classifier
-        assert accuracy(base, test) == pytest.approx(results["scores"][BASE]["accuracy"][task.name])
+        assert accuracy(base, test) == pytest.approx(results["scores"][BASE]["model"][task.name])
         validation.append(accuracy(merged, data.encoded(task, "validation", expert.config)))
     # The α was chosen on models in memory: those on disk have the very score that it was chosen by.
     scores = results["merges"]["esm"]["alpha_scores"]

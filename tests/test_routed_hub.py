@@ -346,10 +346,10 @@ def test_evaluate_routes_as_it_is_told(merged, rows, tmp_path):
         status, out, _ = command("evaluate", merged, *data, "--route", route, "--json", tmp_path / route)
         assert status == 0
         found[route] = json.loads((tmp_path / route).read_text())
-        assert found[route]["accuracy"] == evaluate(merged, rows, route=route).accuracy
+        assert found[route]["model"] == evaluate(merged, rows, route=route).model
         assert ("task found" in out) == (route == "routed")
     assert found["routed"]["routing"] == {"a": 1.0, "b": 1.0}
-    assert found["oracle"]["accuracy"] == {"a": 1.0, "b": 1.0}
+    assert found["oracle"]["model"] == {"a": 1.0, "b": 1.0}
     assert found["static"]["average"] < 1
 
 

@@ -1,0 +1,348 @@
+"""`compare`: several methods on one user's own experts and rows, with what is needed to choose between them."""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Optional
+
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.utils import tqdm
+from datasets.fingerprint import Hasher
+
+from .checkpoints import resolve_source
+from .errors import HfEsmError
+from .evaluation import Outcome, evaluate, expert_outcomes
+from .inputs import name_experts
+from .interference import Interference, measure_interference
+from .merge import merge_models
+from .methods import ROUTED, MergeMethod, describe_method, resolve_method
+from .metrics import Metric, resolve_metric
+from .options import MergeOptions
+from .proxies import PROXIES_FOLDER, ProxyOptions
+from .reports import DRAWS, Cell, Comparison, summarise, write_report
+from .statistics import ActivationStatistics
+from .version import __version__
+
+
+CACHE = "cache"
+CELL_VERSION = 1
+# Options of a merge that are the comparison's own affair.
+NOT_COMPARED = {"method", "alpha", "rank", "seed", "overwrite", "statistics_dir", "max_shard_size"}
+METHODS_COMPARED = ("esm", "mean", "task-arithmetic", "ties", "tsv-m", "iso-c", "iso-cts", "esm++")
+
+
+def compare(
+    base: Any,
+    experts: Any,
+    *,
+    test: Mapping[str, Any],
+    output_dir: str | os.PathLike,
+    methods: Sequence[Any] = METHODS_COMPARED,
+    calibration: Any = None,
+    validation: Optional[Mapping[str, Any]] = None,
+    seeds: Sequence[int] = (0,),
+    num_test: int = 0,
+    processor: Any = None,
+    token: Any = None,
+    **options: Any,
+) -> Comparison:
+    """Merge the same experts by several methods, and measure every merged model on every task.
+
+    α is chosen by one rule for all: with validation rows as `alpha="auto"` does, else the method's default. What was
+    measured is kept in `output_dir/cache`, so that a second run does only what is new: another method, more seeds.
+    The merged models themselves are not kept.
+
+    Args:
+        base, experts, calibration, validation, processor, token: as `merge_models` takes them.
+        methods: names, or settings as in recipes: `["esm", {"name": "esm", "shrinkage": 0.0}]`. A `label` among the
+            settings names the row.
+        test: by task, labelled rows to measure on.
+        output_dir: folder of the report; it may exist.
+        seeds: of the choice of proxies, for methods that need any. Several show how much hangs on it.
+        num_test: test rows per task, chosen at random; 0 takes all.
+        options: fields of `MergeOptions`, for all methods: `metric`, `heads`, `num_samples`, `max_length`, …
+
+    Raises:
+        HfEsmError: on input that cannot be merged or measured, before the first merge as far as headers tell.
+    """
+    run = _Comparing(base, experts, methods, test, output_dir, calibration, validation, processor, token, options)
+    run.num_test, run.seeds = num_test, tuple(seeds)
+    run.check()
+    own = run.expert_outcomes()
+    jobs = [(label, method, seed) for label, method in run.methods for seed in run.seeds_of(method)]
+    cells: dict[str, dict[int, Cell]] = {}
+    for label, method, seed in tqdm(jobs, desc="Comparing", disable=not run.options.progress):
+        cells.setdefault(label, {})[seed] = run.cell(method, seed)
+    rows = summarise(dict(run.methods), cells, own)
+    scores = {task: found.score for task, found in own.items()}
+    found = Comparison(rows, scores, run.metric.name, run.how(), run.interference())
+    write_report(found, run.folder)
+    return found
+
+
+class _Comparing:
+    """One comparison's arguments, and its cache."""
+
+    num_test: int
+    seeds: tuple[int, ...]
+
+    def __init__(
+        self,
+        base: Any,
+        experts: Any,
+        methods: Sequence[Any],
+        test: Mapping[str, Any],
+        output_dir: str | os.PathLike,
+        calibration: Any,
+        validation: Any,
+        processor: Any,
+        token: Any,
+        options: dict[str, Any],
+    ):
+        if unknown := options.keys() - {f.name for f in fields(MergeOptions)}:
+            raise TypeError(f"compare has no argument {sorted(unknown)[0]!r}")
+        if taken := options.keys() & NOT_COMPARED:
+            raise HfEsmError(f"compare sets {sorted(taken)[0]} itself: see methods, validation and seeds.")
+        self.options = MergeOptions(**options)
+        self.given_options = options
+        self.base, self.experts, self.test = base, name_experts(experts), test
+        self.calibration, self.validation = calibration, validation
+        self.processor, self.token = processor, token
+        self.metric: Metric = resolve_metric(self.options.metric)
+        self.methods = _named(methods)
+        self.folder = Path(output_dir).expanduser()
+
+    def check(self) -> None:
+        """What can be said before any weight is read."""
+        if PartialState().num_processes > 1:
+            raise HfEsmError("compare runs in one process; start it without `accelerate launch`.")
+        if lacking := self.experts.keys() - self.test.keys():
+            raise HfEsmError(f"There are no test rows of {sorted(lacking)[0]!r}.")
+        if unknown := self.test.keys() - self.experts.keys():
+            raise HfEsmError(
+                f"test names {sorted(unknown)[0]!r}, which is no expert; there are {', '.join(self.experts)}."
+            )
+        if not self.seeds:
+            raise HfEsmError("seeds must name one seed at least.")
+        for _, method in self.methods:
+            plan = merge_models(self.base, self.experts, dry_run=True, **self._merge_arguments(method, self.seeds[0]))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.plan = plan
+        models = {"base": self.base, **self.experts}
+        self.identity = {name: _identity(spec, self.token) for name, spec in models.items()}
+
+    def seeds_of(self, method: MergeMethod) -> tuple[int, ...]:
+        """The proxies play no part in a method without statistics."""
+        return self.seeds if method.needs_statistics else self.seeds[:1]
+
+    def _merge_arguments(self, method: MergeMethod, seed: int) -> dict[str, Any]:
+        given = {**self.given_options, "method": method, "seed": seed, "progress": False}
+        if method.tunable and self.validation is not None:
+            given["alpha"] = "auto"
+        return {
+            **given,
+            "calibration": self.calibration if method.needs_statistics else None,
+            "validation": self.validation if given.get("alpha") == "auto" else None,
+            "processor": self.processor,
+            "token": self.token,
+        }
+
+    def _test_options(self) -> dict[str, Any]:
+        own = {f.name for f in fields(ProxyOptions)} - {"num_samples", "seed"}
+        return {name: value for name, value in self.given_options.items() if name in own}
+
+    def _cached(self, kind: str, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A result by all that it depends on, from the cache or made now."""
+        path = self.folder / CACHE / f"{kind}-{Hasher.hash([CELL_VERSION, __version__, self.identity, key])}.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        found = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(found), encoding="utf-8")
+        os.replace(partial, path)
+        return found
+
+    def _test_key(self) -> list[Any]:
+        rows = {task: _data_identity(data) for task, data in self.test.items()}
+        return [rows, self.num_test, self._test_options(), self.metric.name]
+
+    def expert_outcomes(self) -> dict[str, Outcome]:
+        def make() -> dict[str, Any]:
+            found = expert_outcomes(
+                self.experts,
+                self.test,
+                base=self.base,
+                metric=self.metric,
+                processor=self.processor,
+                options=ProxyOptions(**{"num_samples": self.num_test, "seed": 0, **self._test_options()}),
+            )
+            return {task: _outcome_out(outcome) for task, outcome in found.items()}
+
+        return {t: _outcome_in(o, self.metric) for t, o in self._cached("experts", self._test_key(), make).items()}
+
+    def cell(self, method: MergeMethod, seed: int) -> Cell:
+        arguments = self._merge_arguments(method, seed)
+        known = {name: value for name, value in arguments.items() if name not in ("method", "processor", "token")}
+        known |= {name: _data_identity(arguments[name]) for name in ("calibration", "validation")}
+        key = [describe_method(method), {**known, "metric": self.metric.name}, self._test_key()]
+        found = self._cached("cell", key, lambda: self._merge_and_measure(method, seed, arguments))
+        return Cell(
+            found["alpha"],
+            {float(alpha): score for alpha, score in found["alpha_scores"].items()},
+            {task: _outcome_in(outcome, self.metric) for task, outcome in found["outcomes"].items()},
+            {task: _outcome_in(outcome, self.metric) for task, outcome in found["given"].items()},
+            found["seconds"],
+            found["memory"],
+            found["size"],
+        )
+
+    def statistics_folder(self, seed: int) -> Path:
+        """Where the statistics of this choice of proxies are kept for all methods."""
+        proxies = {f.name: getattr(self.options, f.name) for f in fields(ProxyOptions) if f.name != "seed"}
+        key = Hasher.hash([__version__, self.identity, _data_identity(self.calibration), proxies, seed])
+        return self.folder / CACHE / f"statistics-{key}"
+
+    def _merge_and_measure(self, method: MergeMethod, seed: int, arguments: dict[str, Any]) -> dict[str, Any]:
+        # A router of the merged model's features reads the proxies themselves.
+        reads_proxies = isinstance(method, ROUTED) and method.router == "discriminant"
+        if method.needs_statistics:
+            kept = self.statistics_folder(seed)
+            if all((kept / f"{task}.safetensors").is_file() for task in self.experts) and not reads_proxies:
+                arguments = {**arguments, "calibration": kept}
+            elif not isinstance(self.calibration, (str, os.PathLike)) and self.calibration is not None:
+                arguments = {**arguments, "statistics_dir": str(kept)}
+        with TemporaryDirectory(dir=self.folder, prefix=".merging-") as scratch:
+            target = Path(scratch) / "model"
+            with _peak_memory() as memory:
+                merged = merge_models(self.base, self.experts, output_dir=str(target), **arguments)
+            size = sum(
+                path.stat().st_size for path in target.rglob("*.safetensors") if PROXIES_FOLDER not in path.parts
+            )
+            rows = {"num_samples": self.num_test, "seed": 0, **self._test_options()}
+            measure = {"metric": self.metric, "processor": self.processor, **rows}
+            scores = evaluate(target, self.test, **measure)
+            has_router = isinstance(method, ROUTED) and method.router != "none"
+            given = evaluate(target, self.test, route="oracle", **measure).outcomes if has_router else {}
+        return {
+            "alpha": merged.alpha,
+            "alpha_scores": merged.alpha_scores,
+            "outcomes": {task: _outcome_out(found) for task, found in scores.outcomes.items()},
+            "given": {task: _outcome_out(found) for task, found in given.items()},
+            "seconds": merged.seconds,
+            "memory": memory[0],
+            "size": size,
+        }
+
+    def interference(self) -> Interference:
+        """With the statistics that stand in the cache, if any method needed them."""
+        folder = self.statistics_folder(self.seeds[0])
+        files = {task: folder / f"{task}.safetensors" for task in self.experts}
+        whole = all(path.is_file() for path in files.values())
+        statistics = {t: ActivationStatistics.load(path) if whole else None for t, path in files.items()}
+        found = self._cached("interference", [whole, str(folder)], lambda: self._interference(statistics))
+        return Interference.from_dict(found)
+
+    def _interference(self, statistics: Mapping[str, Optional[ActivationStatistics]]) -> dict[str, Any]:
+        return measure_interference(self.plan, statistics).as_dict()
+
+    def how(self) -> list[str]:
+        """What a reader of the table has to know."""
+        rows = "all test rows" if not self.num_test else f"up to {self.num_test} test rows"
+        if self.validation is None:
+            alpha = "α: every method's default, without labels."
+        else:
+            alpha = (
+                "α: of 0.1, 0.2 … 3.0, the one nearest to the method's default whose score on the validation rows is "
+                "within one standard error of the best; the same rule for every method."
+            )
+        return [
+            alpha,
+            f"Measured on {rows} per task; intervals: 95 % of {DRAWS} draws of test rows, the same for all methods.",
+            f"Proxies: {self.options.num_samples or 'all'} per task, seeds {', '.join(map(str, self.seeds))}.",
+        ]
+
+
+def _named(methods: Sequence[Any]) -> list[tuple[str, MergeMethod]]:
+    """Each method with the label of its row: its name, with the settings that were given, or its `label`."""
+    if isinstance(methods, (str, Mapping)) or not methods:
+        raise HfEsmError("methods must be a list of methods, such as [esm, tsv-m].")
+    found: dict[str, MergeMethod] = {}
+    for entry in methods:
+        label = None
+        if isinstance(entry, Mapping):
+            entry = dict(entry)
+            label = entry.pop("label", None)
+            settings = ", ".join(f"{name} {value}" for name, value in entry.items() if name != "name")
+            label = label or f"{entry.get('name')}" + (f" ({settings})" if settings else "")
+        method = resolve_method(entry)
+        label = str(label or (entry if isinstance(entry, str) else method.name))
+        if label in found:
+            raise HfEsmError(f"methods names {label!r} twice. Give one of them a `label`.")
+        found[label] = method
+    return list(found.items())
+
+
+def _identity(spec: Any, token: Any) -> Any:
+    """What tells a model from another: its commit, the state of its files, or its weights."""
+    source = resolve_source(spec, "model", token=token)
+    if source.model is not None:
+        return Hasher.hash({name: tensor.detach().cpu() for name, tensor in source.model.state_dict().items()})
+    if source.revision is not None:
+        return [source.repo_id, source.revision]
+    return [str(source.folder), *_files(Path(source.folder))]
+
+
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    paths = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+
+def _data_identity(data: Any) -> Any:
+    """The same for data."""
+    if isinstance(data, (str, os.PathLike)):
+        return _files(Path(data).expanduser()) or str(data)
+    if isinstance(data, Mapping) and "path" not in data:
+        return {name: _data_identity(value) for name, value in data.items()}
+    return Hasher.hash(data)
+
+
+def _outcome_out(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "outputs": outcome.outputs.tolist(),
+        "labels": outcome.labels.tolist(),
+        **({"routed_to": outcome.routed_to} if outcome.routed_to else {}),
+    }
+
+
+def _outcome_in(stored: Mapping[str, Any], metric: Metric) -> Outcome:
+    return Outcome(
+        metric, torch.tensor(stored["outputs"]), torch.tensor(stored["labels"]), stored.get("routed_to", [])
+    )
+
+
+@contextmanager
+def _peak_memory() -> Iterator[list[int]]:
+    """In the list, once it is over: by how many bytes the process's resident memory grew at most meanwhile."""
+    process, over, found = psutil.Process(), threading.Event(), [0]
+    start = process.memory_info().rss
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            found[0] = max(found[0], process.memory_info().rss - start)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+        found[0] = max(found[0], process.memory_info().rss - start)

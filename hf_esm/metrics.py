@@ -1,0 +1,127 @@
+"""What a score is: accuracy, perplexity, a metric of the `evaluate` library, or a function of the caller's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .errors import HfEsmError
+from .proxies import Sample, collate
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of a model's outputs.
+
+    Attributes:
+        name: as recipes and tables write it.
+        score: outputs and labels of `N` samples to one number. Outputs are `[N]`: the class of highest logit, or the
+            value of a head of one label; for perplexity `[N, 2]`: summed negative log-likelihood, and tokens.
+        higher_is_better: False for perplexity.
+        is_share: whether it is the share of samples that are right, so that its standard error is known.
+    """
+
+    name: str
+    score: Callable[[Tensor, Tensor], float]
+    higher_is_better: bool = True
+    is_share: bool = False
+
+    @property
+    def needs_labels(self) -> bool:
+        return self is not PERPLEXITY
+
+
+def _share_right(outputs: Tensor, labels: Tensor) -> float:
+    return float((outputs == labels).double().mean())
+
+
+def _perplexity(outputs: Tensor, labels: Tensor) -> float:
+    total, tokens = outputs.double().sum(0)
+    return float((total / tokens).exp())
+
+
+ACCURACY = Metric("accuracy", _share_right, is_share=True)
+PERPLEXITY = Metric("perplexity", _perplexity, higher_is_better=False)
+
+
+def resolve_metric(metric: Any) -> Metric:
+    """A metric from its name or from a function `(predictions, references) -> float`; higher is better.
+
+    `"accuracy"` and `"perplexity"` (of causal and sequence-to-sequence language models) are built in. Any other name
+    is loaded by the `evaluate` library, from the Hub or a folder; the first number that it computes counts.
+
+    Raises:
+        HfEsmError: if there is no such metric.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if callable(metric):
+        return Metric(getattr(metric, "__name__", "score"), lambda found, labels: float(metric(found, labels)))
+    for known in (ACCURACY, PERPLEXITY):
+        if metric == known.name:
+            return known
+    try:
+        import evaluate
+
+        loaded = evaluate.load(str(metric))
+    except ImportError:
+        raise HfEsmError(
+            f"There is no metric {metric!r}: there are accuracy and perplexity, functions, and, with `pip install "
+            "evaluate`, what `evaluate.load` knows."
+        ) from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise HfEsmError(f"The evaluate library cannot load the metric {metric!r}: {error}") from None
+
+    def score(found: Tensor, labels: Tensor) -> float:
+        computed = loaded.compute(predictions=found.tolist(), references=labels.tolist())
+        return float(computed.get(loaded.name, next(iter(computed.values()))))
+
+    return Metric(str(metric), score)
+
+
+@torch.no_grad()
+def outputs_of(
+    model: PreTrainedModel, samples: list[Sample], metric: Metric = ACCURACY, batch_size: int = 32
+) -> Tensor:
+    """What a metric reads of a model, on the CPU, in the samples' order. Samples of like length share a batch."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(samples)), key=lambda i: max(value.numel() for value in samples[i].values()))
+    found: Optional[Tensor] = None
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = send_to_device(collate([samples[i] for i in chosen], model.config), device)
+        batch = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in batch.items()}
+        part = (_likelihood if metric is PERPLEXITY else _answer)(model, batch).cpu()
+        if found is None:
+            found = part.new_empty(len(samples), *part.shape[1:])
+        found[chosen] = part
+    return torch.empty(0) if found is None else found
+
+
+def _answer(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """`[B]`: each sample's class, or its value where the head has one label."""
+    logits = getattr(model(**batch), "logits", None)
+    if logits is None or logits.dim() != 2:
+        raise HfEsmError(f"{type(model).__name__} gives no class per sample; accuracy needs a classifier.")
+    return logits[:, 0].float() if logits.shape[1] == 1 else logits.argmax(-1)
+
+
+def _likelihood(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """`[B, 2]` float64: the negative log-likelihood of each sample's tokens, summed, and how many there are."""
+    encoder_decoder = model.config.is_encoder_decoder
+    labels = batch.get("labels")
+    if labels is None and not encoder_decoder and "input_ids" in batch:
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        labels = batch["input_ids"].masked_fill(~real, -100)
+    logits = getattr(model(**batch), "logits", None)
+    if labels is None or logits is None or logits.dim() != 3 or logits.shape[:2] != labels.shape:
+        raise HfEsmError(f"{type(model).__name__} gives no likelihood of tokens; perplexity needs a language model.")
+    if not encoder_decoder:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    loss = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    return torch.stack([loss.double().sum(1), (labels != -100).double().sum(1)], dim=1)

@@ -1,0 +1,151 @@
+"""Scores other than accuracy: perplexity, values, metrics of a library, functions."""
+
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import VOCABULARY, Architecture, perturbed, save
+from routed_toys import GPT2, encoded, expert, task_texts, write_bert
+from tiny import BERT
+
+from hf_esm import HfEsmError, evaluate, merge_models
+from hf_esm.evaluation import Scores, run
+from hf_esm.metrics import PERPLEXITY, outputs_of, resolve_metric
+from hf_esm.proxies import LabelledSamples
+
+
+T5 = Architecture(
+    "T5ForConditionalGeneration",
+    {
+        "vocab_size": VOCABULARY,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "decoder_start_token_id": 0,
+    },
+)
+
+
+def token_samples(seed, count=7):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 12, (count,), generator=generator).tolist()
+    return [{"input_ids": torch.randint(3, VOCABULARY, (n,), generator=generator)} for n in lengths]
+
+
+@torch.no_grad()
+def test_perplexity_is_that_of_every_token_one_sample_at_a_time():
+    model, samples = GPT2.build().eval(), token_samples(0)
+    total = tokens = 0
+    for sample in samples:
+        ids = sample["input_ids"][None]
+        total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    for batch_size in (1, 3, 32):
+        found = run(model, LabelledSamples(samples, [0] * 7), PERPLEXITY, batch_size).score
+        assert found == pytest.approx(math.exp(total / tokens), rel=1e-5)
+
+
+@torch.no_grad()
+def test_perplexity_of_answers_alone_and_of_encoder_decoders():
+    samples = [{**s, "labels": torch.cat([torch.full((2,), -100), s["input_ids"][2:]])} for s in token_samples(1)]
+    for model in (GPT2.build().eval(), T5.build().eval()):
+        losses = [model(input_ids=s["input_ids"][None], labels=s["labels"][None]).loss for s in samples]
+        counts = torch.tensor([len(s["labels"]) - 2 for s in samples])
+        expected = math.exp(float((torch.stack(losses) * counts).sum() / counts.sum()))
+        found = run(model, LabelledSamples(samples, [0] * 7), PERPLEXITY, 3).score
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_perplexity_needs_a_language_model_and_accuracy_a_classifier():
+    samples = LabelledSamples(token_samples(2), [0] * 7)
+    with pytest.raises(HfEsmError, match="BertForSequenceClassification gives no likelihood"):
+        run(BERT.build("BertForSequenceClassification", vocab_size=VOCABULARY).eval(), samples, PERPLEXITY)
+    with pytest.raises(HfEsmError, match="GPT2LMHeadModel gives no class per sample"):
+        run(GPT2.build().eval(), samples)
+
+
+@torch.no_grad()
+def test_a_head_of_one_label_gives_values():
+    model = BERT.build("BertForSequenceClassification", vocab_size=VOCABULARY, num_labels=1).eval()
+    samples = token_samples(3)
+    expected = torch.stack([model(**{k: v[None] for k, v in s.items()}).logits[0, 0] for s in samples])
+    assert torch.allclose(outputs_of(model, samples, batch_size=3), expected, atol=1e-5)
+
+    def error(found, labels):
+        return -float((found - labels).square().mean())
+
+    data = LabelledSamples(samples, (expected + 0.5).tolist())
+    assert run(model, data, resolve_metric(error)).score == pytest.approx(-0.25, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_bert(tmp_path_factory.mktemp("models"))
+
+
+def rows(task):
+    texts = task_texts(task, 5)
+    with torch.no_grad():
+        found = [int(expert(task)(input_ids=s["input_ids"][None]).logits.argmax()) for s in encoded(texts)]
+    return [{"text": text, "label": label} for text, label in zip(texts, found)]
+
+
+def test_any_metric_scores_a_merged_model_and_chooses_alpha(models, tmp_path, monkeypatch):
+    class Loaded:
+        name = "second"
+
+        def compute(self, predictions, references):
+            wrong = sum(x != y for x, y in zip(predictions, references))
+            return {"first": 7.0, "second": -wrong}
+
+    monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=lambda name: Loaded()))
+    given = {task: models / task for task in "ab"}
+    data = {task: rows(task) for task in "ab"}
+    options = {"calibration": {task: task_texts(task) for task in "ab"}, "progress": False, "alpha": "auto"}
+    merged = merge_models(
+        models / "base", given, validation=data, metric="second", output_dir=tmp_path / "m", **options
+    )
+    scores = evaluate(tmp_path / "m", data, experts=given, metric="second")
+    assert scores.metric == "second"
+    assert scores.expert == {"a": 0.0, "b": 0.0}
+    assert scores.average == pytest.approx(max(merged.alpha_scores.values()))
+    assert scores.normalised is None
+    by_share = evaluate(tmp_path / "m", data)
+    assert scores.model == {task: pytest.approx(-16 * (1 - by_share.model[task])) for task in "ab"}
+
+
+def test_alpha_goes_by_the_lowest_perplexity(tmp_path):
+    base = save(GPT2.build(), tmp_path / "base")
+    given = {t: save(perturbed(GPT2.build(), 0.1, seed), tmp_path / t) for seed, t in enumerate("ab", 1)}
+    data = {task: token_samples(seed) for seed, task in enumerate("ab")}
+    merged = merge_models(
+        base, given, method="task-arithmetic", alpha="auto", validation=data, metric="perplexity", progress=False
+    )
+    scores = evaluate(merged.output_dir, data, experts=given, metric="perplexity")
+    assert -scores.average == pytest.approx(max(merged.alpha_scores.values()), rel=1e-4)
+    assert merged.alpha == max(merged.alpha_scores, key=merged.alpha_scores.get)
+    assert scores.normalised == pytest.approx(sum(scores.expert[t] / scores.model[t] for t in "ab") / 2)
+    assert "perplexity" in str(scores)
+    assert f"{scores.model['a']:.3f}" in str(scores)
+
+
+def test_unknown_metrics_are_named(monkeypatch):
+    def load(name):
+        raise FileNotFoundError("nothing there")
+
+    monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=load))
+    with pytest.raises(HfEsmError, match="cannot load the metric 'f7': nothing there"):
+        resolve_metric("f7")
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    with pytest.raises(HfEsmError, match=r"no metric 'f7'.*pip install evaluate"):
+        resolve_metric("f7")
+
+
+def test_scores_where_less_is_better_are_normalised_the_other_way_round():
+    assert Scores({"a": 4.0}, {"a": 2.0}, metric="perplexity", higher_is_better=False).normalised == 0.5
+    assert Scores({"a": 4.0}, {"a": 2.0}).normalised == 2.0
+    assert Scores({"a": 4.0}, {}).normalised is None
