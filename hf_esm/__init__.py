@@ -1,6 +1,7 @@
 """Merge fine-tunes of one checkpoint into one multi-task model, in the Hugging Face ecosystem, without training."""
 
 from .calibration import collect_statistics
+from .cards import update_card
 from .comparison import Comparison, compare
 from .errors import HfEsmError
 from .evaluation import Scores, evaluate
@@ -75,5 +76,6 @@ __all__ = [
     "load_task_model",
     "measure_interference",
     "merge_models",
+    "update_card",
     "write_lora_adapter",
 ]

@@ -1,10 +1,18 @@
 """The model card of a merged model, from the template in `model_cards/`."""
 
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoConfig
 
 from .checkpoints import LoraCheckpoint, ModelSource
+from .errors import HfEsmError
+from .evaluation import Scores
+from .heads import FOLDER as HEADS_FOLDER
 from .methods import ROUTED
 from .planning import MergePlan
 from .version import __version__
@@ -47,6 +55,7 @@ def write_card(
         method=plan.method.name,
         routed=isinstance(plan.method, ROUTED),
         alpha=alpha,
+        licences=sorted(set(plan.licences.values()) - {"not stated"}),
         model_class=type(plan.base.skeleton).__name__,
         task_heads=task_heads,
         version=__version__,
@@ -55,6 +64,62 @@ def write_card(
         else "",
     )
     card.save(folder / "README.md")
+
+
+def update_card(folder: str | os.PathLike, scores: Scores, data: Mapping[str, Any]) -> Path:
+    """Put scores into the card of a merged model: as evaluation entries in its metadata, which the Hub shows, and as a
+    table before its limits. Earlier results are replaced.
+
+    Args:
+        folder: what `merge_models` wrote.
+        scores: what `evaluate` gave.
+        data: what they were measured on, as `evaluate` took it; data sets of the Hub are named.
+    """
+    path = Path(folder).expanduser() / "README.md"
+    if not path.is_file():
+        raise HfEsmError(f"{folder}: there is no model card (README.md) in it.")
+    card = ModelCard.load(path)
+    card.data.model_name = Path(folder).expanduser().resolve().name
+    card.data.eval_results = [
+        EvalResult(
+            task_type=_pipeline(path.parent, task),
+            dataset_type=str(spec.get("path", task)) if isinstance(spec := data[task], Mapping) else task,
+            dataset_name=task,
+            dataset_config=spec.get("name") if isinstance(spec, Mapping) else None,
+            dataset_split=spec.get("split") if isinstance(spec, Mapping) else None,
+            metric_type=scores.metric,
+            metric_value=round(score, 6),
+        )
+        for task, score in scores.model.items()
+    ]
+    rows = [
+        f"| {task} | {scores.shown(score)} | {scores.shown(scores.expert.get(task))} |"
+        for task, score in scores.model.items()
+    ]
+    share = f" ({100 * scores.normalised:.1f} % of the experts)" if scores.normalised is not None else ""
+    rows.append(f"| average | {scores.shown(scores.average)}{share} | |")
+    table = "\n".join([f"| task | {scores.metric} | its expert |", "|---|--:|--:|", *rows])
+    text = re.sub(r"## Results\n.*?(?=\n## |\Z)", "", card.text, flags=re.DOTALL)
+    before, limits, after = text.partition("## Limits")
+    card.text = f"{before.rstrip()}\n\n## Results\n\n{table}\n\n{limits}{after}"
+    card.save(path)
+    return path
+
+
+# The Hub's name of a task, by how the class of its model ends.
+_PIPELINES = {
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+    "ForAudioClassification": "audio-classification",
+    "LMHeadModel": "text-generation",
+    "ForCausalLM": "text-generation",
+}
+
+
+def _pipeline(folder: Path, task: str) -> str:
+    own = folder / HEADS_FOLDER / task
+    names = AutoConfig.from_pretrained(own if own.is_dir() else folder).architectures or [""]
+    return next((kind for ending, kind in _PIPELINES.items() if names[0].endswith(ending)), "other")
 
 
 def _template() -> str:

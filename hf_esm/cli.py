@@ -17,6 +17,7 @@ import yaml
 from accelerate import PartialState
 from datasets import disable_progress_bars
 
+from .cards import update_card
 from .comparison import NOT_COMPARED, compare
 from .errors import HfEsmError
 from .evaluation import evaluate
@@ -112,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--metric", default="accuracy", help="accuracy, perplexity, or a metric of the evaluate library"
     )
     evaluation.add_argument("--json", metavar="FILE", help="write the scores there too")
+    evaluation.add_argument("--card", action="store_true", help="write the scores into the model's card, too")
     evaluation.add_argument("--batch-size", type=_count, default=32, help="samples per batch (default: 32)")
     _add_flags(evaluation, ProxyOptions, num_samples=0)
 
@@ -376,6 +378,8 @@ def _evaluate(given: argparse.Namespace) -> None:
     options |= {"metric": given.metric, "route": given.route, "batch_size": given.batch_size}
     scores = evaluate(given.model, data, experts=experts, **options)
     _say(scores)
+    if given.card:
+        _say(update_card(given.model, scores, data))
     if given.json:
         Path(given.json).write_text(json.dumps(scores.as_dict(), indent=2) + "\n", encoding="utf-8")
 

@@ -93,6 +93,12 @@ class Scores:
         """
         return normalised(self.model, self.expert, self.higher_is_better)
 
+    def shown(self, score: Optional[float]) -> str:
+        """A score as tables show it: accuracy in percent."""
+        if score is None:
+            return ""
+        return f"{100 * score:.1f}" if self.metric == ACCURACY.name else f"{score:.3f}"
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "metric": self.metric,
@@ -104,8 +110,6 @@ class Scores:
         }
 
     def __str__(self) -> str:
-        percent = self.metric == ACCURACY.name
-        factor, digits = (100, 1) if percent else (1, 3)
         width = max(len(task) for task in [*self.model, "average"])
         title = max(len(self.metric), 8)
         lines = [
@@ -114,10 +118,10 @@ class Scores:
             + ("  task found" if self.routing else "")
         ]
         for task, score in self.model.items():
-            beside = f"  {factor * self.expert[task]:6.{digits}f}" if task in self.expert else ""
+            beside = f"  {self.shown(self.expert[task]):>6}" if task in self.expert else ""
             found = f"  {100 * self.routing[task]:10.1f}" if task in self.routing else ""
-            lines.append(f"{task:{width}}  {factor * score:{title}.{digits}f}{beside}{found}")
-        lines.append(f"{'average':{width}}  {factor * self.average:{title}.{digits}f}")
+            lines.append(f"{task:{width}}  {self.shown(score):>{title}}{beside}{found}")
+        lines.append(f"{'average':{width}}  {self.shown(self.average):>{title}}")
         if self.normalised is not None:
             lines[-1] += f"  ({100 * self.normalised:.1f} % of the experts)"
         return "\n".join(lines)

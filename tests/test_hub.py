@@ -306,7 +306,7 @@ def test_a_merge_on_the_hub_is_evaluated_there(models, online, merged, tmp_path)
         scores, status, said = online(score, name, rows)
         assert scores["model"] == local["model"]
         assert status == 0
-        assert f"{100 * scores['accuracy']['c']:.1f}" in said
+        assert f"{100 * scores['model']['c']:.1f}" in said
     with pytest.raises(HfEsmError, match="me/nothing"):
         online(score, "me/nothing", rows)
 
