@@ -46,12 +46,16 @@ class CandidateModels:
     """The models to score: every expert's around one shared copy of the merged body, or the merged model as a whole.
 
     Memory: one body, and all heads.
+
+    Attributes:
+        by_task: every expert's model around the shared body, if they are not scored as a whole.
+        body: the shared parameters, by canonical name.
     """
 
     def __init__(self, plan: MergePlan, device: torch.device, whole: bool = False):
         self.plan, self.device = plan, device
         self._shared = set(plan.heads.shared)
-        self._body: dict[str, torch.nn.Parameter] = {}
+        self.body: dict[str, torch.nn.Parameter] = {}
         self.whole = self._build(plan.base, []) if whole else None
         self.by_task = {} if whole else {t: self._build(e, plan.heads.own[t]) for t, e in plan.experts.items()}
 
@@ -65,13 +69,13 @@ class CandidateModels:
             module_name, _, leaf = live.rpartition(".")
             parameters = model.get_submodule(module_name)._parameters
             if name in self._shared and leaf in parameters:
-                parameters[leaf] = self._body.setdefault(name, parameters[leaf])
+                parameters[leaf] = self.body.setdefault(name, parameters[leaf])
         model.tie_weights()
         return model.to(self.device).eval()
 
     @torch.no_grad()
     def set_alpha(self, updates: MergedUpdates, alpha: float) -> None:
-        for name, parameter in self._body.items():
+        for name, parameter in self.body.items():
             parameter.copy_(updates.weight(name, alpha))
 
 

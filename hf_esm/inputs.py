@@ -137,13 +137,19 @@ def gather_statistics(
     """Statistics that exist, and the encoded proxies of the tasks that have none yet."""
     statistics: dict[str, Optional[ActivationStatistics]] = dict.fromkeys(plan.experts)
     samples: dict[str, list] = {}
-    if not method.needs_statistics:
+    learns = getattr(method, "needs_samples", False)
+    if not method.needs_statistics and not learns:
         return statistics, samples
     if isinstance(calibration, (str, os.PathLike)):
         folder = Path(calibration).expanduser()
         calibration = {task: folder / f"{task}.safetensors" for task in plan.experts}
     for task, expert in plan.experts.items():
         given = (calibration or {}).get(task)
+        if learns and (given is None or isinstance(given, ActivationStatistics) or _is_statistics_file(given)):
+            raise HfEsmError(
+                f"{expert.title}: {method.name} learns from the samples themselves. Give unlabelled inputs of the "
+                "task as its calibration, not statistics."
+            )
         if given is None:
             beside = sources[task].folder and sources[task].folder / FILE_NAME
             if not beside or not beside.is_file():

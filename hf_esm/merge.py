@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .alpha import CandidateModels, score_candidates, search_alpha
 from .calibration import pooled_inputs
 from .checkpoints import open_checkpoint, publish_folder, resolve_source, staging_folder
+from .concrete import learn_mask
 from .errors import HfEsmError
 from .experts import write_experts
 from .hashes import write_hashes
@@ -137,7 +138,8 @@ def merge_models(
             routed = isinstance(method, ROUTED)
             keep_base = options.statistics_dir or (routed and method.router == "discriminant")
             base_model = opened.load_model() if samples and keep_base else None
-            for task, proxies in run.progress("Calibrating")(samples.items()):
+            to_calibrate = samples if method.needs_statistics else {}
+            for task, proxies in run.progress("Calibrating")(to_calibrate.items()):
                 found = calibrate_checkpoint(plan.experts[task], proxies, options, accelerator, task)
                 if base_model is not None:
                     found.pooled = pooled_inputs(
@@ -155,6 +157,17 @@ def merge_models(
                 accelerator.wait_for_everyone()
                 statistics[task] = ActivationStatistics.load(path)
         check_statistics(plan, statistics, run.warn)
+        if getattr(method, "needs_samples", False):
+            with run.stage("learning"):
+                method.learned = learn_mask(
+                    plan,
+                    samples,
+                    accelerator,
+                    batch_size=options.batch_size,
+                    seed=options.seed,
+                    folder=Path(options.resume_dir).expanduser() if options.resume_dir else None,
+                    progress=run.progress,
+                )
         with run.stage("merging"):
             rank, size = accelerator.process_index, accelerator.num_processes
             reports = merge_weights(plan, statistics, scratch, rank, size, run.progress("Merging"))

@@ -28,6 +28,7 @@ class MergeOptions(ProxyOptions):
         overwrite: replace the output folder, once the new one is whole.
         max_shard_size: largest file of weights.
         statistics_dir: folder to keep the activation statistics in, one file per task, for later merges.
+        resume_dir: folder in which the Concrete methods keep what they are learning, to go on from after an interrupt.
         batch_size: samples per batch and process while calibrating and validating.
         allow_pickle: read `.bin` checkpoints.
         trust_remote_code: run code that comes with a model.
@@ -56,6 +57,9 @@ class MergeOptions(ProxyOptions):
     max_shard_size: str = field(default="5GB", metadata={"help": "largest file of weights"})
     statistics_dir: Optional[str] = field(
         default=None, metadata={"help": "folder to keep the activation statistics in, for later merges"}
+    )
+    resume_dir: Optional[str] = field(
+        default=None, metadata={"help": "folder to keep what is being learned in, and to go on from (concrete-…)"}
     )
     batch_size: int = field(default=8, metadata={"help": "samples per batch and process", "least": 1})
     allow_pickle: bool = field(default=False, metadata={"help": "read .bin checkpoints (can run code)"})

@@ -172,6 +172,7 @@ def _merge_unit(
         plan.method.merge(
             Stack(
                 name=plan.base.names[unit[0]],
+                part=part,
                 layer_type=layer_type(unit[0]),
                 deltas=list(deltas),
                 is_linear=linear is not None,
@@ -180,7 +181,7 @@ def _merge_unit(
                 thresholds=thresholds,
             )
         )
-        for deltas in zip(*matrices.values(), strict=True)
+        for part, deltas in enumerate(zip(*matrices.values(), strict=True))
     ]
     energy = merged[0].info.get("energy_kept")
     report = WeightReport(

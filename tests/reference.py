@@ -145,6 +145,16 @@ def tsv_m(deltas: list[Tensor], keep_scale: bool = False) -> Tensor:
     return merged * u_mean * v_mean if keep_scale else merged
 
 
+def rescaled(mask: Tensor) -> Tensor:
+    """A mask divided by its mean; zeros where it is zero."""
+    return mask / mask.mean() if mask.mean() > 0 else mask
+
+
+def relaxed_mask(logits: Tensor, uniform: Tensor, temperature: float = 0.5) -> Tensor:
+    """Concrete's `m = σ((log u − log(1−u) + logit)/τ)`, rescaled to mean 1 (arXiv 2312.06173)."""
+    return rescaled(torch.sigmoid((torch.log(uniform) - torch.log(1 - uniform) + logits) / temperature))
+
+
 def sti(deltas: list[Tensor]) -> float:
     """Singular task interference: `‖(UᵀU − I) Σ (VᵀV − I)‖₁` of the top `⌊min(d)/T⌋` triplets, V as columns."""
     k = max(min(deltas[0].shape) // len(deltas), 1)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ..errors import HfEsmError
 from .averaging import Mean, TaskArithmetic
+from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic
 from .essential import EssentialMerge, RoutedMerge
 from .isotropic import IsoC, IsoCTS
 from .regression import RegMean
@@ -26,6 +27,7 @@ class MergeMethod(Protocol):
         default_alpha: the scale of the merged update where none is given.
         tunable: whether α means anything to it.
         needs_statistics: whether linear maps are merged with activation statistics.
+        needs_samples: optional; whether something is learned on the calibration samples themselves before merging.
         layer_exponent: exponent of the scale between layers of one type, `(‖Δ_M‖ / mean ‖Δ_M‖)^layer_exponent`; 0 for
             none.
     """
@@ -46,6 +48,8 @@ METHODS: dict[str, Callable[[], MergeMethod]] = {
     "ties": TIES,
     "dare": DARE,
     "regmean": RegMean,
+    "concrete-task-arithmetic": ConcreteTaskArithmetic,
+    "concrete-adamerging": ConcreteAdaMerging,
     "tsv-m": TSVM,
     "tsv-c": TSVC,
     "iso-c": IsoC,
@@ -97,6 +101,8 @@ __all__ = [
     "TIES",
     "TSVC",
     "TSVM",
+    "ConcreteAdaMerging",
+    "ConcreteTaskArithmetic",
     "EssentialMerge",
     "IsoC",
     "IsoCTS",

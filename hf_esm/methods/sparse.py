@@ -93,7 +93,7 @@ class DARE:
     def merge(self, stack: Stack) -> Merged:
         merged = torch.zeros_like(stack.deltas[0])
         for place, delta in enumerate(stack.deltas):
-            merged += delta * self.mask(stack.name, place, delta.shape) / self.density
+            merged += delta * self.mask(f"{stack.name}/{stack.part}", place, delta.shape) / self.density
         return Merged(merged, self.name)
 
     def mask(self, weight: str, place: int, shape: torch.Size) -> Tensor:

@@ -15,6 +15,7 @@ class Stack:
 
     Attributes:
         name: the weight's name in the base model.
+        part: which of the matrices that the parameter holds, where it holds several.
         layer_type: the name with its integers removed; weights of one type share a scale between layers.
         deltas: `T` float32 tensors of one shape: `[d_out, d_in]` for a matrix, anything for other parameters.
         is_linear: whether it is the matrix of a linear map, rather than an embedding or a parameter of another kind.
@@ -28,6 +29,7 @@ class Stack:
     layer_type: str
     deltas: list[Tensor]
     is_linear: bool = False
+    part: int = 0
     routable: bool = False
     statistics: list[Optional[InputStatistics]] = field(default_factory=list)
     thresholds: list[float] = field(default_factory=list)
