@@ -31,7 +31,7 @@ import transformers
 from torch import Tensor
 
 from hf_esm import RoutedModel, merge_models
-from hf_esm.evaluation import predict
+from hf_esm.metrics import outputs_of
 from hf_esm.proxies import LabelledSamples, ProxyOptions, load_labelled
 
 
@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def hits(model: Any, data: LabelledSamples) -> Tensor:
-    return (predict(model, data.samples, 50) == torch.tensor(data.labels)).double()
+    return (outputs_of(model, data.samples, batch_size=50) == torch.tensor(data.labels)).double()
 
 
 def score(model: RoutedModel, test: dict[str, LabelledSamples], mode: str = "") -> dict[str, Tensor]:

@@ -152,7 +152,15 @@ class Rules:
     alpha: float = 1.0
 
 
-PUBLISHED = {"gamma": 0.15, "shrinkage": 0.0, "keep_singular_values": False, "match_norm": False}
+PUBLISHED = {
+    "gamma": 0.15,
+    "shrinkage": 0.0,
+    "keep_singular_values": False,
+    "match_norm": False,
+    "factor": 1.0,
+    "rank_share": 1.0,
+    "sum_subtracted": 0.0,
+}
 RULES = {
     "esm": Rules(esm={}),
     "tsv-m": Rules(),

@@ -65,10 +65,12 @@ def esm(
     gamma: float = 0.0,
     task_exponent: float = 0.0,
     dimension_exponent: float = 0.0,
-    factor: float = 1.0,
+    factor: float = 1.2,
     shrinkage: float = 1.0,
     keep_singular_values: bool = True,
     match_norm: bool = True,
+    rank_share: float = 0.75,
+    sum_subtracted: float = 0.125,
 ) -> Tensor:
     """ESM of one weight, before the scale between layers and α: the merged update `Δ_M [d_out, d_in]`.
 
@@ -85,8 +87,11 @@ def esm(
     - `keep_singular_values`: `r = ⌊min(d) / T⌋`; each task's `C_t = P_t S_t Q_t` (SVD), and in place of 6 and 7
       `Δ_M = factor · polar([E_t P_t]) diag(S) polar([Q_t])`.
     - `match_norm`: `Δ_M` is scaled to the norm `√(Σ ‖Δ_t‖²_F)` (before `factor`).
+    - `rank_share`: `r` is that share of it, rounded down before dividing by T: `⌊⌊share · d⌋ / T⌋`.
+    - `sum_subtracted`: that multiple of `Σ Δ_t` is taken off `Δ_M` in the end.
     """
-    r = max((min(deltas[0].shape) if keep_singular_values else deltas[0].shape[0]) // len(deltas), 1)
+    side = min(deltas[0].shape) if keep_singular_values else deltas[0].shape[0]
+    r = max(int(side * rank_share) // len(deltas), 1)
     task_scales = relative_power(torch.stack([delta.double().norm() for delta in deltas]), task_exponent)
     directions, coordinates = [], []
     for delta, x, task_scale in zip(deltas, inputs, task_scales):
@@ -117,7 +122,7 @@ def esm(
         merged = (e * e_mean) @ (c * c_mean)
     if match_norm and merged.any():
         merged = merged * sum(delta.double().square().sum() for delta in deltas).sqrt() / merged.norm()
-    return factor * merged
+    return factor * merged - sum_subtracted * sum(delta.double() for delta in deltas)
 
 
 def esm_stacked(deltas: list[list[Tensor]], inputs: list[Tensor], **settings: float) -> list[Tensor]:

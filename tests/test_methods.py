@@ -13,7 +13,15 @@ from hf_esm.methods.singular_vectors import merge_singular_vectors
 from hf_esm.methods.sparse import magnitude_threshold
 
 
-PLAIN = {"gamma": 0.15, "shrinkage": 0.0, "keep_singular_values": False, "match_norm": False}  # as published
+PLAIN = {  # as published
+    "gamma": 0.15,
+    "shrinkage": 0.0,
+    "keep_singular_values": False,
+    "match_norm": False,
+    "factor": 1.0,
+    "rank_share": 1.0,
+    "sum_subtracted": 0.0,
+}
 SETTINGS = {
     "default": {},
     "gamma": {"gamma": 0.7},
@@ -21,6 +29,10 @@ SETTINGS = {
     "no-match": {"match_norm": False, "task_exponent": 2.0},
     "weak-shrinkage": {"shrinkage": 0.1},
     "no-shrinkage": {"shrinkage": 0.0},
+    "few-directions": {"rank_share": 0.3},
+    "all-directions": {"rank_share": 1.0},
+    "sum": {"sum_subtracted": 0.4, "factor": 0.5},
+    "no-sum": {"sum_subtracted": 0.0},
     "published": PLAIN,
     "published-no-gamma": PLAIN | {"gamma": 0.0},
     "published-task": PLAIN | {"task_exponent": 2.0},
@@ -58,7 +70,8 @@ def test_esm_is_the_formula(seed, shape, settings):
         assert relative_error(merged.delta, expected) < 1e-4, route.__name__
         assert (merged.how, merged.delta.dtype) == ("esm", torch.float32)
     made = EssentialMerge(**settings)
-    rank = (min(deltas[0].shape) if made.keep_singular_values else shape[1]) // shape[3]
+    side = min(deltas[0].shape) if made.keep_singular_values else shape[1]
+    rank = max(int(side * made.rank_share) // shape[3], 1)
     for kept, delta, x in zip(merged.info["energy_kept"], deltas, inputs, strict=True):
         squares = torch.linalg.svdvals(reference.shrink(x, made.shrinkage) @ delta.double().T).square()
         assert kept == pytest.approx(float(squares[:rank].sum() / squares.sum()), rel=1e-5)
@@ -288,7 +301,9 @@ PRESETS = {
         "shrinkage": 1.0,
         "keep_singular_values": True,
         "match_norm": True,
-        "factor": 1.0,
+        "factor": 1.2,
+        "rank_share": 0.75,
+        "sum_subtracted": 0.125,
         "stack_shared_inputs": False,
         "keep_fallback_scale": False,
         "scale_all": False,

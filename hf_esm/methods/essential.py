@@ -21,11 +21,13 @@ class EssentialMerge:
     Weights without activation statistics go through TSV-M where they are matrices and are averaged where not.
 
     `roberta()` and `vit()` are the settings of the published code. The defaults keep the essential subspaces and the
-    orthogonalisation of the papers and differ in three points, chosen on the validation rows of eight text tasks:
+    orthogonalisation of the papers and differ in five points, chosen on the validation rows of eight text tasks:
     the inputs' second moments are shrunk half way to the identity, so that the mean input does not decide alone which
     directions are essential; the coordinates keep their singular values, where the published polar factor makes all
-    equal; and the merged update gets the norm that the experts' updates would have together if they were orthogonal,
-    so that α = 1 is a sound choice without labels.
+    equal; each task has three quarters of its share of the directions; the fused update gets 1.2 times the norm that
+    the experts' updates would have together if they were orthogonal, so that α = 1 is a sound choice without labels;
+    and an eighth of the updates' sum is taken off again, since what all experts have in common lies in every task's
+    subspace, and is in the way of all.
     """
 
     name: ClassVar[str] = "esm"
@@ -57,7 +59,15 @@ class EssentialMerge:
     match_norm: bool = field(
         default=True, metadata={"help": "scale to the root of the experts' summed squared norms; published: no"}
     )
-    factor: float = field(default=1.0, metadata={"help": "constant factor on calibrated linear maps; vit preset: 2"})
+    factor: float = field(
+        default=1.2, metadata={"help": "constant factor on fused linear maps; published: 1, in the vit preset 2"}
+    )
+    rank_share: float = field(
+        default=0.75, metadata={"help": "share of each task's directions, ⌊min(d)/T⌋, that is kept; published: 1"}
+    )
+    sum_subtracted: float = field(
+        default=0.125, metadata={"help": "multiple of the updates' sum that is taken off after fusing; published: 0"}
+    )
     uncalibrated: tuple[str, ...] = field(
         default=(),
         metadata={"help": "regular expressions of weight names to merge by TSV-M although statistics exist"},
@@ -74,6 +84,10 @@ class EssentialMerge:
         default=False, metadata={"help": "let alpha multiply every parameter's update, not only linear maps"}
     )
 
+    def __post_init__(self) -> None:
+        if not 0 < self.rank_share <= 1:
+            raise HfEsmError(f"{self.name}: rank_share must be above 0 and at most 1, not {self.rank_share}.")
+
     @classmethod
     def roberta(cls) -> "EssentialMerge":
         """The settings of the published RoBERTa code."""
@@ -83,10 +97,9 @@ class EssentialMerge:
     def vit(cls) -> "EssentialMerge":
         """The settings of the published ViT code, which calibrates the stacked q, k, v and both MLP matrices."""
         return cls(
-            **_PUBLISHED,
+            **_PUBLISHED | {"factor": 2.0},
             task_exponent=2.0,
             dimension_exponent=2.0,
-            factor=2.0,
             uncalibrated=(r"(^|\.)(o_proj|out_proj|attention\.output\.dense|attn\.c_proj|attention\.dense)\.weight$",),
             stack_shared_inputs=True,
         )
@@ -104,7 +117,7 @@ class EssentialMerge:
     def merge_calibrated(self, deltas: list[Tensor], statistics: list[InputStatistics]) -> tuple[Tensor, list[float]]:
         """One calibrated weight: the merged update `[d_out, d_in]` in float64, and the energy kept per task."""
         side = min(deltas[0].shape) if self.keep_singular_values else deltas[0].shape[0]
-        rank = max(side // len(deltas), 1)
+        rank = max(int(side * self.rank_share) // len(deltas), 1)
         norms = torch.stack([delta.double().norm() for delta in deltas])
         task_scales = _relative(norms, self.task_exponent)
         directions, coordinates, energy_kept = [], [], []
@@ -122,7 +135,10 @@ class EssentialMerge:
         merged = fuse(directions, coordinates)
         if self.match_norm and merged.any():
             merged = merged * (norms.norm() / merged.norm())
-        return merged * self.factor, energy_kept
+        merged = merged * self.factor
+        if self.sum_subtracted:
+            merged = merged - self.sum_subtracted * torch.stack(deltas).sum(0)
+        return merged, energy_kept
 
 
 @dataclass
@@ -151,6 +167,7 @@ class RoutedMerge(EssentialMerge):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for setting, allowed in (("router", ("discriminant", "prototype")), ("router_features", ("merged", "base"))):
             if getattr(self, setting) not in allowed:
                 raise HfEsmError(f"esm++: {setting} is {' or '.join(allowed)}, not {getattr(self, setting)!r}.")
@@ -169,6 +186,9 @@ class RoutedMerge(EssentialMerge):
 _PUBLISHED = {
     "gamma": 0.15,
     "layer_exponent": 2.0,
+    "factor": 1.0,
+    "rank_share": 1.0,
+    "sum_subtracted": 0.0,
     "shrinkage": 0.0,
     "keep_singular_values": False,
     "match_norm": False,

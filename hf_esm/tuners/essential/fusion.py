@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import HfEsmError
 from ...linalg import truncated_svd
-from ...methods.essential import fuse_with_singular_values
+from ...methods.essential import EssentialMerge, fuse_with_singular_values
 from ..lora_export import rank_settings
 from .config import EssentialComponentsConfig
 from .layer import EssentialComponentsLayer
@@ -19,10 +19,10 @@ from .layer import EssentialComponentsLayer
 def fuse_components(model: PeftModel, adapter_names: Sequence[str], new_name: str) -> None:
     """Add an adapter that is the ESM merge (arXiv 2602.20208) of loaded adapters of essential components.
 
-    Per linear map, as `EssentialMerge` does by default: the leading `⌊min(d_in, d_out) / T⌋` components of each of
-    the `T` adapters, orthogonalised against each other, with their singular values, scaled to the norm that the
-    updates would have together if they were orthogonal. No update is ever built; the new adapter's rank is at most
-    the sum of the ranks. It is not made active; saved modules such as heads stay with the adapters that brought them.
+    Per linear map, as `EssentialMerge` does by default: the leading components of each of the `T` adapters,
+    orthogonalised against each other, with their singular values, scaled, and a part of the updates' sum taken off. No
+    update is ever built; the new adapter's rank is at most the sum of the ranks. It is not made active; saved modules
+    such as heads stay with the adapters that brought them.
 
     Raises:
         HfEsmError: on fewer than two adapters, one that is not there or of another kind, or a name that is taken.
@@ -73,18 +73,22 @@ def _fuse(updates: list[tuple[Tensor, Tensor]], tasks: int) -> Optional[tuple[Te
     """The fusion of one map's updates `E_t C_t` as such a pair: E orthonormal, the strongest component first. None
     where no adapter changes the map.
     """
-    directions, coordinates, norms = [], [], []
+    method = EssentialMerge()
+    directions, coordinates, wholes = [], [], []
     for e, c in updates:
         basis, triangle = torch.linalg.qr(e.double())  # training leaves E neither orthonormal nor independent
         whole = triangle @ c.double()
-        kept = max(min(len(e), c.shape[1]) // tasks, 1)
+        kept = max(int(min(len(e), c.shape[1]) * method.rank_share) // tasks, 1)
         directions.append(basis[:, :kept])
         coordinates.append(whole[:kept])
-        norms.append(whole.norm())
+        wholes.append((basis, whole))
     if not any(found.any() for found in coordinates):
         return None
     left, right = fuse_with_singular_values(directions, coordinates)
+    norm = torch.stack([whole.norm() for _, whole in wholes]).norm()
+    scale = method.factor * norm / torch.linalg.qr(left, mode="r").R.matmul(right).norm()
+    left = torch.cat([left * scale, *(-method.sum_subtracted * basis for basis, _ in wholes)], dim=1)
+    right = torch.cat([right, *(whole for _, whole in wholes)])
     basis, triangle = torch.linalg.qr(left)
     turn, values, right = truncated_svd(triangle @ right, len(triangle))
-    scale = torch.stack(norms).norm() / values.norm()
-    return basis @ turn, (scale * values)[:, None] * right
+    return basis @ turn, values[:, None] * right
