@@ -66,7 +66,7 @@ def esm(
     task_exponent: float = 0.0,
     dimension_exponent: float = 0.0,
     factor: float = 1.2,
-    shrinkage: float = 1.0,
+    shrinkage: float = 3.0,
     keep_singular_values: bool = True,
     match_norm: bool = True,
     rank_share: float = 0.75,

@@ -298,7 +298,7 @@ PRESETS = {
         "task_exponent": 0.0,
         "dimension_exponent": 0.0,
         "layer_exponent": 0.0,
-        "shrinkage": 1.0,
+        "shrinkage": 3.0,
         "keep_singular_values": True,
         "match_norm": True,
         "factor": 1.2,

@@ -22,8 +22,8 @@ class EssentialMerge:
 
     `roberta()` and `vit()` are the settings of the published code. The defaults keep the essential subspaces and the
     orthogonalisation of the papers and differ in five points, chosen on the validation rows of eight text tasks:
-    the inputs' second moments are shrunk half way to the identity, so that the mean input does not decide alone which
-    directions are essential; the coordinates keep their singular values, where the published polar factor makes all
+    the inputs' second moments are shrunk three quarters of the way to the identity, so that the mean input does not
+    decide alone which directions are essential; the coordinates keep their singular values, where the published polar factor makes all
     equal; each task has three quarters of its share of the directions; the fused update gets 1.2 times the norm that
     the experts' updates would have together if they were orthogonal, so that α = 1 is a sound choice without labels;
     and an eighth of the updates' sum is taken off again, since what all experts have in common lies in every task's
@@ -50,7 +50,7 @@ class EssentialMerge:
         default=0.0, metadata={"help": "scaling between layers of one type; published: 2; 0 turns it off"}
     )
     shrinkage: float = field(
-        default=1.0, metadata={"help": "weight of the identity in the inputs' second moments; published: 0"}
+        default=3.0, metadata={"help": "weight of the identity in the inputs' second moments; published: 0"}
     )
     keep_singular_values: bool = field(
         default=True,
