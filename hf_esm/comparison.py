@@ -5,7 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Optional
@@ -14,17 +14,18 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import tqdm
-from datasets.fingerprint import Hasher
 
-from .checkpoints import resolve_source
+from .checkpoints import open_checkpoint, resolve_source
 from .errors import HfEsmError
 from .evaluation import Outcome, evaluate, expert_outcomes
+from .identity import data_identity, fingerprint, model_identity
 from .inputs import name_experts
 from .interference import Interference, measure_interference
 from .merge import merge_models
 from .methods import ROUTED, MergeMethod, describe_method, resolve_method
 from .metrics import Metric, resolve_metric
 from .options import MergeOptions
+from .planning import plan_merge
 from .proxies import PROXIES_FOLDER, ProxyOptions
 from .reports import DRAWS, Cell, Comparison, summarise, write_report
 from .statistics import ActivationStatistics
@@ -34,7 +35,7 @@ from .version import __version__
 CACHE = "cache"
 CELL_VERSION = 1
 # Options of a merge that are the comparison's own affair.
-NOT_COMPARED = {"method", "alpha", "rank", "seed", "overwrite", "statistics_dir", "max_shard_size"}
+NOT_COMPARED = {"method", "alpha", "rank", "seed", "overwrite", "statistics_dir", "resume_dir", "max_shard_size"}
 METHODS_COMPARED = ("esm", "mean", "task-arithmetic", "ties", "tsv-m", "iso-c", "iso-cts", "esm++")
 
 
@@ -72,8 +73,24 @@ def compare(
     Raises:
         HfEsmError: on input that cannot be merged or measured, before the first merge as far as headers tell.
     """
-    run = _Comparing(base, experts, methods, test, output_dir, calibration, validation, processor, token, options)
-    run.num_test, run.seeds = num_test, tuple(seeds)
+    if unknown := options.keys() - {f.name for f in fields(MergeOptions)}:
+        raise TypeError(f"compare has no argument {sorted(unknown)[0]!r}")
+    if taken := options.keys() & NOT_COMPARED:
+        raise HfEsmError(f"compare sets {sorted(taken)[0]} itself: see methods, validation and seeds.")
+    run = _Comparing(
+        base=base,
+        experts=name_experts(experts),
+        methods=_named(methods),
+        test=test,
+        folder=Path(output_dir).expanduser(),
+        calibration=calibration,
+        validation=validation,
+        seeds=tuple(seeds),
+        num_test=num_test,
+        processor=processor,
+        token=token,
+        given=options,
+    )
     run.check()
     own = run.expert_outcomes()
     jobs = [(label, method, seed) for label, method in run.methods for seed in run.seeds_of(method)]
@@ -87,37 +104,26 @@ def compare(
     return found
 
 
+@dataclass
 class _Comparing:
-    """One comparison's arguments, and its cache."""
+    """One comparison's arguments, and its cache; `given` are the options as the caller gave them."""
 
-    num_test: int
+    base: Any
+    experts: dict[str, Any]
+    methods: list[tuple[str, MergeMethod]]
+    test: Mapping[str, Any]
+    folder: Path
+    calibration: Any
+    validation: Optional[Mapping[str, Any]]
     seeds: tuple[int, ...]
+    num_test: int
+    processor: Any
+    token: Any
+    given: dict[str, Any]
 
-    def __init__(
-        self,
-        base: Any,
-        experts: Any,
-        methods: Sequence[Any],
-        test: Mapping[str, Any],
-        output_dir: str | os.PathLike,
-        calibration: Any,
-        validation: Any,
-        processor: Any,
-        token: Any,
-        options: dict[str, Any],
-    ):
-        if unknown := options.keys() - {f.name for f in fields(MergeOptions)}:
-            raise TypeError(f"compare has no argument {sorted(unknown)[0]!r}")
-        if taken := options.keys() & NOT_COMPARED:
-            raise HfEsmError(f"compare sets {sorted(taken)[0]} itself: see methods, validation and seeds.")
-        self.options = MergeOptions(**options)
-        self.given_options = options
-        self.base, self.experts, self.test = base, name_experts(experts), test
-        self.calibration, self.validation = calibration, validation
-        self.processor, self.token = processor, token
+    def __post_init__(self) -> None:
+        self.options = MergeOptions(**self.given)
         self.metric: Metric = resolve_metric(self.options.metric)
-        self.methods = _named(methods)
-        self.folder = Path(output_dir).expanduser()
 
     def check(self) -> None:
         """What can be said before any weight is read."""
@@ -132,35 +138,37 @@ class _Comparing:
         if not self.seeds:
             raise HfEsmError("seeds must name one seed at least.")
         for _, method in self.methods:
-            plan = merge_models(self.base, self.experts, dry_run=True, **self._merge_arguments(method, self.seeds[0]))
+            merge_models(self.base, self.experts, dry_run=True, **self._merge_arguments(method, self.seeds[0]))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.plan = plan
         models = {"base": self.base, **self.experts}
-        self.identity = {name: _identity(spec, self.token) for name, spec in models.items()}
+        self.identity = {n: model_identity(resolve_source(spec, n, token=self.token)) for n, spec in models.items()}
 
     def seeds_of(self, method: MergeMethod) -> tuple[int, ...]:
-        """The proxies play no part in a method without statistics."""
-        return self.seeds if method.needs_statistics else self.seeds[:1]
+        """The proxies play no part in a method that needs none."""
+        return self.seeds if self._merge_arguments(method, 0)["calibration"] is not None else self.seeds[:1]
 
     def _merge_arguments(self, method: MergeMethod, seed: int) -> dict[str, Any]:
-        given = {**self.given_options, "method": method, "seed": seed, "progress": False}
-        if method.tunable and self.validation is not None:
-            given["alpha"] = "auto"
+        tuned = method.tunable and self.validation is not None
+        needs_data = method.needs_statistics or getattr(method, "needs_samples", False)
         return {
-            **given,
-            "calibration": self.calibration if method.needs_statistics else None,
-            "validation": self.validation if given.get("alpha") == "auto" else None,
+            **self.given,
+            "method": method,
+            "seed": seed,
+            "progress": False,
+            "alpha": "auto" if tuned else None,
+            "calibration": self.calibration if needs_data else None,
+            "validation": self.validation if tuned else None,
             "processor": self.processor,
             "token": self.token,
         }
 
     def _test_options(self) -> dict[str, Any]:
         own = {f.name for f in fields(ProxyOptions)} - {"num_samples", "seed"}
-        return {name: value for name, value in self.given_options.items() if name in own}
+        return {name: value for name, value in self.given.items() if name in own}
 
     def _cached(self, kind: str, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A result by all that it depends on, from the cache or made now."""
-        path = self.folder / CACHE / f"{kind}-{Hasher.hash([CELL_VERSION, __version__, self.identity, key])}.json"
+        path = self.folder / CACHE / f"{kind}-{fingerprint(CELL_VERSION, __version__, self.identity, key)}.json"
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
         found = make()
@@ -171,8 +179,14 @@ class _Comparing:
         return found
 
     def _test_key(self) -> list[Any]:
-        rows = {task: _data_identity(data) for task, data in self.test.items()}
-        return [rows, self.num_test, self._test_options(), self.metric.name]
+        rows = {task: data_identity(data) for task, data in self.test.items()}
+        metric = self.options.metric
+        return [
+            rows,
+            self.num_test,
+            self._test_options(),
+            metric if isinstance(metric, str) else data_identity(metric),
+        ]
 
     def expert_outcomes(self) -> dict[str, Outcome]:
         def make() -> dict[str, Any]:
@@ -191,7 +205,7 @@ class _Comparing:
     def cell(self, method: MergeMethod, seed: int) -> Cell:
         arguments = self._merge_arguments(method, seed)
         known = {name: value for name, value in arguments.items() if name not in ("method", "processor", "token")}
-        known |= {name: _data_identity(arguments[name]) for name in ("calibration", "validation")}
+        known |= {name: data_identity(arguments[name]) for name in ("calibration", "validation")}
         key = [describe_method(method), {**known, "metric": self.metric.name}, self._test_key()]
         found = self._cached("cell", key, lambda: self._merge_and_measure(method, seed, arguments))
         return Cell(
@@ -207,7 +221,7 @@ class _Comparing:
     def statistics_folder(self, seed: int) -> Path:
         """Where the statistics of this choice of proxies are kept for all methods."""
         proxies = {f.name: getattr(self.options, f.name) for f in fields(ProxyOptions) if f.name != "seed"}
-        key = Hasher.hash([__version__, self.identity, _data_identity(self.calibration), proxies, seed])
+        key = fingerprint(__version__, self.identity, data_identity(self.calibration), proxies, seed)
         return self.folder / CACHE / f"statistics-{key}"
 
     def _merge_and_measure(self, method: MergeMethod, seed: int, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +265,15 @@ class _Comparing:
         return Interference.from_dict(found)
 
     def _interference(self, statistics: Mapping[str, Optional[ActivationStatistics]]) -> dict[str, Any]:
-        return measure_interference(self.plan, statistics).as_dict()
+        trust = {"token": self.token, "allow_pickle": self.options.allow_pickle}
+        trust["trust_remote_code"] = self.options.trust_remote_code
+        base = open_checkpoint(resolve_source(self.base, "base", **trust))
+        experts = {
+            task: open_checkpoint(resolve_source(spec, f"expert '{task}'", **trust), base)
+            for task, spec in self.experts.items()
+        }
+        plan = plan_merge(base, experts, self.methods[0][1], self.options.heads)
+        return measure_interference(plan, statistics).as_dict()
 
     def how(self) -> list[str]:
         """What a reader of the table has to know."""
@@ -288,30 +310,6 @@ def _named(methods: Sequence[Any]) -> list[tuple[str, MergeMethod]]:
             raise HfEsmError(f"methods names {label!r} twice. Give one of them a `label`.")
         found[label] = method
     return list(found.items())
-
-
-def _identity(spec: Any, token: Any) -> Any:
-    """What tells a model from another: its commit, the state of its files, or its weights."""
-    source = resolve_source(spec, "model", token=token)
-    if source.model is not None:
-        return Hasher.hash({name: tensor.detach().cpu() for name, tensor in source.model.state_dict().items()})
-    if source.revision is not None:
-        return [source.repo_id, source.revision]
-    return [str(source.folder), *_files(Path(source.folder))]
-
-
-def _files(folder: Path) -> list[tuple[str, int, int]]:
-    paths = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-
-
-def _data_identity(data: Any) -> Any:
-    """The same for data."""
-    if isinstance(data, (str, os.PathLike)):
-        return _files(Path(data).expanduser()) or str(data)
-    if isinstance(data, Mapping) and "path" not in data:
-        return {name: _data_identity(value) for name, value in data.items()}
-    return Hasher.hash(data)
 
 
 def _outcome_out(outcome: Outcome) -> dict[str, Any]:

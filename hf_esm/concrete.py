@@ -11,14 +11,12 @@ from typing import Any, Optional
 import torch
 from accelerate import Accelerator
 from accelerate.utils import reduce, send_to_device
-from datasets.fingerprint import Hasher
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .alpha import CandidateModels
 from .errors import HfEsmError
-from .methods import describe_method
 from .methods.concrete import ConcreteAdaMerging, final_mask, relaxed_mask
 from .planning import MergePlan
 from .proxies import Sample, collate
@@ -67,11 +65,11 @@ def learn_mask(
         folder: where the state is kept every hundred steps; what stands there from an interrupted run is gone on from.
 
     Raises:
-        HfEsmError: if a task has no classifier, or the folder holds the state of another merge.
+        HfEsmError: if a task has no classifier.
     """
     learner = _Learner(plan, samples, accelerator, batch_size, seed)
     method = plan.method
-    state = _State(folder, learner, samples, batch_size, seed) if folder is not None else None
+    state = _State(folder, learner) if folder is not None else None
     done = state.resume() if state is not None else 0
     stages = [("Learning the mask", 0, method.steps, learner.mask_step)]
     if isinstance(method, ConcreteAdaMerging):
@@ -229,13 +227,8 @@ def entropy(model: Any, batch: Mapping[str, Tensor], task: str) -> Tensor:
 class _State:
     """What is learned, on disk."""
 
-    def __init__(
-        self, folder: Path, learner: _Learner, samples: Mapping[str, list[Sample]], batch_size: int, seed: int
-    ):
+    def __init__(self, folder: Path, learner: _Learner):
         self.path, self.learner = folder / "concrete.safetensors", learner
-        weights = [float(part.double().sum()) for part in (*learner.base.values(), *learner.updates.values())]
-        rows = {task: [{n: v.tolist() for n, v in row.items()} for row in own] for task, own in samples.items()}
-        self.key = Hasher.hash([describe_method(learner.method), weights, rows, batch_size, seed])
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything by name; what is shared stands once."""
@@ -254,7 +247,7 @@ class _State:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(".partial")
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
-            save_file(tensors, partial, {"format": FORMAT, "header": json.dumps({"step": step, "key": self.key})})
+            save_file(tensors, partial, {"format": FORMAT, "header": json.dumps({"step": step})})
             os.replace(partial, self.path)
         self.learner.accelerator.wait_for_everyone()
 
@@ -268,11 +261,6 @@ class _State:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise HfEsmError(f"{self.path}: cannot be gone on from ({error}). Remove it to start again.") from None
-        if header["key"] != self.key:
-            raise HfEsmError(
-                f"{self.path} is of another merge: base, experts, samples or settings differ. Remove it, or choose "
-                "another resume_dir."
-            )
         learner = self.learner
         for name, tensor in learner.logits.items():
             tensor.copy_(tensors[f"logits.{name}"])

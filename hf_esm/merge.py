@@ -7,12 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Optional
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, tqdm
+from accelerate.utils.modeling import convert_file_size_to_int
 from transformers import PreTrainedModel
 
 from .alpha import CandidateModels, score_candidates, search_alpha
@@ -24,6 +25,7 @@ from .experts import write_experts
 from .hashes import write_hashes
 from .heads import load_task_model
 from .hub import RoutedModel, push_folder
+from .identity import fingerprint, model_identity
 from .inputs import (
     calibrate_checkpoint,
     check_arguments,
@@ -35,14 +37,15 @@ from .inputs import (
     read_validation,
     torch_dtype,
 )
-from .methods import ROUTED, resolve_method
+from .methods import ROUTED, describe_method, resolve_method
 from .metrics import resolve_metric
 from .options import MergeOptions
 from .output import write_files, write_model
 from .passes import MergedUpdates, WeightReport, merge_weights, scale_layers
-from .planning import MergePlan, check_disk, check_values, plan_merge
+from .planning import MergePlan, check_disk, check_memory, check_values, plan_merge
 from .proxies import encode, read_rows
 from .statistics import ActivationStatistics
+from .version import __version__
 
 
 logger = logging.getLogger(__name__)
@@ -123,6 +126,7 @@ def merge_models(
     output = Path(options.output_dir).expanduser() if options.output_dir else None
     if output is not None:
         check_disk(plan, output)
+    check_memory(plan, options.max_memory)
     processors = find_processors(sources, processor, options)
     statistics, samples = gather_statistics(plan, sources, calibration, processors, method, options)
     labelled = read_validation(plan, validation, processors, options) if options.alpha == "auto" else {}
@@ -131,26 +135,23 @@ def merge_models(
 
     with ExitStack() as stack:
         folder = _shared_folder(stack, output, accelerator)
-        scratch = folder / ".scratch"
-        scratch.mkdir(exist_ok=True)
-        accelerator.wait_for_everyone()
+        scratch = _scratch_folder(folder, plan, sources, statistics, samples, options, accelerator)
         with run.stage("calibrating"):
             routed = isinstance(method, ROUTED)
             keep_base = options.statistics_dir or (routed and method.router == "discriminant")
             base_model = opened.load_model() if samples and keep_base else None
             to_calibrate = samples if method.needs_statistics else {}
             for task, proxies in run.progress("Calibrating")(to_calibrate.items()):
+                kept = Path(options.statistics_dir).expanduser() if options.statistics_dir else None
+                path = kept / f"{task}.safetensors" if kept else scratch / f"statistics-{task}.safetensors"
+                if options.resume_dir and not kept and path.is_file():
+                    statistics[task] = ActivationStatistics.load(path)
+                    continue
                 found = calibrate_checkpoint(plan.experts[task], proxies, options, accelerator, task)
                 if base_model is not None:
                     found.pooled = pooled_inputs(
                         base_model, proxies, batch_size=options.batch_size, title=task, progress=options.progress
                     )
-                kept = (
-                    Path(options.statistics_dir).expanduser() / f"{task}.safetensors"
-                    if options.statistics_dir
-                    else None
-                )
-                path = kept or scratch / f"statistics-{task}.safetensors"
                 if accelerator.is_main_process:
                     found.save(path, compact=kept is not None)
                 del found
@@ -165,12 +166,21 @@ def merge_models(
                     accelerator,
                     batch_size=options.batch_size,
                     seed=options.seed,
-                    folder=Path(options.resume_dir).expanduser() if options.resume_dir else None,
+                    folder=scratch if options.resume_dir else None,
                     progress=run.progress,
                 )
         with run.stage("merging"):
             rank, size = accelerator.process_index, accelerator.num_processes
-            reports = merge_weights(plan, statistics, scratch, rank, size, run.progress("Merging"))
+            reports = merge_weights(
+                plan,
+                statistics,
+                scratch,
+                rank,
+                size,
+                run.progress("Merging"),
+                convert_file_size_to_int(options.max_memory) if options.max_memory else None,
+                resumable=options.resume_dir is not None,
+            )
             if size > 1:
                 reports = {name: report for part in gather_object([reports]) for name, report in part.items()}
             scale_layers(reports, method, {name for name in reports if _is_matrix(plan, name)})
@@ -353,6 +363,49 @@ def _shared_folder(stack: ExitStack, output: Optional[Path], accelerator: Accele
     if accelerator.num_processes > 1:
         broadcast_object_list(folder)
     return folder[0]
+
+
+def _scratch_folder(
+    folder: Path,
+    plan: MergePlan,
+    sources: Mapping[str, Any],
+    statistics: Mapping[str, Optional[ActivationStatistics]],
+    samples: Mapping[str, list],
+    options: MergeOptions,
+    accelerator: Accelerator,
+) -> Path:
+    """Where work in progress stands: inside the folder that is written, and gone with it; or in `resume_dir`, marked
+    with all that the work depends on.
+    """
+    scratch = Path(options.resume_dir).expanduser() if options.resume_dir else folder / ".scratch"
+    if options.resume_dir:
+        key = fingerprint(
+            __version__,
+            describe_method(plan.method),
+            {name: model_identity(source) for name, source in sources.items()},
+            {task: [asdict(found.provenance), found.keys_of] for task, found in statistics.items() if found},
+            {task: [{n: v.tolist() for n, v in row.items()} for row in rows] for task, rows in samples.items()},
+            [options.heads, options.batch_size, options.seed, accelerator.num_processes],
+        )
+        mark = scratch / _MARK
+        found = mark.read_text() if mark.is_file() else key
+        if found != key or (scratch.is_dir() and not mark.is_file() and any(scratch.iterdir())):
+            raise HfEsmError(
+                f"{scratch} holds the work of another merge, or something else: base, experts, samples, settings and "
+                "version must be those of the merge that was interrupted. Choose another resume_dir, or remove it."
+            )
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            scratch.mkdir(parents=True, exist_ok=True)
+            mark.write_text(key)
+    elif accelerator.is_main_process:
+        scratch.mkdir()
+    accelerator.wait_for_everyone()
+    return scratch
+
+
+# In `resume_dir`: what the work there belongs to.
+_MARK = "merge.key"
 
 
 def _is_matrix(plan: MergePlan, name: str) -> bool:

@@ -5,6 +5,7 @@ from math import isfinite
 from numbers import Real
 from typing import Any, Optional
 
+from accelerate.utils.modeling import convert_file_size_to_int
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from .errors import HfEsmError
@@ -28,7 +29,9 @@ class MergeOptions(ProxyOptions):
         overwrite: replace the output folder, once the new one is whole.
         max_shard_size: largest file of weights.
         statistics_dir: folder to keep the activation statistics in, one file per task, for later merges.
-        resume_dir: folder in which the Concrete methods keep what they are learning, to go on from after an interrupt.
+        max_memory: what the weights that are merged side by side may take, such as `"16GB"`.
+        resume_dir: folder to keep work in progress in (statistics, what is being learned, merged weights): a merge
+            that was interrupted goes on from there. It goes away with a merge that ends well.
         batch_size: samples per batch and process while calibrating and validating.
         allow_pickle: read `.bin` checkpoints.
         trust_remote_code: run code that comes with a model.
@@ -58,8 +61,11 @@ class MergeOptions(ProxyOptions):
     statistics_dir: Optional[str] = field(
         default=None, metadata={"help": "folder to keep the activation statistics in, for later merges"}
     )
+    max_memory: Optional[str] = field(
+        default=None, metadata={"help": "memory for the weights that are merged side by side, such as 16GB"}
+    )
     resume_dir: Optional[str] = field(
-        default=None, metadata={"help": "folder to keep what is being learned in, and to go on from (concrete-…)"}
+        default=None, metadata={"help": "folder to keep work in progress in; an interrupted merge goes on from there"}
     )
     batch_size: int = field(default=8, metadata={"help": "samples per batch and process", "least": 1})
     allow_pickle: bool = field(default=False, metadata={"help": "read .bin checkpoints (can run code)"})
@@ -70,6 +76,11 @@ class MergeOptions(ProxyOptions):
         super().__post_init__()
         if self.alpha not in (None, "auto") and not (isinstance(self.alpha, Real) and isfinite(self.alpha)):
             raise HfEsmError(f"alpha must be a number or 'auto', not {self.alpha!r}.")
+        try:
+            if self.max_memory is not None:
+                convert_file_size_to_int(self.max_memory)
+        except (ValueError, TypeError):
+            raise HfEsmError(f"max_memory must be a size such as '16GB', not {self.max_memory!r}.") from None
         try:
             split_torch_state_dict_into_shards({}, max_shard_size=self.max_shard_size)
         except ValueError:

@@ -1,10 +1,12 @@
 """The two passes of a merge: every weight merged once, and its scaled update put on the base as often as wanted."""
 
+import json
 import math
+import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -16,7 +18,7 @@ from torch import Tensor
 from .checkpoints import Checkpoint, ShardedWriter
 from .methods import TIES, MergeMethod, Stack
 from .methods.sparse import magnitude_threshold
-from .planning import MergePlan
+from .planning import MergePlan, merge_bytes
 from .statistics import ActivationStatistics
 from .weights import from_matrices, is_routable, layer_type, to_matrices
 
@@ -75,38 +77,73 @@ def merge_weights(
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[Iterable], Iterable] = iter,
+    max_memory: Optional[int] = None,
+    resumable: bool = False,
 ) -> dict[str, WeightReport]:
-    """Pass one: merge this process's share of the weights, one at a time, into a scratch file."""
+    """Pass one: merge this process's share of the weights, one at a time, into a scratch file.
+
+    Args:
+        max_memory: bytes that the weights being merged side by side may take; see `planning.merge_bytes`.
+        resumable: keep a journal beside the scratch file, and leave out what it says was merged before.
+    """
     units = merge_units(plan, statistics)[rank::world_size]
     shapes = {name: torch.empty(plan.base.shape(name), device="meta") for unit in units for name in unit}
-    reports: dict[str, WeightReport] = {}
-    with ShardedWriter(scratch, shapes, max_shard_size=2**62, stem=f"updates-{rank}") as writer:
+    journal = scratch / f"updates-{rank}.journal"
+    reports = _read_journal(journal) if resumable else {}
+    units = [unit for unit in units if unit[0] not in reports]
+    with ShardedWriter(scratch, shapes, max_shard_size=2**62, stem=f"updates-{rank}", written=reports) as writer:
         thresholds = _trim_thresholds(plan, progress) if isinstance(plan.method, TIES) else []
         merge = partial(_merge_unit, plan=plan, statistics=statistics, thresholds=thresholds)
-        for merged in _side_by_side(units, partial(_elements, plan), merge, progress):
+        for merged in _side_by_side(units, partial(_elements, plan), merge, progress, len(plan.experts), max_memory):
             for name, (update, report) in merged.items():
                 writer.write(name, update)
                 reports[name] = report
+            if resumable:
+                writer.sync()  # the journal speaks of nothing that is not on the disk
+                with journal.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({name: asdict(report) for name, (_, report) in merged.items()}) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
     return reports
 
 
-def _side_by_side(units: list[list[str]], elements: Callable, merge: Callable, progress: Callable) -> Iterator[dict]:
-    """`merge(unit)` of every unit, in order: large weights one at a time with all threads, small ones in parallel.
+def _read_journal(path: Path) -> dict[str, WeightReport]:
+    """Reports of the weights that an interrupted pass has merged; half a line at the end does not count."""
+    reports: dict[str, WeightReport] = {}
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else ():
+        if line.endswith("\n"):
+            reports |= {name: WeightReport(**report) for name, report in json.loads(line).items()}
+    return reports
+
+
+def _side_by_side(
+    units: list[list[str]],
+    elements: Callable,
+    merge: Callable,
+    progress: Callable,
+    tasks: int,
+    max_memory: Optional[int],
+) -> Iterator[dict]:
+    """`merge(unit)` of every unit, in order: large weights one at a time with all threads, small ones in parallel, as
+    many as `max_memory` holds.
 
     An eigenproblem of a few hundred rows leaves all but one thread idle; several of them at once do not.
     """
     threads = torch.get_num_threads()
-    waiting: deque[Future] = deque()
+    waiting: deque[tuple[Future, int]] = deque()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for unit in progress(units):
+                needed = merge_bytes(elements(unit), tasks)
+                while waiting and max_memory and needed + sum(size for _, size in waiting) > max_memory:
+                    yield waiting.popleft()[0].result()
                 if elements(unit) > _SMALL or threads == 1:
                     yield merge(unit)
                     continue
-                waiting.append(pool.submit(merge, unit))
+                waiting.append((pool.submit(merge, unit), needed))
                 if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            yield from (future.result() for future in waiting)
+                    yield waiting.popleft()[0].result()
+            yield from (future.result() for future, _ in waiting)
     finally:
         torch.set_num_threads(threads)
 

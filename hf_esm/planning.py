@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from accelerate.utils.modeling import convert_file_size_to_int
 from huggingface_hub import ModelCard
 
 from .checkpoints import Checkpoint, LoraCheckpoint, ModelSource
@@ -123,11 +124,16 @@ def plan_merge(
         licences,
         output,
         4 * sum(elements.values()),
-        4 * max(elements.values()) * (2 * len(experts) + 6),
+        merge_bytes(max(elements.values()), len(experts)),
         max(expert.nbytes if not isinstance(expert, LoraCheckpoint) else base.nbytes for expert in experts.values()),
         _estimate_seconds(base, head_plan.shared, len(experts)),
         head_plan.warnings + warnings,
     )
+
+
+def merge_bytes(elements: int, tasks: int) -> int:
+    """What merging a weight of so many elements takes: each expert's, its factors in float64, and the work on them."""
+    return 4 * elements * (2 * tasks + 6)
 
 
 def check_disk(plan: MergePlan, output: Path) -> None:
@@ -143,6 +149,15 @@ def check_disk(plan: MergePlan, output: Path) -> None:
     if needed > free:
         raise HfEsmError(
             f"{output}: merging needs {_size(needed)} on disk and {_size(free)} are free. Make room there."
+        )
+
+
+def check_memory(plan: MergePlan, max_memory: Optional[str]) -> None:
+    """Raise if the largest weight does not fit in `max_memory`."""
+    if max_memory is not None and plan.memory_bytes > convert_file_size_to_int(max_memory):
+        raise HfEsmError(
+            f"max_memory {max_memory}: the largest weight of {len(plan.experts)} experts needs "
+            f"{_size(plan.memory_bytes)}. Give at least that."
         )
 
 

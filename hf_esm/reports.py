@@ -253,7 +253,9 @@ def _cells(comparison: Comparison) -> list[list[str]]:
         line = [row.label, " / ".join(f"{alpha:g}" for alpha in row.alphas.values()) or "–"]
         line += [f"{factor * row.tasks[task]:.{digits}f}" for task in tasks]
         line.append(f"{factor * row.average:.{digits}f}")
-        line.append(f"**{100 * row.normalised:.1f}** ({100 * low:.1f} to {100 * high:.1f})")
+        seeds = ", ".join(f"{100 * value:.1f}" for value in row.by_seed.values()) if len(row.by_seed) > 1 else ""
+        seeds = f"; seeds {seeds}" if seeds else ""
+        line.append(f"**{100 * row.normalised:.1f}** ({100 * low:.1f} to {100 * high:.1f}{seeds})")
         low, high = row.difference_interval
         line.append(f"{100 * row.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})" if row.difference else "")
         found = sum(row.routing.values()) / len(row.routing) if row.routing else None

@@ -70,7 +70,7 @@ def esm(
     keep_singular_values: bool = True,
     match_norm: bool = True,
     rank_share: float = 0.75,
-    sum_subtracted: float = 0.125,
+    sum_subtracted: float = 0.13,
 ) -> Tensor:
     """ESM of one weight, before the scale between layers and α: the merged update `Δ_M [d_out, d_in]`.
 
@@ -88,7 +88,7 @@ def esm(
       `Δ_M = factor · polar([E_t P_t]) diag(S) polar([Q_t])`.
     - `match_norm`: `Δ_M` is scaled to the norm `√(Σ ‖Δ_t‖²_F)` (before `factor`).
     - `rank_share`: `r` is that share of it, rounded down before dividing by T: `⌊⌊share · d⌋ / T⌋`.
-    - `sum_subtracted`: that multiple of `Σ Δ_t` is taken off `Δ_M` in the end.
+    - `sum_subtracted`: that multiple of `Σ Δ_t`, its norm cut to `√(Σ ‖Δ_t‖²_F)`, is taken off in the end.
     """
     side = min(deltas[0].shape) if keep_singular_values else deltas[0].shape[0]
     r = max(int(side * rank_share) // len(deltas), 1)
@@ -122,7 +122,11 @@ def esm(
         merged = (e * e_mean) @ (c * c_mean)
     if match_norm and merged.any():
         merged = merged * sum(delta.double().square().sum() for delta in deltas).sqrt() / merged.norm()
-    return factor * merged - sum_subtracted * sum(delta.double() for delta in deltas)
+    merged, total = factor * merged, sum(delta.double() for delta in deltas)
+    norm = sum(delta.double().square().sum() for delta in deltas).sqrt()
+    if total.norm() > norm:
+        total = norm * total / total.norm()
+    return merged - sum_subtracted * total
 
 
 def esm_stacked(deltas: list[list[Tensor]], inputs: list[Tensor], **settings: float) -> list[Tensor]:

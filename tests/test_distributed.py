@@ -39,6 +39,9 @@ def folder(tmp_path_factory):
         "stacked": arguments(folder, method="esm-vit"),
         "alpha": arguments(folder, alpha="auto", validation=rows, progress=False),
         "no statistics": arguments(folder, calibration=None, method="tsv-m"),
+        "trimmed": arguments(folder, calibration=None, method="ties"),
+        "dropped": arguments(folder, calibration=None, method="dare"),
+        "learned": arguments(folder, method={"name": "concrete-adamerging", "steps": 3, "expected_mask": True}),
     }
     for name, case in cases.items():
         kept = {"statistics_dir": folder / name / "expected statistics"} if "statistics_dir" in case else {}
@@ -104,6 +107,9 @@ CASES = {  # relative error of every weight, against one process
     "one sample": 1e-4,
     "stacked": 1e-4,
     "alpha": 1e-4,
+    "trimmed": 1e-6,
+    "dropped": 1e-6,
+    "learned": 1e-2,  # Adam's first steps have one length however small a gradient is
 }
 cases = pytest.mark.parametrize("name", CASES)
 

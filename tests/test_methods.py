@@ -303,7 +303,7 @@ PRESETS = {
         "match_norm": True,
         "factor": 1.2,
         "rank_share": 0.75,
-        "sum_subtracted": 0.125,
+        "sum_subtracted": 0.13,
         "stack_shared_inputs": False,
         "keep_fallback_scale": False,
         "scale_all": False,

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -43,13 +43,22 @@ class ShardedWriter:
     none is held. Leave the `with` block only when all of them were written.
     """
 
-    def __init__(self, folder: Path, plan: dict[str, Tensor], max_shard_size: str | int = "5GB", stem: str = "model"):
-        """`plan` holds every tensor that will come, on the meta device."""
+    def __init__(
+        self,
+        folder: Path,
+        plan: dict[str, Tensor],
+        max_shard_size: str | int = "5GB",
+        stem: str = "model",
+        written: Collection[str] = (),
+    ):
+        """`plan` holds every tensor that will come, on the meta device; `written` are those that an interrupted writer
+        of the same plan left in the folder.
+        """
         self.folder, self.stem, self.plan = folder, stem, plan
         split = split_torch_state_dict_into_shards(
             plan, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
         )
-        self.pending = set(plan)
+        self.pending = set(plan) - set(written)
         self._places: dict[str, tuple[Any, int]] = {}
         self._files = []
         for file_name, names in split.filename_to_tensors.items():
@@ -67,7 +76,7 @@ class ShardedWriter:
                 positions[name], position = position, end
             encoded = json.dumps(header).encode()
             encoded += b" " * (-len(encoded) % 8)
-            file = open(folder / file_name, "wb")
+            file = open(folder / file_name, "r+b" if written and (folder / file_name).is_file() else "wb")
             self._files.append(file)
             file.write(len(encoded).to_bytes(8, "little") + encoded)
             file.truncate(8 + len(encoded) + position)
@@ -89,13 +98,18 @@ class ShardedWriter:
             file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         self.pending.discard(name)
 
+    def sync(self) -> None:
+        """Bring to the disk what was written."""
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+
     def __enter__(self) -> "ShardedWriter":
         return self
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
+        self.sync()
         for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
             file.close()
         if kind is None and self.pending:
             raise RuntimeError(f"never written: {sorted(self.pending)[:5]}")

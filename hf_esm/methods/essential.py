@@ -23,11 +23,11 @@ class EssentialMerge:
     `roberta()` and `vit()` are the settings of the published code. The defaults keep the essential subspaces and the
     orthogonalisation of the papers and differ in five points, chosen on the validation rows of eight text tasks:
     the inputs' second moments are shrunk three quarters of the way to the identity, so that the mean input does not
-    decide alone which directions are essential; the coordinates keep their singular values, where the published polar factor makes all
-    equal; each task has three quarters of its share of the directions; the fused update gets 1.2 times the norm that
-    the experts' updates would have together if they were orthogonal, so that α = 1 is a sound choice without labels;
-    and an eighth of the updates' sum is taken off again, since what all experts have in common lies in every task's
-    subspace, and is in the way of all.
+    decide alone which directions are essential; the coordinates keep their singular values, where the published polar
+    factor makes all equal; each task has three quarters of its share of the directions; the fused update gets 1.2
+    times the norm that the experts' updates would have together if they were orthogonal, so that α = 1 is a sound
+    choice without labels; and 0.13 of the updates' sum (at most of that norm) is taken off again, since what all
+    experts have in common lies in every task's subspace, and is in the way of all.
     """
 
     name: ClassVar[str] = "esm"
@@ -66,7 +66,8 @@ class EssentialMerge:
         default=0.75, metadata={"help": "share of each task's directions, ⌊min(d)/T⌋, that is kept; published: 1"}
     )
     sum_subtracted: float = field(
-        default=0.125, metadata={"help": "multiple of the updates' sum that is taken off after fusing; published: 0"}
+        default=0.13,
+        metadata={"help": "multiple of the updates' sum, at most of the matched norm, taken off; published: 0"},
     )
     uncalibrated: tuple[str, ...] = field(
         default=(),
@@ -137,7 +138,8 @@ class EssentialMerge:
             merged = merged * (norms.norm() / merged.norm())
         merged = merged * self.factor
         if self.sum_subtracted:
-            merged = merged - self.sum_subtracted * torch.stack(deltas).sum(0)
+            total = torch.stack(deltas).sum(0, dtype=torch.float64)
+            merged = merged - total * part_taken_off(self.sum_subtracted, total.norm(), norms.norm())
         return merged, energy_kept
 
 
@@ -219,6 +221,13 @@ def fuse_with_singular_values(directions: list[Tensor], coordinates: list[Tensor
     left, _ = polar_factor(torch.cat([e @ p for e, (p, _, _) in zip(kept, turned, strict=True)], dim=1))
     right, _ = polar_factor(torch.cat([q for _, _, q in turned]))
     return left * torch.cat([s for _, s, _ in turned]), right
+
+
+def part_taken_off(multiple: float, total: Tensor, norm: Tensor) -> Tensor:
+    """What the updates' sum is multiplied by before it is taken off: `multiple`, or less where the sum is longer than
+    `norm`, so that it stays below the fused update however many experts there are and however alike they are.
+    """
+    return multiple * (norm / total.clamp_min(torch.finfo(total.dtype).tiny)).clamp_max(1)
 
 
 def _relative(values: Tensor, exponent: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import HfEsmError
 from ...linalg import truncated_svd
-from ...methods.essential import EssentialMerge, fuse_with_singular_values
+from ...methods.essential import EssentialMerge, fuse_with_singular_values, part_taken_off
 from ..lora_export import rank_settings
 from .config import EssentialComponentsConfig
 from .layer import EssentialComponentsLayer
@@ -87,8 +87,10 @@ def _fuse(updates: list[tuple[Tensor, Tensor]], tasks: int) -> Optional[tuple[Te
     left, right = fuse_with_singular_values(directions, coordinates)
     norm = torch.stack([whole.norm() for _, whole in wholes]).norm()
     scale = method.factor * norm / torch.linalg.qr(left, mode="r").R.matmul(right).norm()
-    left = torch.cat([left * scale, *(-method.sum_subtracted * basis for basis, _ in wholes)], dim=1)
-    right = torch.cat([right, *(whole for _, whole in wholes)])
+    total = torch.cat([basis for basis, _ in wholes], dim=1), torch.cat([whole for _, whole in wholes])
+    size = torch.linalg.qr(total[0], mode="r").R.matmul(total[1]).norm()
+    less = part_taken_off(method.sum_subtracted, size, norm)
+    left, right = torch.cat([left * scale, -less * total[0]], dim=1), torch.cat([right, total[1]])
     basis, triangle = torch.linalg.qr(left)
     turn, values, right = truncated_svd(triangle @ right, len(triangle))
     return basis @ turn, values[:, None] * right

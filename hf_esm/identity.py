@@ -1,0 +1,38 @@
+"""What tells one input from another without reading it all: for caches, and for work that is gone on with."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+from datasets.fingerprint import Hasher
+
+from .checkpoints import ModelSource
+
+
+def model_identity(source: ModelSource) -> Any:
+    """A model's commit on the Hub, the sizes and times of its files, or a hash of its weights if it is a live one."""
+    if source.model is not None:
+        return Hasher.hash({name: tensor.detach().cpu() for name, tensor in source.model.state_dict().items()})
+    if source.revision is not None:
+        return [source.repo_id, source.revision]
+    return _files(Path(source.folder))
+
+
+def data_identity(data: Any) -> Any:
+    """The same for data: files by size and time, everything else by a hash of its content."""
+    if isinstance(data, (str, os.PathLike)):
+        return _files(Path(data).expanduser()) or str(data)
+    if isinstance(data, Mapping) and "path" not in data:
+        return {name: data_identity(value) for name, value in data.items()}
+    return Hasher.hash(data)
+
+
+def fingerprint(*parts: Optional[Any]) -> str:
+    """A short name for all of these together."""
+    return Hasher.hash(parts)
+
+
+def _files(place: Path) -> list[tuple[str, int, int]]:
+    paths = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    return [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
