@@ -295,7 +295,11 @@ def _draw(comparison: Comparison, folder: Path) -> dict[str, Path]:
         title = "Score by task"
         bars = {row.label: row.tasks for row in shown}
         found[title] = plot_task_scores(bars, comparison.experts, folder / "scores.png", title)
-    curves = {row.label: next(iter(row.alpha_scores.values())) for row in shown if row.alpha_scores}
+    curves: dict[str, dict[float, float]] = {}
+    for row in shown:
+        found_scores = next(iter(row.alpha_scores.values()), None)
+        if found_scores and found_scores not in curves.values():  # a routed model's are those of its static one
+            curves[row.label] = found_scores
     if curves:
         title = "Validation score by α"
         found[title] = plot_alpha_curves(curves, folder / "alpha.png", title, comparison.metric)
