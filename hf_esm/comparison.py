@@ -149,7 +149,7 @@ class _Comparing:
 
     def _merge_arguments(self, method: MergeMethod, seed: int) -> dict[str, Any]:
         tuned = method.tunable and self.validation is not None
-        needs_data = method.needs_statistics or getattr(method, "needs_samples", False)
+        needs_data = method.needs_statistics or method.needs_samples
         return {
             **self.given,
             "method": method,

@@ -137,7 +137,7 @@ def gather_statistics(
     """Statistics that exist, and the encoded proxies of the tasks that have none yet."""
     statistics: dict[str, Optional[ActivationStatistics]] = dict.fromkeys(plan.experts)
     samples: dict[str, list] = {}
-    learns = getattr(method, "needs_samples", False)
+    learns = method.needs_samples
     if not method.needs_statistics and not learns:
         return statistics, samples
     if isinstance(calibration, (str, os.PathLike)):

@@ -158,7 +158,7 @@ def merge_models(
                 accelerator.wait_for_everyone()
                 statistics[task] = ActivationStatistics.load(path)
         check_statistics(plan, statistics, run.warn)
-        if getattr(method, "needs_samples", False):
+        if method.needs_samples:
             with run.stage("learning"):
                 method.learned = learn_mask(
                     plan,

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from routed_toys import encoded, expert, logits, task_texts, write_bert
+from routed_toys import encoded, expert, logits, task_texts
 from tiny import snapshot
 
 from hf_esm import HfEsmError, compare, evaluate, merge_models
@@ -22,11 +22,6 @@ def rows(task, seed, count=16):
     for i in range(0, count, 4):  # so that the expert is not always right
         found[i] = (found[i] + 1) % 2
     return [{"text": text, "label": label} for text, label in zip(texts, found)]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return write_bert(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

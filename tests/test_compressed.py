@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 from problems import relative_error
-from routed_toys import adapter, encoded, expert, logits, merge_bert, task_texts, write_bert
+from routed_toys import adapter, encoded, expert, logits, merge_bert, task_texts
 from toys import base_model
 from transformers import AutoModel
 
@@ -13,11 +13,6 @@ from hf_esm.cli import main
 
 
 MODULE = "encoder.layer.1.intermediate.dense"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return write_bert(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

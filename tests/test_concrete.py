@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 from problems import relative_error
-from routed_toys import GPT2, encoded, expert, task_texts, tuned, write_bert
+from routed_toys import GPT2, encoded, expert, task_texts, tuned
 from tiny import snapshot
 from torch.func import functional_call
 from toys import base_model
@@ -98,11 +98,6 @@ def literal(method, seed, steps):
 def given(method, **options):
     calibration = {task: task_texts(task, count=5) for task in TASKS}
     return {"method": method, "calibration": calibration, "progress": False, "seed": 3, "batch_size": 5, **options}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return write_bert(tmp_path_factory.mktemp("models"))
 
 
 def merged_weights(models, **options):

@@ -5,6 +5,7 @@ from dataclasses import asdict
 import pytest
 import reference
 import torch
+from helpers import PUBLISHED
 from problems import ROUTES, exact, random_problem, relative_error, seeds, shapes, streamed
 
 from hf_esm import DARE, TIES, TSVM, EssentialMerge, HfEsmError, IsoC, IsoCTS, Mean, RegMean, TaskArithmetic
@@ -13,15 +14,6 @@ from hf_esm.methods.singular_vectors import merge_singular_vectors
 from hf_esm.methods.sparse import magnitude_threshold
 
 
-PLAIN = {  # as published
-    "gamma": 0.15,
-    "shrinkage": 0.0,
-    "keep_singular_values": False,
-    "match_norm": False,
-    "factor": 1.0,
-    "rank_share": 1.0,
-    "sum_subtracted": 0.0,
-}
 SETTINGS = {
     "default": {},
     "gamma": {"gamma": 0.7},
@@ -33,13 +25,13 @@ SETTINGS = {
     "all-directions": {"rank_share": 1.0},
     "sum": {"sum_subtracted": 0.4, "factor": 0.5},
     "no-sum": {"sum_subtracted": 0.0},
-    "published": PLAIN,
-    "published-no-gamma": PLAIN | {"gamma": 0.0},
-    "published-task": PLAIN | {"task_exponent": 2.0},
-    "published-dimension": PLAIN | {"dimension_exponent": 2.0},
-    "published-odd-exponents": PLAIN | {"gamma": 0.0, "task_exponent": 0.5, "dimension_exponent": 1.5},
-    "published-all": PLAIN | {"task_exponent": 2.0, "dimension_exponent": 2.0, "factor": 2.0},
-    "published-shrunk-and-matched": PLAIN | {"shrinkage": 0.3, "match_norm": True},
+    "published": PUBLISHED,
+    "published-no-gamma": PUBLISHED | {"gamma": 0.0},
+    "published-task": PUBLISHED | {"task_exponent": 2.0},
+    "published-dimension": PUBLISHED | {"dimension_exponent": 2.0},
+    "published-odd-exponents": PUBLISHED | {"gamma": 0.0, "task_exponent": 0.5, "dimension_exponent": 1.5},
+    "published-all": PUBLISHED | {"task_exponent": 2.0, "dimension_exponent": 2.0, "factor": 2.0},
+    "published-shrunk-and-matched": PUBLISHED | {"shrinkage": 0.3, "match_norm": True},
 }
 settings = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
@@ -220,7 +212,7 @@ DEGENERATE = {  # what becomes of ordinary updates and inputs
 @pytest.mark.parametrize("case", DEGENERATE)
 def test_degenerate_inputs_give_the_formula_on_the_numerical_range(seed, shape, case):
     deltas, inputs = DEGENERATE[case](*random_problem(seed, shape))
-    for settings in ({}, PLAIN, SETTINGS["exponents"], SETTINGS["published-all"]):
+    for settings in ({}, PUBLISHED, SETTINGS["exponents"], SETTINGS["published-all"]):
         expected = reference.esm(deltas, inputs, **settings)
         assert expected.isfinite().all()
         for route in (exact, streamed):
@@ -311,12 +303,12 @@ PRESETS = {
 }
 # Steps 3 and 8 only; both polar factors of the TSV-M fallback keep their scale; α multiplies everything.
 PRESETS["esm-roberta"] = (
-    PRESETS["esm"] | PLAIN | {"layer_exponent": 2.0, "keep_fallback_scale": True, "scale_all": True}
+    PRESETS["esm"] | PUBLISHED | {"layer_exponent": 2.0, "keep_fallback_scale": True, "scale_all": True}
 )
 # Steps 3, 4 and 8, factor 2, q, k and v as one weight; α multiplies everything.
 PRESETS["esm-vit"] = (
     PRESETS["esm"]
-    | PLAIN
+    | PUBLISHED
     | {
         "task_exponent": 2.0,
         "dimension_exponent": 2.0,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import VOCABULARY, Architecture, perturbed, save
-from routed_toys import GPT2, encoded, expert, task_texts, write_bert
+from routed_toys import GPT2, encoded, expert, task_texts
 from tiny import BERT
 
 from hf_esm import HfEsmError, evaluate, merge_models
@@ -80,11 +80,6 @@ def test_a_head_of_one_label_gives_values():
 
     data = LabelledSamples(samples, (expected + 0.5).tolist())
     assert run(model, data, resolve_metric(error)).score == pytest.approx(-0.25, abs=1e-4)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return write_bert(tmp_path_factory.mktemp("models"))
 
 
 def rows(task):

@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from routed_toys import task_texts, write_bert
+from routed_toys import task_texts
 from safetensors.torch import load_file
 from tiny import snapshot
 
 from hf_esm import EssentialMerge, HfEsmError, merge_models
 from hf_esm.passes import _side_by_side
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return write_bert(tmp_path_factory.mktemp("models"))
 
 
 def given(models, **changes):

@@ -15,10 +15,8 @@ from routed_toys import (
     expert,
     inputs,
     logits,
-    merge_bert,
     quiet,
     task_texts,
-    write_bert,
 )
 from tiny import BERT, snapshot
 from toys import base_model, classifier, lora_adapter
@@ -29,28 +27,6 @@ from hf_esm.experts import FEATURES
 
 
 CHECKED = ("encoder.layer.1.attention.self.query", "encoder.layer.0.output.dense")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return write_bert(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def merged(models):
-    """An ESM++ model of `a` and `b`, of full rank."""
-    return merge_bert(models, models / "merged")
-
-
-@pytest.fixture(scope="module")
-def routed(merged):
-    return RoutedModel.from_pretrained(merged)
-
-
-@pytest.fixture(scope="module")
-def statistics(models):
-    """Of every expert, with what the base's blocks read."""
-    return {t: calibrate(models / t, task_texts(t), base=models / "base", progress=False) for t in "abc"}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 from hub_server import Handler, HubServer, Repo
 from huggingface_hub import HfApi, ModelCard
 from peft import AutoPeftModel, PeftModel
-from routed_toys import equal, expert, merge_bert, task_texts, write_bert
+from routed_toys import equal, expert, merge_bert, task_texts
 from test_hub import ABSENT, TOKEN, process
 from tiny import snapshot
 from torch import Tensor
@@ -26,17 +26,6 @@ from hf_esm.cli import main
 
 
 TEXTS = [*task_texts("a", 7, 4), *task_texts("b", 8, 4)]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return write_bert(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def merged(models):
-    """An ESM++ model of `a` and `b`, with the samples that it was calibrated on."""
-    return merge_bert(models, models / "merged")
 
 
 @pytest.fixture(scope="module")

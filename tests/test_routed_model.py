@@ -27,7 +27,6 @@ from routed_toys import (
     task_ids,
     task_texts,
     tuned,
-    write_bert,
 )
 from tiny import BERT
 from toys import LABELS, base_model, classifier, lora_adapter
@@ -40,28 +39,6 @@ QUERY = "encoder.layer.1.attention.self.query"
 DOWN = "encoder.layer.0.output.dense"
 CHECKED = (QUERY, DOWN, "encoder.layer.0.intermediate.dense")
 MIXED = [text for pair in zip(task_texts("a", 7), task_texts("b", 8)) for text in pair]  # a, b, a, b, …
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return write_bert(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def merged(models):
-    """An ESM++ model of `a` and `b`, of full rank."""
-    return merge_bert(models, models / "merged")
-
-
-@pytest.fixture(scope="module")
-def routed(merged):
-    return RoutedModel.from_pretrained(merged)
-
-
-@pytest.fixture(scope="module")
-def statistics(models):
-    """Of every expert, with what the base's blocks read."""
-    return {t: calibrate(models / t, task_texts(t), base=models / "base", progress=False) for t in "abc"}
 
 
 # ---- the merge

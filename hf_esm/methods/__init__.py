@@ -1,12 +1,12 @@
 """Merge methods: each a dataclass of settings with a function of one layer's stack.
 
-To add one, write such a dataclass (`name`, `default_alpha`, `tunable`, `needs_statistics`, `layer_exponent`, and
-`merge(stack) -> Merged`) and give it a line in `METHODS`.
+To add one, write such a dataclass, a `MergeMethod` with `name` and `merge(stack) -> Merged`, and give it a line in
+`METHODS`.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import HfEsmError
 from .averaging import Mean, TaskArithmetic
@@ -16,30 +16,7 @@ from .isotropic import IsoC, IsoCTS
 from .regression import RegMean
 from .singular_vectors import TSVC, TSVM
 from .sparse import DARE, TIES
-from .stack import Merged, Stack
-
-
-class MergeMethod(Protocol):
-    """What `merge_models` asks of a method.
-
-    Attributes:
-        name: its name in messages and recipes.
-        default_alpha: the scale of the merged update where none is given.
-        tunable: whether α means anything to it.
-        needs_statistics: whether linear maps are merged with activation statistics.
-        needs_samples: optional; whether something is learned on the calibration samples themselves before merging.
-        layer_exponent: exponent of the scale between layers of one type, `(‖Δ_M‖ / mean ‖Δ_M‖)^layer_exponent`; 0 for
-            none.
-    """
-
-    name: str
-    default_alpha: float
-    tunable: bool
-    needs_statistics: bool
-    layer_exponent: float
-
-    def merge(self, stack: Stack) -> Merged:
-        """Merge one weight of all experts."""
+from .stack import Merged, MergeMethod, Stack
 
 
 METHODS: dict[str, Callable[[], MergeMethod]] = {
@@ -69,7 +46,7 @@ def resolve_method(method: str | Mapping[str, Any] | MergeMethod) -> MergeMethod
     if isinstance(method, str):
         method = {"name": method}
     if not isinstance(method, Mapping):
-        if not callable(getattr(method, "merge", None)):
+        if not isinstance(method, MergeMethod):
             raise HfEsmError(f"method must be a name or settings, not {method!r}; there are {', '.join(METHODS)}.")
         return method
     settings = dict(method)

@@ -5,32 +5,26 @@ from typing import ClassVar
 
 import torch
 
-from .stack import Merged, Stack, mean_update
+from .stack import Merged, MergeMethod, Stack, mean_update
 
 
 @dataclass
-class Mean:
+class Mean(MergeMethod):
     """The average of the experts' weights ("model soup", arXiv 2203.05482)."""
 
     name: ClassVar[str] = "mean"
-    default_alpha: ClassVar[float] = 1.0
     tunable: ClassVar[bool] = False
-    needs_statistics: ClassVar[bool] = False
-    layer_exponent: ClassVar[float] = 0.0
 
     def merge(self, stack: Stack) -> Merged:
         return mean_update(stack, scaled=True)
 
 
 @dataclass
-class TaskArithmetic:
+class TaskArithmetic(MergeMethod):
     """The sum of the task vectors, times α (arXiv 2212.04089; α = 0.3 is the published setting)."""
 
     name: ClassVar[str] = "task-arithmetic"
     default_alpha: ClassVar[float] = 0.3
-    tunable: ClassVar[bool] = True
-    needs_statistics: ClassVar[bool] = False
-    layer_exponent: ClassVar[float] = 0.0
 
     def merge(self, stack: Stack) -> Merged:
         return Merged(torch.stack(stack.deltas).sum(0), "sum")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HfEsmError
-from .stack import Merged, Stack, mean_update
+from .stack import Merged, MergeMethod, Stack, mean_update
 
 
 def rescaled(mask: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def final_mask(logits: Tensor, expected: bool) -> Tensor:
 
 
 @dataclass
-class ConcreteTaskArithmetic:
+class ConcreteTaskArithmetic(MergeMethod):
     """Task arithmetic under a mask over all weights, learned so that the heads are sure of unlabelled samples.
 
     The mask, one logit per weight shared by all tasks, is learned by Adam on the sum of the tasks' mean softmax
@@ -36,11 +36,7 @@ class ConcreteTaskArithmetic:
     """
 
     name: ClassVar[str] = "concrete-task-arithmetic"
-    default_alpha: ClassVar[float] = 1.0
-    tunable: ClassVar[bool] = True
-    needs_statistics: ClassVar[bool] = False
     needs_samples: ClassVar[bool] = True
-    layer_exponent: ClassVar[float] = 0.0
     adapts: ClassVar[bool] = False  # the coefficients
     learned: ClassVar[Any] = None  # set on the instance once it is known: see `concrete.LearnedMask`
 

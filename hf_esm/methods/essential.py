@@ -11,11 +11,11 @@ from ..errors import HfEsmError
 from ..linalg import essential_subspace, polar_factor, truncated_svd
 from ..statistics import InputStatistics
 from .singular_vectors import merge_singular_vectors
-from .stack import Merged, Stack, mean_update
+from .stack import Merged, MergeMethod, Stack, mean_update
 
 
 @dataclass
-class EssentialMerge:
+class EssentialMerge(MergeMethod):
     """ESM: every linear map by the orthogonalised principal directions of the experts' output shifts.
 
     Weights without activation statistics go through TSV-M where they are matrices and are averaged where not.
@@ -31,8 +31,6 @@ class EssentialMerge:
     """
 
     name: ClassVar[str] = "esm"
-    default_alpha: ClassVar[float] = 1.0
-    tunable: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = True
 
     gamma: float = field(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import HfEsmError
 from ..linalg import polar_factor, truncated_svd
-from .stack import Merged, Stack, mean_update
+from .stack import Merged, MergeMethod, Stack, mean_update
 
 
 def merge_isotropic(deltas: list[Tensor]) -> Tensor:
@@ -49,14 +49,11 @@ def merge_isotropic_with_tasks(deltas: list[Tensor], common_space_fraction: floa
 
 
 @dataclass
-class IsoC:
+class IsoC(MergeMethod):
     """Iso-C: every matrix by the sum of the updates made isotropic, everything else averaged."""
 
     name: ClassVar[str] = "iso-c"
     default_alpha: ClassVar[float] = 1.5  # the middle of what is good on validation rows of eight text tasks
-    tunable: ClassVar[bool] = True
-    needs_statistics: ClassVar[bool] = False
-    layer_exponent: ClassVar[float] = 0.0
 
     def merge(self, stack: Stack) -> Merged:
         if not stack.is_matrix:
@@ -65,14 +62,11 @@ class IsoC:
 
 
 @dataclass
-class IsoCTS:
+class IsoCTS(MergeMethod):
     """Iso-CTS: Iso-C with directions of each task's own beside the common ones; everything else averaged."""
 
     name: ClassVar[str] = "iso-cts"
     default_alpha: ClassVar[float] = 2.0  # as above; the papers tune it
-    tunable: ClassVar[bool] = True
-    needs_statistics: ClassVar[bool] = False
-    layer_exponent: ClassVar[float] = 0.0
 
     common_space_fraction: float = field(
         default=0.8, metadata={"help": "share of the directions that all tasks have in common; published: 0.8"}

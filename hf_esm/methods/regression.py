@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import HfEsmError
 from ..linalg import significant
 from ..statistics import InputStatistics
-from .stack import Merged, Stack, mean_update
+from .stack import Merged, MergeMethod, Stack, mean_update
 
 
 def merge_by_regression(
@@ -49,14 +49,11 @@ def merge_by_regression(
 
 
 @dataclass
-class RegMean:
+class RegMean(MergeMethod):
     """RegMean: every linear map by least squares on the experts' inputs, everything else averaged."""
 
     name: ClassVar[str] = "regmean"
-    default_alpha: ClassVar[float] = 1.0
-    tunable: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = True
-    layer_exponent: ClassVar[float] = 0.0
 
     off_diagonal: float = field(
         default=0.9, metadata={"help": "factor on the off-diagonal entries of the Gram matrices; published: 0.9"}

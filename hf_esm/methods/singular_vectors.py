@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import HfEsmError
 from ..linalg import polar_factor, truncated_svd
-from .stack import Merged, Stack, mean_update
+from .stack import Merged, MergeMethod, Stack, mean_update
 
 
 def merge_singular_vectors(deltas: list[Tensor], keep_scale: bool = False) -> Tensor:
@@ -34,14 +34,10 @@ def merge_singular_vectors(deltas: list[Tensor], keep_scale: bool = False) -> Te
 
 
 @dataclass
-class TSVM:
+class TSVM(MergeMethod):
     """TSV-M: every matrix by its whitened task singular vectors, everything else averaged."""
 
     name: ClassVar[str] = "tsv-m"
-    default_alpha: ClassVar[float] = 1.0
-    tunable: ClassVar[bool] = True
-    needs_statistics: ClassVar[bool] = False
-    layer_exponent: ClassVar[float] = 0.0
 
     def merge(self, stack: Stack) -> Merged:
         if not stack.is_matrix:
@@ -50,7 +46,7 @@ class TSVM:
 
 
 @dataclass
-class TSVC:
+class TSVC(MergeMethod):
     """TSV-C: every expert compressed to the leading singular triplets of its updates, to stand beside the base.
 
     The outcome is a model with routed experts and no router: whoever loads it says which task is meant. Linear maps
@@ -58,10 +54,7 @@ class TSVC:
     """
 
     name: ClassVar[str] = "tsv-c"
-    default_alpha: ClassVar[float] = 1.0
     tunable: ClassVar[bool] = False
-    needs_statistics: ClassVar[bool] = False
-    layer_exponent: ClassVar[float] = 0.0
     router: ClassVar[str] = "none"
 
     rank: int = field(default=0, metadata={"help": "triplets kept per expert and linear map; 0: min(d) / T"})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HfEsmError
-from .stack import Merged, Stack
+from .stack import Merged, MergeMethod, Stack
 
 
 _LOW_BITS = 15  # of the 31 bits of a magnitude, so that both halves index a table of 65,536
@@ -46,16 +46,12 @@ def _bin_of(counts: Tensor, wanted: int) -> tuple[int, int]:
 
 
 @dataclass
-class TIES:
+class TIES(MergeMethod):
     """TIES (arXiv 2306.01708): of every expert's whole update only the largest entries, of those the ones that agree
     with the sign of their sum, and of these the mean.
     """
 
     name: ClassVar[str] = "ties"
-    default_alpha: ClassVar[float] = 1.0
-    tunable: ClassVar[bool] = True
-    needs_statistics: ClassVar[bool] = False
-    layer_exponent: ClassVar[float] = 0.0
 
     density: float = field(
         default=0.2, metadata={"help": "share of every expert's update that is kept, by magnitude; published: 0.2"}
@@ -73,16 +69,13 @@ class TIES:
 
 
 @dataclass
-class DARE:
+class DARE(MergeMethod):
     """DARE (*Language Models are Super Mario*, arXiv 2311.03099): random entries of every update dropped, the others
     scaled up, and the updates summed.
     """
 
     name: ClassVar[str] = "dare"
     default_alpha: ClassVar[float] = 0.3
-    tunable: ClassVar[bool] = True
-    needs_statistics: ClassVar[bool] = False
-    layer_exponent: ClassVar[float] = 0.0
 
     density: float = field(default=0.1, metadata={"help": "share of every update that is kept; published: 0.1"})
     drop_seed: int = field(default=0, metadata={"help": "seed of the choice of entries"})

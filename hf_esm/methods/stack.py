@@ -1,7 +1,7 @@
 """What a merge method sees: one weight of every expert. And what it gives back."""
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import torch
 from torch import Tensor
@@ -58,6 +58,31 @@ class Merged:
     how: str
     scaled: bool = True
     info: dict[str, Any] = field(default_factory=dict)
+
+
+class MergeMethod:
+    """What `merge_models` asks of a method. Each is a dataclass of its settings.
+
+    Attributes:
+        name: its name in messages and recipes.
+        default_alpha: the scale of the merged update where none is given.
+        tunable: whether α means anything to it.
+        needs_statistics: whether linear maps are merged with activation statistics.
+        needs_samples: whether something is learned on the calibration samples themselves before merging.
+        layer_exponent: exponent of the scale between layers of one type, `(‖Δ_M‖ / mean ‖Δ_M‖)^layer_exponent`; 0 for
+            none.
+    """
+
+    name: ClassVar[str]
+    default_alpha: ClassVar[float] = 1.0
+    tunable: ClassVar[bool] = True
+    needs_statistics: ClassVar[bool] = False
+    needs_samples: ClassVar[bool] = False
+    layer_exponent: ClassVar[float] = 0.0
+
+    def merge(self, stack: Stack) -> Merged:
+        """Merge one weight of all experts."""
+        raise NotImplementedError
 
 
 def mean_update(stack: Stack, scaled: bool) -> Merged:
