@@ -70,8 +70,12 @@ def main() -> None:
 
 def subsets(tasks: list[str]) -> list[list[str]]:
     """Six subsets of 4 tasks and six of 6, always the same."""
-    choice = random.Random(11)
-    return [sorted(choice.sample(tasks, size)) for size in (4, 6) for _ in range(6)]
+    choice, found = random.Random(11), []
+    for size in (4, 6):
+        while sum(len(chosen) == size for chosen in found) < 6:
+            chosen = sorted(choice.sample(tasks, size))
+            found += [chosen] if chosen not in found else []
+    return found
 
 
 def compared(given: argparse.Namespace, tasks: list[str], output: Path) -> Comparison:
