@@ -222,6 +222,8 @@ def _confusion(found: Mapping[int, Mapping[str, Outcome]], tasks: list[str]) -> 
 def write_report(comparison: Comparison, folder: Path) -> None:
     """Write `report.md`, `report.json` and, where matplotlib is installed, the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob("routing-*.png"):  # there may have been more
+        earlier.unlink()
     try:
         comparison.pictures = _draw(comparison, folder)
     except HfEsmError as error:  # no matplotlib
