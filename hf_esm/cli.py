@@ -1,5 +1,5 @@
-"""The command line: `hf-esm merge`, `inspect`, `calibrate`, `evaluate`, `predict`, `explain`, `export`, `add`, `push`,
-`demo`.
+"""The command line: `hf-esm merge`, `inspect`, `calibrate`, `evaluate`, `compare`, `predict`, `explain`, `export`,
+`add`, `push`, `demo`.
 """
 
 import argparse

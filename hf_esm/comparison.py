@@ -206,7 +206,7 @@ class _Comparing:
         arguments = self._merge_arguments(method, seed)
         known = {name: value for name, value in arguments.items() if name not in ("method", "processor", "token")}
         known |= {name: data_identity(arguments[name]) for name in ("calibration", "validation")}
-        key = [describe_method(method), {**known, "metric": self.metric.name}, self._test_key()]
+        key = [describe_method(method), method.default_alpha, {**known, "metric": self.metric.name}, self._test_key()]
         found = self._cached("cell", key, lambda: self._merge_and_measure(method, seed, arguments))
         return Cell(
             found["alpha"],

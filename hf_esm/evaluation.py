@@ -71,7 +71,6 @@ class Scores:
         metric: name of the metric.
         higher_is_better: whether more of it is better.
         outcomes: what the model's scores were computed from.
-        expert_outcomes: the same of the experts.
     """
 
     model: dict[str, float]
@@ -80,7 +79,6 @@ class Scores:
     metric: str = ACCURACY.name
     higher_is_better: bool = True
     outcomes: dict[str, Outcome] = field(default_factory=dict, repr=False)
-    expert_outcomes: dict[str, Outcome] = field(default_factory=dict, repr=False)
 
     @property
     def average(self) -> float:
@@ -131,7 +129,7 @@ def normalised(
     model: Mapping[str, float], expert: Mapping[str, float], higher_is_better: bool = True
 ) -> Optional[float]:
     """See `Scores.normalised`."""
-    if not all(expert.get(task, 0) > 0 and model[task] is not None for task in model):
+    if not all(expert.get(task, 0) > 0 for task in model):
         return None
     if higher_is_better:
         return sum(score / expert[task] for task, score in model.items()) / len(model)
@@ -210,7 +208,6 @@ def evaluate(
         metric.name,
         metric.higher_is_better,
         merged,
-        own,
     )
 
 

@@ -58,7 +58,6 @@ class Row:
     Attributes:
         label: name of the setting.
         method: its settings.
-        routed: whether the model chose an expert per sample; False for the same model with its tasks given.
         alphas: by seed of the proxies.
         tasks: score by task, mean over seeds.
         average: mean over tasks.
@@ -77,7 +76,6 @@ class Row:
 
     label: str
     method: dict[str, Any]
-    routed: bool
     alphas: dict[int, float]
     tasks: dict[str, float]
     average: float
@@ -146,9 +144,9 @@ def summarise(
             if not all(found.values()):
                 continue
             by_seed = {
-                seed: normalised({t: found[seed][t].score for t in tasks}, expert_scores, better) or float("nan")
-                for seed in found
+                seed: normalised({t: found[seed][t].score for t in tasks}, expert_scores, better) for seed in found
             }
+            by_seed = {seed: float("nan") if share is None else share for seed, share in by_seed.items()}
             drawn = torch.stack([_normalised_draws(found[s], draws, expert_draws, better) for s in found]).mean(0)
             value = sum(by_seed.values()) / len(by_seed)
             first = first or (value, drawn)
@@ -159,7 +157,6 @@ def summarise(
                 Row(
                     label=f"{label}, tasks given" if given else label,
                     method=describe_method(method),
-                    routed=bool(confusion),
                     alphas={seed: cell.alpha for seed, cell in some.items()} if method.tunable else {},
                     tasks=scores,
                     average=sum(scores.values()) / len(scores),
@@ -259,7 +256,8 @@ def _cells(comparison: Comparison) -> list[list[str]]:
         seeds = f"; seeds {seeds}" if seeds else ""
         line.append(f"**{100 * row.normalised:.1f}** ({100 * low:.1f} to {100 * high:.1f}{seeds})")
         low, high = row.difference_interval
-        line.append(f"{100 * row.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})" if row.difference else "")
+        against = f"{100 * row.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        line.append("" if row is comparison.rows[0] else against)
         found = sum(row.routing.values()) / len(row.routing) if row.routing else None
         line.append("" if found is None else f"{100 * found:.1f} %")
         line += [f"{row.seconds:.1f} s", f"{row.memory / 1e6:.0f} MB", f"{row.size / 1e6:.0f} MB"]

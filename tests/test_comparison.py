@@ -8,12 +8,12 @@ import torch
 from routed_toys import encoded, expert, logits, task_texts
 from tiny import snapshot
 
-from hf_esm import HfEsmError, compare, evaluate, merge_models
+from hf_esm import Comparison, HfEsmError, Interference, compare, evaluate, merge_models
 from hf_esm.cli import main
 from hf_esm.evaluation import Outcome
 from hf_esm.methods import Mean, TaskArithmetic
 from hf_esm.metrics import ACCURACY, resolve_metric
-from hf_esm.reports import Cell, summarise
+from hf_esm.reports import Cell, markdown_table, summarise
 
 
 def rows(task, seed, count=16):
@@ -196,3 +196,13 @@ def test_the_command_compares_a_recipe(models, tmp_path, capsys):
     assert snapshot(models) == before
     assert main(["compare", f"--base={models}/base", f"--expert=a={models}/a", "--output-dir=x"]) == 2
     assert "Name the rows to measure on" in capsys.readouterr().err
+
+
+def test_a_model_that_is_never_right_has_nothing_and_ties_are_shown():
+    experts = {task: outcome(1.0) for task in "ab"}
+    never = {task: outcome(0.0) for task in "ab"}
+    rows = summarise({"one": Mean(), "two": Mean()}, {n: {0: cell(never)} for n in ("one", "two")}, experts)
+    assert [row.normalised for row in rows] == [0.0, 0.0]
+    table = markdown_table(Comparison(rows, {"a": 1.0, "b": 1.0}, "accuracy", [], Interference([], [])))
+    assert "+0.0 (+0.0 to +0.0)" in table[-1]
+    assert "+0.0" not in table[-2]
