@@ -6,7 +6,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -26,33 +26,35 @@ from .weights import canonical_names, layer_type, linear_maps
 _Call = tuple[str, int]
 
 
-@dataclass
 class _Accumulator:
-    """Streams rows into a factor of at most twice as many rows as columns, their sum and their count."""
+    """Streams rows into a factor of at most twice as many rows as columns, their sum and their count.
 
-    factor: Tensor
-    total: Tensor
-    count: int = 0
-    pending: list[Tensor] = field(default_factory=list)
-    waiting: int = 0
+    The factor stands in a buffer of that size, of which the operating system backs what was written; given a file, it
+    stands there, and memory only caches it.
+    """
 
-    @classmethod
-    def empty(cls, width: int) -> "_Accumulator":
-        return cls(torch.zeros(0, width), torch.zeros(width, dtype=torch.float64))
+    def __init__(self, width: int, file: Optional[Path] = None):
+        size = 2 * width * width
+        held = torch.empty(size) if file is None else torch.from_file(str(file), shared=True, size=size)
+        self._held, self._rows = held.view(2 * width, width), 0
+        self.total, self.count = torch.zeros(width, dtype=torch.float64), 0
+
+    @property
+    def factor(self) -> Tensor:
+        return self._held[: self._rows]
 
     def add(self, rows: Tensor) -> None:
-        rows = rows.detach().to("cpu", torch.float32, copy=True)  # the model may go on in place
-        self.total += rows.sum(0)  # exact enough within a batch, float64 over all
+        rows = rows.detach().float()
+        self.total += rows.sum(0).cpu()  # exact enough within a batch, float64 over all
         self.count += rows.shape[0]
-        self.pending.append(rows)
-        self.waiting += rows.shape[0]
-        if self.factor.shape[0] + self.waiting > 2 * rows.shape[1]:
-            self.compact()
-            self.factor = triangular_factor(self.factor)
+        for part in rows.split(rows.shape[1]):
+            if self._rows + part.shape[0] > self._held.shape[0]:
+                self._put(triangular_factor(self.factor.to(rows.device)), 0)
+            self._put(part, self._rows)
 
-    def compact(self) -> None:
-        self.factor = torch.cat([self.factor, *self.pending])
-        self.pending, self.waiting = [], 0
+    def _put(self, rows: Tensor, start: int) -> None:
+        self._rows = start + rows.shape[0]
+        self._held[start : self._rows] = rows
 
 
 class InputRecorder:
@@ -61,8 +63,9 @@ class InputRecorder:
     Maps that read the same tensor share one. Nothing here knows of padding: the model has to be run without.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, folder: Optional[Path] = None):
+        """`folder` is where factors stand while they grow, if not in memory."""
+        self.model, self.folder = model, folder
         live = {name: canonical for canonical, name in canonical_names(model).items()}
         self.weight_of = {
             linear.module: live[linear.weight]
@@ -102,7 +105,8 @@ class InputRecorder:
         self._seen[id(inputs)] = (weakref.ref(inputs), weight)
         self.leaders[weight].add(weight)
         if weight not in self.accumulators:
-            self.accumulators[weight] = _Accumulator.empty(inputs.shape[-1])
+            file = self.folder / f"{weight}.factor" if self.folder else None
+            self.accumulators[weight] = _Accumulator(inputs.shape[-1], file)
         self.accumulators[weight].add(inputs.reshape(-1, inputs.shape[-1]))
 
     @contextmanager
@@ -138,6 +142,7 @@ def collect_statistics(
     title: str = "model",
     provenance: Optional[Provenance] = None,
     progress: bool = True,
+    folder: Optional[Path] = None,
 ) -> ActivationStatistics:
     """One forward pass over the samples, shared out over processes.
 
@@ -148,11 +153,12 @@ def collect_statistics(
         accelerator: by default a new one.
         batch_size: samples per batch and process.
         title: name on the progress bar.
+        folder: an empty one, to hold the factors on disk rather than in memory; the statistics stand there, too.
 
     Returns statistics of every linear map that ran, the same on every process.
     """
     accelerator = accelerator or Accelerator()
-    recorder = InputRecorder(model)
+    recorder = InputRecorder(model, folder)
 
     def run(samples: list[Sample]) -> None:
         model(**_batch(samples, model))
@@ -233,16 +239,18 @@ def _reduce(recorder: InputRecorder, accelerator: Accelerator) -> tuple[dict[str
     # A map that reads now its own input and now another map's cannot be told apart from it: neither has statistics.
     keys_of = {weight: next(iter(found)) for weight, found in leaders.items() if len(found) == 1}
     for key in sorted(set(keys_of.values())):
-        accumulator = recorder.accumulators.pop(key, None)
-        if accumulator is not None:
-            accumulator.compact()
-        parts = gather_object([accumulator]) if accelerator.num_processes > 1 else [accumulator]
-        parts = [part for part in parts if part is not None]
-        count = sum(part.count for part in parts)
-        factor = torch.cat([part.factor for part in parts]) if len(parts) > 1 else parts[0].factor
-        if factor.shape[0] > 2 * factor.shape[1]:
-            factor = triangular_factor(factor)
-        mean = sum(part.total for part in parts) / max(count, 1)
+        found = recorder.accumulators.get(key)
+        part = (found.factor, found.total, found.count) if found else None
+        if accelerator.num_processes > 1:
+            # A view is sent with all that it is a view of.
+            parts = gather_object([part and (part[0].clone(), *part[1:])])
+            factors, totals, counts = zip(*(part for part in parts if part is not None), strict=True)
+            factor, total, count = torch.cat(factors), sum(totals), sum(counts)
+            if factor.shape[0] > 2 * factor.shape[1]:
+                factor = triangular_factor(factor)
+        else:
+            factor, total, count = part
+        mean = total / max(count, 1)
         entries[key] = InputStatistics(factor, mean.float(), count)
     return entries, keys_of
 
@@ -302,5 +310,7 @@ def _token_ids(model: PreTrainedModel, *names: str) -> list[int]:
 
 def _batch(samples: list[Sample], model: PreTrainedModel) -> dict[str, Tensor]:
     """Samples of one shape as a batch, on the model's device, pixels and sound in its dtype."""
-    batch = send_to_device(collate(samples, model.config), next(model.parameters()).device)
+    device = next(model.parameters()).device
+    # Accelerate itself brings inputs to where a model runs that stands partly elsewhere.
+    batch = send_to_device(collate(samples, model.config), "cpu" if device.type == "meta" else device)
     return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in batch.items()}

@@ -5,17 +5,19 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
 
-from .calibration import collect_statistics
+from .calibration import collect_statistics, pooled_inputs
 from .checkpoints import Checkpoint, ModelSource
 from .errors import HfEsmError
 from .methods import MergeMethod
 from .metrics import resolve_metric
 from .options import MergeOptions
+from .placement import needs_spill, placement
 from .planning import MergePlan
 from .proxies import (
     LabelledSamples,
@@ -108,20 +110,89 @@ def first_processor(sources: list[ModelSource], trust_remote_code: bool = False)
     return None
 
 
+def calibrate_experts(
+    plan: MergePlan,
+    samples: dict[str, list[Sample]],
+    options: MergeOptions,
+    accelerator: Accelerator,
+    scratch: Path,
+    with_base: bool,
+    progress: Callable[[Iterable], Iterable],
+) -> dict[str, ActivationStatistics]:
+    """The statistics of every expert that has samples, one model in memory at a time; each is a file when the next
+    begins. Those that an interrupted merge left in `resume_dir` are taken from there.
+
+    Args:
+        scratch: folder for what is not kept in `statistics_dir`.
+        with_base: whether what the base's blocks read belongs to them.
+    """
+    kept = Path(options.statistics_dir).expanduser() if options.statistics_dir else None
+    paths = {task: (kept or scratch) / f"{'' if kept else 'statistics-'}{task}.safetensors" for task in samples}
+    done = {task for task, path in paths.items() if options.resume_dir and not kept and path.is_file()}
+    waiting = {task: rows for task, rows in samples.items() if task not in done}
+    pooled = pool_inputs(plan.base, waiting if with_base else {}, options, accelerator, scratch)
+    for task, rows in progress(waiting.items()):
+        found = calibrate_checkpoint(plan.experts[task], rows, options, accelerator, scratch, task)
+        found.pooled = pooled.get(task, {})
+        if accelerator.is_main_process:
+            found.save(paths[task], compact=kept is not None)
+        del found
+        accelerator.wait_for_everyone()
+    return {task: ActivationStatistics.load(path) for task, path in paths.items()}
+
+
+def pool_inputs(
+    base: Checkpoint,
+    samples: dict[str, list[Sample]],
+    options: MergeOptions,
+    accelerator: Accelerator,
+    folder: Path,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What every block of the base reads, by task; the base is loaded for it, if there are tasks, and let go."""
+    if not samples:
+        return {}
+    with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as spill:
+        model = base.load_model(**placement(base, accelerator, options.max_memory, Path(spill)))
+        return {
+            task: pooled_inputs(
+                model,
+                rows,
+                accelerator=accelerator,
+                batch_size=options.batch_size,
+                title=task,
+                progress=options.progress,
+            )
+            for task, rows in samples.items()
+        }
+
+
 def calibrate_checkpoint(
-    expert: Checkpoint, samples: list[Sample], options: MergeOptions, accelerator: Accelerator, title: str
+    expert: Checkpoint,
+    samples: list[Sample],
+    options: MergeOptions,
+    accelerator: Accelerator,
+    folder: Path,
+    title: str,
 ) -> ActivationStatistics:
-    """Load an expert, run it over its samples, and let it go."""
+    """Load an expert, run it over its samples, and let it go.
+
+    `folder` takes what memory does not: weights that do not fit, and factors that do not fit beside the weights. Its
+    files are without a name, and go when the statistics do.
+    """
     provenance = Provenance(expert.source, expert.revision, len(samples), options.seed)
-    statistics = collect_statistics(
-        expert.load_model(),
-        samples,
-        accelerator=accelerator,
-        batch_size=options.batch_size,
-        title=title,
-        provenance=provenance,
-        progress=options.progress,
-    )
+    with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as spill:
+        place = placement(expert, accelerator, options.max_memory, Path(spill))
+        crowded = place or needs_spill(expert, samples, accelerator, options.max_memory)
+        statistics = collect_statistics(
+            expert.load_model(**place),
+            samples,
+            accelerator=accelerator,
+            batch_size=options.batch_size,
+            title=title,
+            provenance=provenance,
+            progress=options.progress,
+            folder=Path(spill) if crowded else None,
+        )
     for name in expert.names:  # from the first layer on: what it spoils comes after it
         if name in statistics.entries and not statistics.entries[name].factor.isfinite().all():
             raise HfEsmError(

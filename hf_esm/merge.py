@@ -17,7 +17,6 @@ from accelerate.utils.modeling import convert_file_size_to_int
 from transformers import PreTrainedModel
 
 from .alpha import CandidateModels, score_candidates, search_alpha
-from .calibration import pooled_inputs
 from .checkpoints import open_checkpoint, publish_folder, resolve_source, staging_folder
 from .concrete import learn_mask
 from .errors import HfEsmError
@@ -28,12 +27,14 @@ from .hub import RoutedModel, push_folder
 from .identity import fingerprint, model_identity
 from .inputs import (
     calibrate_checkpoint,
+    calibrate_experts,
     check_arguments,
     check_statistics,
     find_processors,
     first_processor,
     gather_statistics,
     name_experts,
+    pool_inputs,
     read_validation,
     torch_dtype,
 )
@@ -139,24 +140,9 @@ def merge_models(
         with run.stage("calibrating"):
             routed = isinstance(method, ROUTED)
             keep_base = options.statistics_dir or (routed and method.router == "discriminant")
-            base_model = opened.load_model() if samples and keep_base else None
-            to_calibrate = samples if method.needs_statistics else {}
-            for task, proxies in run.progress("Calibrating")(to_calibrate.items()):
-                kept = Path(options.statistics_dir).expanduser() if options.statistics_dir else None
-                path = kept / f"{task}.safetensors" if kept else scratch / f"statistics-{task}.safetensors"
-                if options.resume_dir and not kept and path.is_file():
-                    statistics[task] = ActivationStatistics.load(path)
-                    continue
-                found = calibrate_checkpoint(plan.experts[task], proxies, options, accelerator, task)
-                if base_model is not None:
-                    found.pooled = pooled_inputs(
-                        base_model, proxies, batch_size=options.batch_size, title=task, progress=options.progress
-                    )
-                if accelerator.is_main_process:
-                    found.save(path, compact=kept is not None)
-                del found
-                accelerator.wait_for_everyone()
-                statistics[task] = ActivationStatistics.load(path)
+            if method.needs_statistics:
+                progress = run.progress("Calibrating")
+                statistics |= calibrate_experts(plan, samples, options, accelerator, scratch, keep_base, progress)
         check_statistics(plan, statistics, run.warn)
         if method.needs_samples:
             with run.stage("learning"):
@@ -254,19 +240,14 @@ def calibrate(
         raise HfEsmError(f"{sources[0].title} is a PEFT adapter: name the base model that it belongs to, too.")
     over = open_checkpoint(sources[1]) if base is not None else None
     expert = open_checkpoint(sources[0], over)
+    accelerator = accelerator or Accelerator()
     processor = processor or first_processor(sources, options)
     samples = encode(read_rows(data, "data", options), processor, expert.config, "data", options)
-    accelerator = accelerator or Accelerator()
-    statistics = calibrate_checkpoint(expert, samples, options, accelerator, expert.source or "model")
-    if over is not None:
-        statistics.pooled = pooled_inputs(
-            over.load_model(),
-            samples,
-            accelerator=accelerator,
-            batch_size=batch_size,
-            title=over.title,
-            progress=options.progress,
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        pooled = pool_inputs(over, {over.title: samples} if over else {}, options, accelerator, Path(folder))
+        title = expert.source or "model"
+        statistics = calibrate_checkpoint(expert, samples, options, accelerator, Path(folder), title)
+    statistics.pooled = pooled[over.title] if over else {}
     return statistics
 
 

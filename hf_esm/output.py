@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoConfig, GenerationConfig
 
 from .cards import write_card
-from .checkpoints import ModelSource, ShardedWriter
+from .checkpoints import ModelSource
 from .checkpoints.writer import output_dtype, to_stored, write_plan
 from .heads import save_head
 from .inputs import torch_dtype
@@ -23,6 +23,7 @@ from .options import MergeOptions
 from .passes import MergedUpdates
 from .planning import MergePlan
 from .proxies import PROXIES_FOLDER, Sample, save_samples
+from .shards import ShardedWriter
 from .statistics import ActivationStatistics
 from .version import __version__
 

@@ -15,10 +15,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .checkpoints import Checkpoint, ShardedWriter
+from .checkpoints import Checkpoint
 from .methods import TIES, MergeMethod, Stack
 from .methods.sparse import magnitude_threshold
 from .planning import MergePlan, merge_bytes
+from .shards import ShardedWriter
 from .statistics import ActivationStatistics
 from .weights import from_matrices, is_routable, layer_type, to_matrices
 

@@ -9,11 +9,11 @@ from typing import Any, Optional
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import HfEsmError
 from .linalg import triangular_factor
+from .shards import ShardedWriter
 
 
 FORMAT = "hf_esm.statistics"
@@ -105,13 +105,14 @@ class ActivationStatistics(Mapping):
         if path.is_dir() or not path.suffix:
             path = path / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors, counts = {}, {}
+        tensors = {f"{weight}.pooled": rows for weight, rows in self.pooled.items()}
+        planned = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+        counts = {}
         for key, entry in self.entries.items():
-            factor = triangular_factor(entry.factor) if compact else entry.factor
-            tensors[f"{key}.factor"] = factor.contiguous()
-            tensors[f"{key}.mean"] = entry.mean.contiguous()
+            rows, width = entry.factor.shape
+            planned[f"{key}.factor"] = torch.empty(min(rows, width) if compact else rows, width, device="meta")
+            planned[f"{key}.mean"] = torch.empty(width, device="meta")
             counts[key] = entry.count
-        tensors |= {f"{weight}.pooled": rows.contiguous() for weight, rows in self.pooled.items()}
         header = {
             "counts": counts,
             "keys_of": self.keys_of,
@@ -119,9 +120,14 @@ class ActivationStatistics(Mapping):
             "pooled": list(self.pooled),
         }
         metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "privacy": PRIVACY, "header": json.dumps(header)}
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(f"{path.stem}.partial.safetensors")
         try:
-            save_file(tensors, partial, metadata)
+            with ShardedWriter(path.parent, planned, 2**62, partial.stem, metadata=metadata) as writer:
+                for name, tensor in tensors.items():
+                    writer.write(name, tensor)
+                for key, entry in self.entries.items():
+                    writer.write(f"{key}.factor", triangular_factor(entry.factor) if compact else entry.factor)
+                    writer.write(f"{key}.mean", entry.mean)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

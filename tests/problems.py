@@ -62,11 +62,10 @@ def factored(inputs: Tensor) -> InputStatistics:
 
 def streamed(inputs: Tensor) -> InputStatistics:
     """Statistics of batches of very different sizes, some empty, some longer than the buffer."""
-    accumulator = _Accumulator.empty(inputs.shape[1])
+    accumulator = _Accumulator(inputs.shape[1])
     cuts = random.Random(len(inputs)).choices(range(len(inputs) + 1), k=5)
     for batch in inputs.tensor_split(sorted(cuts)):
         accumulator.add(batch)
-    accumulator.compact()
     mean = (accumulator.total / max(accumulator.count, 1)).float()
     return InputStatistics(accumulator.factor, mean, accumulator.count)
 

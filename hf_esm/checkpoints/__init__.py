@@ -3,7 +3,7 @@
 from .lora import LoraCheckpoint
 from .reader import Checkpoint, FolderCheckpoint, LiveCheckpoint
 from .sources import ModelSource, open_checkpoint, resolve_source, whole_folder
-from .writer import ShardedWriter, publish_folder, staging_folder, write_plan
+from .writer import publish_folder, staging_folder, write_plan
 
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "LiveCheckpoint",
     "LoraCheckpoint",
     "ModelSource",
-    "ShardedWriter",
     "open_checkpoint",
     "publish_folder",
     "resolve_source",

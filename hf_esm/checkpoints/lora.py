@@ -3,10 +3,12 @@
 import copy
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -203,11 +205,15 @@ class LoraCheckpoint(Checkpoint):
         update = weight.float() - base.float()
         return update + self._additions[live](weight).to(base.device) if live in self._additions else update
 
-    def load_model(self) -> PreTrainedModel:
-        model = self.base.load_model_as(type(self.skeleton), self.config)
-        return PeftModel.from_pretrained(model, str(self.folder)).merge_and_unload().eval()
+    def load_model(self, **placement: Any) -> PreTrainedModel:
+        model = self.base.load_model_as(type(self.skeleton), self.config, **placement)
+        with warnings.catch_warnings():
+            # On a model that is partly on disk PEFT reads the adapter twice, the first time in vain.
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
+            adapted = PeftModel.from_pretrained(model, str(self.folder), **placement)
+        return adapted.merge_and_unload().eval()
 
-    def load_model_as(self, model_class: type, config: PretrainedConfig) -> PreTrainedModel:
+    def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
         raise NotImplementedError("an adapter is an expert, never a base")
 
 

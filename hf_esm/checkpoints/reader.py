@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..errors import HfEsmError
+from ..shards import DTYPE_CODES
 from ..weights import LinearMap, canonical_names, linear_maps
 
 
@@ -92,11 +93,11 @@ class Checkpoint:
         """The stored tensors named in `extra`."""
         return {}
 
-    def load_model(self) -> PreTrainedModel:
-        """The live model, in the dtype of the checkpoint, in evaluation mode."""
+    def load_model(self, **placement: Any) -> PreTrainedModel:
+        """The live model, in the dtype of the checkpoint, in evaluation mode; see `placement.placement`."""
         raise NotImplementedError
 
-    def load_model_as(self, model_class: type, config: PretrainedConfig) -> PreTrainedModel:
+    def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
         """The weights in a model of another class on the same body; what that class adds is newly initialised."""
         raise NotImplementedError
 
@@ -143,10 +144,10 @@ class LiveCheckpoint(Checkpoint):
         view.missing = [name for name in expected if name not in view.names]
         return view
 
-    def load_model(self) -> PreTrainedModel:
+    def load_model(self, **placement: Any) -> PreTrainedModel:
         return self.skeleton
 
-    def load_model_as(self, model_class: type, config: PretrainedConfig) -> PreTrainedModel:
+    def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
         model = model_class(copy.deepcopy(config)).to(self.skeleton.dtype)
         own = model.state_dict()
         for canonical, live in canonical_names(model).items():
@@ -281,13 +282,14 @@ class FolderCheckpoint(Checkpoint):
     def extra_tensors(self) -> dict[str, Tensor]:
         return {key: self.files.read(key) for key in self.extra}
 
-    def load_model(self) -> PreTrainedModel:
-        return self.load_model_as(type(self.skeleton), self.config)
+    def load_model(self, **placement: Any) -> PreTrainedModel:
+        return self.load_model_as(type(self.skeleton), self.config, **placement)
 
-    def load_model_as(self, model_class: type, config: PretrainedConfig) -> PreTrainedModel:
+    def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
+        options = {**self.load_options, **placement}
         with quiet_loading():
             return model_class.from_pretrained(
-                self.folder, config=config, dtype="auto", ignore_mismatched_sizes=True, **self.load_options
+                self.folder, config=config, dtype="auto", ignore_mismatched_sizes=True, **options
             ).eval()
 
 
@@ -350,20 +352,7 @@ class TensorFiles:
         return cls({key: (tuple(value.shape), value.dtype) for key, value in state.items()}, state.__getitem__)
 
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 def refuse_quantised(config: PretrainedConfig, title: str) -> None:

@@ -1,118 +1,21 @@
-"""Where weights go: safetensors shards, streamed one weight at a time into a folder that appears when it is whole."""
+"""Where weights go: how a model stands on disk, and a folder that appears when it is whole."""
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, apply_converters, revert_weight_conversion
 
 from ..errors import HfEsmError
 from .reader import Checkpoint
-
-
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-
-
-class ShardedWriter:
-    """Streams tensors into `<stem>.safetensors`, or into shards with an index where they exceed `max_shard_size`.
-
-    The format fixes every offset once names, shapes and dtypes are known, so the tensors may come in any order and
-    none is held. Leave the `with` block only when all of them were written.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        plan: dict[str, Tensor],
-        max_shard_size: str | int = "5GB",
-        stem: str = "model",
-        written: Collection[str] = (),
-    ):
-        """`plan` holds every tensor that will come, on the meta device; `written` are those that an interrupted writer
-        of the same plan left in the folder.
-        """
-        self.folder, self.stem, self.plan = folder, stem, plan
-        split = split_torch_state_dict_into_shards(
-            plan, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
-        )
-        self.pending = set(plan) - set(written)
-        self._places: dict[str, tuple[Any, int]] = {}
-        self._files = []
-        for file_name, names in split.filename_to_tensors.items():
-            # The widest dtypes first, so that every tensor starts at a multiple of its item size.
-            names = sorted(names, key=lambda name: (-plan[name].dtype.itemsize, name))
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-            position, positions = 0, {}
-            for name in names:
-                end = position + plan[name].nbytes
-                header[name] = {
-                    "dtype": _CODES[plan[name].dtype],
-                    "shape": list(plan[name].shape),
-                    "data_offsets": [position, end],
-                }
-                positions[name], position = position, end
-            encoded = json.dumps(header).encode()
-            encoded += b" " * (-len(encoded) % 8)
-            file = open(folder / file_name, "r+b" if written and (folder / file_name).is_file() else "wb")
-            self._files.append(file)
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            file.truncate(8 + len(encoded) + position)
-            self._places.update({name: (file, 8 + len(encoded) + start) for name, start in positions.items()})
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        planned = self.plan[name]
-        if tensor.shape != planned.shape or tensor.dtype != planned.dtype:
-            raise ValueError(
-                f"{name}: {tensor.dtype} {tuple(tensor.shape)} where {planned.dtype} "
-                f"{tuple(planned.shape)} was planned"
-            )
-        file, position = self._places[name]
-        file.seek(position)
-        if tensor.numel():
-            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        self.pending.discard(name)
-
-    def sync(self) -> None:
-        """Bring to the disk what was written."""
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
-
-    def __enter__(self) -> "ShardedWriter":
-        return self
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        self.sync()
-        for file in self._files:
-            file.close()
-        if kind is None and self.pending:
-            raise RuntimeError(f"never written: {sorted(self.pending)[:5]}")
 
 
 @dataclass

@@ -1,0 +1,50 @@
+"""Where a model stands while it runs: on the accelerator's device, or, where memory is short, partly on disk."""
+
+import math
+from pathlib import Path
+from typing import Any, Optional
+
+from accelerate import Accelerator
+from accelerate.utils.modeling import convert_file_size_to_int, get_max_memory
+
+from .checkpoints import Checkpoint
+from .proxies import Sample
+
+
+def placement(
+    checkpoint: Checkpoint, accelerator: Accelerator, max_memory: Optional[str], folder: Path
+) -> dict[str, Any]:
+    """What to pass to `load_model`: nothing where the model fits on the accelerator's device, else Accelerate's
+    offloading, of what fits in neither the device nor `max_memory` (by default, the memory that is free) to `folder`.
+    """
+    memory = available_memory(accelerator, max_memory)
+    needed = checkpoint.nbytes
+    if needed <= next(iter(memory.values())):
+        return {}
+    return {"device_map": "auto", "max_memory": memory, "offload_folder": str(folder)}
+
+
+def available_memory(accelerator: Accelerator, max_memory: Optional[str] = None) -> dict[int | str, int]:
+    """Bytes free on this process's device and in main memory, the latter at most `max_memory`."""
+    device = accelerator.device
+    own = device.type if device.type in ("cpu", "mps") else device.index or 0
+    memory = {place: size for place, size in get_max_memory().items() if place in (own, "cpu")}
+    if max_memory is not None and "cpu" in memory:
+        memory["cpu"] = min(memory["cpu"], convert_file_size_to_int(max_memory))
+    return memory
+
+
+def needs_spill(
+    checkpoint: Checkpoint, samples: list[Sample], accelerator: Accelerator, max_memory: Optional[str] = None
+) -> bool:
+    """Whether the factors that a model's calibration grows may not fit in main memory beside its weights.
+
+    A factor has as many rows as there were tokens (where samples say how many), and at most twice as many as the map
+    has inputs; maps that read the same tensor share one, which is not known before they run.
+    """
+    memory = available_memory(accelerator, max_memory)
+    lengths = [sample["input_ids"].numel() if "input_ids" in sample else math.inf for sample in samples]
+    widths = [checkpoint.shape(n)[0 if m.transposed else 1] for n, m in checkpoint.linear.items() if not m.slices]
+    factors = sum(4 * width * min(sum(lengths), 2 * width) for width in widths)
+    weights = checkpoint.nbytes if accelerator.device.type == "cpu" else 0
+    return weights + factors > memory.get("cpu", math.inf)
