@@ -81,8 +81,18 @@ def measure(folder: Path, count: int, statistics: Path) -> int:
 
 
 def anonymous_bytes() -> int:
+    """What the process has allocated."""
+    return _status("RssAnon")
+
+
+def mapped_bytes() -> int:
+    """What it holds of files, which the operating system drops when it needs room."""
+    return _status("RssFile") + _status("RssShmem")
+
+
+def _status(field: str) -> int:
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+    return 1024 * int(status.partition(f"{field}:")[2].split()[0])
 
 
 if __name__ == "__main__":

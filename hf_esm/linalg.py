@@ -14,6 +14,9 @@ from torch import Tensor
 # Singular values below this fraction of the largest one count as zero: float32 inputs carry no information there.
 RELATIVE_CUTOFF = 1e-6
 
+# Rows of a Gram matrix that are computed at a time, as far as its diagonal.
+_BLOCK = 512
+
 
 def triangular_factor(rows: Tensor) -> Tensor:
     """A matrix `R` of at most `d` rows with `RᵀR = rowsᵀ rows`: the triangular factor of a QR of `rows` `[n, d]`.
@@ -59,15 +62,20 @@ def essential_subspace(factor: Tensor, delta: Tensor, rank: int, shrinkage: floa
     factor, delta = factor.double(), delta.double()
     ridge = shrinkage * factor.square().sum() / factor.shape[1]
     tall = delta.shape[0] > delta.shape[1]
-    if ridge > 0 and tall:  # the smaller side is the inputs': fold the ridge into the factor
-        gram = factor.T @ factor
-        gram.diagonal().add_(ridge)
-        factor, ridge = torch.linalg.cholesky(gram).T, 0.0
-    shift = factor @ delta.T
+    if ridge > 0 and tall:  # on the inputs' side, which is the smaller one, with the ridge in the factor
+        moments = _gram(factor.T)
+        moments.diagonal().add_(ridge)
+        factor = torch.linalg.cholesky(moments)
+        inner = _gram(delta.T)
+        gram = factor.T @ (inner.tril() + inner.tril(-1).T) @ factor
+        squares, vectors = _leading_eigenpairs(gram, rank)
+        directions = delta @ (factor @ vectors) / squares.sqrt()
+        return EssentialSubspace(directions, squares, float(gram.trace()))
+    shift = (triangular_factor(factor) if tall else factor) @ delta.T
     wide = shift.shape[0] < shift.shape[1] and ridge == 0
-    gram = shift @ shift.T if wide else shift.T @ shift
+    gram = _gram(shift if wide else shift.T)
     if ridge > 0:
-        gram += ridge * (delta @ delta.T)
+        gram += ridge * _gram(delta)
     squares, vectors = _leading_eigenpairs(gram, rank)
     directions = (shift.T @ vectors) / squares.sqrt() if wide else vectors
     return EssentialSubspace(directions, squares, float(gram.trace()))
@@ -81,8 +89,7 @@ def polar_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     matrix = matrix.double()
     wide = matrix.shape[0] <= matrix.shape[1]
-    gram = matrix @ matrix.T if wide else matrix.T @ matrix
-    squares, vectors = torch.linalg.eigh(gram)
+    squares, vectors = torch.linalg.eigh(_gram(matrix if wide else matrix.T))
     mean = squares.clamp_min(0).sqrt().mean()
     kept = significant(squares)
     vectors = vectors[:, kept]
@@ -97,16 +104,31 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     matrix = matrix.double()
     if matrix.shape[0] <= matrix.shape[1]:
-        squares, left = _leading_eigenpairs(matrix @ matrix.T, rank)
+        squares, left = _leading_eigenpairs(_gram(matrix), rank)
         values = squares.sqrt()
         return left, values, (left.T @ matrix) / values[:, None]
-    squares, right = _leading_eigenpairs(matrix.T @ matrix, rank)
+    squares, right = _leading_eigenpairs(_gram(matrix.T), rank)
     values = squares.sqrt()
     return (matrix @ right) / values, values, right.T
 
 
+def _gram(matrix: Tensor) -> Tensor:
+    """The lower triangle of `matrix @ matrix.T`, which is all that a symmetric eigenproblem reads; what stands above
+    it is undefined.
+    """
+    size = matrix.shape[0]
+    if size <= _BLOCK:
+        return matrix @ matrix.T
+    gram = matrix.new_zeros(size, size)
+    for end in range(_BLOCK, size + _BLOCK, _BLOCK):
+        torch.mm(matrix[end - _BLOCK : end], matrix[:end].T, out=gram[end - _BLOCK : end, :end])
+    return gram
+
+
 def _leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The `rank` largest eigenvalues of a Gram matrix, descending, with their vectors; zero ones are dropped."""
+    """The `rank` largest eigenvalues of a Gram matrix (its lower triangle), descending, with their vectors; zero ones
+    are dropped.
+    """
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     kept = significant(values)

@@ -43,6 +43,7 @@ from .metrics import resolve_metric
 from .options import MergeOptions
 from .output import write_files, write_model
 from .passes import MergedUpdates, WeightReport, merge_weights, scale_layers
+from .placement import factor_bytes
 from .planning import MergePlan, check_disk, check_memory, check_values, plan_merge
 from .proxies import encode, read_rows
 from .statistics import ActivationStatistics
@@ -125,11 +126,13 @@ def merge_models(
     for warning in plan.warnings:
         run.warn(warning)
     output = Path(options.output_dir).expanduser() if options.output_dir else None
-    if output is not None:
-        check_disk(plan, output)
     check_memory(plan, options.max_memory)
     processors = find_processors(sources, processor, options)
     statistics, samples = gather_statistics(plan, sources, calibration, processors, method, options)
+    if output is not None:
+        to_calibrate = samples if method.needs_statistics else {}
+        factors = sum(factor_bytes(plan.experts[t], rows, shared=True) for t, rows in to_calibrate.items())
+        check_disk(plan, output, factors)
     labelled = read_validation(plan, validation, processors, options) if options.alpha == "auto" else {}
     with run.stage("checking weights"):
         check_values(plan, run.progress("Checking weights"))
@@ -166,6 +169,7 @@ def merge_models(
                 run.progress("Merging"),
                 convert_file_size_to_int(options.max_memory) if options.max_memory else None,
                 resumable=options.resume_dir is not None,
+                device=None if accelerator.device.type == "mps" else accelerator.device,  # no float64 there
             )
             if size > 1:
                 reports = {name: report for part in gather_object([reports]) for name, report in part.items()}

@@ -29,7 +29,8 @@ class MergeOptions(ProxyOptions):
         overwrite: replace the output folder, once the new one is whole.
         max_shard_size: largest file of weights.
         statistics_dir: folder to keep the activation statistics in, one file per task, for later merges.
-        max_memory: what the weights that are merged side by side may take, such as `"16GB"`.
+        max_memory: what a model that calibrates, and then the weights that are merged side by side, may take: `"16GB"`
+            or bytes. More of a model, and factors that do not fit beside it, stand on disk.
         resume_dir: folder to keep work in progress in (statistics, what is being learned, merged weights): a merge
             that was interrupted goes on from there. It goes away with a merge that ends well.
         batch_size: samples per batch and process while calibrating and validating.
@@ -61,8 +62,8 @@ class MergeOptions(ProxyOptions):
     statistics_dir: Optional[str] = field(
         default=None, metadata={"help": "folder to keep the activation statistics in, for later merges"}
     )
-    max_memory: Optional[str] = field(
-        default=None, metadata={"help": "memory for the weights that are merged side by side, such as 16GB"}
+    max_memory: Optional[str | int] = field(
+        default=None, metadata={"help": "memory to calibrate and to merge in, such as 16GB"}
     )
     resume_dir: Optional[str] = field(
         default=None, metadata={"help": "folder to keep work in progress in; an interrupted merge goes on from there"}

@@ -80,11 +80,13 @@ def merge_weights(
     progress: Callable[[Iterable], Iterable] = iter,
     max_memory: Optional[int] = None,
     resumable: bool = False,
+    device: Optional[torch.device] = None,
 ) -> dict[str, WeightReport]:
     """Pass one: merge this process's share of the weights, one at a time, into a scratch file.
 
     Args:
-        max_memory: bytes that the weights being merged side by side may take; see `planning.merge_bytes`.
+        max_memory: bytes that the weights being read and merged side by side may take; see `planning.merge_bytes`.
+        device: where the methods compute; the CPU by default.
         resumable: keep a journal beside the scratch file, and leave out what it says was merged before.
     """
     units = merge_units(plan, statistics)[rank::world_size]
@@ -94,8 +96,10 @@ def merge_weights(
     units = [unit for unit in units if unit[0] not in reports]
     with ShardedWriter(scratch, shapes, max_shard_size=2**62, stem=f"updates-{rank}", written=reports) as writer:
         thresholds = _trim_thresholds(plan, progress) if isinstance(plan.method, TIES) else []
-        merge = partial(_merge_unit, plan=plan, statistics=statistics, thresholds=thresholds)
-        for merged in _side_by_side(units, partial(_elements, plan), merge, progress, len(plan.experts), max_memory):
+        read = partial(_read_unit, plan=plan)
+        merge = partial(_merge_unit, plan=plan, statistics=statistics, thresholds=thresholds, device=device)
+        sizes = partial(_elements, plan)
+        for merged in _side_by_side(units, sizes, read, merge, progress, len(plan.experts), max_memory):
             for name, (update, report) in merged.items():
                 writer.write(name, update)
                 reports[name] = report
@@ -120,28 +124,34 @@ def _read_journal(path: Path) -> dict[str, WeightReport]:
 def _side_by_side(
     units: list[list[str]],
     elements: Callable,
+    read: Callable,
     merge: Callable,
     progress: Callable,
     tasks: int,
     max_memory: Optional[int],
 ) -> Iterator[dict]:
-    """`merge(unit)` of every unit, in order: large weights one at a time with all threads, small ones in parallel, as
-    many as `max_memory` holds.
+    """`merge(unit, read(unit))` of every unit, in order: large weights one at a time with all threads, while the next
+    one is being read; small ones in parallel. As many at once as `max_memory` holds.
 
     An eigenproblem of a few hundred rows leaves all but one thread idle; several of them at once do not.
     """
     threads = torch.get_num_threads()
+    room = max_memory or math.inf
     waiting: deque[tuple[Future, int]] = deque()
+    ahead: Optional[Future] = None
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for unit in progress(units):
+            for unit, following in zip(progress(units), [*units[1:], None]):
                 needed = merge_bytes(elements(unit), tasks)
-                while waiting and max_memory and needed + sum(size for _, size in waiting) > max_memory:
+                while waiting and needed + sum(size for _, size in waiting) > room:
                     yield waiting.popleft()[0].result()
                 if elements(unit) > _SMALL or threads == 1:
-                    yield merge(unit)
+                    found = ahead.result() if ahead else read(unit)
+                    fits = following and needed + 4 * tasks * elements(following) <= room
+                    ahead = pool.submit(read, following) if fits and elements(following) > _SMALL else None
+                    yield merge(unit, found)
                     continue
-                waiting.append((pool.submit(merge, unit), needed))
+                waiting.append((pool.submit(lambda unit: merge(unit, read(unit)), unit), needed))
                 if len(waiting) > threads:
                     yield waiting.popleft()[0].result()
             yield from (future.result() for future, _ in waiting)
@@ -184,26 +194,29 @@ def _trim_thresholds(plan: MergePlan, progress: Callable[[Iterable], Iterable]) 
     return [magnitude_threshold(partial(updates, expert), density) for expert in progress(plan.experts.values())]
 
 
+def _read_unit(unit: list[str], plan: MergePlan) -> list[list[Tensor]]:
+    """The updates of one weight, or of several by one another, by name and expert."""
+    weights = {name: plan.base.tensor(name) for name in unit}
+    return [[expert.update(name, weight) for expert in plan.experts.values()] for name, weight in weights.items()]
+
+
 def _merge_unit(
     unit: list[str],
+    updates: list[list[Tensor]],
     plan: MergePlan,
     statistics: dict[str, Optional[ActivationStatistics]],
     thresholds: list[float],
+    device: Optional[torch.device],
 ) -> dict[str, tuple[Tensor, WeightReport]]:
     """One weight of every expert merged, with its report; several names where they are stacked along the output."""
     linear = plan.base.linear.get(unit[0])
-    updates: dict[str, list[list[Tensor]]] = {task: [] for task in plan.experts}  # per task, name and matrix
-    for name in unit:
-        weight = plan.base.tensor(name)
-        for task, expert in plan.experts.items():
-            updates[task].append(to_matrices(expert.update(name, weight), linear))
-    heights = [matrices[0].shape[0] for matrices in next(iter(updates.values()))] if len(unit) > 1 else []
-    matrices = {
-        task: [torch.cat([parts[0] for parts in found])] if len(unit) > 1 else found[0]
-        for task, found in updates.items()
-    }
+    heights = [found[0].shape[1 if linear.transposed else 0] for found in updates] if len(unit) > 1 else []
+    matrices: dict[str, list[Tensor]] = {}
+    for task, *found in zip(plan.experts, *updates, strict=True):
+        parts = [to_matrices(update.to(device), linear) for update in found]
+        matrices[task] = [torch.cat([part for (part,) in parts])] if len(unit) > 1 else parts[0]
     inputs = [
-        found[unit[0]] if found is not None and linear and not linear.slices and unit[0] in found else None
+        found[unit[0]].to(device) if found is not None and linear and not linear.slices and unit[0] in found else None
         for found in statistics.values()
     ]
     merged = [
@@ -232,7 +245,7 @@ def _merge_unit(
     )
     whole = [[part] for part in merged[0].delta.split(heights)] if heights else [[part.delta for part in merged]]
     return {
-        name: (from_matrices(parts, linear), replace(report, name=plan.base.names[name]))
+        name: (from_matrices(parts, linear).cpu(), replace(report, name=plan.base.names[name]))
         for name, parts in zip(unit, whole, strict=True)
     }
 

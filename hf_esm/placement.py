@@ -12,7 +12,7 @@ from .proxies import Sample
 
 
 def placement(
-    checkpoint: Checkpoint, accelerator: Accelerator, max_memory: Optional[str], folder: Path
+    checkpoint: Checkpoint, accelerator: Accelerator, max_memory: Optional[str | int], folder: Path
 ) -> dict[str, Any]:
     """What to pass to `load_model`: nothing where the model fits on the accelerator's device, else Accelerate's
     offloading, of what fits in neither the device nor `max_memory` (by default, the memory that is free) to `folder`.
@@ -24,7 +24,7 @@ def placement(
     return {"device_map": "auto", "max_memory": memory, "offload_folder": str(folder)}
 
 
-def available_memory(accelerator: Accelerator, max_memory: Optional[str] = None) -> dict[int | str, int]:
+def available_memory(accelerator: Accelerator, max_memory: Optional[str | int] = None) -> dict[int | str, int]:
     """Bytes free on this process's device and in main memory, the latter at most `max_memory`."""
     device = accelerator.device
     own = device.type if device.type in ("cpu", "mps") else device.index or 0
@@ -35,16 +35,25 @@ def available_memory(accelerator: Accelerator, max_memory: Optional[str] = None)
 
 
 def needs_spill(
-    checkpoint: Checkpoint, samples: list[Sample], accelerator: Accelerator, max_memory: Optional[str] = None
+    checkpoint: Checkpoint, samples: list[Sample], accelerator: Accelerator, max_memory: Optional[str | int] = None
 ) -> bool:
-    """Whether the factors that a model's calibration grows may not fit in main memory beside its weights.
+    """Whether the factors that a model's calibration grows may not fit in main memory beside its weights."""
+    memory = available_memory(accelerator, max_memory)
+    weights = checkpoint.nbytes if accelerator.device.type == "cpu" else 0
+    return weights + factor_bytes(checkpoint, samples, shared=False) > memory.get("cpu", math.inf)
+
+
+def factor_bytes(checkpoint: Checkpoint, samples: list[Sample], shared: bool) -> int:
+    """What the factors of a model's linear maps take.
 
     A factor has as many rows as there were tokens (where samples say how many), and at most twice as many as the map
-    has inputs; maps that read the same tensor share one, which is not known before they run.
+    has inputs. Maps that read the same tensor share one, which is not known before they run: `shared` takes all maps
+    of one module that have as many inputs to do so, for a low guess; else none does, for a high one.
     """
-    memory = available_memory(accelerator, max_memory)
     lengths = [sample["input_ids"].numel() if "input_ids" in sample else math.inf for sample in samples]
-    widths = [checkpoint.shape(n)[0 if m.transposed else 1] for n, m in checkpoint.linear.items() if not m.slices]
-    factors = sum(4 * width * min(sum(lengths), 2 * width) for width in widths)
-    weights = checkpoint.nbytes if accelerator.device.type == "cpu" else 0
-    return weights + factors > memory.get("cpu", math.inf)
+    widths = {}
+    for name, linear in checkpoint.linear.items():
+        if not linear.slices:
+            width = checkpoint.shape(name)[0 if linear.transposed else 1]
+            widths[(linear.module.rpartition(".")[0], width) if shared else name] = width
+    return sum(int(4 * width * min(sum(lengths), 2 * width)) for width in widths.values())

@@ -136,8 +136,8 @@ def merge_bytes(elements: int, tasks: int) -> int:
     return 4 * elements * (2 * tasks + 6)
 
 
-def check_disk(plan: MergePlan, output: Path) -> None:
-    """Raise if the output would replace one of the models, or its disk cannot hold the merge."""
+def check_disk(plan: MergePlan, output: Path, statistics_bytes: int = 0) -> None:
+    """Raise if the output would replace one of the models, or its disk cannot hold the merge, statistics included."""
     for model in (plan.base, *plan.experts.values()):
         folder = getattr(model, "folder", None) or model.source
         if folder and Path(folder).resolve().is_relative_to(output.resolve()):
@@ -145,14 +145,15 @@ def check_disk(plan: MergePlan, output: Path) -> None:
     place = output.absolute().parent
     while not place.exists():
         place = place.parent
-    needed, free = plan.output_bytes + plan.scratch_bytes, shutil.disk_usage(place).free
+    needed = plan.output_bytes + plan.scratch_bytes + statistics_bytes
+    free = shutil.disk_usage(place).free
     if needed > free:
         raise HfEsmError(
             f"{output}: merging needs {_size(needed)} on disk and {_size(free)} are free. Make room there."
         )
 
 
-def check_memory(plan: MergePlan, max_memory: Optional[str]) -> None:
+def check_memory(plan: MergePlan, max_memory: Optional[str | int]) -> None:
     """Raise if the largest weight does not fit in `max_memory`."""
     if max_memory is not None and plan.memory_bytes > convert_file_size_to_int(max_memory):
         raise HfEsmError(

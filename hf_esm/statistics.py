@@ -39,6 +39,10 @@ class InputStatistics:
     mean: Tensor
     count: int
 
+    def to(self, device: Optional[torch.device]) -> "InputStatistics":
+        """The same on another device."""
+        return replace(self, factor=self.factor.to(device), mean=self.mean.to(device))
+
 
 @dataclass
 class Provenance:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -120,7 +121,8 @@ def test_memory_bounds_what_is_merged_side_by_side():
     """Three experts: a unit of `n` elements takes `4 n (2 · 3 + 6)` bytes."""
     running, most = set(), []
 
-    def merge(unit):
+    def merge(unit, found):
+        assert found == unit
         running.add(unit[0])
         most.append(len(running))
         torch.randn(200, 200).sum()
@@ -132,11 +134,30 @@ def test_memory_bounds_what_is_merged_side_by_side():
     torch.set_num_threads(4)
     try:
         one = 4 * 1000 * 12
-        found = list(_side_by_side(units, lambda unit: 1000, merge, iter, 3, one))
+        found = list(_side_by_side(units, lambda unit: 1000, list, merge, iter, 3, one))
     finally:
         torch.set_num_threads(threads)
     assert max(most) == 1
     assert [next(iter(part)) for part in found] == [unit[0] for unit in units]
+
+
+@pytest.mark.parametrize(("room", "ahead"), [(0, True), (4 * 5_000_000 * (12 + 3), True), (4 * 5_000_000 * 14, False)])
+def test_the_next_large_weight_is_read_while_one_is_merged_if_there_is_room(room, ahead):
+    units, begun, during = [["a"], ["b"], ["c"]], {name: Event() for name in "abc"}, []
+
+    def read(unit):
+        begun[unit[0]].set()
+        return unit
+
+    def merge(unit, found):
+        assert found == unit
+        following = {"a": "b", "b": "c"}.get(unit[0])
+        during.append(following is not None and begun[following].wait(10 if ahead else 0.2))
+        return {unit[0]: None}
+
+    found = list(_side_by_side(units, lambda unit: 5_000_000, read, merge, iter, 3, room))
+    assert [next(iter(part)) for part in found] == ["a", "b", "c"]
+    assert during == [ahead, ahead, False]
 
 
 @pytest.mark.parametrize(("value", "message"), [("1KB", "needs .*Give at least that"), ("much", "a size such as")])

@@ -59,7 +59,8 @@ class ConcreteTaskArithmetic(MergeMethod):
         found = self.learned.of(stack.name, stack.part)
         if found is None:  # a buffer: nothing can be learned of it
             return mean_update(stack, scaled=True)
-        mask, coefficients = final_mask(found[0], self.expected_mask), found[1].tolist()
+        mask = final_mask(found[0], self.expected_mask).to(stack.deltas[0].device)
+        coefficients = found[1].tolist()
         merged = sum(one * delta for one, delta in zip(coefficients, stack.deltas, strict=True))
         return Merged(merged * mask, self.name)
 

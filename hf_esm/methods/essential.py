@@ -136,8 +136,9 @@ class EssentialMerge(MergeMethod):
             merged = merged * (norms.norm() / merged.norm())
         merged = merged * self.factor
         if self.sum_subtracted:
-            total = torch.stack(deltas).sum(0, dtype=torch.float64)
-            merged = merged - total * part_taken_off(self.sum_subtracted, total.norm(), norms.norm())
+            total = sum(deltas[1:], start=deltas[0])
+            part = part_taken_off(self.sum_subtracted, total.double().norm(), norms.norm())
+            merged = torch.sub(merged, total, alpha=float(part))
         return merged, energy_kept
 
 

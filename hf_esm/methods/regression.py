@@ -29,8 +29,8 @@ def merge_by_regression(
     Returns the merged update `[d_out, d_in]`, float64.
     """
     width = deltas[0].shape[1]
-    weighted = torch.zeros(deltas[0].shape, dtype=torch.float64)
-    total = torch.zeros(width, width, dtype=torch.float64)
+    weighted = torch.zeros_like(deltas[0], dtype=torch.float64)
+    total = weighted.new_zeros(width, width)
     for delta, inputs in zip(deltas, statistics, strict=True):
         factor = inputs.factor.double()
         trace = factor.square().sum()

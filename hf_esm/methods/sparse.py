@@ -62,7 +62,7 @@ class TIES(MergeMethod):
 
     def merge(self, stack: Stack) -> Merged:
         deltas = torch.stack(stack.deltas)
-        thresholds = torch.tensor(stack.thresholds).view(-1, *[1] * (deltas.dim() - 1))
+        thresholds = torch.tensor(stack.thresholds, device=deltas.device).view(-1, *[1] * (deltas.dim() - 1))
         deltas = deltas * (deltas.abs() >= thresholds)
         agreeing = deltas * (deltas.sign() == deltas.sum(0).sign())
         return Merged(agreeing.sum(0) / agreeing.count_nonzero(0).clamp_min(1), self.name)
@@ -86,7 +86,8 @@ class DARE(MergeMethod):
     def merge(self, stack: Stack) -> Merged:
         merged = torch.zeros_like(stack.deltas[0])
         for place, delta in enumerate(stack.deltas):
-            merged += delta * self.mask(f"{stack.name}/{stack.part}", place, delta.shape) / self.density
+            mask = self.mask(f"{stack.name}/{stack.part}", place, delta.shape).to(delta.device)
+            merged += delta * mask / self.density
         return Merged(merged, self.name)
 
     def mask(self, weight: str, place: int, shape: torch.Size) -> Tensor:
