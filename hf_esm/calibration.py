@@ -11,12 +11,13 @@ from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device, tqdm
+from accelerate.utils import send_to_device, tqdm
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from .errors import HfEsmError
 from .linalg import triangular_factor
+from .processes import gather, together
 from .proxies import Sample, batch_indices, collate
 from .statistics import ActivationStatistics, InputStatistics, Provenance
 from .weights import canonical_names, layer_type, linear_maps
@@ -163,7 +164,12 @@ def collect_statistics(
     def run(samples: list[Sample]) -> None:
         model(**_batch(samples, model))
 
-    with _in_evaluation(model, accelerator), torch.no_grad(), accelerator.split_between_processes(samples) as own:
+    with (
+        together(accelerator),
+        _in_evaluation(model, accelerator),
+        torch.no_grad(),
+        accelerator.split_between_processes(samples) as own,
+    ):
         own = _with_decoder_inputs(model, own, batch_size)
         groups = batch_indices(own, batch_size)
         if groups:
@@ -233,7 +239,7 @@ def _reduce(recorder: InputRecorder, accelerator: Accelerator) -> tuple[dict[str
     """Factors, means and counts over all processes."""
     entries = {}
     leaders = defaultdict(set)
-    for part in gather_object([dict(recorder.leaders)]) if accelerator.num_processes > 1 else [recorder.leaders]:
+    for part in gather(accelerator, dict(recorder.leaders)):
         for weight, found in part.items():
             leaders[weight] |= found
     # A map that reads now its own input and now another map's cannot be told apart from it: neither has statistics.
@@ -243,7 +249,7 @@ def _reduce(recorder: InputRecorder, accelerator: Accelerator) -> tuple[dict[str
         part = (found.factor, found.total, found.count) if found else None
         if accelerator.num_processes > 1:
             # A view is sent with all that it is a view of.
-            parts = gather_object([part and (part[0].clone(), *part[1:])])
+            parts = gather(accelerator, part and (part[0].clone(), *part[1:]))
             factors, totals, counts = zip(*(part for part in parts if part is not None), strict=True)
             factor, total, count = torch.cat(factors), sum(totals), sum(counts)
             if factor.shape[0] > 2 * factor.shape[1]:

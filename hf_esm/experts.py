@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -22,7 +23,9 @@ from .checkpoints.reader import quiet_loading
 from .linalg import essential_subspace, truncated_svd
 from .options import MergeOptions
 from .passes import MergedUpdates
+from .placement import algebra_device
 from .planning import MergePlan
+from .processes import together
 from .proxies import Sample
 from .routers import fit_discriminant
 from .statistics import ActivationStatistics, InputStatistics
@@ -48,7 +51,7 @@ def expert_factors(residual: Tensor, inputs: Optional[InputStatistics], rank: in
         directions = essential_subspace(inputs.factor, residual, rank).directions
     a, b = torch.zeros(rank, residual.shape[1]), torch.zeros(residual.shape[0], rank)
     found = directions.shape[1]
-    a[:found], b[:, :found] = (directions.T @ residual.double()).float(), directions.float()
+    a[:found], b[:, :found] = directions.T @ residual.double(), directions
     return a, b
 
 
@@ -158,40 +161,54 @@ def load_experts(folder: Path) -> RoutedExperts:
     return RoutedExperts(config.tasks, factors, prototypes, features, config.router, depth, config.confidence, shift)
 
 
-def make_experts(
+def decompose_experts(
     plan: MergePlan,
     merged: Callable[[str], Tensor],
     statistics: Mapping[str, ActivationStatistics],
-    features: Mapping[str, Mapping[str, Tensor]],
-    shift: Mapping[str, Tensor],
+    rank: int = 0,
+    world_size: int = 1,
     progress: Callable[[Iterable], Iterable] = iter,
-) -> RoutedExperts:
-    """Experts and prototypes of every linear map that all tasks have statistics of.
+    device: Optional[torch.device] = None,
+) -> dict[str, Tensor]:
+    """Experts and prototypes of this process's share of the linear maps that all tasks have statistics of: `A`, `B`
+    and, if any, `P` of every map, by `A/` and so on before the module's name.
 
-    Args:
-        merged: the merged model's weight by its canonical name.
-        features: per task, what `calibration.pooled_inputs` gave.
-        shift: see `RoutedExperts`.
+    `merged` gives the merged model's weight by its canonical name; `device` is where to compute, by default the CPU.
     """
     method, base = plan.method, plan.base
-    factors, prototypes = {}, {}
+    tensors = {}
     routable = [name for name in plan.heads.shared if is_routable(name, base.linear.get(name))]
     if method.needs_statistics:
         routable = [name for name in routable if all(name in found for found in statistics.values())]
-    for name in progress(routable):
+    for name in progress(routable[rank::world_size]):
         linear = base.linear[name]
         weight = merged(name).float()
         found, means = [], []
         for task, expert in plan.experts.items():
-            (residual,) = to_matrices(residual_update(expert, name, weight), linear)
-            inputs = statistics[task][name] if method.needs_statistics else None
+            (residual,) = to_matrices(residual_update(expert, name, weight).to(device), linear)
+            inputs = statistics[task][name].to(device) if method.needs_statistics else None
             found.append(expert_factors(residual, inputs, method.expert_rank(residual.shape, len(plan.experts))))
             if inputs is not None:
-                means.append(torch.nn.functional.normalize(inputs.mean, dim=0))
+                means.append(torch.nn.functional.normalize(inputs.mean, dim=0).cpu())
         module = base.names[name].removesuffix(".weight")
-        factors[module] = torch.stack([a for a, _ in found]), torch.stack([b for _, b in found])
+        tensors[f"A/{module}"], tensors[f"B/{module}"] = (torch.stack(factors) for factors in zip(*found, strict=True))
         if means:
-            prototypes[module] = torch.stack(means)
+            tensors[f"P/{module}"] = torch.stack(means)
+    return tensors
+
+
+def _assemble(
+    plan: MergePlan,
+    tensors: Mapping[str, Tensor],
+    features: Mapping[str, Mapping[str, Tensor]],
+    shift: Mapping[str, Tensor],
+) -> RoutedExperts:
+    """The adapter of what `decompose_experts` and `calibration.pooled_inputs` gave; `shift` as in `RoutedExperts`."""
+    method, base = plan.method, plan.base
+    present = {name.partition("/")[2] for name in tensors}
+    ordered = [module for module in (base.names[n].removesuffix(".weight") for n in base.linear) if module in present]
+    factors = {module: (tensors[f"A/{module}"], tensors[f"B/{module}"]) for module in ordered}
+    prototypes = {module: tensors[f"P/{module}"] for module in ordered if f"P/{module}" in tensors}
     modules = {name: base.names[name].removesuffix(".weight") for found in features.values() for name in found}
     by_module = {task: {modules[name]: rows for name, rows in found.items()} for task, found in features.items()}
     experts = RoutedExperts(list(plan.experts), factors, prototypes, by_module, method.router)
@@ -203,6 +220,7 @@ def make_experts(
 
 def write_experts(
     folder: Path,
+    scratch: Path,
     plan: MergePlan,
     updates: MergedUpdates,
     alpha: float,
@@ -212,9 +230,33 @@ def write_experts(
     options: MergeOptions,
     progress: Callable[[str], Callable[[Iterable], Iterable]],
 ) -> None:
-    """Put experts and router beside the merged model in `folder`."""
-    with quiet_loading():
-        model = type(plan.base.skeleton).from_pretrained(folder)
+    """Put experts and router beside the merged model in `folder`; the processes share the maps, and the main one
+    collects what they left in `scratch`.
+    """
+    rank, size = accelerator.process_index, accelerator.num_processes
+    with together(accelerator):
+        merged, device = partial(updates.weight, alpha=alpha), algebra_device(accelerator)
+        tensors = decompose_experts(plan, merged, statistics, rank, size, progress("Experts"), device)
+        save_file(tensors, scratch / f"experts-{rank}.safetensors")
+    with together(accelerator):
+        if accelerator.is_main_process:
+            parts = [load_file(path) for path in sorted(scratch.glob("experts-*.safetensors"))]
+            found = {name: tensor for part in parts for name, tensor in part.items()}
+            with quiet_loading():
+                model = type(plan.base.skeleton).from_pretrained(folder)
+            features, shift = _features(model, plan, statistics, samples, accelerator, options)
+            _assemble(plan, found, features, shift).save(folder / FOLDER, model)
+
+
+def _features(
+    model: PreTrainedModel,
+    plan: MergePlan,
+    statistics: Mapping[str, ActivationStatistics],
+    samples: Mapping[str, list[Sample]],
+    accelerator: Accelerator,
+    options: MergeOptions,
+) -> tuple[Mapping[str, Mapping[str, Tensor]], dict[str, Tensor]]:
+    """What a router is made from, by task, and its shift; see `RoutedExperts`."""
     features: dict[str, Mapping[str, Tensor]] = {t: found.pooled for t, found in statistics.items() if found}
     shift: dict[str, Tensor] = {}
     # All tasks' features are of one model: a router would learn to tell two models apart.
@@ -233,7 +275,4 @@ def write_experts(
         for name in next(iter(features.values())):
             apart = [features[task][name].mean(0) - statistics[task].pooled[name].mean(0) for task in features]
             shift[name] = torch.stack(apart).mean(0)
-    experts = make_experts(
-        plan, lambda name: updates.weight(name, alpha), statistics, features, shift, progress("Experts")
-    )
-    experts.save(folder / FOLDER, model)
+    return features, shift

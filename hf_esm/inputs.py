@@ -19,6 +19,7 @@ from .metrics import resolve_metric
 from .options import MergeOptions
 from .placement import needs_spill, placement
 from .planning import MergePlan
+from .processes import together
 from .proxies import (
     LabelledSamples,
     Sample,
@@ -134,10 +135,10 @@ def calibrate_experts(
     for task, rows in progress(waiting.items()):
         found = calibrate_checkpoint(plan.experts[task], rows, options, accelerator, scratch, task)
         found.pooled = pooled.get(task, {})
-        if accelerator.is_main_process:
-            found.save(paths[task], compact=kept is not None)
+        with together(accelerator):
+            if accelerator.is_main_process:
+                found.save(paths[task], compact=kept is not None)
         del found
-        accelerator.wait_for_everyone()
     return {task: ActivationStatistics.load(path) for task, path in paths.items()}
 
 
@@ -151,7 +152,7 @@ def pool_inputs(
     """What every block of the base reads, by task; the base is loaded for it, if there are tasks, and let go."""
     if not samples:
         return {}
-    with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as spill:
+    with together(accelerator), TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as spill:
         model = base.load_model(**placement(base, accelerator, options.max_memory, Path(spill)))
         return {
             task: pooled_inputs(
@@ -181,10 +182,12 @@ def calibrate_checkpoint(
     """
     provenance = Provenance(expert.source, expert.revision, len(samples), options.seed)
     with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as spill:
-        place = placement(expert, accelerator, options.max_memory, Path(spill))
-        crowded = place or needs_spill(expert, samples, accelerator, options.max_memory)
+        with together(accelerator):
+            place = placement(expert, accelerator, options.max_memory, Path(spill))
+            crowded = place or needs_spill(expert, samples, accelerator, options.max_memory)
+            model = expert.load_model(**place)
         statistics = collect_statistics(
-            expert.load_model(**place),
+            model,
             samples,
             accelerator=accelerator,
             batch_size=options.batch_size,

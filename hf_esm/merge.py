@@ -6,13 +6,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Optional
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, tqdm
+from accelerate.utils import tqdm
 from accelerate.utils.modeling import convert_file_size_to_int
 from transformers import PreTrainedModel
 
@@ -43,8 +43,9 @@ from .metrics import resolve_metric
 from .options import MergeOptions
 from .output import write_files, write_model
 from .passes import MergedUpdates, WeightReport, merge_weights, scale_layers
-from .placement import factor_bytes
+from .placement import algebra_device, factor_bytes
 from .planning import MergePlan, check_disk, check_memory, check_values, plan_merge
+from .processes import gather, together
 from .proxies import encode, read_rows
 from .statistics import ActivationStatistics
 from .version import __version__
@@ -115,7 +116,7 @@ def merge_models(
         "trust_remote_code": options.trust_remote_code,
     }
 
-    with run.stage("reading headers"), accelerator.main_process_first():
+    with run.stage("reading headers"):
         sources = {"base": resolve_source(base, "base", **open_options)}
         sources |= {task: resolve_source(spec, f"expert '{task}'", **open_options) for task, spec in experts.items()}
         opened = open_checkpoint(sources["base"], headers_only=dry_run)
@@ -126,21 +127,22 @@ def merge_models(
     for warning in plan.warnings:
         run.warn(warning)
     output = Path(options.output_dir).expanduser() if options.output_dir else None
-    check_memory(plan, options.max_memory)
-    processors = find_processors(sources, processor, options)
-    statistics, samples = gather_statistics(plan, sources, calibration, processors, method, options)
-    if output is not None:
-        to_calibrate = samples if method.needs_statistics else {}
-        factors = sum(factor_bytes(plan.experts[t], rows, shared=True) for t, rows in to_calibrate.items())
-        check_disk(plan, output, factors)
-    labelled = read_validation(plan, validation, processors, options) if options.alpha == "auto" else {}
+    with run.stage("reading samples"):
+        check_memory(plan, options.max_memory)
+        processors = find_processors(sources, processor, options)
+        statistics, samples = gather_statistics(plan, sources, calibration, processors, method, options)
+        if output is not None:
+            to_calibrate = samples if method.needs_statistics else {}
+            factors = sum(factor_bytes(plan.experts[t], rows, shared=True) for t, rows in to_calibrate.items())
+            check_disk(plan, output, factors)
+        labelled = read_validation(plan, validation, processors, options) if options.alpha == "auto" else {}
     with run.stage("checking weights"):
         check_values(plan, run.progress("Checking weights"))
 
     with ExitStack() as stack:
         folder = _shared_folder(stack, output, accelerator)
         scratch = _scratch_folder(folder, plan, sources, statistics, samples, options, accelerator)
-        with run.stage("calibrating"):
+        with run.stage("calibrating", joined=False):
             routed = isinstance(method, ROUTED)
             keep_base = options.statistics_dir or (routed and method.router == "discriminant")
             if method.needs_statistics:
@@ -148,7 +150,7 @@ def merge_models(
                 statistics |= calibrate_experts(plan, samples, options, accelerator, scratch, keep_base, progress)
         check_statistics(plan, statistics, run.warn)
         if method.needs_samples:
-            with run.stage("learning"):
+            with run.stage("learning", joined=False):
                 method.learned = learn_mask(
                     plan,
                     samples,
@@ -169,15 +171,14 @@ def merge_models(
                 run.progress("Merging"),
                 convert_file_size_to_int(options.max_memory) if options.max_memory else None,
                 resumable=options.resume_dir is not None,
-                device=None if accelerator.device.type == "mps" else accelerator.device,  # no float64 there
+                device=algebra_device(accelerator),
             )
-            if size > 1:
-                reports = {name: report for part in gather_object([reports]) for name, report in part.items()}
-            scale_layers(reports, method, {name for name in reports if _is_matrix(plan, name)})
-            accelerator.wait_for_everyone()
-            updates = MergedUpdates(plan.base, reports, sorted(scratch.glob("updates-*.safetensors")))
+        reports = {name: report for part in gather(accelerator, reports) for name, report in part.items()}
+        scale_layers(reports, method, {name for name in reports if _is_matrix(plan, name)})
         with run.stage("choosing alpha"):
+            updates = MergedUpdates(plan.base, reports, sorted(scratch.glob("updates-*.safetensors")))
             alpha, scores = _choose_alpha(plan, updates, labelled, score_fn, accelerator, run)
+        alpha, scores = gather(accelerator, (alpha, scores))[0]
         result = MergeResult(
             folder,
             alpha,
@@ -188,15 +189,14 @@ def merge_models(
             plan,
         )
         with run.stage("writing"):
+            write_model(folder, plan, updates, alpha, options, run.progress("Writing"), rank, size)
             if accelerator.is_main_process:
-                write_model(folder, plan, updates, alpha, options, run.progress("Writing"))
                 write_files(folder, plan, sources, processors, samples, statistics, calibration, options, result)
         if routed:
-            with run.stage("adding experts"):
-                if accelerator.is_main_process:
-                    write_experts(
-                        folder, plan, updates, alpha, statistics, samples, accelerator, options, run.progress
-                    )
+            with run.stage("adding experts", joined=False):
+                write_experts(
+                    folder, scratch, plan, updates, alpha, statistics, samples, accelerator, options, run.progress
+                )
         with run.stage("publishing"):
             if accelerator.is_main_process:
                 shutil.rmtree(scratch)
@@ -204,7 +204,6 @@ def merge_models(
                     write_hashes(folder)
                 if output is not None:
                     publish_folder(folder, output, options.overwrite)
-            accelerator.wait_for_everyone()
         if output is None:
             result._temporary = stack.pop_all()
         else:
@@ -315,9 +314,11 @@ class _Run:
         self.warnings: list[str] = []
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, joined: bool = True) -> Iterator[None]:
+        """Time a stage, which all processes leave together; `joined=False` where the work inside sees to that."""
         start = time.perf_counter()
-        yield
+        with together(self.accelerator) if joined else nullcontext():
+            yield
         self.seconds[name] = time.perf_counter() - start
 
     def warn(self, message: str) -> None:
@@ -341,13 +342,12 @@ class _Run:
 
 def _shared_folder(stack: ExitStack, output: Optional[Path], accelerator: Accelerator) -> Path:
     """A folder that all processes work in, removed in the end: beside the output, else a temporary one."""
-    folder = [None]
-    if accelerator.is_main_process:
-        place = output or Path(tempfile.gettempdir()) / "hf_esm"
-        folder = [stack.enter_context(staging_folder(place))]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(folder)
-    return folder[0]
+    folder = None
+    with together(accelerator):
+        if accelerator.is_main_process:
+            place = output or Path(tempfile.gettempdir()) / "hf_esm"
+            folder = stack.enter_context(staging_folder(place))
+    return gather(accelerator, folder)[0]
 
 
 def _scratch_folder(
@@ -362,8 +362,11 @@ def _scratch_folder(
     """Where work in progress stands: inside the folder that is written, and gone with it; or in `resume_dir`, marked
     with all that the work depends on.
     """
-    scratch = Path(options.resume_dir).expanduser() if options.resume_dir else folder / ".scratch"
-    if options.resume_dir:
+    if not options.resume_dir:
+        (folder / ".scratch").mkdir(exist_ok=True)
+        return folder / ".scratch"
+    scratch = Path(options.resume_dir).expanduser()
+    with together(accelerator):
         key = fingerprint(
             __version__,
             describe_method(plan.method),
@@ -379,13 +382,10 @@ def _scratch_folder(
                 f"{scratch} holds the work of another merge, or something else: base, experts, samples, settings and "
                 "version must be those of the merge that was interrupted. Choose another resume_dir, or remove it."
             )
-        accelerator.wait_for_everyone()
+    with together(accelerator):
         if accelerator.is_main_process:
             scratch.mkdir(parents=True, exist_ok=True)
             mark.write_text(key)
-    elif accelerator.is_main_process:
-        scratch.mkdir()
-    accelerator.wait_for_everyone()
     return scratch
 
 
@@ -400,24 +400,19 @@ def _is_matrix(plan: MergePlan, name: str) -> bool:
 def _choose_alpha(
     plan: MergePlan, updates: MergedUpdates, labelled: dict, score_fn: Any, accelerator: Accelerator, run: _Run
 ) -> tuple[float, dict[float, float]]:
-    """The given α, the method's own, or the best on validation; the main process scores, all get the same."""
+    """The given α, the method's own, or the best on validation, which the main process alone looks for."""
     alpha = run.options.alpha
-    if alpha != "auto":
-        return plan.method.default_alpha if alpha is None else float(alpha), {}
-    outcome = [None]
-    if accelerator.is_main_process:
-        models = CandidateModels(plan, accelerator.device, whole=callable(score_fn))
-        metric = resolve_metric(run.options.metric)
+    if alpha != "auto" or not accelerator.is_main_process:
+        return plan.method.default_alpha if alpha in (None, "auto") else float(alpha), {}
+    models = CandidateModels(plan, accelerator.device, whole=callable(score_fn))
+    metric = resolve_metric(run.options.metric)
 
-        def score(candidate: float) -> float:
-            models.set_alpha(updates, candidate)
-            scores = score_candidates(models, labelled, score_fn, metric, run.options.batch_size)
-            return sum(scores.values()) / len(scores)
+    def score(candidate: float) -> float:
+        models.set_alpha(updates, candidate)
+        scores = score_candidates(models, labelled, score_fn, metric, run.options.batch_size)
+        return sum(scores.values()) / len(scores)
 
-        share = score_fn is None and metric.is_share
-        rows = sum(len(data.labels) for data in labelled.values()) if share else None
-        progress = run.progress("Choosing alpha")
-        outcome = [search_alpha(score, progress, default=plan.method.default_alpha, rows=rows)]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    return outcome[0]
+    share = score_fn is None and metric.is_share
+    rows = sum(len(data.labels) for data in labelled.values()) if share else None
+    progress = run.progress("Choosing alpha")
+    return search_alpha(score, progress, default=plan.method.default_alpha, rows=rows)

@@ -40,22 +40,27 @@ def write_model(
     alpha: float,
     options: MergeOptions,
     progress: Callable[[Iterable], Iterable] = iter,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> None:
-    """Pass two: every weight of the base with its scaled update, in the layout that `save_pretrained` would write."""
+    """Pass two: every weight of the base with its scaled update, in the layout that `save_pretrained` would write; of
+    `world_size` processes each writes files of its own.
+    """
     base, dtype = plan.base, torch_dtype(options.dtype)
     groups = write_plan(base, dtype)
     planned = {key: tensor for group in groups for key, tensor in group.stored.items()}
     extra = base.extra_tensors() if base.extra else {}
     planned |= {key: torch.empty_like(tensor, device="meta") for key, tensor in extra.items()}
-    with ShardedWriter(folder, planned, options.max_shard_size) as writer:
-        for group in progress(groups):
+    with ShardedWriter(folder, planned, options.max_shard_size, rank=rank, world_size=world_size) as writer:
+        for group in progress([group for group in groups if any(map(writer.owns, group.stored))]):
             tensors = {
                 name: updates.weight(name, alpha).to(output_dtype(base.dtype(name), dtype)) for name in group.names
             }
             for key, tensor in to_stored(base, tensors).items():
-                writer.write(key, tensor)
-        for key, tensor in extra.items():
-            writer.write(key, tensor)
+                if writer.owns(key):
+                    writer.write(key, tensor)
+        for key in filter(writer.owns, extra):
+            writer.write(key, extra[key])
 
 
 def write_files(

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils.modeling import convert_file_size_to_int, get_max_memory
 
@@ -32,6 +33,11 @@ def available_memory(accelerator: Accelerator, max_memory: Optional[str | int] =
     if max_memory is not None and "cpu" in memory:
         memory["cpu"] = min(memory["cpu"], convert_file_size_to_int(max_memory))
     return memory
+
+
+def algebra_device(accelerator: Accelerator) -> torch.device:
+    """Where decompositions are computed, in float64: the accelerator's device, unless it has none."""
+    return torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
 
 
 def needs_spill(

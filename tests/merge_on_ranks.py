@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator, PartialState
 
@@ -58,6 +59,10 @@ def describe(result) -> dict:
     }
 
 
+def broken(*arguments, **named):
+    raise OSError("the disk of this process is full")
+
+
 sys.addaudithook(watch)
 cases = json.loads((FOLDER / "cases.json").read_text())
 for name, arguments in cases.items():
@@ -67,6 +72,25 @@ for name, arguments in cases.items():
             **arguments, output_dir=FOLDER / name / "found", callback=lambda *call, calls=calls: calls.append(call)
         )
         record |= {"result": describe(result), "calls": len(calls)}
+
+FAILURES = {  # what breaks on the second process
+    "loading": "hf_esm.checkpoints.FolderCheckpoint.load_model",
+    "running": "hf_esm.calibration._batch",
+    "merging": "hf_esm.EssentialMerge.merge",
+    "writing": "hf_esm.output.to_stored",
+    "experts": "hf_esm.experts.expert_factors",
+}
+for stage, place in FAILURES.items():
+    with recorded(f"failing {stage}") as record, pytest.MonkeyPatch.context() as patch:
+        if RANK == 1:
+            patch.setattr(place, broken)
+        shards = {"max_shard_size": "20KB", "method": "esm++", "progress": False}
+        try:
+            merge_models(**{**cases["sharded"], **shards}, output_dir=FOLDER / "failed")
+        except Exception as error:
+            record["error"] = f"{type(error).__name__}: {error}"
+        PartialState().wait_for_everyone()
+        record["left"] = sorted(path.name for path in FOLDER.iterdir() if "failed" in path.name)
 
 with recorded("temporary") as record:  # no output folder: every process can load what stands in the temporary one
     result = merge_models(**{**cases["same statistics"], "progress": False})

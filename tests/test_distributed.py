@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from problems import relative_error
+from safetensors.torch import load_file
 from toys import LABELS, largest_difference, texts, weights, write_models, write_rows
 
 from hf_esm import ActivationStatistics, merge_models
 
 
 COUNTS = {"a": 9, "b": 9, "c": 9}  # samples: an odd number, so that one process gets more than the other
+OUTCOMES = ("found", "expected")  # on two processes, on one
 ONE = dict.fromkeys(COUNTS, 1)  # the other process gets none
 
 
@@ -41,6 +43,8 @@ def folder(tmp_path_factory):
         "no statistics": arguments(folder, calibration=None, method="tsv-m"),
         "trimmed": arguments(folder, calibration=None, method="ties"),
         "dropped": arguments(folder, calibration=None, method="dare"),
+        "shards": arguments(folder, calibration=None, method="tsv-m", max_shard_size="20KB"),
+        "routed": arguments(folder, method={"name": "esm++", "rank": 4}),
         "learned": arguments(folder, method={"name": "concrete-adamerging", "steps": 3, "expected_mask": True}),
     }
     for name, case in cases.items():
@@ -109,6 +113,8 @@ CASES = {  # relative error of every weight, against one process
     "alpha": 1e-4,
     "trimmed": 1e-6,
     "dropped": 1e-6,
+    "shards": 1e-6,
+    "routed": 1e-4,
     "learned": 1e-2,  # Adam's first steps have one length however small a gradient is
 }
 cases = pytest.mark.parametrize("name", CASES)
@@ -154,9 +160,12 @@ def test_alpha_is_the_one_that_one_process_chooses(folder):
 @cases
 def test_the_main_process_alone_writes_and_reports(folder, name):
     main, other = ranks(folder, name)
-    own = (".scratch", ".scratch/updates-1.safetensors")  # the scratch folder is everyone's
-    assert [path for path in other["touched"] if not path.endswith(own)] == []
+    written = [Path(path).name for path in other["touched"] if "/.scratch" not in path]
+    shared = sorted(path.name for path in (folder / name / "found").glob("model-*.safetensors"))
+    assert sorted(set(written)) == shared[1::2]  # every other file, where there are several
+    assert (len(shared) > 4) is (name == "shards")
     assert [path for path in main["touched"] if path.endswith("updates-1.safetensors")] == []
+    assert not {Path(path).name for path in main["touched"]} & set(shared[1::2])
     assert any(path.endswith("config.json") for path in main["touched"])
     assert sorted(path.name for path in (folder / name).iterdir() if "statistics" not in path.name) == [
         "expected",
@@ -174,6 +183,23 @@ def test_without_an_output_folder_every_process_can_load_the_model(folder):
     main, other = ranks(folder, "temporary")
     assert main["norm"] == other["norm"] > 0
     assert main["left"] is other["left"] is False
+
+
+def test_routed_experts_are_the_same_on_two_processes(folder):
+    found, expected = (load_file(folder / "routed" / of / "routed" / "adapter_model.safetensors") for of in OUTCOMES)
+    assert found.keys() == expected.keys()
+    for name, a in expected.items():
+        if name.endswith("_A"):  # directions have no sign of their own
+            b = name.removesuffix("A") + "B"
+            assert relative_error(found[b] @ found[name], expected[b] @ a) < 1e-3
+
+
+@pytest.mark.parametrize("stage", ["loading", "running", "merging", "writing", "experts"])
+def test_an_error_in_one_process_ends_all_with_it_and_leaves_nothing(folder, stage):
+    main, other = ranks(folder, f"failing {stage}")
+    assert main["error"] == "HfEsmError: Process 1 of 2 stopped: OSError: the disk of this process is full"
+    assert other["error"] == "OSError: the disk of this process is full"
+    assert main["left"] == other["left"] == []
 
 
 @pytest.mark.parametrize("name", ["example", "command line"])

@@ -84,7 +84,7 @@ def write_rows(path: Path, rows: list[Any]) -> str:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(Path(folder) / "model.safetensors")
+    return {k: v for path in Path(folder).glob("model*.safetensors") for k, v in load_file(path).items()}
 
 
 def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

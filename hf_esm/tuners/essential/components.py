@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Optional
 
 from accelerate import Accelerator
@@ -96,7 +97,8 @@ def essential_components(
     check_values(plan)
     statistics = found[_TASK]
     if statistics is None:
-        statistics = calibrate_checkpoint(tuned[_TASK], samples[_TASK], options, accelerator, _TASK)
+        with TemporaryDirectory(ignore_cleanup_errors=True) as spill:
+            statistics = calibrate_checkpoint(tuned[_TASK], samples[_TASK], options, accelerator, Path(spill), _TASK)
     if accelerator.is_main_process:
         factors = _decompose(plan, statistics, rank, shrinkage)
         if as_lora:

@@ -1,0 +1,33 @@
+"""Work that several processes share."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from .errors import HfEsmError
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """Around a piece of work in which no process waits for another: all leave it together, and an error in one is an
+    error in all of them, which would else wait for it for ever.
+    """
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    said = gather(accelerator, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, message in enumerate(said):
+        if message is not None:
+            raise HfEsmError(f"Process {rank} of {len(said)} stopped: {message}")
+
+
+def gather(accelerator: Accelerator, mine: Any) -> list[Any]:
+    """What every process gives, in their order."""
+    return gather_object([mine]) if accelerator.num_processes > 1 else [mine]
