@@ -17,7 +17,7 @@ from accelerate.utils.modeling import convert_file_size_to_int
 from transformers import PreTrainedModel
 
 from .alpha import CandidateModels, score_candidates, search_alpha
-from .checkpoints import open_checkpoint, publish_folder, resolve_source, staging_folder
+from .checkpoints import ModelSource, open_checkpoint, publish_folder, resolve_source, staging_folder
 from .concrete import learn_mask
 from .errors import HfEsmError
 from .experts import write_experts
@@ -45,7 +45,7 @@ from .output import write_files, write_model
 from .passes import MergedUpdates, WeightReport, merge_weights, scale_layers
 from .placement import algebra_device, factor_bytes
 from .planning import MergePlan, check_disk, check_memory, check_values, plan_merge
-from .processes import gather, together
+from .processes import gather, main_first, together
 from .proxies import encode, read_rows
 from .statistics import ActivationStatistics
 from .version import __version__
@@ -116,18 +116,22 @@ def merge_models(
         "trust_remote_code": options.trust_remote_code,
     }
 
-    with run.stage("reading headers"):
+    def read_headers() -> tuple[dict[str, ModelSource], MergePlan]:
         sources = {"base": resolve_source(base, "base", **open_options)}
         sources |= {task: resolve_source(spec, f"expert '{task}'", **open_options) for task, spec in experts.items()}
         opened = open_checkpoint(sources["base"], headers_only=dry_run)
         checkpoints = {task: open_checkpoint(sources[task], opened, dry_run) for task in experts}
-        plan = plan_merge(opened, checkpoints, method, options.heads, torch_dtype(options.dtype), sources)
+        return sources, plan_merge(opened, checkpoints, method, options.heads, torch_dtype(options.dtype), sources)
+
+    with run.stage("reading headers", joined=False):
+        sources, plan = main_first(accelerator, read_headers)
     if dry_run:
         return plan
     for warning in plan.warnings:
         run.warn(warning)
     output = Path(options.output_dir).expanduser() if options.output_dir else None
-    with run.stage("reading samples"):
+
+    def read_samples() -> tuple[dict, dict, dict, dict]:
         check_memory(plan, options.max_memory)
         processors = find_processors(sources, processor, options)
         statistics, samples = gather_statistics(plan, sources, calibration, processors, method, options)
@@ -136,6 +140,10 @@ def merge_models(
             factors = sum(factor_bytes(plan.experts[t], rows, shared=True) for t, rows in to_calibrate.items())
             check_disk(plan, output, factors)
         labelled = read_validation(plan, validation, processors, options) if options.alpha == "auto" else {}
+        return processors, statistics, samples, labelled
+
+    with run.stage("reading samples", joined=False):
+        processors, statistics, samples, labelled = main_first(accelerator, read_samples)
     with run.stage("checking weights"):
         check_values(plan, run.progress("Checking weights"))
 

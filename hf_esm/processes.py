@@ -1,13 +1,16 @@
 """Work that several processes share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from .errors import HfEsmError
+
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -26,6 +29,16 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     for rank, message in enumerate(said):
         if message is not None:
             raise HfEsmError(f"Process {rank} of {len(said)} stopped: {message}")
+
+
+def main_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` gives; the main process does it first, so that the others find what it downloaded or cached."""
+    found = []
+    for main in (True, False):
+        with together(accelerator):
+            if accelerator.is_main_process is main:
+                found.append(work())
+    return found[0]
 
 
 def gather(accelerator: Accelerator, mine: Any) -> list[Any]:
