@@ -1,8 +1,9 @@
-"""How long an ESM merge takes, calibration included, against the literal formulas in the same run.
+"""How long an ESM merge takes, against the literal formulas in the same run.
 
-    python benchmarks/merge_speed.py FOLDER [--rounds 3]
+    python benchmarks/merge_speed.py                        single layers from 384 to 4096 x 11008; see layer_speed.py
+    python benchmarks/merge_speed.py FOLDER [--rounds 3]    a whole merge of the suite, calibration included
 
-FOLDER is the one that benchmarks/suite.py describes. The literal side is what the formulas say, written down plainly:
+FOLDER is the one that benchmarks/suite.py describes. There, the literal side is what the formulas say, written down plainly:
 each expert loaded, run over the same proxies with hooks that keep every layer's input `X`, then in float32 and with
 the same threads LAPACK's thin SVD of `ΔO = X Δᵀ` itself for every task and layer, thin SVDs for both polar factors,
 and TSV-M by thin SVDs for the other matrices (embeddings among them). Both sides read the same checkpoints and end
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from layer_speed import measure_layers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -31,12 +33,15 @@ from hf_esm.proxies import ProxyOptions, collate, encode, read_rows
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?", help="of the suite; without it, single layers are measured")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     logging.getLogger("hf_esm").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if given.folder is None:
+        measure_layers()
+        return
     tasks = sorted(path.name for path in (given.folder / "experts").iterdir() if path.is_dir())
     proxies = {}
     for task in tasks:

@@ -1,0 +1,217 @@
+"""Single layers of ESM (default settings), from the experts' files to the scratch file, against floor and literal SVDs.
+
+Called by merge_speed.py. Every row is one matrix of T experts (bfloat16, updates of rank 16 and noise) with statistics
+of 2,048 tokens, merged by the package's own first pass. The floor adds up what no exact route avoids on this machine:
+
+    bytes       the updates and statistics read, the merged update written, at the rates measured for the same files
+    products    the operations of the products, symmetric ones counted half, at the measured rate of float64 products
+    eigen       T eigenproblems of the smaller side and one for each polar factor, at LAPACK's own time (float64)
+
+The literal side is the same formulas by LAPACK's thin SVDs in float32: of every output shift (with the shrinkage as
+rows of the inputs), of both stacks, from tensors in memory.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_esm import ActivationStatistics, EssentialMerge
+from hf_esm.checkpoints import Checkpoint
+from hf_esm.methods.essential import part_taken_off
+from hf_esm.passes import merge_weights
+from hf_esm.placement import algebra_device
+from hf_esm.statistics import InputStatistics
+from hf_esm.weights import LinearMap
+
+
+TOKENS = 2048
+SHAPES = [
+    (384, 384),
+    (768, 3072),
+    (1024, 1024),
+    (2048, 2048),
+    (8192, 2048),
+    (4096, 4096),
+    (4096, 11008),
+    (11008, 4096),
+]
+METHOD = EssentialMerge()
+
+
+class Stored(Checkpoint):
+    """Matrices of one shape in one file."""
+
+    def __init__(self, path: Path, depth: int):
+        self.file, self.title = safe_open(path, "pt"), path.stem
+        self.names = {f"layer.{i}.weight": f"layer.{i}.weight" for i in range(depth)}
+        self.linear = {name: LinearMap(name, name.removesuffix(".weight")) for name in self.names}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.bfloat16
+
+    def tensor(self, name: str) -> Tensor:
+        return self.file.get_tensor(name)
+
+
+def measure_layers() -> None:
+    """Print the tables: by shape, and how the time grows with T, width and depth."""
+    device = algebra_device(Accelerator())
+    print(f"{torch.get_num_threads()} threads, device {device}; float64 products {product_rate() / 1e9:.0f} GFLOP/s")
+    print("d_out x d_in    T depth   seconds   floor (bytes, products, eigen)     of the floor   literal   ratio")
+    for rows, columns in SHAPES:
+        line(rows, columns, 8, 1, device, literal=True)
+    print("growth with T, width and depth")
+    for tasks in (2, 4, 8, 16):
+        line(1024, 1024, tasks, 1, device)
+    for width in (512, 1024, 2048):
+        line(width, width, 4, 1, device)
+    for depth in (1, 2, 4):
+        line(1024, 1024, 4, depth, device)
+
+
+def line(rows: int, columns: int, tasks: int, depth: int, device: torch.device, literal: bool = False) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        plan, statistics = write_problem(Path(folder), rows, columns, tasks, depth)
+        taken = best(lambda: merge_weights(plan, statistics, Path(folder), device=device))
+        parts = floor(rows, columns, tasks, depth)
+        found = f"{rows:5} x {columns:<6} {tasks:3} {depth:5} {taken:9.3f}   {sum(parts):8.3f} "
+        found += f"({', '.join(f'{part:.3f}' for part in parts)})".ljust(26) + f"{taken / sum(parts):9.2f}"
+        if literal:
+            deltas = [e.update("layer.0.weight", plan.base.tensor("layer.0.weight")) for e in plan.experts.values()]
+            inputs = [found["layer.0.weight"].factor for found in statistics.values()]
+            slow = best(lambda: merge_literally(deltas, inputs), 1)
+            found += f"{slow:16.2f} {slow / taken:7.1f}"
+        print(found, flush=True)
+
+
+def best(work: Callable, rounds: int = 2) -> float:
+    """The shortest of some runs, in seconds."""
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def write_problem(
+    folder: Path, rows: int, columns: int, tasks: int, depth: int
+) -> tuple[SimpleNamespace, dict[str, ActivationStatistics]]:
+    """What pass one is given: a plan over files, and statistics."""
+    draw = torch.Generator().manual_seed(0)
+    names = [f"layer.{i}.weight" for i in range(depth)]
+    base = {name: torch.randn(rows, columns, generator=draw) / math.sqrt(columns) for name in names}
+    save_file({name: weight.bfloat16() for name, weight in base.items()}, folder / "base.safetensors")
+    experts, statistics = {}, {}
+    for task in map(str, range(tasks)):
+        tuned = {}
+        for name, weight in base.items():
+            update = torch.randn(rows, 16, generator=draw) @ torch.randn(16, columns, generator=draw)
+            tuned[name] = (weight + 1e-3 * (update + torch.randn(rows, columns, generator=draw))).bfloat16()
+        save_file(tuned, folder / f"{task}.safetensors")
+        experts[task] = Stored(folder / f"{task}.safetensors", depth)
+        factor = torch.randn(TOKENS, columns, generator=draw)
+        entries = {name: InputStatistics(factor, factor.mean(0), TOKENS) for name in names}
+        path = ActivationStatistics(entries, {name: name for name in names}).save(folder / f"{task}.stats.safetensors")
+        statistics[task] = ActivationStatistics.load(path)
+    plan = SimpleNamespace(
+        base=Stored(folder / "base.safetensors", depth),
+        experts=experts,
+        method=METHOD,
+        heads=SimpleNamespace(shared=names),
+    )
+    return plan, statistics
+
+
+def floor(rows: int, columns: int, tasks: int, depth: int) -> tuple[float, float, float]:
+    """Seconds for bytes, products and eigenproblems; operations are multiplications and additions."""
+    small, large, tokens = min(rows, columns), max(rows, columns), min(TOKENS, columns)
+    rank = max(int(small * METHOD.rank_share) // tasks, 1)
+    stacked = rank * tasks
+    read = 2 * rows * columns * (tasks + 1) + 4 * tasks * tokens * columns
+    bytes_ = read / reading_rate() + 4 * rows * columns / writing_rate()
+    if rows > columns:  # moments of the inputs, Gram matrix of the update, both together, directions
+        shifts = columns**2 * tokens + columns**2 * rows + 3 * columns**3 + 2 * rows * columns * rank
+    else:  # output shift, its Gram matrix and that of the update
+        shifts = 2 * tokens * rows * columns + rows**2 * tokens + rows**2 * columns
+    shifts += 2 * rows * columns * rank  # coordinates
+    polar = (rows + columns) * 3 * stacked**2  # Gram matrix and its root, applied
+    products = tasks * shifts + polar + 2 * rows * columns * stacked
+    eigen = tasks * eigen_seconds(small) + 2 * eigen_seconds(stacked)
+    return depth * bytes_, depth * products / product_rate(), depth * eigen
+
+
+@cache
+def product_rate() -> float:
+    """Operations per second of a float64 product."""
+    a = torch.randn(2048, 2048, dtype=torch.float64)
+    return 2 * 2048**3 / best(lambda: a @ a, 4)
+
+
+@cache
+def eigen_seconds(size: int) -> float:
+    """LAPACK's time for a symmetric eigenproblem in float64."""
+    probe = torch.randn(size, size, dtype=torch.float64)
+    probe = probe + probe.T
+    return best(lambda: torch.linalg.eigh(probe), 2 if size > 2000 else 4)
+
+
+@cache
+def reading_rate() -> float:
+    return _file_rates()[0]
+
+
+@cache
+def writing_rate() -> float:
+    return _file_rates()[1]
+
+
+@cache
+def _file_rates() -> tuple[float, float]:
+    """Bytes per second read from a file that was just written, as those of the problems are, and written to the disk."""
+    tensor = torch.zeros(2**26)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "probe.safetensors"
+
+        def write() -> None:
+            with path.open("wb") as file:
+                file.write(tensor.numpy().data)
+                file.flush()
+
+        writing = best(write)
+        save_file({"x": tensor}, path)
+        reading = best(lambda: safe_open(path, "pt").get_tensor("x").sum())
+    return tensor.nbytes / reading, tensor.nbytes / writing
+
+
+def merge_literally(deltas: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """The default settings of ESM, one thin SVD after the other, float32."""
+    rows, columns = deltas[0].shape
+    rank = max(int(min(rows, columns) * METHOD.rank_share) // len(deltas), 1)
+    left, values, right = [], [], []
+    for delta, x in zip(deltas, inputs, strict=True):
+        ridge = METHOD.shrinkage * x.square().sum() / columns
+        augmented = torch.cat([x, ridge.sqrt() * torch.eye(columns)])
+        essential = torch.linalg.svd(augmented @ delta.T, full_matrices=False)[2][:rank].T
+        u, s, v = torch.linalg.svd(essential.T @ delta, full_matrices=False)
+        left, values, right = [*left, essential @ u], [*values, s], [*right, v]
+    u, _, v = torch.linalg.svd(torch.cat(left, dim=1), full_matrices=False)
+    p, _, q = torch.linalg.svd(torch.cat(right), full_matrices=False)
+    merged = (u @ v * torch.cat(values)) @ (p @ q)
+    norm = torch.stack([delta.norm() for delta in deltas]).norm()
+    total = sum(deltas[1:], start=deltas[0])
+    merged *= METHOD.factor * norm / merged.norm()
+    return merged - total * part_taken_off(METHOD.sum_subtracted, total.norm(), norm)
