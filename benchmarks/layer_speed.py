@@ -1,4 +1,4 @@
-"""Single layers of ESM (default settings), from the experts' files to the scratch file, against floor and literal SVDs.
+"""Single layers of ESM (default settings), from the experts' files to the scratch file, and what bounds them.
 
 Called by merge_speed.py. Every row is one matrix of T experts (bfloat16, updates of rank 16 and noise) with statistics
 of 2,048 tokens, merged by the package's own first pass. The floor adds up what no exact route avoids on this machine:
@@ -35,16 +35,8 @@ from hf_esm.weights import LinearMap
 
 
 TOKENS = 2048
-SHAPES = [
-    (384, 384),
-    (768, 3072),
-    (1024, 1024),
-    (2048, 2048),
-    (8192, 2048),
-    (4096, 4096),
-    (4096, 11008),
-    (11008, 4096),
-]
+SHAPES = [(384, 384), (768, 3072), (1024, 1024), (2048, 2048), (8192, 2048)]
+SHAPES += [(4096, 4096), (4096, 11008), (11008, 4096)]
 METHOD = EssentialMerge()
 
 
@@ -138,7 +130,7 @@ def write_problem(
 
 def floor(rows: int, columns: int, tasks: int, depth: int) -> tuple[float, float, float]:
     """Seconds for bytes, products and eigenproblems; operations are multiplications and additions."""
-    small, large, tokens = min(rows, columns), max(rows, columns), min(TOKENS, columns)
+    small, tokens = min(rows, columns), min(TOKENS, columns)
     rank = max(int(small * METHOD.rank_share) // tasks, 1)
     stacked = rank * tasks
     read = 2 * rows * columns * (tasks + 1) + 4 * tasks * tokens * columns
@@ -181,7 +173,7 @@ def writing_rate() -> float:
 
 @cache
 def _file_rates() -> tuple[float, float]:
-    """Bytes per second read from a file that was just written, as those of the problems are, and written to the disk."""
+    """Bytes per second read from a file that was just written, as those of the problems are, and written to one."""
     tensor = torch.zeros(2**26)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.safetensors"
