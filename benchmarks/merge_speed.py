@@ -4,10 +4,10 @@
     python benchmarks/merge_speed.py FOLDER [--rounds 3]    a whole merge of the suite, calibration included
 
 FOLDER is the one that benchmarks/suite.py describes. There, the literal side is what the formulas say, written down
-plainly: each expert loaded, run over the same proxies with hooks that keep every layer's input `X`, then in float32 and with
-the same threads LAPACK's thin SVD of `ΔO = X Δᵀ` itself for every task and layer, thin SVDs for both polar factors,
-and TSV-M by thin SVDs for the other matrices (embeddings among them). Both sides read the same checkpoints and end
-with the merged weights on disk. They run in turn, `--rounds` times; the ratio is taken round by round.
+plainly: each expert loaded, run over the same proxies with hooks that keep every layer's input `X`, then in float32
+and with the same threads LAPACK's thin SVD of `ΔO = X Δᵀ` itself for every task and layer, thin SVDs for both polar
+factors, and TSV-M by thin SVDs for the other matrices (embeddings among them). Both sides read the same checkpoints
+and end with the merged weights on disk. They run in turn, `--rounds` times; the ratio is taken round by round.
 """
 
 import argparse

@@ -3,32 +3,22 @@
 """
 
 import argparse
-import json
 import logging
 import sys
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, fields
-from pathlib import Path
+from dataclasses import MISSING, Field, fields
 from typing import Any, Optional
 
-import yaml
-from accelerate import PartialState
 from datasets import disable_progress_bars
 
-from .cards import update_card
-from .comparison import NOT_COMPARED, compare
+from . import commands
+from .comparison import NOT_COMPARED
 from .errors import HfEsmError
-from .evaluation import evaluate
-from .hub import RoutedModel, push_folder
-from .merge import calibrate, merge_models
 from .methods import METHODS
 from .options import MergeOptions
-from .output import RECIPE_FILE
-from .proxies import ProxyOptions, read_rows
-from .recipes import load_recipe
-from .reports import REPORT
+from .proxies import ProxyOptions
 from .version import __version__
 
 
@@ -59,12 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog="hf-esm", description="Merge fine-tunes of one checkpoint into one model, without training."
     )
     parser.add_argument("--version", action="version", version=f"hf_esm {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subcommands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     merge = _command(
-        commands,
+        subcommands,
         "merge",
-        _merge,
+        commands.run_merge,
         "merge experts into one model",
         "Merge the experts of a recipe, or those named by --base and --expert. Flags override the recipe.",
         epilog=_describe_methods(),
@@ -73,9 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_flags(merge, MergeOptions)
 
     inspect = _command(
-        commands,
+        subcommands,
         "inspect",
-        _inspect,
+        commands.run_inspect,
         "check a merge without reading a weight",
         "Say from the files' headers alone whether the experts fit, what would be merged how, and what it costs.",
     )
@@ -83,9 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_flags(inspect, MergeOptions)
 
     calibration = _command(
-        commands,
+        subcommands,
         "calibrate",
-        _calibrate,
+        commands.run_calibrate,
         "collect one expert's activation statistics",
         "Run an expert over unlabelled samples and write its statistics, which serve every later merge.",
     )
@@ -97,12 +87,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--compress-rank", type=_count, help="keep this many rows of each factor (smaller, lossy)"
     )
     calibration.add_argument("--batch-size", type=_count, default=8, help="samples per batch and process (default: 8)")
+    calibration.add_argument("--max-memory", help="memory to calibrate in, such as 16GB; what does not fit is on disk")
     _add_flags(calibration, ProxyOptions)
 
     evaluation = _command(
-        commands,
+        subcommands,
         "evaluate",
-        _evaluate,
+        commands.run_evaluate,
         "score a merged model on every task's rows",
         "Score a merged model on every task's rows, beside the experts if they are named.",
     )
@@ -122,9 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     comparison = _command(
-        commands,
+        subcommands,
         "compare",
-        _compare,
+        commands.run_compare,
         "measure several methods on your experts and rows",
         "Merge by several methods, score every merged model on every task, and write a report with pictures. What was "
         "measured is kept beside the report: a second run does only what is new.",
@@ -138,16 +129,16 @@ def build_parser() -> argparse.ArgumentParser:
     _add_flags(comparison, MergeOptions, leave_out=NOT_COMPARED)
 
     predict = _command(
-        commands,
+        subcommands,
         "predict",
-        _predict,
+        commands.run_predict,
         "task and label of inputs, by an ESM++ model",
         "Let the router find every input's task, and that task's head its label. One JSON object a line.",
     )
     explain = _command(
-        commands,
+        subcommands,
         "explain",
-        _explain,
+        commands.run_explain,
         "why an ESM++ model routes inputs as it does",
         "Say for every input which expert it gets, and how likely every task is. One JSON object a line.",
     )
@@ -159,9 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--task", help="the task of all inputs, where it is known")
 
     export = _command(
-        commands,
+        subcommands,
         "export",
-        _export,
+        commands.run_export,
         "write the experts of an ESM++ model as LoRA adapters",
         "Write every expert as an ordinary LoRA adapter, OUTPUT/TASK, over the static model.",
     )
@@ -171,9 +162,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--task", action="append", help="only this one; repeat for more")
 
     add = _command(
-        commands,
+        subcommands,
         "add",
-        _add,
+        commands.run_add,
         "add an expert to an ESM++ model",
         "Add a task from its expert and its statistics (hf-esm calibrate --base), without the others' data.",
     )
@@ -183,9 +174,9 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("-o", "--output", required=True, help="folder to write the larger model to")
 
     push = _command(
-        commands,
+        subcommands,
         "push",
-        _push,
+        commands.run_push,
         "upload a merged model to the Hub",
         "Upload what merge wrote: the whole folder, or an ESM++ adapter alone over a static model on the Hub.",
     )
@@ -195,9 +186,9 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("--adapter-over", metavar="MODEL", help="upload the adapter alone, over this static model")
 
     demo = _command(
-        commands,
+        subcommands,
         "demo",
-        _demo,
+        commands.run_demo,
         "the whole way on embedded data, in two minutes",
         "Train a small Vision Transformer on handwritten digits, fine-tune experts, merge and compare them.",
     )
@@ -206,8 +197,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Any, summary: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
-    parser = commands.add_parser(
+def _command(
+    subcommands: Any, name: str, run: Any, summary: str, text: str, epilog: str = ""
+) -> argparse.ArgumentParser:
+    parser = subcommands.add_parser(
         name, help=summary, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error comes from")
@@ -276,157 +269,6 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _options(given: argparse.Namespace, options: type) -> dict[str, Any]:
-    """The flags that were given, as the dataclass takes them."""
-    found = {f.name: getattr(given, f.name) for f in fields(options) if hasattr(given, f.name)}
-    if "columns" in found:
-        found["columns"] = _pairs(found["columns"], "--columns")
-    if "heads" in found and len(found["heads"]) == 1 and found["heads"][0] in ("auto", "merge", "keep"):
-        found["heads"] = found["heads"][0]
-    return {**given._defaults, **found}
-
-
-def _pairs(items: Optional[list[str]], flag: str) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for item in items or []:
-        name, equals, value = item.partition("=")
-        if not equals or not name or not value:
-            raise HfEsmError(f"{flag} takes NAME=VALUE, not {item!r}.")
-        if name in pairs:
-            raise HfEsmError(f"{flag} names {name!r} twice.")
-        pairs[name] = value
-    return pairs
-
-
-def _request(given: argparse.Namespace, for_comparison: bool = False) -> dict[str, Any]:
-    """The arguments of `merge_models`, from a recipe and the flags that override it."""
-    request = load_recipe(given.recipe, for_comparison) if given.recipe else {}
-    if given.base:
-        request["base"] = given.base
-    for name, flag in (("experts", "expert"), ("calibration", "calibration"), ("validation", "validation")):
-        if found := _pairs(getattr(given, flag), f"--{flag}"):
-            before = request.get(name) or {}
-            if not isinstance(before, Mapping):
-                raise HfEsmError(f"--{flag}: the recipe gives {name} as {before!r}; name them there one by one.")
-            request[name] = {**before, **found}
-    if "base" not in request or "experts" not in request:
-        raise HfEsmError("Name a recipe, or --base and at least two --expert TASK=MODEL.")
-    request |= _options(given, MergeOptions)
-    if given.set:
-        method = request.get("method", "esm")
-        method = {"name": method} if isinstance(method, str) else dict(method)
-        request["method"] = method | {name: _value(text) for name, text in _pairs(given.set, "--set").items()}
-    return request
-
-
-def _value(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise HfEsmError(f"--set: {text!r} is not a YAML value.") from None
-
-
-def _merge(given: argparse.Namespace) -> None:
-    request = _request(given)
-    if not request.get("output_dir"):
-        raise HfEsmError("Say where to write: --output-dir FOLDER (or output_dir in the recipe).")
-    _say(merge_models(**request))
-
-
-def _compare(given: argparse.Namespace) -> None:
-    request = _request(given, for_comparison=True)
-    if "seed" in request:
-        request.setdefault("seeds", [request["seed"]])
-    if found := _pairs(given.test, "--test"):
-        request["test"] = {**(request.get("test") or {}), **found}
-    if "test" not in request:
-        raise HfEsmError("Name the rows to measure on: --test TASK=FILE for each (or test in the recipe).")
-    chosen = given.methods or request.get("methods") or ([request["method"]] if "method" in request else None)
-    request |= {"methods": chosen} if chosen else {}
-    for name in ("seeds", "num_test"):
-        if getattr(given, name) is not None:
-            request[name] = getattr(given, name)
-    request = {name: value for name, value in request.items() if name not in NOT_COMPARED}
-    if not request.get("output_dir"):
-        raise HfEsmError("Say where to write the report: --output-dir FOLDER (or output_dir in the recipe).")
-    comparison = compare(**request)
-    _say(comparison)
-    _say(f"\n{Path(request['output_dir']) / REPORT}")
-
-
-def _inspect(given: argparse.Namespace) -> None:
-    _say(merge_models(**_request(given), dry_run=True))
-
-
-def _calibrate(given: argparse.Namespace) -> None:
-    options = _options(given, ProxyOptions)
-    statistics = calibrate(given.model, given.data, base=given.base, batch_size=given.batch_size, **options)
-    if given.compress_rank:
-        statistics = statistics.compress(given.compress_rank)
-    if PartialState().is_main_process:
-        path = statistics.save(given.output)
-        lost = statistics.provenance.compression_error
-        _say(
-            f"{path}: {len(statistics)} linear maps, {statistics.provenance.num_samples} samples"
-            + (f", compression error up to {lost:.1%}" if given.compress_rank else "")
-        )
-
-
-def _evaluate(given: argparse.Namespace) -> None:
-    data, experts = _pairs(given.data, "--data"), _pairs(given.expert, "--expert")
-    options = _options(given, ProxyOptions)
-    options |= {"metric": given.metric, "route": given.route, "batch_size": given.batch_size}
-    scores = evaluate(given.model, data, experts=experts, **options)
-    _say(scores)
-    if given.card:
-        _say(update_card(given.model, scores, data))
-    if given.json:
-        Path(given.json).write_text(json.dumps(scores.as_dict(), indent=2) + "\n", encoding="utf-8")
-
-
-def _predict(given: argparse.Namespace) -> None:
-    model, rows, options = _routed_inputs(given)
-    for found in model.predict(rows, given.task, batch_size=given.batch_size, **options):
-        _say(json.dumps(asdict(found), ensure_ascii=False))
-
-
-def _explain(given: argparse.Namespace) -> None:
-    model, rows, options = _routed_inputs(given)
-    for found in model.explain(rows, given.batch_size, **options):
-        _say(json.dumps(asdict(found), ensure_ascii=False))
-
-
-def _routed_inputs(given: argparse.Namespace) -> tuple[RoutedModel, list[Any], dict[str, Any]]:
-    options = _options(given, ProxyOptions)
-    rows = read_rows(given.data, "inputs", ProxyOptions(**options))
-    return RoutedModel.from_pretrained(given.model), rows, {**options, "num_samples": 0}
-
-
-def _export(given: argparse.Namespace) -> None:
-    for task, folder in RoutedModel.from_pretrained(given.model).export_lora(given.output, given.task).items():
-        _say(f"{task}: {folder}")
-
-
-def _add(given: argparse.Namespace) -> None:
-    ((task, expert),) = _pairs([given.expert], "--expert").items()
-    model = RoutedModel.from_pretrained(given.model)
-    larger = model.add_expert(task, expert, given.statistics, output_dir=given.output)
-    _say(f"{larger.folder}: {', '.join(larger.tasks)}")
-
-
-def _push(given: argparse.Namespace) -> None:
-    folder = Path(given.model).expanduser()
-    if not (folder / RECIPE_FILE).is_file():
-        raise HfEsmError(f"{given.model}: not a folder that `hf-esm merge` wrote.")
-    _say(push_folder(folder, given.repo_id, base_model=given.adapter_over, private=given.private))
-
-
-def _demo(given: argparse.Namespace) -> None:
-    from .demo import run_demo
-
-    run_demo(given.output, seed=given.seed)
-
-
 def _describe_methods() -> str:
     """Every method once with its settings, and what the presets change in them."""
     lines = ["methods, and their settings for --set NAME=VALUE:"]
@@ -440,11 +282,6 @@ def _describe_methods() -> str:
         lines.append(f"  {name}: {type(method).__doc__.splitlines()[0]}")
         lines += [f"    {f.name} = {getattr(method, f.name)!r}: {f.metadata['help']}" for f in fields(method)]
     return "\n".join(lines)
-
-
-def _say(what: Any) -> None:
-    if PartialState().is_main_process:
-        print(what)
 
 
 if __name__ == "__main__":

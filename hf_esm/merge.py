@@ -238,7 +238,7 @@ def calibrate(
         base: the base model: needed if the expert is a LoRA adapter; otherwise, with it the statistics also hold what
             a router of ESM++ is made from.
         options: fields of `ProxyOptions`: `num_samples`, `seed`, `max_length`, `columns`; and of `MergeOptions`:
-            `allow_pickle`, `trust_remote_code`, `progress`.
+            `allow_pickle`, `trust_remote_code`, `progress`, `max_memory`.
 
     Returns statistics with `save`; the same on every process.
     """

@@ -62,7 +62,7 @@ class MergeOptions(ProxyOptions):
     statistics_dir: Optional[str] = field(
         default=None, metadata={"help": "folder to keep the activation statistics in, for later merges"}
     )
-    max_memory: Optional[str | int] = field(
+    max_memory: Optional[int | str] = field(
         default=None, metadata={"help": "memory to calibrate and to merge in, such as 16GB"}
     )
     resume_dir: Optional[str] = field(

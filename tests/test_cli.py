@@ -346,7 +346,7 @@ def test_an_unexpected_error_is_short_unless_asked_for(models, monkeypatch, caps
     def fail(**_):
         raise error
 
-    monkeypatch.setattr("hf_esm.cli.merge_models", fail)
+    monkeypatch.setattr("hf_esm.commands.merge_models", fail)
     assert run("inspect", models / "recipe.yaml") == status
     assert capsys.readouterr().err.splitlines()[0] == message
     if status == 1:

@@ -8,6 +8,12 @@ from problems import ROUTES, random_problem, relative_error, seeds, shapes
 from hf_esm.linalg import RELATIVE_CUTOFF, essential_subspace, polar_factor, triangular_factor, truncated_svd
 
 
+@pytest.fixture(autouse=True, params=[512, 4], ids=["one-block", "blocks"])
+def block(request, monkeypatch):
+    """Gram matrices as a whole, and in blocks of rows as far as the diagonal."""
+    monkeypatch.setattr("hf_esm.linalg._BLOCK", request.param)
+
+
 def with_singular_values(seed: int, rows: int, columns: int, values: list[float]) -> torch.Tensor:
     """A float64 `[rows, columns]` matrix with these singular values, and zeros for the rest."""
     generator = torch.Generator().manual_seed(seed)
@@ -76,6 +82,24 @@ def test_essential_subspace_is_that_of_the_activations(seed, shape, route):
         assert relative_error((shift @ found.directions).square().sum(0), found.squares) < 1e-5
         coordinates_back = found.directions.T @ delta.double()
         assert relative_error(found.directions @ coordinates_back, directions @ coordinates) < 1e-4
+
+
+@seeds
+@shapes
+@pytest.mark.parametrize("shrinkage", [0.01, 3.0])
+def test_essential_subspace_of_shrunk_moments_is_that_of_as_many_more_rows(seed, shape, shrinkage):
+    deltas, inputs = random_problem(seed, shape)
+    rank = shape[1] // shape[3]
+    for delta, x in zip(deltas, inputs):
+        more = reference.shrink(x, shrinkage)
+        directions, eigenvalues, _ = reference.esd(more, delta, rank)
+        found = essential_subspace(triangular_factor(x), delta, rank, shrinkage)
+        assert found.directions.shape == directions.shape
+        assert orthonormal(found.directions)
+        outside = found.directions - directions @ (directions.T @ found.directions)
+        assert torch.linalg.matrix_norm(outside, 2) < 1e-4
+        assert relative_error(found.squares / (len(more) - 1), eigenvalues) < 1e-5
+        assert found.total == pytest.approx(float((more.double() @ delta.double().T).square().sum()), rel=1e-6)
 
 
 @seeds

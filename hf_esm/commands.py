@@ -1,0 +1,180 @@
+"""What each command of the command line does with what it was given."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+from accelerate import PartialState
+
+from .cards import update_card
+from .comparison import NOT_COMPARED, compare
+from .errors import HfEsmError
+from .evaluation import evaluate
+from .hub import RoutedModel, push_folder
+from .merge import calibrate, merge_models
+from .options import MergeOptions
+from .output import RECIPE_FILE
+from .proxies import ProxyOptions, read_rows
+from .recipes import load_recipe
+from .reports import REPORT
+
+
+def _options(given: argparse.Namespace, options: type) -> dict[str, Any]:
+    """The flags that were given, as the dataclass takes them."""
+    found = {f.name: getattr(given, f.name) for f in fields(options) if hasattr(given, f.name)}
+    if "columns" in found:
+        found["columns"] = _pairs(found["columns"], "--columns")
+    if "heads" in found and len(found["heads"]) == 1 and found["heads"][0] in ("auto", "merge", "keep"):
+        found["heads"] = found["heads"][0]
+    return {**given._defaults, **found}
+
+
+def _pairs(items: Optional[list[str]], flag: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for item in items or []:
+        name, equals, value = item.partition("=")
+        if not equals or not name or not value:
+            raise HfEsmError(f"{flag} takes NAME=VALUE, not {item!r}.")
+        if name in pairs:
+            raise HfEsmError(f"{flag} names {name!r} twice.")
+        pairs[name] = value
+    return pairs
+
+
+def _request(given: argparse.Namespace, for_comparison: bool = False) -> dict[str, Any]:
+    """The arguments of `merge_models`, from a recipe and the flags that override it."""
+    request = load_recipe(given.recipe, for_comparison) if given.recipe else {}
+    if given.base:
+        request["base"] = given.base
+    for name, flag in (("experts", "expert"), ("calibration", "calibration"), ("validation", "validation")):
+        if found := _pairs(getattr(given, flag), f"--{flag}"):
+            before = request.get(name) or {}
+            if not isinstance(before, Mapping):
+                raise HfEsmError(f"--{flag}: the recipe gives {name} as {before!r}; name them there one by one.")
+            request[name] = {**before, **found}
+    if "base" not in request or "experts" not in request:
+        raise HfEsmError("Name a recipe, or --base and at least two --expert TASK=MODEL.")
+    request |= _options(given, MergeOptions)
+    if given.set:
+        method = request.get("method", "esm")
+        method = {"name": method} if isinstance(method, str) else dict(method)
+        request["method"] = method | {name: _value(text) for name, text in _pairs(given.set, "--set").items()}
+    return request
+
+
+def _value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise HfEsmError(f"--set: {text!r} is not a YAML value.") from None
+
+
+def run_merge(given: argparse.Namespace) -> None:
+    request = _request(given)
+    if not request.get("output_dir"):
+        raise HfEsmError("Say where to write: --output-dir FOLDER (or output_dir in the recipe).")
+    _say(merge_models(**request))
+
+
+def run_compare(given: argparse.Namespace) -> None:
+    request = _request(given, for_comparison=True)
+    if "seed" in request:
+        request.setdefault("seeds", [request["seed"]])
+    if found := _pairs(given.test, "--test"):
+        request["test"] = {**(request.get("test") or {}), **found}
+    if "test" not in request:
+        raise HfEsmError("Name the rows to measure on: --test TASK=FILE for each (or test in the recipe).")
+    chosen = given.methods or request.get("methods") or ([request["method"]] if "method" in request else None)
+    request |= {"methods": chosen} if chosen else {}
+    for name in ("seeds", "num_test"):
+        if getattr(given, name) is not None:
+            request[name] = getattr(given, name)
+    request = {name: value for name, value in request.items() if name not in NOT_COMPARED}
+    if not request.get("output_dir"):
+        raise HfEsmError("Say where to write the report: --output-dir FOLDER (or output_dir in the recipe).")
+    comparison = compare(**request)
+    _say(comparison)
+    _say(f"\n{Path(request['output_dir']) / REPORT}")
+
+
+def run_inspect(given: argparse.Namespace) -> None:
+    _say(merge_models(**_request(given), dry_run=True))
+
+
+def run_calibrate(given: argparse.Namespace) -> None:
+    options = _options(given, ProxyOptions)
+    options |= {"batch_size": given.batch_size, "max_memory": given.max_memory}
+    statistics = calibrate(given.model, given.data, base=given.base, **options)
+    if given.compress_rank:
+        statistics = statistics.compress(given.compress_rank)
+    if PartialState().is_main_process:
+        path = statistics.save(given.output)
+        lost = statistics.provenance.compression_error
+        _say(
+            f"{path}: {len(statistics)} linear maps, {statistics.provenance.num_samples} samples"
+            + (f", compression error up to {lost:.1%}" if given.compress_rank else "")
+        )
+
+
+def run_evaluate(given: argparse.Namespace) -> None:
+    data, experts = _pairs(given.data, "--data"), _pairs(given.expert, "--expert")
+    options = _options(given, ProxyOptions)
+    options |= {"metric": given.metric, "route": given.route, "batch_size": given.batch_size}
+    scores = evaluate(given.model, data, experts=experts, **options)
+    _say(scores)
+    if given.card:
+        _say(update_card(given.model, scores, data))
+    if given.json:
+        Path(given.json).write_text(json.dumps(scores.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def run_predict(given: argparse.Namespace) -> None:
+    model, rows, options = _routed_inputs(given)
+    for found in model.predict(rows, given.task, batch_size=given.batch_size, **options):
+        _say(json.dumps(asdict(found), ensure_ascii=False))
+
+
+def run_explain(given: argparse.Namespace) -> None:
+    model, rows, options = _routed_inputs(given)
+    for found in model.explain(rows, given.batch_size, **options):
+        _say(json.dumps(asdict(found), ensure_ascii=False))
+
+
+def _routed_inputs(given: argparse.Namespace) -> tuple[RoutedModel, list[Any], dict[str, Any]]:
+    options = _options(given, ProxyOptions)
+    rows = read_rows(given.data, "inputs", ProxyOptions(**options))
+    return RoutedModel.from_pretrained(given.model), rows, {**options, "num_samples": 0}
+
+
+def run_export(given: argparse.Namespace) -> None:
+    for task, folder in RoutedModel.from_pretrained(given.model).export_lora(given.output, given.task).items():
+        _say(f"{task}: {folder}")
+
+
+def run_add(given: argparse.Namespace) -> None:
+    ((task, expert),) = _pairs([given.expert], "--expert").items()
+    model = RoutedModel.from_pretrained(given.model)
+    larger = model.add_expert(task, expert, given.statistics, output_dir=given.output)
+    _say(f"{larger.folder}: {', '.join(larger.tasks)}")
+
+
+def run_push(given: argparse.Namespace) -> None:
+    folder = Path(given.model).expanduser()
+    if not (folder / RECIPE_FILE).is_file():
+        raise HfEsmError(f"{given.model}: not a folder that `hf-esm merge` wrote.")
+    _say(push_folder(folder, given.repo_id, base_model=given.adapter_over, private=given.private))
+
+
+def run_demo(given: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    run_demo(given.output, seed=given.seed)
+
+
+def _say(what: Any) -> None:
+    if PartialState().is_main_process:
+        print(what)
