@@ -13,7 +13,7 @@ FOLDER is the one that benchmarks/suite.py describes. One batch of test rows tha
 
 in turn, `--rounds` times; every time is divided by the static one of the same round, and the median and the range of
 the ratios are printed. Then, with each task's own head, accuracy on 100 test rows per task of the static model, both
-routed ones, and Arrow; the sizes on disk; and the parameters added per task.
+routed ones, and Arrow; how the time grows with tasks and samples; the size on disk; parameters added per task.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from hf_esm.evaluation import accuracy
 from hf_esm.experts import load_experts
 from hf_esm.heads import attach_head
 from hf_esm.proxies import ProxyOptions, collate, load_labelled
+from hf_esm.tuners.routed import route
 
 
 def main() -> None:
@@ -128,10 +130,46 @@ def main() -> None:
                 tasks
             )
         print("  accuracy: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
+        measure_growth(output, Path(scratch), batch, given.rounds)
         size = (output / "routed" / "adapter_model.safetensors").stat().st_size
         added = sum(a[0].numel() + b[0].numel() for a, b in load_experts(output).factors.values())
         whole = sum(parameter.numel() for parameter in static.parameters())
         print(f"  adapter {size / 1e6:.1f} MB, {added:,} parameters per task ({added / whole:.1%} of the model)")
+
+
+def measure_growth(output: Path, scratch: Path, batch: dict[str, Tensor], rounds: int) -> None:
+    """Print how the forward pass with known routes grows with tasks (each expert stands eight times) and with samples;
+    in whole texts, and token by token, as in generation.
+    """
+    experts, models = load_experts(output), {}
+    for times in (1, 8):
+        wide = replace(
+            experts,
+            tasks=[f"{task}-{i}" for i in range(times) for task in experts.tasks],
+            factors={m: (a.repeat(times, 1, 1), b.repeat(times, 1, 1)) for m, (a, b) in experts.factors.items()},
+            features={f"{task}-{i}": found for i in range(times) for task, found in experts.features.items()},
+        )
+        folder = scratch / f"wide-{times}"
+        wide.save(folder / "routed", bare(output))
+        models[len(wide.tasks)] = PeftModel.from_pretrained(bare(output), str(folder), subfolder="routed").eval(), wide
+    static = bare(output)
+    for length in (batch["input_ids"].shape[1], 1):
+        for size in (8, 32, 128):
+            turns = -(-size // len(batch["input_ids"]))
+            inputs = {name: rows.repeat(turns, 1)[:size, :length] for name, rows in batch.items()}
+            ways = {"static": lambda inputs=inputs: static(**inputs)}
+            for tasks, (model, wide) in models.items():
+                names = [wide.tasks[(7 * i) % tasks] for i in range(size)]
+
+                def known(model: Any = model, names: list[str] = names, inputs: dict = inputs) -> Any:
+                    with route(model, names):
+                        return model(**inputs)
+
+                ways[f"{tasks} tasks"] = known
+            seconds = measure(ways, rounds)
+            found = {name: statistics.median(own) for name, own in seconds.items()}
+            told = ", ".join(f"{name} {1000 * own:.1f} ms" for name, own in found.items())
+            print(f"  {size} samples of {length} tokens: {told}")
 
 
 def bare(folder: Path) -> transformers.PreTrainedModel:
