@@ -61,8 +61,11 @@ class Stored(Checkpoint):
 def measure_layers() -> None:
     """Print the tables: by shape, and how the time grows with T, width and depth."""
     device = algebra_device(Accelerator())
-    print(f"{torch.get_num_threads()} threads, device {device}; float64 products {product_rate() / 1e9:.0f} GFLOP/s")
-    print("d_out x d_in    T depth   seconds   floor (bytes, products, eigen)     of the floor   literal   ratio")
+    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    print(f"{where}; float64 products {product_rate(device) / 1e9:.0f} GFLOP/s")
+    if device.type == "cpu":
+        print("No GPU was found: there are no rows of one.")
+    print("d_out x d_in    T depth   seconds   floor (bytes, products, eigen)  of the floor  literal   ratio")
     for rows, columns in SHAPES:
         line(rows, columns, 8, 1, device, literal=True)
     print("growth with T, width and depth")
@@ -78,12 +81,13 @@ def line(rows: int, columns: int, tasks: int, depth: int, device: torch.device, 
     with tempfile.TemporaryDirectory() as folder:
         plan, statistics = write_problem(Path(folder), rows, columns, tasks, depth)
         taken = best(lambda: merge_weights(plan, statistics, Path(folder), device=device))
-        parts = floor(rows, columns, tasks, depth)
+        parts = floor(rows, columns, tasks, depth, device)
         found = f"{rows:5} x {columns:<6} {tasks:3} {depth:5} {taken:9.3f}   {sum(parts):8.3f} "
         found += f"({', '.join(f'{part:.3f}' for part in parts)})".ljust(26) + f"{taken / sum(parts):9.2f}"
         if literal:
             deltas = [e.update("layer.0.weight", plan.base.tensor("layer.0.weight")) for e in plan.experts.values()]
-            inputs = [found["layer.0.weight"].factor for found in statistics.values()]
+            deltas = [delta.to(device) for delta in deltas]
+            inputs = [of["layer.0.weight"].factor.to(device) for of in statistics.values()]
             slow = best(lambda: merge_literally(deltas, inputs), 1)
             found += f"{slow:16.2f} {slow / taken:7.1f}"
         print(found, flush=True)
@@ -95,6 +99,8 @@ def best(work: Callable, rounds: int = 2) -> float:
     for _ in range(rounds):
         start = time.perf_counter()
         work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
 
@@ -128,13 +134,14 @@ def write_problem(
     return plan, statistics
 
 
-def floor(rows: int, columns: int, tasks: int, depth: int) -> tuple[float, float, float]:
+def floor(rows: int, columns: int, tasks: int, depth: int, device: torch.device) -> tuple[float, float, float]:
     """Seconds for bytes, products and eigenproblems; operations are multiplications and additions."""
     small, tokens = min(rows, columns), min(TOKENS, columns)
     rank = max(int(small * METHOD.rank_share) // tasks, 1)
     stacked = rank * tasks
     read = 2 * rows * columns * (tasks + 1) + 4 * tasks * tokens * columns
-    bytes_ = read / reading_rate() + 4 * rows * columns / writing_rate()
+    reading, writing = file_rates()
+    bytes_ = read / reading + 4 * rows * columns / writing
     if rows > columns:  # moments of the inputs, Gram matrix of the update, both together, directions
         shifts = columns**2 * tokens + columns**2 * rows + 3 * columns**3 + 2 * rows * columns * rank
     else:  # output shift, its Gram matrix and that of the update
@@ -142,37 +149,27 @@ def floor(rows: int, columns: int, tasks: int, depth: int) -> tuple[float, float
     shifts += 2 * rows * columns * rank  # coordinates
     polar = (rows + columns) * 3 * stacked**2  # Gram matrix and its root, applied
     products = tasks * shifts + polar + 2 * rows * columns * stacked
-    eigen = tasks * eigen_seconds(small) + 2 * eigen_seconds(stacked)
-    return depth * bytes_, depth * products / product_rate(), depth * eigen
+    eigen = tasks * eigen_seconds(small, device) + 2 * eigen_seconds(stacked, device)
+    return depth * bytes_, depth * products / product_rate(device), depth * eigen
 
 
 @cache
-def product_rate() -> float:
+def product_rate(device: torch.device) -> float:
     """Operations per second of a float64 product."""
-    a = torch.randn(2048, 2048, dtype=torch.float64)
+    a = torch.randn(2048, 2048, dtype=torch.float64, device=device)
     return 2 * 2048**3 / best(lambda: a @ a, 4)
 
 
 @cache
-def eigen_seconds(size: int) -> float:
-    """LAPACK's time for a symmetric eigenproblem in float64."""
-    probe = torch.randn(size, size, dtype=torch.float64)
+def eigen_seconds(size: int, device: torch.device) -> float:
+    """LAPACK's time, or the GPU library's, for a symmetric eigenproblem in float64."""
+    probe = torch.randn(size, size, dtype=torch.float64, device=device)
     probe = probe + probe.T
     return best(lambda: torch.linalg.eigh(probe), 2 if size > 2000 else 4)
 
 
 @cache
-def reading_rate() -> float:
-    return _file_rates()[0]
-
-
-@cache
-def writing_rate() -> float:
-    return _file_rates()[1]
-
-
-@cache
-def _file_rates() -> tuple[float, float]:
+def file_rates() -> tuple[float, float]:
     """Bytes per second read from a file that was just written, as those of the problems are, and written to one."""
     tensor = torch.zeros(2**26)
     with tempfile.TemporaryDirectory() as folder:
@@ -196,7 +193,7 @@ def merge_literally(deltas: list[Tensor], inputs: list[Tensor]) -> Tensor:
     left, values, right = [], [], []
     for delta, x in zip(deltas, inputs, strict=True):
         ridge = METHOD.shrinkage * x.square().sum() / columns
-        augmented = torch.cat([x, ridge.sqrt() * torch.eye(columns)])
+        augmented = torch.cat([x, ridge.sqrt() * torch.eye(columns, device=x.device)])
         essential = torch.linalg.svd(augmented @ delta.T, full_matrices=False)[2][:rank].T
         u, s, v = torch.linalg.svd(essential.T @ delta, full_matrices=False)
         left, values, right = [*left, essential @ u], [*values, s], [*right, v]

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from .checkpoints import open_checkpoint, resolve_source, whole_folder
+from .checkpoints.reader import quiet_loading
 from .errors import HfEsmError
 from .experts import FOLDER as EXPERTS_FOLDER
 from .heads import FOLDER as HEADS_FOLDER
@@ -250,4 +251,5 @@ def _load(spec: Any, title: str, base: Any = None) -> PreTrainedModel:
         return open_checkpoint(source, open_checkpoint(resolve_source(base, f"base of {source.title}"))).load_model()
     config = AutoConfig.from_pretrained(source.folder)
     model_class = getattr(transformers, config.architectures[0])
-    return model_class.from_pretrained(source.repo_id or source.folder, revision=source.revision).eval()
+    with quiet_loading():
+        return model_class.from_pretrained(source.repo_id or source.folder, revision=source.revision).eval()
