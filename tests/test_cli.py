@@ -14,6 +14,7 @@ from toys import LABELS, largest_difference, texts, weights, write_models, write
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_esm import METHODS, ActivationStatistics, __version__, evaluate, load_task_model, merge_models
+from hf_esm.calibration import collect_statistics
 from hf_esm.cli import main
 from hf_esm.options import MergeOptions
 from hf_esm.proxies import ProxyOptions
@@ -186,6 +187,18 @@ def test_statistics_that_calibrate_writes_stand_for_the_data(models, tmp_path, c
     expected = merge(models, tmp_path / "expected", "ac", experts=experts, seed=3)
     assert largest_difference(weights(found), weights(expected)) < 1e-5
     assert not same_weights(found, merge(models, tmp_path / "other", "ac", experts=experts))
+
+
+def test_calibrate_keeps_within_the_memory_it_is_given(models, tmp_path, monkeypatch):
+    folders = []
+    collect = collect_statistics
+    spy = lambda *args, **kwargs: folders.append(kwargs["folder"]) or collect(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr("hf_esm.inputs.collect_statistics", spy)
+    command = ["calibrate", models / "a", models / "a.jsonl", "-o", tmp_path / "a.safetensors"]
+    for memory in ("1GB", "100KB"):
+        assert run(*command, "--max-memory", memory) == 0
+    assert [folder is None for folder in folders] == [True, False]
+    assert len(ActivationStatistics.load(tmp_path / "a.safetensors")) == 14
 
 
 def test_calibrate_can_compress_and_says_what_that_costs(models, tmp_path, capsys):
