@@ -14,8 +14,8 @@ from torch import Tensor
 # Singular values below this fraction of the largest one count as zero: float32 inputs carry no information there.
 RELATIVE_CUTOFF = 1e-6
 
-# Rows of a Gram matrix that are computed at a time, as far as its diagonal.
-_BLOCK = 512
+# Rows of a symmetric product that are computed at a time, as far as its diagonal.
+_BLOCK = 128
 
 
 def triangular_factor(rows: Tensor) -> Tensor:
@@ -61,21 +61,26 @@ def essential_subspace(factor: Tensor, delta: Tensor, rank: int, shrinkage: floa
     """
     factor, delta = factor.double(), delta.double()
     ridge = shrinkage * factor.square().sum() / factor.shape[1]
-    tall = delta.shape[0] > delta.shape[1]
-    if ridge > 0 and tall:  # on the inputs' side, which is the smaller one, with the ridge in the factor
-        moments = _gram(factor.T)
+    (rows, columns), tokens = delta.shape, factor.shape[0]
+    tall = rows > columns
+    if ridge > 0 and (tall or tokens * rows * (columns + rows / 2) > columns**2 * (tokens / 2 + rows)):
+        # By the inputs' second moments; where the inputs' side is the smaller one, on that side.
+        moments = _symmetric(factor.T, factor)
         moments.diagonal().add_(ridge)
-        factor = torch.linalg.cholesky(moments)
-        inner = _gram(delta.T)
-        gram = factor.T @ (inner.tril() + inner.tril(-1).T) @ factor
+        root = torch.linalg.cholesky(moments) if tall else None
+        gram = (
+            _symmetric(root.T, _mirrored(_symmetric(delta.T, delta)) @ root)
+            if tall
+            else _symmetric(delta @ _mirrored(moments), delta.T)
+        )
         squares, vectors = _leading_eigenpairs(gram, rank)
-        directions = delta @ (factor @ vectors) / squares.sqrt()
+        directions = delta @ (root @ vectors) / squares.sqrt() if tall else vectors
         return EssentialSubspace(directions, squares, float(gram.trace()))
     shift = (triangular_factor(factor) if tall else factor) @ delta.T
     wide = shift.shape[0] < shift.shape[1] and ridge == 0
-    gram = _gram(shift if wide else shift.T)
+    gram = _symmetric(shift, shift.T) if wide else _symmetric(shift.T, shift)
     if ridge > 0:
-        gram += ridge * _gram(delta)
+        gram += ridge * _symmetric(delta, delta.T)
     squares, vectors = _leading_eigenpairs(gram, rank)
     directions = (shift.T @ vectors) / squares.sqrt() if wide else vectors
     return EssentialSubspace(directions, squares, float(gram.trace()))
@@ -89,7 +94,7 @@ def polar_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     matrix = matrix.double()
     wide = matrix.shape[0] <= matrix.shape[1]
-    squares, vectors = torch.linalg.eigh(_gram(matrix if wide else matrix.T))
+    squares, vectors = torch.linalg.eigh(_symmetric(matrix, matrix.T) if wide else _symmetric(matrix.T, matrix))
     mean = squares.clamp_min(0).sqrt().mean()
     kept = significant(squares)
     vectors = vectors[:, kept]
@@ -104,25 +109,29 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     matrix = matrix.double()
     if matrix.shape[0] <= matrix.shape[1]:
-        squares, left = _leading_eigenpairs(_gram(matrix), rank)
+        squares, left = _leading_eigenpairs(_symmetric(matrix, matrix.T), rank)
         values = squares.sqrt()
         return left, values, (left.T @ matrix) / values[:, None]
-    squares, right = _leading_eigenpairs(_gram(matrix.T), rank)
+    squares, right = _leading_eigenpairs(_symmetric(matrix.T, matrix), rank)
     values = squares.sqrt()
     return (matrix @ right) / values, values, right.T
 
 
-def _gram(matrix: Tensor) -> Tensor:
-    """The lower triangle of `matrix @ matrix.T`, which is all that a symmetric eigenproblem reads; what stands above
-    it is undefined.
+def _symmetric(left: Tensor, right: Tensor) -> Tensor:
+    """The lower triangle of a product that is symmetric, which is all that a symmetric eigenproblem reads; what stands
+    above it is undefined.
     """
-    size = matrix.shape[0]
-    if size <= _BLOCK:
-        return matrix @ matrix.T
-    gram = matrix.new_zeros(size, size)
-    for end in range(_BLOCK, size + _BLOCK, _BLOCK):
-        torch.mm(matrix[end - _BLOCK : end], matrix[:end].T, out=gram[end - _BLOCK : end, :end])
-    return gram
+    size = left.shape[0]
+    product = left.new_zeros(size, size)
+    for start in range(0, size, _BLOCK):
+        end = start + _BLOCK
+        torch.mm(left[start:end], right[:, :end], out=product[start:end, :end])
+    return product
+
+
+def _mirrored(lower: Tensor) -> Tensor:
+    """A symmetric matrix from its lower triangle."""
+    return lower.tril() + lower.tril(-1).T
 
 
 def _leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,7 @@ def write_model(
                     writer.write(key, tensor)
         for key in filter(writer.owns, extra):
             writer.write(key, extra[key])
+        writer.sync()  # what is published is whole, whatever happens next
 
 
 def write_files(

@@ -112,7 +112,6 @@ class ShardedWriter:
         return self
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
-        self.sync()
         for file in self._files:
             file.close()
         if kind is None and self.pending:

@@ -8,9 +8,9 @@ from problems import ROUTES, random_problem, relative_error, seeds, shapes
 from hf_esm.linalg import RELATIVE_CUTOFF, essential_subspace, polar_factor, triangular_factor, truncated_svd
 
 
-@pytest.fixture(autouse=True, params=[512, 4], ids=["one-block", "blocks"])
+@pytest.fixture(autouse=True, params=[128, 4], ids=["one-block", "blocks"])
 def block(request, monkeypatch):
-    """Gram matrices as a whole, and in blocks of rows as far as the diagonal."""
+    """Symmetric products as a whole, and in blocks of rows as far as the diagonal."""
     monkeypatch.setattr("hf_esm.linalg._BLOCK", request.param)
 
 
