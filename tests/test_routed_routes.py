@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_esm.tuners.routed import Decision, Route, decide, route, routing_state
+from hf_esm.tuners.routed.layer import add_by_expert, grouping_pays
 
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -41,9 +42,16 @@ def with_expert(case: SimpleNamespace, router: str, task: str) -> PreTrainedMode
     return model
 
 
+@pytest.fixture(params=[True, False], ids=["by-expert", "gathered"])
+def way(request, monkeypatch):
+    """Every batch expert by expert, and every batch with each sample's own expert gathered."""
+    monkeypatch.setattr("hf_esm.tuners.routed.layer._COPIED", -1 if request.param else float("inf"))
+    monkeypatch.setattr("hf_esm.tuners.routed.layer._SHARED", float("inf"))
+
+
 @kinds
 @routers
-def test_given_routes_hold_whatever_the_router_says(cases, kind, router):
+def test_given_routes_hold_whatever_the_router_says(cases, kind, router, way):
     case = cases[kind]
     model = loaded(case, router)
     routed, count = logits(model, case), len(case.samples)
@@ -164,3 +172,30 @@ def test_a_compiled_model_gives_the_same(cases, kind, router):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(logits(compiled, case), expected)
     assert torch.equal(logits(compiled, case), expected) and not routing_state(model).local.frames
+
+
+def test_a_batch_goes_by_expert_where_many_share_one_or_the_copies_are_large(monkeypatch):
+    a, b = torch.zeros(3, 2, 8), torch.zeros(3, 8, 2)
+    assert not grouping_pays(torch.tensor([0, 1, 2] * 4), a, b)
+    assert grouping_pays(torch.tensor([0, 1, 2] * 4 + [0]), a, b)
+    assert not grouping_pays(torch.tensor([0]), a, b)
+    monkeypatch.setattr("hf_esm.tuners.routed.layer._COPIED", 12 * 4 * (16 + 16) - 1)
+    assert grouping_pays(torch.tensor([0, 1, 2] * 4), a, b)
+    assert not grouping_pays(torch.tensor([0, 1, 2] * 3), a, b)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_going_by_expert_adds_what_every_sample_has_to_get(weighted):
+    generator = torch.Generator().manual_seed(0)
+    rows, a, b = (torch.randn(size, generator=generator) for size in ((7, 3, 5), (4, 2, 5), (4, 6, 2)))
+    experts = torch.tensor([3, 0, 0, 2, 3, 0, 2])
+    weights = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.0, 2.0, 0.0]) if weighted else None
+    found = add_by_expert(rows.requires_grad_(), a, b, experts, weights)
+    for i, t in enumerate(experts):
+        expected = rows[i] @ a[t].T @ b[t].T * (1 if weights is None else weights[i])
+        torch.testing.assert_close(found[i], expected)
+    found.sum().backward()
+    assert rows.grad.any(-1).all(-1).equal(torch.ones(7, dtype=bool) if weights is None else weights != 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = add_by_expert(rows, a, b, experts, weights)
+    torch.testing.assert_close(half, found, rtol=0.1, atol=0.1)
