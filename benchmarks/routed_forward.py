@@ -147,7 +147,11 @@ def measure_growth(output: Path, scratch: Path, batch: dict[str, Tensor], rounds
             experts,
             tasks=[f"{task}-{i}" for i in range(times) for task in experts.tasks],
             factors={m: (a.repeat(times, 1, 1), b.repeat(times, 1, 1)) for m, (a, b) in experts.factors.items()},
-            features={f"{task}-{i}": found for i in range(times) for task, found in experts.features.items()},
+            features={
+                f"{task}-{i}": {module: rows.clone() for module, rows in found.items()}
+                for i in range(times)
+                for task, found in experts.features.items()
+            },
         )
         folder = scratch / f"wide-{times}"
         wide.save(folder / "routed", bare(output))
