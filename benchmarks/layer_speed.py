@@ -1,14 +1,16 @@
 """Single layers of ESM (default settings), from the experts' files to the scratch file, and what bounds them.
 
-Called by merge_speed.py. Every row is one matrix of T experts (bfloat16, updates of rank 16 and noise) with statistics
-of 2,048 tokens, merged by the package's own first pass. The floor adds up what no exact route avoids on this machine:
+Called by merge_speed.py. Every row is as many matrices as its depth says, of T experts (bfloat16, updates of rank 16
+and noise) with statistics of 2,048 tokens, merged by the package's own first pass. The floor adds up what no exact
+route avoids on this machine:
 
     bytes       the updates and statistics read, the merged update written, at the rates measured for the same files
     products    the operations of the products, symmetric ones counted half, at the measured rate of float64 products
     eigen       T eigenproblems of the smaller side and one for each polar factor, at LAPACK's own time (float64)
 
 The literal side is the same formulas by LAPACK's thin SVDs in float32: of every output shift (with the shrinkage as
-rows of the inputs), of both stacks, from tensors in memory.
+rows of the inputs), of both stacks, from tensors in memory; left out above 8,192 rows, where it takes a quarter of an
+hour. Half an hour in all on two cores.
 """
 
 import math
@@ -66,21 +68,23 @@ def measure_layers() -> None:
     if device.type == "cpu":
         print("No GPU was found: there are no rows of one.")
     print("d_out x d_in    T depth   seconds   floor (bytes, products, eigen)  of the floor  literal   ratio")
+    several = torch.get_num_threads()  # small weights are merged side by side, one thread each
     for rows, columns in SHAPES:
-        line(rows, columns, 8, 1, device, literal=True)
+        line(rows, columns, 8, several if rows * columns < 4_000_000 else 1, device, literal=rows <= 8192)
     print("growth with T, width and depth")
     for tasks in (2, 4, 8, 16):
-        line(1024, 1024, tasks, 1, device)
-    for width in (512, 1024, 2048):
-        line(width, width, 4, 1, device)
-    for depth in (1, 2, 4):
+        line(1024, 1024, tasks, several, device)
+    for width in (512, 1024, 1536):
+        line(width, width, 4, several, device)
+    for depth in (several, 2 * several, 4 * several):
         line(1024, 1024, 4, depth, device)
 
 
 def line(rows: int, columns: int, tasks: int, depth: int, device: torch.device, literal: bool = False) -> None:
     with tempfile.TemporaryDirectory() as folder:
         plan, statistics = write_problem(Path(folder), rows, columns, tasks, depth)
-        taken = best(lambda: merge_weights(plan, statistics, Path(folder), device=device))
+        rounds = 1 if rows * columns > 8_000_000 else 3
+        taken = best(lambda: merge_weights(plan, statistics, Path(folder), device=device), rounds)
         parts = floor(rows, columns, tasks, depth, device)
         found = f"{rows:5} x {columns:<6} {tasks:3} {depth:5} {taken:9.3f}   {sum(parts):8.3f} "
         found += f"({', '.join(f'{part:.3f}' for part in parts)})".ljust(26) + f"{taken / sum(parts):9.2f}"
@@ -88,7 +92,7 @@ def line(rows: int, columns: int, tasks: int, depth: int, device: torch.device, 
             deltas = [e.update("layer.0.weight", plan.base.tensor("layer.0.weight")) for e in plan.experts.values()]
             deltas = [delta.to(device) for delta in deltas]
             inputs = [of["layer.0.weight"].factor.to(device) for of in statistics.values()]
-            slow = best(lambda: merge_literally(deltas, inputs), 1)
+            slow = depth * best(lambda: merge_literally(deltas, inputs), 1)
             found += f"{slow:16.2f} {slow / taken:7.1f}"
         print(found, flush=True)
 
