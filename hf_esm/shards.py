@@ -60,7 +60,8 @@ class ShardedWriter:
         )
         self._places: dict[str, tuple[Any, int]] = {}
         self._files = []
-        for file_name, names in list(split.filename_to_tensors.items())[rank::world_size]:
+        files = split.filename_to_tensors or {f"{stem}.safetensors": []}
+        for file_name, names in list(files.items())[rank::world_size]:
             # The widest dtypes first, so that every tensor starts at a multiple of its item size.
             names = sorted(names, key=lambda name: (-plan[name].dtype.itemsize, name))
             header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}

@@ -236,3 +236,8 @@ def test_the_stated_error_covers_everything_that_was_lost(seed):
             kept = float(found[key].factor.double().square().sum() / (copies * x.double().square().sum()))
             assert found.provenance.compression_error >= max(1 - kept, 0) ** 0.5 - 1e-4
         assert found.provenance.compressed_rank <= 4
+
+
+def test_statistics_of_a_model_without_linear_maps_are_a_file_too(tmp_path):
+    path = ActivationStatistics({}, {}, PROVENANCE).save(tmp_path)
+    assert len(ActivationStatistics.load(path)) == 0
