@@ -149,7 +149,10 @@ def _side_by_side(
                     found = ahead.result() if ahead else read(unit)
                     fits = following and needed + 4 * tasks * elements(following) <= room
                     ahead = pool.submit(read, following) if fits and elements(following) > _SMALL else None
-                    yield merge(unit, found)
+                    merged = merge(unit, found)
+                    del found  # not to be held while others are merged
+                    yield merged
+                    del merged
                     continue
                 waiting.append((pool.submit(lambda unit: merge(unit, read(unit)), unit), needed))
                 if len(waiting) > threads:
