@@ -26,10 +26,13 @@ def placement(
 
 
 def available_memory(accelerator: Accelerator, max_memory: Optional[str | int] = None) -> dict[int | str, int]:
-    """Bytes free on this process's device and in main memory, the latter at most `max_memory`."""
+    """Bytes to use on this process's device (nine tenths of what is free) and in main memory, the latter at most
+    `max_memory`.
+    """
     device = accelerator.device
     own = device.type if device.type in ("cpu", "mps") else device.index or 0
-    memory = {place: size for place, size in get_max_memory().items() if place in (own, "cpu")}
+    free = {place: size for place, size in get_max_memory().items() if place in (own, "cpu")}
+    memory = {place: size if place == "cpu" else int(0.9 * size) for place, size in free.items()}
     if max_memory is not None and "cpu" in memory:
         memory["cpu"] = min(memory["cpu"], convert_file_size_to_int(max_memory))
     return memory

@@ -1,5 +1,7 @@
 """Calibrating where memory is short: weights partly on disk, factors in files, and the same statistics."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import VOCABULARY, perturbed, text_samples
@@ -9,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_esm import calibrate, merge_models
 from hf_esm.calibration import collect_statistics
-from hf_esm.placement import factor_bytes, needs_spill, placement
+from hf_esm.placement import available_memory, factor_bytes, needs_spill, placement
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +120,17 @@ def test_what_takes_memory_is_counted(folder):
     for long in ([sample] * 99, [{"pixel_values": torch.zeros(3, 8, 8)}]):
         assert not needs_spill(checkpoint, long, accelerator, weights + full)
         assert needs_spill(checkpoint, long, accelerator, weights + full - 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "limit", "expected"),
+    [
+        ("cuda:1", None, {1: 180, "cpu": 1000}),
+        ("cuda", 300, {0: 90, "cpu": 300}),
+        ("cpu", 300, {"cpu": 300}),
+        ("cpu", 3000, {"cpu": 1000}),
+    ],
+)
+def test_a_process_uses_its_own_device_and_main_memory(monkeypatch, device, limit, expected):
+    monkeypatch.setattr("hf_esm.placement.get_max_memory", lambda: {0: 100, 1: 200, "cpu": 1000})
+    assert available_memory(SimpleNamespace(device=torch.device(device)), limit) == expected
