@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import VOCABULARY, perturbed, text_samples
 from peft import LoraConfig, get_peft_model
 from problems import relative_error
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_esm import calibrate, merge_models
 from hf_esm.calibration import collect_statistics
+from hf_esm.checkpoints import open_checkpoint, resolve_source
 from hf_esm.placement import available_memory, factor_bytes, needs_spill, placement
 
 
@@ -102,10 +104,6 @@ def test_a_merge_within_little_memory_is_the_merge(folder, ran, tmp_path):
 
 
 def test_what_takes_memory_is_counted(folder):
-    from accelerate import Accelerator
-
-    from hf_esm.checkpoints import open_checkpoint, resolve_source
-
     checkpoint, accelerator = open_checkpoint(resolve_source(folder / "full", "full")), Accelerator()
     weights, sample = checkpoint.nbytes, {"input_ids": torch.zeros(50, dtype=torch.long)}
     factors = 4 * 50 * 16 * (6 * 64 + 128)
