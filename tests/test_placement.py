@@ -1,5 +1,6 @@
 """Calibrating where memory is short: weights partly on disk, factors in files, and the same statistics."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -57,7 +58,8 @@ def size(folder):
 
 
 @pytest.mark.parametrize("expert", ["full", "lora"])
-def test_a_model_that_does_not_fit_is_calibrated_from_the_disk(folder, ran, expert, recwarn):
+def test_a_model_that_does_not_fit_is_calibrated_from_the_disk(folder, ran, expert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     options = {"base": folder / "base", "progress": False}
     expected = calibrate(folder / expert, text_samples(3), **options)
     found = calibrate(folder / expert, text_samples(3), **options, max_memory=size(folder / "base") // 2)
@@ -65,7 +67,7 @@ def test_a_model_that_does_not_fit_is_calibrated_from_the_disk(folder, ran, expe
     assert plain is None and in_memory is None
     assert set(places.values()) == {"cpu", "disk"}
     assert not spill.exists()  # the statistics hold on to what stood there
-    assert not [warning for warning in recwarn if "no-op" in str(warning.message)]
+    assert not list(Path().rglob("*.safetensors"))  # where PEFT would put a copy
     assert found.keys() == expected.keys() and len(found) == 7 * 16
     for name in expected:
         assert relative_error(found[name].factor, expected[name].factor) < 1e-5

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import re
-import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -20,8 +19,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import HfEsmError
+from ..shards import ShardedWriter
 from ..weights import canonical_names
-from .reader import Checkpoint, build_skeleton
+from .reader import Checkpoint, build_skeleton, quiet_loading
+from .writer import to_stored, write_plan
 
 
 # Initialisations that change the base model's weights, so that the adapter is not an update of the original.
@@ -206,12 +207,28 @@ class LoraCheckpoint(Checkpoint):
         return update + self._additions[live](weight).to(base.device) if live in self._additions else update
 
     def load_model(self, **placement: Any) -> PreTrainedModel:
-        model = self.base.load_model_as(type(self.skeleton), self.config, **placement)
-        with warnings.catch_warnings():
-            # On a model that is partly on disk PEFT reads the adapter twice, the first time in vain.
-            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter.*")
-            adapted = PeftModel.from_pretrained(model, str(self.folder), **placement)
-        return adapted.merge_and_unload().eval()
+        if placement:  # over a model that is partly on disk, PEFT writes a copy of it into the current folder
+            return self._load_from_disk(**placement)
+        model = self.base.load_model_as(type(self.skeleton), self.config)
+        return PeftModel.from_pretrained(model, str(self.folder)).merge_and_unload().eval()
+
+    def _load_from_disk(self, offload_folder: str, **placement: Any) -> PreTrainedModel:
+        """The live model from a copy with the updates in it, which is written weight by weight."""
+        folder = Path(offload_folder) / "adapted"
+        folder.mkdir(parents=True)
+        self.config.save_pretrained(folder)
+        groups = write_plan(self)
+        with ShardedWriter(
+            folder, {key: tensor for group in groups for key, tensor in group.stored.items()}
+        ) as writer:
+            for group in groups:
+                for key, tensor in to_stored(self, {name: self.tensor(name) for name in group.names}).items():
+                    writer.write(key, tensor)
+        with quiet_loading():
+            model = type(self.skeleton).from_pretrained(
+                folder, config=self.config, dtype="auto", offload_folder=offload_folder, **placement
+            )
+        return model.eval()
 
     def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
         raise NotImplementedError("an adapter is an expert, never a base")
