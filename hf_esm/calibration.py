@@ -245,7 +245,7 @@ def _reduce(recorder: InputRecorder, accelerator: Accelerator) -> tuple[dict[str
     # A map that reads now its own input and now another map's cannot be told apart from it: neither has statistics.
     keys_of = {weight: next(iter(found)) for weight, found in leaders.items() if len(found) == 1}
     for key in sorted(set(keys_of.values())):
-        found = recorder.accumulators.get(key)
+        found = recorder.accumulators.pop(key, None)
         part = (found.factor, found.total, found.count) if found else None
         if accelerator.num_processes > 1:
             # A view is sent with all that it is a view of.

@@ -64,18 +64,17 @@ def essential_subspace(factor: Tensor, delta: Tensor, rank: int, shrinkage: floa
     (rows, columns), tokens = delta.shape, factor.shape[0]
     tall = rows > columns
     if ridge > 0 and (tall or tokens * rows * (columns + rows / 2) > columns**2 * (tokens / 2 + rows)):
-        # By the inputs' second moments; where the inputs' side is the smaller one, on that side.
+        # With fewer operations by the inputs' second moments; tall updates on the inputs' side, the smaller one.
         moments = _symmetric(factor.T, factor)
         moments.diagonal().add_(ridge)
-        root = torch.linalg.cholesky(moments) if tall else None
-        gram = (
-            _symmetric(root.T, _mirrored(_symmetric(delta.T, delta)) @ root)
-            if tall
-            else _symmetric(delta @ _mirrored(moments), delta.T)
-        )
+        if not tall:
+            gram = _symmetric(delta @ _mirrored(moments), delta.T)
+            squares, directions = _leading_eigenpairs(gram, rank)
+            return EssentialSubspace(directions, squares, float(gram.trace()))
+        root = torch.linalg.cholesky(moments)
+        gram = _symmetric(root.T, _mirrored(_symmetric(delta.T, delta)) @ root)
         squares, vectors = _leading_eigenpairs(gram, rank)
-        directions = delta @ (root @ vectors) / squares.sqrt() if tall else vectors
-        return EssentialSubspace(directions, squares, float(gram.trace()))
+        return EssentialSubspace(delta @ (root @ vectors) / squares.sqrt(), squares, float(gram.trace()))
     shift = (triangular_factor(factor) if tall else factor) @ delta.T
     wide = shift.shape[0] < shift.shape[1] and ridge == 0
     gram = _symmetric(shift, shift.T) if wide else _symmetric(shift.T, shift)

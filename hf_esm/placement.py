@@ -19,8 +19,7 @@ def placement(
     offloading, of what fits in neither the device nor `max_memory` (by default, the memory that is free) to `folder`.
     """
     memory = available_memory(accelerator, max_memory)
-    needed = checkpoint.nbytes
-    if needed <= next(iter(memory.values())):
+    if checkpoint.nbytes <= next(iter(memory.values())):
         return {}
     return {"device_map": "auto", "max_memory": memory, "offload_folder": str(folder)}
 

@@ -1,4 +1,6 @@
-"""A LoRA adapter as a checkpoint: its update of each weight, without writing out a full copy of the model."""
+"""A LoRA adapter as a checkpoint: its update of each weight, without writing out a full copy of the model (but to run
+one that does not fit in memory).
+"""
 
 import copy
 import pickle
@@ -213,7 +215,9 @@ class LoraCheckpoint(Checkpoint):
         return PeftModel.from_pretrained(model, str(self.folder)).merge_and_unload().eval()
 
     def _load_from_disk(self, offload_folder: str, **placement: Any) -> PreTrainedModel:
-        """The live model from a copy with the updates in it, which is written weight by weight."""
+        """The live model from a copy with the updates in it, which is written weight by weight, and goes with the
+        folder.
+        """
         folder = Path(offload_folder) / "adapted"
         folder.mkdir(parents=True)
         self.config.save_pretrained(folder)
