@@ -4,19 +4,21 @@ every sample that is generated.
 
 import copy
 import threading
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, Optional
 
 import pytest
 import torch
 from architectures import ARCHITECTURES
 from helpers import Architecture, Samples
 from peft import PeftModel
-from routed import ROUTERS, TASKS, chosen, pad_rows, padded, rebuilt, recorded, save_adapter, task_samples
+from routed import ROUTERS, TASKS, chosen, layers, pad_rows, padded, rebuilt, recorded, save_adapter, task_samples
 from torch import Tensor
 from transformers import DynamicCache
 
-from hf_esm.tuners.routed import RoutedExpertsLayer, recording, route, routing_state
+from hf_esm.tuners.routed import recording, route, routing_state
 
 
 ENCODERS = ["bert", "roberta", "distilbert", "deberta-v2", "deberta-v3", "mpnet", "albert"]
@@ -24,6 +26,8 @@ IMAGES = ["vit", "clip-vision", "dinov2", "swin"]
 DECODERS = ["gpt2", "gpt-neox", "llama", "mistral", "qwen3", "gemma3", "phi3"]
 SEQUENCES = ["t5", "bart", "whisper"]
 LEFT = {*ENCODERS, *DECODERS, "t5"}  # what knows tokens' places from their mask; BART counts padding
+# All but those of which Transformers cannot checkpoint activations.
+CHECKPOINTED = [n for n in (*ENCODERS, *IMAGES, *DECODERS, *SEQUENCES) if n not in ("mpnet", "albert")]
 NEW = 6
 
 routers = pytest.mark.parametrize("router", ROUTERS)
@@ -221,6 +225,38 @@ def is_cross_attention(module: str) -> bool:
 
 
 @routers
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_gradient_checkpointing_trains_the_same(load, name, router):
+    """Whatever route is open when the blocks are computed again: theirs is that of the forward pass."""
+    model = copy.deepcopy(load(name, router)).train()
+    batch = padded(model, mixed(ARCHITECTURES[name]))
+    model.requires_grad_(True)
+
+    def gradients(task: Optional[str]) -> dict[str, Tensor]:
+        model.zero_grad()
+        torch.manual_seed(0)  # dropout
+        with route(model, task) if task else nullcontext():
+            loss = model(**batch)[0].square().mean()
+        with recording(model) as records, route(model, "static"):
+            loss.backward(retain_graph=True)
+            loss.backward()
+        assert not records
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = {task: gradients(task) for task in (None, TASKS[1])}
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    runs: Counter[str] = Counter()
+    for layer in layers(model):
+        layer.register_forward_hook(lambda layer, *_: runs.update([layer.name]))
+    for task, wanted in expected.items():
+        found = gradients(task)
+        assert found.keys() == wanted.keys() and any("routed_experts_A" in name for name in found)
+        for name, gradient in found.items():
+            close(gradient, wanted[name])
+    assert max(runs.values()) > 2
+
+
+@routers
 @torch.no_grad()
 def test_conversations_keep_their_routes_on_their_caches(load, router):
     """Two at once, token by token in turn, and each goes on with a second question."""
@@ -257,13 +293,12 @@ def test_threads_share_a_model(load, router):
     architecture, model = ARCHITECTURES["bert"], load("bert", router)
     batches = [padded(model, mixed(architecture)[:3]), padded(model, mixed(architecture)[3:])]
     expected = [recorded(model, **batch)[0][0] for batch in batches]
-    layers = [module for module in model.modules() if isinstance(module, RoutedExpertsLayer)]
     meeting = threading.Barrier(2, timeout=20)
 
     def meet(*_: Any) -> None:
         meeting.wait()
 
-    handles = [layer.register_forward_pre_hook(meet) for layer in layers]
+    handles = [layer.register_forward_pre_hook(meet) for layer in layers(model)]
     found: list[Any] = [None, None]
 
     @torch.no_grad()

@@ -113,8 +113,8 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         frames = self.state.local.frames
         if not frames and self.training and torch.is_grad_enabled():
             raise HfEsmError(
-                f"{self.name} was run outside of its model's forward pass, as gradient checkpointing does: the routes "
-                "are gone, and gradients would be wrong. Turn it off (`gradient_checkpointing_disable`)."
+                f"{self.name} was run outside of its model's forward pass: there are no routes, and gradients would "
+                "be wrong. To checkpoint activations, call `gradient_checkpointing_enable` of Transformers."
             )
         frame = frames[-1] if frames else Frame(x.shape[0])
         rows = sample_rows(x, frame.batch)
@@ -154,7 +154,8 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
                 if config.router == "prototype" or adapter in self.routed_experts_classes:
                     frame.decisions[key] = local.forced
             else:
-                with torch.autocast(rows.device.type, enabled=False):  # in half precision routes change
+                # In half precision routes change; and no gradient goes through a choice.
+                with torch.autocast(rows.device.type, enabled=False), torch.no_grad():
                     self._find(adapter, frame, rows, x)
             if key in frame.decisions and local.records is not None:
                 local.records.append((adapter, self.name, frame.decisions[key]))

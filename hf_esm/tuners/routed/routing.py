@@ -5,10 +5,12 @@ A layer sees its input and nothing else: not which rows are padding, nor what ot
 mask and leave their decisions. With a KV cache, the decisions stay on the cache: the prompt decides, decoding reuses.
 """
 
+import functools
 import inspect
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import HfEsmError
+from .checkpointing import keep_routes
 
 
 ONE_PER_SAMPLE = "Give one task per sample."
@@ -93,6 +96,10 @@ class Frame:
     evidence: dict[str, Tensor] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
 
+    def copy(self) -> "Frame":
+        """The frame as it stands, whatever is found out after."""
+        return replace(self, decisions=dict(self.decisions), evidence=dict(self.evidence), read=set(self.read))
+
 
 class _Local(threading.local):
     def __init__(self) -> None:
@@ -114,6 +121,21 @@ class RoutingState:
     def __deepcopy__(self, memo: dict) -> "RoutingState":
         return memo.setdefault(id(self), RoutingState())
 
+    def hold(self) -> Callable[[], AbstractContextManager]:
+        """What the next layer would find now, for any thread to come back to, as often as it takes."""
+        local = self.local
+        return functools.partial(self._resumed, local.frames[-1].copy() if local.frames else None, local.forced)
+
+    @contextmanager
+    def _resumed(self, frame: Optional[Frame], forced: Any) -> Iterator[None]:
+        local = self.local
+        before = local.frames, local.forced, local.records
+        local.frames, local.forced, local.records = [frame.copy()] if frame else [], forced, None
+        try:
+            yield
+        finally:
+            local.frames, local.forced, local.records = before
+
 
 class OpenFrame:
     """Forward pre-hook of a model: opens its frame."""
@@ -128,8 +150,10 @@ class OpenFrame:
         given = dict(zip(self.names, args))
         given.update(kwargs)
         frames = self.state.local.frames
-        if self.outermost:  # an interrupt leaves what was open
-            frames.clear()
+        if self.outermost:
+            frames.clear()  # an interrupt leaves what was open
+            if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                keep_routes(model, self.state.hold)
         parent = frames[-1] if frames else None
         cache = given.get("past_key_values")
         first = given.get(self.main_input)
