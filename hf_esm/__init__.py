@@ -4,7 +4,7 @@ from .calibration import collect_statistics
 from .cards import update_card
 from .comparison import Comparison, compare
 from .errors import HfEsmError
-from .evaluation import Scores, evaluate
+from .evaluation import evaluate
 from .heads import load_task_model
 from .hub import Explanation, Prediction, RoutedModel
 from .interference import Interference, measure_interference
@@ -28,6 +28,7 @@ from .methods import (
 from .pipelines import RoutedPipeline
 from .planning import MergePlan
 from .recipes import load_recipe
+from .scores import Scores
 from .statistics import ActivationStatistics
 from .tuners import (
     EssentialComponentsConfig,

@@ -7,11 +7,11 @@ import torch
 from transformers import PreTrainedModel
 
 from .checkpoints import Checkpoint
-from .evaluation import run
 from .metrics import Metric
 from .passes import MergedUpdates
 from .planning import MergePlan
 from .proxies import LabelledSamples
+from .scores import run
 from .weights import canonical_names
 
 

@@ -11,14 +11,12 @@ from transformers import AutoConfig
 
 from .checkpoints import LoraCheckpoint, ModelSource
 from .errors import HfEsmError
-from .evaluation import Scores
 from .heads import FOLDER as HEADS_FOLDER
 from .methods import ROUTED
 from .planning import MergePlan
+from .scores import Scores
+from .tuners import RoutedExpertsConfig
 from .version import __version__
-
-
-TEMPLATE = "merged.md"
 
 
 def write_card(
@@ -39,7 +37,7 @@ def write_card(
     )
     card = ModelCard.from_template(
         data,
-        template_str=_template(),
+        template_str=_template("merged.md"),
         base=plan.base.source or type(plan.base.skeleton).__name__,
         experts=[
             {
@@ -64,6 +62,25 @@ def write_card(
         else "",
     )
     card.save(folder / "README.md")
+
+
+def write_adapter_card(folder: Path, config: RoutedExpertsConfig) -> None:
+    """Write `README.md` of a routed adapter that stands without its static model."""
+    base = config.base_model_name_or_path
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter",
+        library_name="peft",
+        tags=["merge", "hf_esm", "routed-experts"],
+    )
+    ModelCard.from_template(
+        data,
+        template_str=_template("routed_adapter.md"),
+        base=base,
+        tasks=config.tasks,
+        model_class=(config.auto_mapping or {}).get("base_model_class", "AutoModel"),
+        version=__version__,
+    ).save(folder / "README.md")
 
 
 def update_card(folder: str | os.PathLike, scores: Scores, data: Mapping[str, Any]) -> Path:
@@ -122,7 +139,7 @@ def _pipeline(folder: Path, task: str) -> str:
     return next((kind for ending, kind in _PIPELINES.items() if names[0].endswith(ending)), "other")
 
 
-def _template() -> str:
-    """The template, from the installed package or from the checkout that it is developed in."""
+def _template(name: str) -> str:
+    """A template, from the installed package or from the checkout that it is developed in."""
     places = (Path(__file__).parent / "model_cards", Path(__file__).parents[1] / "model_cards")
-    return next(place / TEMPLATE for place in places if place.is_dir()).read_text(encoding="utf-8")
+    return next(place / name for place in places if place.is_dir()).read_text(encoding="utf-8")

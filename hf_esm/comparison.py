@@ -17,7 +17,7 @@ from accelerate.utils import tqdm
 
 from .checkpoints import open_checkpoint, resolve_source
 from .errors import HfEsmError
-from .evaluation import Outcome, evaluate, expert_outcomes
+from .evaluation import evaluate, expert_outcomes
 from .identity import data_identity, fingerprint, model_identity
 from .inputs import name_experts
 from .interference import Interference, measure_interference
@@ -28,6 +28,7 @@ from .options import MergeOptions
 from .planning import plan_merge
 from .proxies import PROXIES_FOLDER, ProxyOptions
 from .reports import DRAWS, Cell, Comparison, summarise, write_report
+from .scores import Outcome
 from .statistics import ActivationStatistics
 from .version import __version__
 

@@ -25,12 +25,12 @@ from transformers import (
 
 from .checkpoints.reader import quiet_loading
 from .errors import HfEsmError
-from .evaluation import Scores, accuracy
 from .heads import load_task_model
 from .merge import merge_models
 from .methods import METHODS
 from .plots import plot_task_scores, require_matplotlib
 from .proxies import LabelledSamples, ProxyOptions, load_labelled
+from .scores import Scores, accuracy
 from .version import __version__
 
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .cards import write_adapter_card
 from .checkpoints import ModelSource, open_checkpoint, publish_folder, resolve_source, staging_folder, whole_folder
 from .checkpoints.sources import _model_class
 from .errors import HfEsmError
@@ -25,6 +26,7 @@ from .heads import WEIGHTS as HEAD_WEIGHTS
 from .heads import attach_head, save_head
 from .inputs import name_experts, refuse_foreign
 from .methods import RoutedMerge
+from .output import RECIPE_FILE
 from .planning import check_values, plan_merge
 from .proxies import PROXIES_FOLDER, ProxyOptions, batch_indices, collate, encode, load_processor
 from .statistics import ActivationStatistics
@@ -317,7 +319,7 @@ class RoutedModel:
             over = open_checkpoint(resolve_source(spec, f"base of {source.title}", token))
         opened = open_checkpoint(source, over)
         keeps = any((self.folder / HEADS_FOLDER).glob(f"*/{HEAD_WEIGHTS}"))
-        plan = plan_merge(root, {task: opened}, RoutedMerge(), "keep" if keeps else "auto")
+        plan = plan_merge(root, {task: opened}, RoutedMerge(), "keep" if keeps else "auto", sources={task: source})
         check_values(plan)
         experts = load_experts(self.folder)
         modules = {root.names[name].removesuffix(".weight"): name for name in root.linear}
@@ -351,6 +353,8 @@ class RoutedModel:
             experts,
             output_dir,
             lambda folder: save_head(folder, task, opened, plan.heads.own[task]),
+            f"'{task}' was added, from {opened.source or 'a live model'}"
+            f"{f' @ {opened.revision}' if opened.revision else ''} (licence: {plan.licences[task]})",
         )
 
     @staticmethod
@@ -375,11 +379,16 @@ class RoutedModel:
         experts.tasks.remove(task)
         del experts.features[task]
         return self._rewrite(
-            experts, output_dir, lambda folder: shutil.rmtree(folder / HEADS_FOLDER / task, ignore_errors=True)
+            experts,
+            output_dir,
+            lambda folder: shutil.rmtree(folder / HEADS_FOLDER / task, ignore_errors=True),
+            f"'{task}' was removed",
         )
 
-    def _rewrite(self, experts: RoutedExperts, output_dir: str | os.PathLike, change: Any) -> "RoutedModel":
-        """The same model with other experts, in a new folder."""
+    def _rewrite(
+        self, experts: RoutedExperts, output_dir: str | os.PathLike, change: Callable[[Path], Any], what: str
+    ) -> "RoutedModel":
+        """The same model with other experts, in a new folder; card and recipe say what became of them."""
         output = Path(output_dir).expanduser()
         if output.exists():
             raise HfEsmError(f"{output} exists. Choose another output_dir.")
@@ -390,9 +399,11 @@ class RoutedModel:
             change(staging)
             static = self.model.get_base_model()
             experts.save(staging / FOLDER, static, base_fingerprint=self.config.base_fingerprint)
+            said = f"After this merge, {what}; the experts now: {', '.join(experts.tasks)}."
+            for name, line in (("README.md", said), (RECIPE_FILE, f"# {said}")):
+                with (staging / name).open("a", encoding="utf-8") as file:
+                    file.write(f"\n{line}\n")
             write_hashes(staging)
-            with (staging / "README.md").open("a", encoding="utf-8") as card:
-                card.write(f"\n\nAfter the merge, experts came or went: now there are {', '.join(experts.tasks)}.\n")
             publish_folder(staging, output)
         return type(self).from_pretrained(output)
 
@@ -431,4 +442,5 @@ def push_folder(
         config = PeftConfig.from_pretrained(str(staging))
         config.base_model_name_or_path = base_model
         config.save_pretrained(str(staging))
+        write_adapter_card(staging, config)
         return api.upload_folder(repo_id=repo_id, folder_path=staging, **kwargs)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .errors import HfEsmError
-from .evaluation import Outcome, normalised
 from .interference import Interference
 from .methods import MergeMethod, describe_method
 from .metrics import ACCURACY
@@ -21,6 +20,7 @@ from .plots import (
     plot_matrix,
     plot_task_scores,
 )
+from .scores import Outcome, normalised
 from .version import __version__
 
 

@@ -10,10 +10,10 @@ from tiny import snapshot
 
 from hf_esm import Comparison, HfEsmError, Interference, compare, evaluate, merge_models
 from hf_esm.cli import main
-from hf_esm.evaluation import Outcome
 from hf_esm.methods import Mean, TaskArithmetic
 from hf_esm.metrics import ACCURACY, resolve_metric
 from hf_esm.reports import Cell, markdown_table, summarise
+from hf_esm.scores import Outcome
 
 
 def rows(task, seed, count=16):

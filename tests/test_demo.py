@@ -16,8 +16,8 @@ from transformers import AutoModel, AutoModelForImageClassification
 
 from hf_esm import HfEsmError, demo, load_task_model
 from hf_esm.demo import BASE, EXPERTS, TASKS, DemoSettings, load_digit_data, reload_difference, run_demo
-from hf_esm.evaluation import accuracy
 from hf_esm.plots import COLOURS, plot_task_scores
+from hf_esm.scores import accuracy
 
 
 SMALL = DemoSettings(

@@ -11,9 +11,9 @@ from routed_toys import GPT2, encoded, expert, task_texts
 from tiny import BERT
 
 from hf_esm import HfEsmError, evaluate, merge_models
-from hf_esm.evaluation import Scores, run
 from hf_esm.metrics import PERPLEXITY, outputs_of, resolve_metric
 from hf_esm.proxies import LabelledSamples
+from hf_esm.scores import Scores, run
 
 
 T5 = Architecture(

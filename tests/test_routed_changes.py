@@ -22,7 +22,7 @@ from tiny import BERT, snapshot
 from toys import base_model, classifier, lora_adapter
 from transformers import AutoModel
 
-from hf_esm import HfEsmError, RoutedModel, calibrate
+from hf_esm import HfEsmError, RoutedModel, calibrate, load_recipe
 from hf_esm.experts import FEATURES
 
 
@@ -130,9 +130,15 @@ def test_a_live_expert_needs_statistics_and_no_folder(routed, statistics, tmp_pa
     assert larger.tasks == ["a", "b", "c"]
 
 
-def test_a_removed_expert_is_gone_and_the_rest_is_as_it_was(merged, larger, tmp_path):
+def test_a_removed_expert_is_gone_and_the_rest_is_as_it_was(merged, larger, models, tmp_path):
     fewer = larger.remove_expert("c", output_dir=tmp_path / "fewer")
     assert fewer.tasks == ["a", "b"]
+    for name in ("README.md", "merge_recipe.yaml"):
+        lines = (fewer.folder / name).read_text().splitlines()
+        added, removed = (line for line in lines if "After this merge" in line)
+        assert f"'c' was added, from {models / 'c'} (licence: not stated); the experts now: a, b, c." in added
+        assert "'c' was removed; the experts now: a, b." in removed
+    assert load_recipe(fewer.folder / "merge_recipe.yaml")["experts"].keys() == {"a", "b"}
     assert equal(adapter(fewer.folder), adapter(merged))
     assert not (fewer.folder / "heads" / "c").exists()
     without = larger.remove_expert("a", output_dir=tmp_path / "without")

@@ -272,6 +272,9 @@ def test_an_adapter_alone_finds_its_static_model(hub, online, merged):
     assert stored.keys() >= {"adapter_config.json", "adapter_model.safetensors"}
     assert not any("model.safetensors" in name for name in stored.keys() - {"adapter_model.safetensors"})
     assert json.loads(stored["adapter_config.json"])["base_model_name_or_path"] == "me/static"
+    card = ModelCard(stored["README.md"].decode())
+    assert (card.data.base_model, card.data.library_name) == ("me/static", "peft")
+    assert 'BertModel.from_pretrained("me/static")' in card.text and "2 tasks (a, b)" in card.text
     with torch.no_grad():
         expected = RoutedModel.from_pretrained(merged)(input_ids=torch.arange(5, 17)[None])[0]
     kind, *found = online(states, "me/adapter")

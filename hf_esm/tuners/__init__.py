@@ -8,7 +8,7 @@ from .essential import (
 )
 from .lora_export import write_lora_adapter
 from .registration import HfEsmPeftType
-from .routed import RoutedExpertsConfig, RoutedExpertsModel
+from .routed import RoutedExpertsConfig, RoutedExpertsModel, recording, route
 
 
 __all__ = [
@@ -19,5 +19,7 @@ __all__ = [
     "RoutedExpertsModel",
     "essential_components",
     "fuse_components",
+    "recording",
+    "route",
     "write_lora_adapter",
 ]
