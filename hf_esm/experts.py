@@ -38,7 +38,9 @@ FOLDER = "routed"
 FEATURES = "router_features.safetensors"
 
 
-def expert_factors(residual: Tensor, inputs: Optional[InputStatistics], rank: int) -> tuple[Tensor, Tensor]:
+def expert_factors(
+    residual: Tensor, inputs: Optional[InputStatistics], rank: int, tolerance: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """One task's expert of one linear map: `A [r, d_in]` and `B [d_out, r]`, float32, with `B A ≈ residual`.
 
     `B` are the leading essential directions of the residual `W_t − W_M`, `A` its coordinates; without statistics of
@@ -46,9 +48,9 @@ def expert_factors(residual: Tensor, inputs: Optional[InputStatistics], rank: in
     agree.
     """
     if inputs is None:
-        directions, _, _ = truncated_svd(residual, rank)
+        directions, _, _ = truncated_svd(residual, rank, tolerance)
     else:
-        directions = essential_subspace(inputs.factor, residual, rank).directions
+        directions = essential_subspace(inputs.factor, residual, rank, tolerance=tolerance).directions
     a, b = torch.zeros(rank, residual.shape[1]), torch.zeros(residual.shape[0], rank)
     found = directions.shape[1]
     a[:found], b[:, :found] = directions.T @ residual.double(), directions
@@ -187,7 +189,8 @@ def decompose_experts(
         for task, expert in plan.experts.items():
             (residual,) = to_matrices(residual_update(expert, name, weight).to(device), linear)
             inputs = statistics[task][name].to(device) if method.needs_statistics else None
-            found.append(expert_factors(residual, inputs, method.expert_rank(residual.shape, len(plan.experts))))
+            kept = method.expert_rank(residual.shape, len(plan.experts))
+            found.append(expert_factors(residual, inputs, kept, method.tolerance))
             if inputs is not None:
                 means.append(torch.nn.functional.normalize(inputs.mean, dim=0).cpu())
         module = base.names[name].removesuffix(".weight")

@@ -2,9 +2,11 @@
 
 Everything that is decomposed here is decomposed in float64, whatever the dtype of the input: eigenvalues enter the
 methods with small exponents (`λ^0.15`), and a polar factor gives its weakest direction the weight of its strongest, so
-that rounding noise would become signal. Each decomposition takes the eigenproblem of the smaller side.
+that rounding noise would become signal. Each decomposition takes the eigenproblem of the smaller side. Only leading
+directions that are wanted up to a stated tolerance are found by randomised iteration, in float32.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +51,9 @@ class EssentialSubspace:
         return float(self.squares.sum() / self.total) if self.total > 0 else 1.0
 
 
-def essential_subspace(factor: Tensor, delta: Tensor, rank: int, shrinkage: float = 0.0) -> EssentialSubspace:
+def essential_subspace(
+    factor: Tensor, delta: Tensor, rank: int, shrinkage: float = 0.0, tolerance: float = 0.0
+) -> EssentialSubspace:
     """Essential subspace decomposition (arXiv 2602.20208) of one weight's update.
 
     Args:
@@ -58,7 +62,18 @@ def essential_subspace(factor: Tensor, delta: Tensor, rank: int, shrinkage: floa
         rank: directions to keep; fewer come back where the shift's numerical rank is lower.
         shrinkage: draw the Gram matrix `G` of the inputs towards the identity, `G + shrinkage · mean(diag G) · I`:
             between the directions of the output shift (0) and the singular vectors of the update itself (large).
+        tolerance: above 0, where few of many directions are wanted, they are found by randomised iteration; see
+            `_iterated_directions`.
     """
+    if tolerance > 0 and _few(rank, delta):
+        factor, delta = factor.float(), delta.float()
+        ridge = shrinkage * factor.square().sum(dtype=torch.float64).float() / factor.shape[1]
+        shift = factor @ delta.T
+        total = float(shift.double().square().sum() + ridge * delta.double().square().sum())
+        squares, directions = _iterated_directions(
+            lambda x: shift.T @ (shift @ x) + ridge * (delta @ (delta.T @ x)), delta, rank, tolerance
+        )
+        return EssentialSubspace(directions, squares, total)
     factor, delta = factor.double(), delta.double()
     ridge = shrinkage * factor.square().sum() / factor.shape[1]
     (rows, columns), tokens = delta.shape, factor.shape[0]
@@ -101,11 +116,20 @@ def polar_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (root @ matrix if wide else matrix @ root), mean
 
 
-def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def truncated_svd(matrix: Tensor, rank: int, tolerance: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """The leading `rank` singular triplets `U [p, k], S [k], Vh [k, q]` of `matrix`, in float64.
 
-    `k` is smaller than `rank` where the numerical rank is.
+    `k` is smaller than `rank` where the numerical rank is. With a `tolerance`, where few of many triplets are wanted,
+    they are those of `matrix` on directions that are found by randomised iteration; see `_iterated_directions`.
     """
+    if tolerance > 0 and _few(rank, matrix):
+        if matrix.shape[0] > matrix.shape[1]:
+            right, values, left = truncated_svd(matrix.T, rank, tolerance)
+            return left.T, values, right.T
+        held = matrix.float()
+        _, left = _iterated_directions(lambda x: held @ (held.T @ x), held, rank, tolerance)
+        turn, values, right = truncated_svd(left.T @ matrix.double(), rank)
+        return left @ turn, values, right
     matrix = matrix.double()
     if matrix.shape[0] <= matrix.shape[1]:
         squares, left = _leading_eigenpairs(_symmetric(matrix, matrix.T), rank)
@@ -141,6 +165,38 @@ def _leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     kept = significant(values)
     return values[kept], vectors[:, kept]
+
+
+def _few(rank: int, matrix: Tensor) -> bool:
+    """Whether iterating for so many directions takes less than decomposing."""
+    return 4 * rank <= min(matrix.shape)
+
+
+def _iterated_directions(
+    apply: Callable[[Tensor], Tensor], matrix: Tensor, rank: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """The `rank` largest eigenvalues, descending, and their vectors, float64, of a positive semidefinite map of
+    `[d_out, k]` to the same, by randomised subspace iteration (arXiv 0909.4061).
+
+    It ends when one more step would have added less than `tolerance` of what the directions hold. The start is the
+    same each time, on every device. Nearly all of the leading sum is held then; which of many directions of nearly
+    one strength are among them is not settled.
+
+    Args:
+        matrix: `[d_out, d_in]`, float32, whose dtype and device it takes.
+    """
+    start = torch.randn(matrix.shape[0], rank + max(rank // 8, 16), generator=torch.Generator().manual_seed(0))
+    basis, held = torch.linalg.qr(start.to(matrix)).Q, 0.0
+    while True:
+        image = apply(basis)
+        values, turn = torch.linalg.eigh(basis.T @ image)
+        found = float(values[-rank:].double().sum())
+        if not found - held > tolerance * found:
+            break
+        basis, held = torch.linalg.qr(image).Q, found
+    values = values.flip(0)[:rank].double()
+    kept = significant(values)
+    return values[kept], torch.linalg.qr((basis @ turn.flip(1)[:, :rank])[:, kept].double()).Q
 
 
 def significant(squares: Tensor) -> Tensor:

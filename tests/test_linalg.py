@@ -103,6 +103,59 @@ def test_essential_subspace_of_shrunk_moments_is_that_of_as_many_more_rows(seed,
             assert found.total == pytest.approx(float((more.double() @ delta.double().T).square().sum()), rel=1e-6)
 
 
+FALLING = [i**-0.7 for i in range(1, 71)]
+
+
+@seeds
+@pytest.mark.parametrize("size", [(70, 90), (90, 70)])
+@pytest.mark.parametrize("tokens", [40, 200])
+@pytest.mark.parametrize("shrinkage", [0.0, 0.5])
+def test_iterated_directions_hold_all_but_the_tolerance(seed, size, tokens, shrinkage):
+    rows, columns = size
+    delta = with_singular_values(seed, rows, columns, FALLING).float()
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
+    exact = essential_subspace(x, delta, 6, shrinkage)
+    held = []
+    for tolerance in (0.1, 1e-3, 1e-6):
+        found = essential_subspace(x, delta, 6, shrinkage, tolerance)
+        assert found.directions.dtype == torch.float64 and orthonormal(found.directions)
+        assert found.total == pytest.approx(exact.total, rel=1e-5)
+        shift = reference.shrink(x, shrinkage) @ delta.double().T
+        assert relative_error((shift @ found.directions).square().sum(0), found.squares) < 1e-4
+        held.append(float(found.squares.sum() / exact.squares.sum()))
+        assert 1 - 10 * tolerance - 1e-5 < held[-1] < 1 + 1e-5
+        assert torch.equal(found.directions, essential_subspace(x, delta, 6, shrinkage, tolerance).directions)
+    assert held[0] < 1 - 1e-6 and held[2] > 1 - 1e-4
+    outside = found.directions - exact.directions @ (exact.directions.T @ found.directions)
+    assert torch.linalg.matrix_norm(outside, 2) < 0.1
+
+
+@seeds
+@pytest.mark.parametrize("size", [(70, 90), (90, 70)])
+def test_iterated_triplets_are_a_near_best_approximation(seed, size):
+    matrix, best = with_singular_values(seed, *size, FALLING).float(), sum(value**2 for value in FALLING[6:])
+    for tolerance in (0.1, 1e-3, 1e-6):
+        u, s, vh = truncated_svd(matrix, 6, tolerance)
+        assert orthonormal(u) and orthonormal(vh.T)
+        assert torch.all(s[:-1] >= s[1:]) and relative_error(u.T @ matrix.double() @ vh.T, torch.diag(s)) < 1e-5
+        left_over = (matrix - (u * s) @ vh).square().sum()
+        assert best - 1e-6 < left_over < best + 10 * tolerance * s.square().sum() + 1e-6
+    assert left_over < best * (1 + 1e-3)
+
+
+def test_iterating_ends_where_there_is_nothing_or_little_and_is_left_where_much_is_wanted():
+    x, delta = torch.randn(50, 40), torch.zeros(30, 40)
+    assert essential_subspace(x, delta, 5, tolerance=1e-3).directions.shape == (30, 0)
+    assert truncated_svd(delta, 5, tolerance=1e-3)[0].shape == (30, 0)
+    delta = torch.randn(30, 2) @ torch.randn(2, 40)
+    found = essential_subspace(x, delta, 5, tolerance=1e-3)
+    assert found.directions.shape == (30, 2) and found.energy_kept == pytest.approx(1)
+    delta = torch.randn(30, 40)
+    for rank, same in ((8, True), (7, False)):
+        exact, found = truncated_svd(delta, rank), truncated_svd(delta, rank, tolerance=1e-3)
+        assert torch.equal(exact[1], found[1]) == same
+
+
 @seeds
 @shapes
 def test_truncation_costs_exactly_the_discarded_squares(seed, shape):

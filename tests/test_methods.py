@@ -368,3 +368,21 @@ def test_methods_and_settings_that_do_not_exist_are_named():
     assert resolve_method({"name": "esm-vit", "gamma": 0.0}) == EssentialMerge(
         **{**asdict(EssentialMerge.vit()), "gamma": 0.0}
     )
+
+
+@seeds
+@pytest.mark.parametrize("method", [EssentialMerge, TSVM])
+def test_a_tolerance_leads_nearly_to_the_same_merge(seed, method):
+    """Where directions differ in strength; it is refused where it is no share."""
+    generator = torch.Generator().manual_seed(seed)
+    _, inputs = random_problem(seed, (150, 60, 50, 6))
+    strengths = torch.logspace(0, -2, 50)
+    deltas = [torch.randn(60, 50, generator=generator) * strengths for _ in inputs]
+    problem = stack(deltas, [exact(x) for x in inputs])
+    expected = method().merge(problem).delta
+    close = relative_error(method(tolerance=1e-6).merge(problem).delta, expected)
+    far = relative_error(method(tolerance=0.3).merge(problem).delta, expected)
+    assert 0 < close < far < 0.1
+    for wrong in (-0.1, 1.0):
+        with pytest.raises(HfEsmError, match="tolerance must be at least 0 and below 1"):
+            method(tolerance=wrong)

@@ -202,3 +202,15 @@ def test_factors_are_the_essential_directions_of_the_residual(seed, shape, rank)
     assert relative_error(b.double() @ a.double(), directions @ coordinates) < 1e-4
     assert relative_error(b[:, :there].T.double() @ b[:, :there].double(), torch.eye(there)) < 1e-5
     assert not a[there:].any() and not b[:, there:].any() and (rank < 40 or there < 40)
+
+
+@seeds
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_tolerance_leads_nearly_to_the_same_factors(seed, calibrated):
+    (residual, *_), (x, *_) = random_problem(seed, (150, 60, 50, 6))
+    residual = residual * torch.logspace(0, -2, 50)
+    products = []
+    for tolerance in (0.0, 1e-6, 0.3):
+        a, b = expert_factors(residual, exact(x) if calibrated else None, 6, tolerance)
+        products.append(b @ a)
+    assert 0 < relative_error(products[1], products[0]) < relative_error(products[2], products[0]) < 0.5

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import HfEsmError
 from ..linalg import essential_subspace, polar_factor, truncated_svd
 from ..statistics import InputStatistics
-from .singular_vectors import merge_singular_vectors
+from .singular_vectors import TOLERANCE, check_tolerance, merge_singular_vectors
 from .stack import Merged, MergeMethod, Stack, mean_update
 
 
@@ -67,6 +67,7 @@ class EssentialMerge(MergeMethod):
         default=0.13,
         metadata={"help": "multiple of the updates' sum, at most of the matched norm, taken off; published: 0"},
     )
+    tolerance: float = field(default=0.0, metadata={"help": TOLERANCE})
     uncalibrated: tuple[str, ...] = field(
         default=(),
         metadata={"help": "regular expressions of weight names to merge by TSV-M although statistics exist"},
@@ -86,6 +87,7 @@ class EssentialMerge(MergeMethod):
     def __post_init__(self) -> None:
         if not 0 < self.rank_share <= 1:
             raise HfEsmError(f"{self.name}: rank_share must be above 0 and at most 1, not {self.rank_share}.")
+        check_tolerance(self)
 
     @classmethod
     def roberta(cls) -> "EssentialMerge":
@@ -108,7 +110,7 @@ class EssentialMerge(MergeMethod):
             return mean_update(stack, scaled=self.scale_all)
         scaled = self.scale_all or stack.is_linear
         if not stack.is_calibrated or any(re.search(pattern, stack.name) for pattern in self.uncalibrated):
-            merged = merge_singular_vectors(stack.deltas, self.keep_fallback_scale)
+            merged = merge_singular_vectors(stack.deltas, self.keep_fallback_scale, self.tolerance)
             return Merged(merged.float(), "tsv-m", scaled)
         merged, energy_kept = self.merge_calibrated(stack.deltas, stack.statistics)
         return Merged(merged.float(), "esm", scaled, {"energy_kept": energy_kept})
@@ -121,7 +123,7 @@ class EssentialMerge(MergeMethod):
         task_scales = _relative(norms, self.task_exponent)
         directions, coordinates, energy_kept = [], [], []
         for delta, inputs, task_scale in zip(deltas, statistics, task_scales, strict=True):
-            subspace = essential_subspace(inputs.factor, delta, rank, self.shrinkage)
+            subspace = essential_subspace(inputs.factor, delta, rank, self.shrinkage, self.tolerance)
             energy_kept.append(subspace.energy_kept)
             weights = _relative(_relative(subspace.squares, self.gamma), 1.0)
             directions.append(subspace.directions * weights)
