@@ -27,6 +27,7 @@ parser.add_argument(
     "--calibration", nargs="+", type=pair, required=True, metavar="TASK=FILE", help="unlabelled samples"
 )
 parser.add_argument("--output-dir", required=True, help="folder to write")
+parser.add_argument("--allow-pickle", action="store_true", help="read models that have no safetensors files")
 given = parser.parse_args()
 
 accelerator = Accelerator()
@@ -35,6 +36,7 @@ result = merge_models(
     dict(given.expert),
     calibration=dict(given.calibration),
     output_dir=given.output_dir,
+    allow_pickle=given.allow_pickle,
     accelerator=accelerator,
 )
 accelerator.print(result)  # the result is the same on every process; the main process alone writes

@@ -21,6 +21,7 @@ merge_models(
     num_samples=128,  # more proxies make a better router
     method="esm++",
     rank=32,
+    allow_pickle=True,  # these experts have no safetensors files
     output_dir="routed",
 )
 

@@ -1,5 +1,6 @@
 """Merge fine-tunes of one checkpoint into one multi-task model, in the Hugging Face ecosystem, without training."""
 
+from .calibrating import calibrate
 from .calibration import collect_statistics
 from .cards import update_card
 from .comparison import Comparison, compare
@@ -8,7 +9,7 @@ from .evaluation import evaluate
 from .heads import load_task_model
 from .hub import Explanation, Prediction, RoutedModel
 from .interference import Interference, measure_interference
-from .merge import MergeResult, calibrate, merge_models
+from .merge import MergeResult, merge_models
 from .methods import (
     DARE,
     METHODS,

@@ -1,12 +1,14 @@
 """Choosing α: the merged updates are put on the base at several scales, nothing is merged again."""
 
 from collections.abc import Callable, Mapping
+from math import inf, isnan
 from typing import Any, Optional
 
 import torch
 from transformers import PreTrainedModel
 
 from .checkpoints import Checkpoint
+from .errors import HfEsmError
 from .metrics import Metric
 from .passes import MergedUpdates
 from .planning import MergePlan
@@ -30,13 +32,20 @@ def search_alpha(
     are taken to be exact. Returns the α, and the scores seen.
     """
     scores: dict[float, float] = {}
+
+    def known(alpha: float) -> float:
+        found = score(alpha)
+        return -inf if isnan(found) else found
+
     for alpha in progress(COARSE):
-        scores[alpha] = score(alpha)
+        scores[alpha] = known(alpha)
     middle = max(COARSE, key=lambda alpha: (scores[alpha], -alpha))
     for alpha in (round(middle + step * FINE, 1) for step in range(-2, 3)):
         if 0 < alpha <= 3 and alpha not in scores:
-            scores[alpha] = score(alpha)
+            scores[alpha] = known(alpha)
     best = max(scores.values())
+    if best == -inf:
+        raise HfEsmError("alpha='auto': every score is NaN. Check score_fn or the metric, or give alpha a number.")
     error = (best * (1 - best) / rows) ** 0.5 if rows else 0.0
     good = [alpha for alpha, found in scores.items() if found >= best - error]
     return min(good, key=lambda alpha: (abs(alpha - default), alpha)), dict(sorted(scores.items()))

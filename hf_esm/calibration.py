@@ -221,14 +221,19 @@ def pooled_inputs(
 def _in_evaluation(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[None]:
     """The model on the accelerator's device and in evaluation mode; afterwards as it was."""
     training = {module: module.training for module in model.modules()}
+    config, padding = model.config.get_text_config(), getattr(model.config.get_text_config(), "pad_token_id", None)
     device = next(model.parameters()).device
     moved = device != accelerator.device and not getattr(model, "hf_device_map", None)
     try:
         model.eval()
+        if padding is None and not model.config.is_encoder_decoder:
+            config.pad_token_id = -1  # without one, decoders classify single samples only; nothing is padded here
         if moved:
             model.to(accelerator.device)
         yield
     finally:
+        if padding is None and not model.config.is_encoder_decoder:
+            config.pad_token_id = None
         if moved:
             model.to(device)
         for module, mode in training.items():

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig
 
-from .checkpoints import LoraCheckpoint, ModelSource
+from .checkpoints import Checkpoint, LiveCheckpoint, LoraCheckpoint, ModelSource
 from .errors import HfEsmError
 from .heads import FOLDER as HEADS_FOLDER
 from .methods import ROUTED
@@ -38,11 +38,12 @@ def write_card(
     card = ModelCard.from_template(
         data,
         template_str=_template("merged.md"),
-        base=plan.base.source or type(plan.base.skeleton).__name__,
+        base=_named(plan.base),
+        base_revision=plan.base.revision,
         experts=[
             {
                 "task": task,
-                "source": expert.source or "live model",
+                "source": _named(expert),
                 "revision": expert.revision,
                 "kind": "LoRA" if isinstance(expert, LoraCheckpoint) else type(expert.skeleton).__name__,
                 "licence": plan.licences.get(task, "not stated"),
@@ -62,6 +63,13 @@ def write_card(
         else "",
     )
     card.save(folder / "README.md")
+
+
+def _named(model: Checkpoint) -> str:
+    """Id or folder; of a model in memory, also what it was loaded from."""
+    if not isinstance(model, LiveCheckpoint):
+        return model.source
+    return f"a live {type(model.skeleton).__name__}" + (f", loaded from {model.source}" if model.source else "")
 
 
 def write_adapter_card(folder: Path, config: RoutedExpertsConfig) -> None:

@@ -10,14 +10,14 @@ from typing import Any, Optional
 import yaml
 from accelerate import PartialState
 
+from .calibrating import calibrate
 from .cards import update_card
 from .comparison import NOT_COMPARED, compare
 from .errors import HfEsmError
 from .evaluation import evaluate
 from .hub import RoutedModel, push_folder
-from .merge import calibrate, merge_models
-from .options import MergeOptions
-from .output import RECIPE_FILE
+from .merge import merge_models
+from .options import RECIPE_FILE, MergeOptions
 from .proxies import ProxyOptions, read_rows
 from .recipes import load_recipe
 from .reports import REPORT
@@ -122,6 +122,8 @@ def run_calibrate(given: argparse.Namespace) -> None:
 
 def run_evaluate(given: argparse.Namespace) -> None:
     data, experts = _pairs(given.data, "--data"), _pairs(given.expert, "--expert")
+    if given.json and not Path(given.json).absolute().parent.is_dir():
+        raise HfEsmError(f"--json {given.json}: there is no such folder.")
     options = _options(given, ProxyOptions)
     options |= {"metric": given.metric, "route": given.route, "batch_size": given.batch_size}
     scores = evaluate(given.model, data, experts=experts, **options)

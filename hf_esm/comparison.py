@@ -140,7 +140,10 @@ class _Comparing:
             raise HfEsmError("seeds must name one seed at least.")
         for _, method in self.methods:
             merge_models(self.base, self.experts, dry_run=True, **self._merge_arguments(method, self.seeds[0]))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise HfEsmError(f"{self.folder}: cannot be made ({error.strerror}). Choose another output_dir.") from None
         models = {"base": self.base, **self.experts}
         self.identity = {n: model_identity(resolve_source(spec, n, token=self.token)) for n, spec in models.items()}
 
@@ -161,6 +164,15 @@ class _Comparing:
             "validation": self.validation if tuned else None,
             "processor": self.processor,
             "token": self.token,
+        }
+
+    def _opened(self) -> dict[str, Any]:
+        """How models are opened."""
+        options = self.options
+        return {
+            "token": self.token,
+            "allow_pickle": options.allow_pickle,
+            "trust_remote_code": options.trust_remote_code,
         }
 
     def _test_options(self) -> dict[str, Any]:
@@ -197,6 +209,7 @@ class _Comparing:
                 base=self.base,
                 metric=self.metric,
                 processor=self.processor,
+                opened=self._opened(),
                 options=ProxyOptions(**{"num_samples": self.num_test, "seed": 0, **self._test_options()}),
             )
             return {task: _outcome_out(outcome) for task, outcome in found.items()}
@@ -242,7 +255,7 @@ class _Comparing:
                 path.stat().st_size for path in target.rglob("*.safetensors") if PROXIES_FOLDER not in path.parts
             )
             rows = {"num_samples": self.num_test, "seed": 0, **self._test_options()}
-            measure = {"metric": self.metric, "processor": self.processor, **rows}
+            measure = {"metric": self.metric, "processor": self.processor, **self._opened(), **rows}
             scores = evaluate(target, self.test, **measure)
             has_router = isinstance(method, ROUTED) and method.router != "none"
             given = evaluate(target, self.test, route="oracle", **measure).outcomes if has_router else {}
@@ -266,11 +279,9 @@ class _Comparing:
         return Interference.from_dict(found)
 
     def _interference(self, statistics: Mapping[str, Optional[ActivationStatistics]]) -> dict[str, Any]:
-        trust = {"token": self.token, "allow_pickle": self.options.allow_pickle}
-        trust["trust_remote_code"] = self.options.trust_remote_code
-        base = open_checkpoint(resolve_source(self.base, "base", **trust))
+        base = open_checkpoint(resolve_source(self.base, "base", **self._opened()))
         experts = {
-            task: open_checkpoint(resolve_source(spec, f"expert '{task}'", **trust), base)
+            task: open_checkpoint(resolve_source(spec, f"expert '{task}'", **self._opened()), base)
             for task, spec in self.experts.items()
         }
         plan = plan_merge(base, experts, self.methods[0][1], self.options.heads)

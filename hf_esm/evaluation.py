@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Optional
 
-import transformers
 from accelerate import Accelerator
 from peft import PeftConfig
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .checkpoints import open_checkpoint, resolve_source, whole_folder
-from .checkpoints.reader import quiet_loading
 from .errors import HfEsmError
 from .experts import FOLDER as EXPERTS_FOLDER
 from .heads import FOLDER as HEADS_FOLDER
@@ -33,6 +31,9 @@ def evaluate(
     processor: Any = None,
     route: str = "routed",
     batch_size: int = 32,
+    token: Optional[str | bool] = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Scores:
     """Score of a merged model on each task's rows, with the task's own head.
@@ -51,6 +52,7 @@ def evaluate(
         processor: tokenizer or processor, where none stands beside the model.
         route: of a model with experts: `"routed"`, `"oracle"` (each task's expert for its rows; what a model without
             a router gets in any case), or `"static"`.
+        token, allow_pickle, trust_remote_code: as for `merge_models`.
         options: fields of `ProxyOptions`; all rows are used unless `num_samples` says otherwise.
     """
     options = ProxyOptions(**{"num_samples": 0, **options})
@@ -59,8 +61,9 @@ def evaluate(
     experts = experts or {}
     if lacking := experts.keys() - data.keys():
         raise HfEsmError(f"There are no rows to measure the expert {sorted(lacking)[0]!r} on.")
-    folder = whole_folder(model, str(model))
-    processor = processor or load_processor(folder)
+    opened = {"token": token, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    folder = whole_folder(model, str(model), token=token)
+    processor = processor or load_processor(folder, trust_remote_code)
 
     def outcome(model: PreTrainedModel, task: str) -> Outcome:
         rows = load_labelled(data[task], processor, model.config, f"data of '{task}'", options, metric.needs_labels)
@@ -69,7 +72,7 @@ def evaluate(
     if route not in ("routed", "oracle", "static"):
         raise HfEsmError(f"route must be 'routed', 'oracle' or 'static', not {route!r}.")
     if (folder / EXPERTS_FOLDER).is_dir():
-        routed = RoutedModel.from_pretrained(folder).to(device)
+        routed = RoutedModel.from_pretrained(folder, trust_remote_code=trust_remote_code).to(device)
         if route == "routed" and routed.config.router == "none":
             route = "oracle"
         merged = {}
@@ -83,8 +86,15 @@ def evaluate(
                 merged[task].routed_to = [e.likeliest for e in routed.explain(rows.samples, batch_size)]
     else:
         has_heads = (folder / HEADS_FOLDER).is_dir()
-        merged = {t: outcome(load_task_model(folder, t) if has_heads else _load(folder, str(model)), t) for t in data}
-    own = expert_outcomes(experts, data, metric=metric, processor=processor, batch_size=batch_size, options=options)
+        trusted = {"trust_remote_code": True} if trust_remote_code else {}
+
+        def load(task: str) -> PreTrainedModel:
+            return load_task_model(folder, task, **trusted) if has_heads else _load(folder, str(model), None, opened)
+
+        merged = {task: outcome(load(task), task) for task in data}
+    own = expert_outcomes(
+        experts, data, metric=metric, processor=processor, batch_size=batch_size, opened=opened, options=options
+    )
     return Scores(
         {task: found.score for task, found in merged.items()},
         {task: found.score for task, found in own.items()},
@@ -107,6 +117,7 @@ def expert_outcomes(
     metric: Metric = ACCURACY,
     processor: Any = None,
     batch_size: int = 32,
+    opened: Optional[Mapping[str, Any]] = None,
     options: ProxyOptions,
 ) -> dict[str, Outcome]:
     """What each expert puts out on its own task's rows.
@@ -115,28 +126,28 @@ def expert_outcomes(
         experts, data, processor: as `evaluate` takes them; a processor is looked for beside each expert, then beside
             the base.
         base: what LoRA adapters stand on; by default, the base that they name.
+        opened: how models are opened: `token`, `allow_pickle`, `trust_remote_code`.
     """
-    device, found = Accelerator().device, {}
+    device, found, opened = Accelerator().device, {}, opened or {}
     for task, spec in experts.items():
-        source = resolve_source(spec, f"expert '{task}'")
-        own = processor or first_processor([source, *([resolve_source(base, "base")] if base is not None else [])])
-        model = _load(spec, f"expert '{task}'", base).to(device)
+        sources = [resolve_source(spec, f"expert '{task}'", **opened)]
+        sources += [resolve_source(base, "base", **opened)] if base is not None else []
+        own = processor or first_processor(sources, opened.get("trust_remote_code", False))
+        model = _load(spec, f"expert '{task}'", base, opened).to(device)
         rows = load_labelled(data[task], own, model.config, f"data of '{task}'", options, metric.needs_labels)
         found[task] = run(model, rows, metric, batch_size)
     return found
 
 
-def _load(spec: Any, title: str, base: Any = None) -> PreTrainedModel:
+def _load(spec: Any, title: str, base: Any, opened: Mapping[str, Any]) -> PreTrainedModel:
     """A model in the class that its config names, or a LoRA adapter merged into `base`, or the base that it names."""
-    source = resolve_source(spec, title)
+    source = resolve_source(spec, title, **opened)
     if source.model is not None:
         return copy.deepcopy(source.model).eval()
-    if source.is_adapter and base is not None:
-        return open_checkpoint(source, open_checkpoint(resolve_source(base, "base"))).load_model()
-    if source.is_adapter:
+    if not source.is_adapter:
+        return open_checkpoint(source).load_model()
+    if base is None:
         base = PeftConfig.from_pretrained(source.folder).base_model_name_or_path
-        return open_checkpoint(source, open_checkpoint(resolve_source(base, f"base of {source.title}"))).load_model()
-    config = AutoConfig.from_pretrained(source.folder)
-    model_class = getattr(transformers, config.architectures[0])
-    with quiet_loading():
-        return model_class.from_pretrained(source.repo_id or source.folder, revision=source.revision).eval()
+    return open_checkpoint(
+        source, open_checkpoint(resolve_source(base, f"base of {source.title}", **opened))
+    ).load_model()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from .checkpoints import Checkpoint, whole_folder
+from .checkpoints import Checkpoint, ModelSource, resolve_class, whole_folder
 from .checkpoints.reader import quiet_loading
 from .errors import HfEsmError
 from .weights import body_prefix
@@ -210,7 +210,8 @@ def load_task_model(
     Args:
         model: folder or Hub id that `merge_models` wrote.
         task: name of the expert.
-        kwargs: passed to the class's `from_pretrained` (`dtype`, `device_map`, …).
+        kwargs: passed to the class's `from_pretrained` (`dtype`, `device_map`, `trust_remote_code`, …); its dtype is
+            by default that of the merged body.
 
     Raises:
         HfEsmError: if there is no such task, or weights are missing from both body and head.
@@ -221,8 +222,10 @@ def load_task_model(
         known = f"It has {', '.join(tasks)}." if tasks else "It was not written by merge_models."
         raise HfEsmError(f"{model}: no task {task!r}. {known}")
     place = folder / FOLDER / task
-    config = AutoConfig.from_pretrained(place)
-    model_class = getattr(transformers, config.architectures[0])
+    trusted = bool(kwargs.get("trust_remote_code"))
+    config, model_class = resolve_class(ModelSource(f"head of '{task}'", folder=place, trust_remote_code=trusted))
+    # The expert's config says what its own weights were; these are the merged body's.
+    config.dtype = AutoConfig.from_pretrained(folder, trust_remote_code=trusted).dtype
     head = load_file(place / WEIGHTS) if (place / WEIGHTS).is_file() else {}
     with quiet_loading():  # the head's weights are loaded below, they are not "newly initialized"
         loaded, report = model_class.from_pretrained(

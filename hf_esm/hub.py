@@ -16,8 +16,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .cards import write_adapter_card
-from .checkpoints import ModelSource, open_checkpoint, publish_folder, resolve_source, staging_folder, whole_folder
-from .checkpoints.sources import _model_class
+from .checkpoints import (
+    ModelSource,
+    open_checkpoint,
+    publish_folder,
+    resolve_class,
+    resolve_source,
+    staging_folder,
+    whole_folder,
+)
 from .errors import HfEsmError
 from .experts import FOLDER, RoutedExperts, expert_factors, load_experts, residual_update
 from .hashes import HASHES_FILE, verify_hashes, write_hashes
@@ -26,7 +33,7 @@ from .heads import WEIGHTS as HEAD_WEIGHTS
 from .heads import attach_head, save_head
 from .inputs import name_experts, refuse_foreign
 from .methods import RoutedMerge
-from .output import RECIPE_FILE
+from .options import RECIPE_FILE
 from .planning import check_values, plan_merge
 from .proxies import PROXIES_FOLDER, ProxyOptions, batch_indices, collate, encode, load_processor
 from .statistics import ActivationStatistics
@@ -116,7 +123,7 @@ class RoutedModel:
         _check_routed(folder, str(model))
         verify_hashes(folder, str(model))
         source = resolve_source(str(folder), str(model), trust_remote_code=trust_remote_code)
-        config, model_class = _model_class(source)
+        config, model_class = resolve_class(source)
         static = model_class.from_pretrained(folder, config=config, **kwargs)
         adapted = PeftModel.from_pretrained(static, str(folder / FOLDER)).eval()
         return cls(adapted, folder, load_processor(folder, trust_remote_code))

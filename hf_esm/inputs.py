@@ -5,21 +5,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Optional
 
 import torch
-from accelerate import Accelerator
 
-from .calibration import collect_statistics, pooled_inputs
-from .checkpoints import Checkpoint, ModelSource
+from .checkpoints import ModelSource
 from .errors import HfEsmError
 from .methods import MergeMethod
 from .metrics import resolve_metric
-from .options import MergeOptions
-from .placement import needs_spill, placement
+from .options import RECIPE_FILE, MergeOptions
 from .planning import MergePlan
-from .processes import together
 from .proxies import (
     LabelledSamples,
     Sample,
@@ -29,7 +24,7 @@ from .proxies import (
     load_processor,
     read_rows,
 )
-from .statistics import FILE_NAME, ActivationStatistics, Provenance
+from .statistics import FILE_NAME, ActivationStatistics
 
 
 TAKEN = ("base", "static", "none")  # what stands beside the tasks: the base, no expert, none of the tasks
@@ -47,7 +42,7 @@ def name_experts(experts: Any) -> dict[str, Any]:
             raise HfEsmError(f"Two experts are named {sorted(twice)[0]!r}. Give each task a name of its own.")
         experts = dict(pairs)
     for name in experts:
-        if not re.fullmatch(r"[\w-][\w.-]*", str(name)) or name in TAKEN:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name) or name in TAKEN:
             taken = ", ".join(TAKEN)
             raise HfEsmError(f"Task name {name!r}: use letters, digits, '.', '_' and '-' (taken are {taken}).")
     if len(experts) < 2:
@@ -69,6 +64,10 @@ def check_arguments(
     options: MergeOptions, method: MergeMethod, experts: dict, calibration: Any, validation: Any, score_fn: Any
 ) -> None:
     """What can be said before any file is opened."""
+    for what, given in (("calibration", calibration), ("validation", validation)):
+        folder = what == "calibration" and isinstance(given, (str, os.PathLike))
+        if given is not None and not folder and not isinstance(given, Mapping):
+            raise HfEsmError(f"{what} must name each task's own, as {{'task': …}}; got a {type(given).__name__}.")
     for what, given in (("calibration", calibration), ("validation", validation), ("score_fn", score_fn)):
         if isinstance(given, Mapping) and (unknown := given.keys() - experts.keys()):
             raise HfEsmError(
@@ -79,10 +78,39 @@ def check_arguments(
             raise HfEsmError(f"Method {method.name!r} has no alpha to choose; leave alpha out.")
         if validation is None and score_fn is None:
             raise HfEsmError("alpha='auto' needs validation rows per task, or score_fn. Or give alpha a number.")
-        if score_fn is None and (lacking := experts.keys() - validation.keys()):
-            raise HfEsmError(f"alpha='auto': there are no validation rows for {sorted(lacking)[0]!r}.")
-    if options.output_dir and Path(options.output_dir).expanduser().exists() and not options.overwrite:
-        raise HfEsmError(f"{options.output_dir} exists. Choose another output_dir, or pass overwrite=True.")
+        scored = validation if score_fn is None else score_fn
+        if isinstance(scored, Mapping) and (lacking := experts.keys() - scored.keys()):
+            what = "validation rows" if score_fn is None else "score_fn"
+            raise HfEsmError(f"alpha='auto': there are no {what} for {sorted(lacking)[0]!r}.")
+    if options.output_dir:
+        _check_output(options, {"calibration": calibration, "validation": validation})
+
+
+def _check_output(options: MergeOptions, data: dict[str, Any]) -> None:
+    """Refuse an output folder that cannot be made, or whose replacement would take away something else."""
+    output = Path(options.output_dir).expanduser()
+    whole = output.resolve()
+    if blocked := [parent for parent in whole.parents if parent.exists() and not parent.is_dir()]:
+        raise HfEsmError(f"{output}: {blocked[0]} is a file. Choose another output_dir.")
+    if Path.cwd().is_relative_to(whole):
+        raise HfEsmError(f"output_dir {output} is, or holds, the current folder. Choose another.")
+    if output.exists():
+        if not options.overwrite:
+            raise HfEsmError(f"{output} exists. Choose another output_dir, or pass overwrite=True.")
+        if not output.is_dir() or (any(output.iterdir()) and not (output / RECIPE_FILE).is_file()):
+            raise HfEsmError(
+                f"{output} is not what a merge wrote, so it is not overwritten. Choose another output_dir."
+            )
+    inside = {"statistics_dir": options.statistics_dir, "resume_dir": options.resume_dir}
+    for what, given in data.items():
+        by_task = given if isinstance(given, Mapping) else {"all": given}
+        inside |= {f"{what} of '{task}'": spec for task, spec in by_task.items()}
+    for what, given in inside.items():
+        path = given.get("path") if isinstance(given, Mapping) else given
+        if isinstance(path, (str, os.PathLike)) and Path(path).expanduser().resolve().is_relative_to(whole):
+            raise HfEsmError(
+                f"{what} ({path}) stands in output_dir {output}, which would be replaced. Choose another output_dir."
+            )
 
 
 def torch_dtype(name: Optional[str]) -> Optional[torch.dtype]:
@@ -109,100 +137,6 @@ def first_processor(sources: list[ModelSource], trust_remote_code: bool = False)
         if processor is not None:
             return processor
     return None
-
-
-def calibrate_experts(
-    plan: MergePlan,
-    samples: dict[str, list[Sample]],
-    options: MergeOptions,
-    accelerator: Accelerator,
-    scratch: Path,
-    with_base: bool,
-    progress: Callable[[Iterable], Iterable],
-) -> dict[str, ActivationStatistics]:
-    """The statistics of every expert that has samples, one model in memory at a time; each is a file when the next
-    begins. Those that an interrupted merge left in `resume_dir` are taken from there.
-
-    Args:
-        scratch: folder for what is not kept in `statistics_dir`.
-        with_base: whether what the base's blocks read belongs to them.
-    """
-    kept = Path(options.statistics_dir).expanduser() if options.statistics_dir else None
-    paths = {task: (kept or scratch) / f"{'' if kept else 'statistics-'}{task}.safetensors" for task in samples}
-    done = {task for task, path in paths.items() if options.resume_dir and not kept and path.is_file()}
-    waiting = {task: rows for task, rows in samples.items() if task not in done}
-    pooled = pool_inputs(plan.base, waiting if with_base else {}, options, accelerator, scratch)
-    for task, rows in progress(waiting.items()):
-        found = calibrate_checkpoint(plan.experts[task], rows, options, accelerator, scratch, task)
-        found.pooled = pooled.get(task, {})
-        with together(accelerator):
-            if accelerator.is_main_process:
-                found.save(paths[task], compact=kept is not None)
-        del found
-    return {task: ActivationStatistics.load(path) for task, path in paths.items()}
-
-
-def pool_inputs(
-    base: Checkpoint,
-    samples: dict[str, list[Sample]],
-    options: MergeOptions,
-    accelerator: Accelerator,
-    folder: Path,
-) -> dict[str, dict[str, torch.Tensor]]:
-    """What every block of the base reads, by task; the base is loaded for it, if there are tasks, and let go."""
-    if not samples:
-        return {}
-    with together(accelerator), TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as spill:
-        model = base.load_model(**placement(base, accelerator, options.max_memory, Path(spill)))
-        return {
-            task: pooled_inputs(
-                model,
-                rows,
-                accelerator=accelerator,
-                batch_size=options.batch_size,
-                title=task,
-                progress=options.progress,
-            )
-            for task, rows in samples.items()
-        }
-
-
-def calibrate_checkpoint(
-    expert: Checkpoint,
-    samples: list[Sample],
-    options: MergeOptions,
-    accelerator: Accelerator,
-    folder: Path,
-    title: str,
-) -> ActivationStatistics:
-    """Load an expert, run it over its samples, and let it go.
-
-    `folder` takes what memory does not: weights that do not fit, and factors that do not fit beside the weights. Its
-    files are without a name, and go when the statistics do.
-    """
-    provenance = Provenance(expert.source, expert.revision, len(samples), options.seed)
-    with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as spill:
-        with together(accelerator):
-            place = placement(expert, accelerator, options.max_memory, Path(spill))
-            crowded = place or needs_spill(expert, samples, accelerator, options.max_memory)
-            model = expert.load_model(**place)
-        statistics = collect_statistics(
-            model,
-            samples,
-            accelerator=accelerator,
-            batch_size=options.batch_size,
-            title=title,
-            provenance=provenance,
-            progress=options.progress,
-            folder=Path(spill) if crowded else None,
-        )
-    for name in expert.names:  # from the first layer on: what it spoils comes after it
-        if name in statistics.entries and not statistics.entries[name].factor.isfinite().all():
-            raise HfEsmError(
-                f"{expert.title}: on its samples, '{name}' reads NaN or infinite values. If the model is stored in "
-                "float16, save it in float32 and merge that; else it is broken."
-            )
-    return statistics
 
 
 def gather_statistics(

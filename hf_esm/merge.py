@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,6 +18,7 @@ from accelerate.utils.modeling import convert_file_size_to_int
 from transformers import PreTrainedModel
 
 from .alpha import CandidateModels, score_candidates, search_alpha
+from .calibrating import calibrate_experts
 from .checkpoints import ModelSource, open_checkpoint, publish_folder, resolve_source, staging_folder
 from .concrete import learn_mask
 from .errors import HfEsmError
@@ -26,15 +28,11 @@ from .heads import load_task_model
 from .hub import RoutedModel, push_folder
 from .identity import fingerprint, model_identity
 from .inputs import (
-    calibrate_checkpoint,
-    calibrate_experts,
     check_arguments,
     check_statistics,
     find_processors,
-    first_processor,
     gather_statistics,
     name_experts,
-    pool_inputs,
     read_validation,
     torch_dtype,
 )
@@ -46,7 +44,6 @@ from .passes import MergedUpdates, WeightReport, merge_weights, scale_layers
 from .placement import algebra_device, factor_bytes
 from .planning import MergePlan, check_disk, check_memory, check_values, plan_merge
 from .processes import gather, main_first, together
-from .proxies import encode, read_rows
 from .statistics import ActivationStatistics
 from .version import __version__
 
@@ -125,11 +122,14 @@ def merge_models(
 
     with run.stage("reading headers", joined=False):
         sources, plan = main_first(accelerator, read_headers)
-    if dry_run:
-        return plan
-    for warning in plan.warnings:
-        run.warn(warning)
     output = Path(options.output_dir).expanduser() if options.output_dir else None
+    if dry_run:
+        plan.warnings += [*_ignored(options, validation, score_fn), *_lacking(plan, output, options.max_memory)]
+        return plan
+    for warning in [*plan.warnings, *_ignored(options, validation, score_fn)]:
+        run.warn(warning)
+    if output is not None and (live := [source.title for source in sources.values() if source.model is not None]):
+        run.warn(f"{', '.join(live)}: given live, so that the recipe names what was loaded, not what became of it.")
 
     def read_samples() -> tuple[dict, dict, dict, dict]:
         check_memory(plan, options.max_memory)
@@ -219,49 +219,6 @@ def merge_models(
     return result
 
 
-def calibrate(
-    model: Any,
-    data: Any,
-    *,
-    base: Any = None,
-    processor: Any = None,
-    token: Optional[str | bool] = None,
-    accelerator: Optional[Accelerator] = None,
-    batch_size: int = 8,
-    **options: Any,
-) -> ActivationStatistics:
-    """Collect one expert's activation statistics, to save beside its weights: then merging it needs no data.
-
-    Args:
-        model: the expert: a Hub id, a folder, a live model, or a LoRA adapter.
-        data: unlabelled samples, as `calibration` of `merge_models`.
-        base: the base model: needed if the expert is a LoRA adapter; otherwise, with it the statistics also hold what
-            a router of ESM++ is made from.
-        options: fields of `ProxyOptions`: `num_samples`, `seed`, `max_length`, `columns`; and of `MergeOptions`:
-            `allow_pickle`, `trust_remote_code`, `progress`, `max_memory`.
-
-    Returns statistics with `save`; the same on every process.
-    """
-    options = MergeOptions(batch_size=batch_size, **options)
-    open_options = (token, options.allow_pickle, options.trust_remote_code)
-    sources = [resolve_source(model, "model", *open_options)]
-    if base is not None:
-        sources.append(resolve_source(base, "base", *open_options))
-    elif sources[0].is_adapter:
-        raise HfEsmError(f"{sources[0].title} is a PEFT adapter: name the base model that it belongs to, too.")
-    over = open_checkpoint(sources[1]) if base is not None else None
-    expert = open_checkpoint(sources[0], over)
-    accelerator = accelerator or Accelerator()
-    processor = processor or first_processor(sources, options)
-    samples = encode(read_rows(data, "data", options), processor, expert.config, "data", options)
-    with tempfile.TemporaryDirectory() as folder:
-        pooled = pool_inputs(over, {over.title: samples} if over else {}, options, accelerator, Path(folder))
-        title = expert.source or "model"
-        statistics = calibrate_checkpoint(expert, samples, options, accelerator, Path(folder), title)
-    statistics.pooled = pooled[over.title] if over else {}
-    return statistics
-
-
 @dataclass
 class MergeResult:
     """What a merge did.
@@ -311,6 +268,24 @@ class MergeResult:
         lines.append("  time     " + ", ".join(f"{stage} {value:.1f} s" for stage, value in self.seconds.items()))
         lines += [f"  warning  {warning}" for warning in self.warnings]
         return "\n".join([*lines, f"  written  {self.output_dir}"])
+
+
+def _ignored(options: MergeOptions, validation: Any, score_fn: Any) -> list[str]:
+    """What was given in vain."""
+    given = [name for name, value in (("validation", validation), ("score_fn", score_fn)) if value is not None]
+    return [f"{name} is only used with alpha='auto'." for name in given if options.alpha != "auto"]
+
+
+def _lacking(plan: MergePlan, output: Optional[Path], max_memory: Any) -> list[str]:
+    """What would stop the merge: too little memory or disk."""
+    found = []
+    for check in (partial(check_memory, plan, max_memory), partial(check_disk, plan, output) if output else None):
+        try:
+            if check is not None:
+                check()
+        except HfEsmError as error:
+            found.append(str(error))
+    return found
 
 
 class _Run:

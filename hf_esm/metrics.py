@@ -42,6 +42,8 @@ def _share_right(outputs: Tensor, labels: Tensor) -> float:
 
 def _perplexity(outputs: Tensor, labels: Tensor) -> float:
     total, tokens = outputs.double().sum(0)
+    if not tokens:
+        raise HfEsmError("Perplexity: no sample has a token to predict. Give texts of two tokens or more.")
     return float((total / tokens).exp())
 
 
@@ -81,7 +83,11 @@ def resolve_metric(metric: Any) -> Metric:
         computed = loaded.compute(predictions=found.tolist(), references=labels.tolist())
         return float(computed.get(loaded.name, next(iter(computed.values()))))
 
-    return Metric(str(metric), score)
+    return Metric(str(metric), score, higher_is_better=str(metric) not in _ERRORS)
+
+
+# Metrics of the `evaluate` library of which less is better; it does not say so itself.
+_ERRORS = ("brier_score", "cer", "character", "mae", "mape", "mase", "mse", "smape", "ter", "wer")
 
 
 @torch.no_grad()
@@ -91,6 +97,13 @@ def outputs_of(
     """What a metric reads of a model, on the CPU, in the samples' order. Samples of like length share a batch."""
     device = next(model.parameters()).device
     order = sorted(range(len(samples)), key=lambda i: max(value.numel() for value in samples[i].values()))
+    if (
+        metric is not PERPLEXITY
+        and samples
+        and "input_ids" in samples[0]
+        and model.config.get_text_config().pad_token_id is None
+    ):
+        batch_size = 1  # decoders find a sample's last token by it
     found: Optional[Tensor] = None
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -101,6 +114,20 @@ def outputs_of(
             found = part.new_empty(len(samples), *part.shape[1:])
         found[chosen] = part
     return torch.empty(0) if found is None else found
+
+
+def check_answers(model: PreTrainedModel, metric: Metric) -> None:
+    """Refuse a model whose answers the metric cannot read."""
+    kind = type(model).__name__
+    if metric is PERPLEXITY:
+        if not model.can_generate():
+            raise HfEsmError(
+                f"{kind} predicts no next token; perplexity needs a causal or sequence-to-sequence model."
+            )
+    elif model.config.problem_type == "multi_label_classification":
+        raise HfEsmError(f"{kind} gives several labels per sample, which no metric here reads. Use `score_fn`.")
+    elif metric is ACCURACY and model.config.num_labels == 1:
+        raise HfEsmError(f"{kind} gives one value, not a class. Choose a metric of values, such as 'mse'.")
 
 
 def _answer(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """The options of `merge_models` in one place: keyword arguments, recipes and command line flags are read off here."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import isfinite
 from numbers import Real
 from typing import Any, Optional
@@ -11,6 +11,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from .errors import HfEsmError
 from .methods import METHODS
 from .proxies import ProxyOptions
+
+
+RECIPE_FILE = "merge_recipe.yaml"  # stands in every folder that a merge wrote
 
 
 @dataclass
@@ -75,6 +78,9 @@ class MergeOptions(ProxyOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for option in fields(self):
+            if isinstance(option.default, bool) and not isinstance(getattr(self, option.name), bool):
+                raise HfEsmError(f"{option.name} must be true or false, not {getattr(self, option.name)!r}.")
         if self.alpha not in (None, "auto") and not (isinstance(self.alpha, Real) and isfinite(self.alpha)):
             raise HfEsmError(f"alpha must be a number or 'auto', not {self.alpha!r}.")
         try:

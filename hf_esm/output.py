@@ -19,7 +19,7 @@ from .checkpoints.writer import output_dtype, to_stored, write_plan
 from .heads import save_head
 from .inputs import torch_dtype
 from .methods import describe_method
-from .options import MergeOptions
+from .options import RECIPE_FILE, MergeOptions
 from .passes import MergedUpdates
 from .planning import MergePlan
 from .proxies import PROXIES_FOLDER, Sample, save_samples
@@ -28,7 +28,6 @@ from .statistics import ActivationStatistics
 from .version import __version__
 
 
-RECIPE_FILE = "merge_recipe.yaml"
 RECIPE_VERSION = 1
 REPORT_FILE = "merge_report.json"
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import shutil
 import time
 from collections import Counter
@@ -36,6 +37,7 @@ class MergePlan:
         scratch_bytes: size of the unscaled updates that are kept on disk while merging.
         memory_bytes: what merging needs: the largest weight, once per expert and for the work on it.
         calibration_bytes: what calibrating needs: the largest expert.
+        learning_bytes: what learning on the samples needs, if the method does; the heads besides.
         seconds: roughly how long merging takes here, from the operations of its eigenproblems.
         warnings: what the user should know.
     """
@@ -50,6 +52,7 @@ class MergePlan:
     scratch_bytes: int
     memory_bytes: int
     calibration_bytes: int
+    learning_bytes: int
     seconds: float
     warnings: list[str] = field(default_factory=list)
 
@@ -68,10 +71,15 @@ class MergePlan:
             f"  untouched  {len(self.heads.kept_from_base)} weights of the base",
             "  licences   " + "; ".join(f"{name}: {licence}" for name, licence in self.licences.items()),
             f"  disk       {_size(self.output_bytes)} for the model, {_size(self.scratch_bytes)} scratch",
-            f"  memory     {_size(self.calibration_bytes)} to calibrate, {_size(self.memory_bytes)} to merge",
+            f"  memory     {self._memory()}",
             f"  time       about {_duration(self.seconds)} to merge, besides reading and calibrating",
         ]
         return "\n".join(lines + [f"  warning    {warning}" for warning in self.warnings])
+
+    def _memory(self) -> str:
+        wanted = {"to calibrate": self.calibration_bytes if self.method.needs_statistics else 0}
+        wanted |= {"to learn": self.learning_bytes, "to merge": self.memory_bytes}
+        return ", ".join(f"{_size(count)} {what}" for what, count in wanted.items() if count)
 
 
 def plan_merge(
@@ -96,6 +104,8 @@ def plan_merge(
     head_plan = plan_heads(base, experts, heads)
     for expert in experts.values():
         _check_weights(base, expert, head_plan)
+        if differing := _differing_settings(base, expert):
+            warnings.append(f"{expert.title}: its config differs from the base's in {', '.join(differing)}.")
         if expert.extra:
             warnings.append(
                 f"{expert.title}: its file holds weights its model has no place for: {_some(expert.extra)}."
@@ -126,6 +136,7 @@ def plan_merge(
         4 * sum(elements.values()),
         merge_bytes(max(elements.values()), len(experts)),
         max(expert.nbytes if not isinstance(expert, LoraCheckpoint) else base.nbytes for expert in experts.values()),
+        4 * sum(elements.values()) * method.bodies_to_learn(len(experts)),
         _estimate_seconds(base, head_plan.shared, len(experts)),
         head_plan.warnings + warnings,
     )
@@ -154,12 +165,16 @@ def check_disk(plan: MergePlan, output: Path, statistics_bytes: int = 0) -> None
 
 
 def check_memory(plan: MergePlan, max_memory: Optional[str | int]) -> None:
-    """Raise if the largest weight does not fit in `max_memory`."""
-    if max_memory is not None and plan.memory_bytes > convert_file_size_to_int(max_memory):
-        raise HfEsmError(
-            f"max_memory {max_memory}: the largest weight of {len(plan.experts)} experts needs "
-            f"{_size(plan.memory_bytes)}. Give at least that."
-        )
+    """Raise if the largest weight, or what a method learns with, does not fit in `max_memory`."""
+    if max_memory is None:
+        return
+    wanted = {
+        f"the largest weight of {len(plan.experts)} experts": plan.memory_bytes,
+        f"learning by {plan.method.name}": plan.learning_bytes,
+    }
+    for what, count in wanted.items():
+        if count > convert_file_size_to_int(max_memory):
+            raise HfEsmError(f"max_memory {max_memory}: {what} needs {_size(count)}. Give at least that.")
 
 
 def check_values(plan: MergePlan, progress: Any = iter) -> None:
@@ -206,6 +221,41 @@ def _check_architecture(base: Checkpoint, expert: Checkpoint) -> None:
             name = type(expert.skeleton).__name__
             remedy = f"It may be a part of the base: load `{name}.from_pretrained(…)` of the base, and pass that."
         raise HfEsmError(f"{expert.title} is a {other} model, but the base is a {own}. {remedy}")
+
+
+# Settings of which a difference makes another function of the same weights.
+_OF_THE_FUNCTION = r"(num_.*heads|.*_heads|n_heads?|head_dim|hidden_act|hidden_activation|activation(_function)?)$"
+# Settings that say where a model comes from, how it is trained or run, or what its head is, or that shapes show.
+_INDIFFERENT = (
+    r"(.*dropout.*|.*drop_(rate|prob|path).*|architectures|.*dtype|transformers_version|_.*|id2label|label2id|num_labels|"
+    r"problem_type|use_cache|.*token_ids?|.*init.*|summary_.*|classifier_.*|tokenizer_class|return_dict|output_.*|"
+    r"auto_map|vocab_size|finetuning_task|gradient_checkpointing|torchscript|.*loss.*|name_or_path|semantic_.*|"
+    r"pipeline_.*|custom_.*|task_specific_params|is_decoder|add_cross_attention|pruned_heads|tie_.*|mask_.*|apply_spec.*)$"
+)
+
+
+def _differing_settings(base: Checkpoint, expert: Checkpoint) -> list[str]:
+    """The settings of the body in which an expert's config differs from the base's, with both values.
+
+    Raises:
+        HfEsmError: if they make its weights another function.
+    """
+    ours, theirs = _settings(base.config), _settings(expert.config)
+    differing = {name: f"{name} ({theirs[name]}, base {ours[name]})" for name in ours.keys() & theirs.keys()}
+    differing = {name: said for name, said in sorted(differing.items()) if ours[name] != theirs[name]}
+    for name, said in differing.items():
+        if re.match(_OF_THE_FUNCTION, name.rpartition(".")[2]):
+            raise HfEsmError(f"{expert.title}: its config differs from the base's in {said}. Is it a fine-tune of it?")
+    return list(differing.values())
+
+
+def _settings(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A config's settings that matter here, those of its parts by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in (config if isinstance(config, dict) else config.to_dict()).items():
+        if not re.match(_INDIFFERENT, name):
+            found |= _settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def _check_complete(checkpoint: Checkpoint, missing: list[str]) -> None:

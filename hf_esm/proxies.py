@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,7 +28,7 @@ FORMAT = "hf_esm.proxies"
 FORMAT_VERSION = 1
 # What a row may hold that is model input as it is.
 READY_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values", "inputs_embeds")
-COLUMNS = ("text", "text_pair", "image", "audio", "label")
+COLUMNS = ("text", "text_pair", "text_target", "image", "audio", "label")
 LONGEST = 512  # tokens, unless `max_length` says otherwise
 
 # One model input per name, unbatched and unpadded.
@@ -45,7 +45,8 @@ class ProxyOptions:
         num_samples: how many are taken, at random where there are more; 0 takes all.
         seed: seed of that choice.
         max_length: tokens that a text is cut to; by default what the model takes, at most 512.
-        columns: names of the columns for `text`, `text_pair`, `image`, `audio` and `label`, where they differ.
+        columns: names of the columns for `text`, `text_pair`, `text_target` (what an encoder-decoder is to write),
+            `image`, `audio` and `label`, where they differ.
     """
 
     num_samples: int = field(
@@ -57,7 +58,7 @@ class ProxyOptions:
     )
     columns: Mapping[str, str] = field(
         default_factory=dict,
-        metadata={"help": "columns that hold text, text_pair, image, audio or label, as text=NAME"},
+        metadata={"help": "columns that hold text, text_pair, text_target, image, audio or label, as text=NAME"},
     )
 
     def __post_init__(self) -> None:
@@ -88,7 +89,7 @@ def load_processor(folder: str | os.PathLike, trust_remote_code: bool = False) -
 
 
 def read_rows(data: Any, title: str, options: ProxyOptions) -> list[Any]:
-    """`num_samples` entries of whatever holds data, chosen with `seed`.
+    """`num_samples` entries of whatever holds data, chosen with `seed`; the first of what can only be gone through.
 
     Args:
         data: a sequence, a `datasets.Dataset`, a `DataLoader`, a column mapping, the path of a data file (JSON lines,
@@ -99,8 +100,9 @@ def read_rows(data: Any, title: str, options: ProxyOptions) -> list[Any]:
     if isinstance(data, (str, os.PathLike)):
         data = _read_file(Path(data), title)
     elif isinstance(data, Mapping) and "path" in data:
-        arguments = {"split": "train", **data}
-        data = load_dataset(arguments.pop("path"), **arguments)
+        data = _load({"split": "train", **data}, title)
+    elif isinstance(data, (DatasetDict, IterableDatasetDict)):
+        raise HfEsmError(f"{title}: these are several splits ({', '.join(map(str, data))}). Give one of them.")
     elif isinstance(data, Mapping):
         length = len(next(iter(data.values()), ()))
         data = [{name: column[i] for name, column in data.items()} for i in range(length)]
@@ -126,11 +128,17 @@ def _read_file(path: Path, title: str) -> Any:
         return load_samples(path)
     if path.suffix not in kinds:
         raise HfEsmError(f"{title}: {path} is none of {', '.join(kinds)} or .safetensors.")
+    return _load({"path": kinds[path.suffix], "data_files": str(path), "split": "train"}, title)
+
+
+def _load(arguments: dict[str, Any], title: str) -> Any:
+    """What `datasets.load_dataset` gives."""
     try:
-        return load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        return load_dataset(**arguments)
     except (DatasetsError, ValueError, OSError, StopIteration) as error:
+        what = arguments.get("data_files") or arguments["path"]
         why = " ".join(str(error.__cause__ or error).split()) or "it is empty"
-        raise HfEsmError(f"{title}: {path} cannot be read: {why}") from None
+        raise HfEsmError(f"{title}: {what} cannot be read: {why}") from None
 
 
 def _split_batches(loader: DataLoader, count: int, title: str) -> Iterator[Any]:
@@ -140,23 +148,38 @@ def _split_batches(loader: DataLoader, count: int, title: str) -> Iterator[Any]:
 
 
 def _split(batch: Any, title: str) -> Iterable[Any]:
-    """The samples of one batch: columns by name, strings, or pairs of strings as PyTorch collates them."""
+    """The samples of one batch: columns by name, strings, pairs of strings as PyTorch collates them, or tensors of
+    which the first are the inputs.
+    """
     if isinstance(batch, Mapping):
         return [dict(zip(batch, values)) for values in zip(*batch.values())]
     if isinstance(batch, (list, tuple)) and all(isinstance(entry, str) for entry in batch):
         return batch
     if isinstance(batch, (list, tuple)) and len(batch) == 2 and all(isinstance(part, tuple) for part in batch):
         return zip(*batch)
-    raise HfEsmError(f"{title}: batches of a DataLoader must hold model inputs by name, or texts.")
+    first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+    if isinstance(first, Tensor) and first.dim() == 4 and first.is_floating_point():
+        return [{"pixel_values": row} for row in first]
+    if isinstance(first, Tensor) and first.dim() == 2 and not first.is_floating_point():
+        return [{"input_ids": row} for row in first]
+    raise HfEsmError(f"{title}: batches of a DataLoader must hold model inputs by name, texts, or inputs and labels.")
 
 
 def encode(
-    rows: list[Any], processor: Any, config: PretrainedConfig, title: str, options: ProxyOptions
+    rows: list[Any],
+    processor: Any,
+    config: PretrainedConfig,
+    title: str,
+    options: ProxyOptions,
+    with_targets: bool = False,
 ) -> list[Sample]:
-    """Rows as unbatched, unpadded model inputs, labels left out; those of an encoder-decoder stay, as its targets."""
+    """Rows as unbatched, unpadded model inputs, labels left out; those of an encoder-decoder stay, as its targets, and
+    `with_targets` those of any ready tokens.
+    """
     first = rows[0]
     if isinstance(first, Mapping) and any(name in first for name in READY_INPUTS):
-        samples = [_ready(row, config, f"{title}: sample {i}") for i, row in enumerate(rows)]
+        keeps = with_targets or config.is_encoder_decoder
+        samples = [_ready(row, keeps, f"{title}: sample {i}") for i, row in enumerate(rows)]
     else:
         if processor is None:
             raise HfEsmError(
@@ -164,7 +187,7 @@ def encode(
                 "model's folder, pass `processor=`, or give ready model inputs (`input_ids`, `pixel_values`, …)."
             )
         samples = [_encode_row(row, processor, config, title, options) for row in rows]
-    samples = [_unpadded(sample) for sample in samples]
+    samples = [_unpadded(sample, config) for sample in samples]
     for i, sample in enumerate(samples):
         if any(tensor.numel() == 0 for tensor in sample.values()):
             raise HfEsmError(f"{title}: sample {i} has no real token. Leave it out.")
@@ -187,7 +210,7 @@ def _check_tokens(sample: Sample, config: PretrainedConfig, title: str) -> None:
         )
 
 
-def _unpadded(sample: Sample) -> Sample:
+def _unpadded(sample: Sample, config: PretrainedConfig) -> Sample:
     """A sample without its padding, as far as a mask, or the targets themselves, say what is padding."""
     sample = dict(sample)
     for mask_name, inputs in (("attention_mask", READY_INPUTS), ("decoder_attention_mask", ("decoder_input_ids",))):
@@ -195,13 +218,13 @@ def _unpadded(sample: Sample) -> Sample:
         if mask is not None and any(name in sample and sample[name].shape[:1] == mask.shape for name in inputs):
             beside = [name for name, value in sample.items() if value.shape[:1] == mask.shape]
             sample |= {name: sample[name][mask.bool()] for name in beside}
-    if "labels" in sample:
+    if "labels" in sample and config.is_encoder_decoder:
         real = (sample["labels"] != -100).nonzero()
         sample["labels"] = sample["labels"][: int(real.max()) + 1 if len(real) else 0]
     return sample
 
 
-def _ready(row: Any, config: PretrainedConfig, title: str) -> Sample:
+def _ready(row: Any, with_targets: bool, title: str) -> Sample:
     if not isinstance(row, Mapping):
         raise HfEsmError(f"{title} is a {type(row).__name__}, but sample 0 holds model inputs. Give all in one form.")
     sample = {}
@@ -211,16 +234,31 @@ def _ready(row: Any, config: PretrainedConfig, title: str) -> Sample:
                 sample[name] = torch.as_tensor(value)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise HfEsmError(f"{title}: '{name}' is no array of numbers ({error}). Leave it out.") from None
+    batches = [name for name, dims in _DIMS.items() if name in sample and sample[name].dim() == dims + 1]
+    if any(len(sample[name]) == 1 for name in batches):  # what processors give where tensors were asked for
+        sample = {name: value[0] if value.shape[:1] == (1,) else value for name, value in sample.items()}
+    ids = sample.get("input_ids")
+    if ids is not None and (ids.dim() != 1 or ids.is_floating_point()):
+        raise HfEsmError(
+            f"{title}: 'input_ids' is of shape {tuple(ids.shape)} and {ids.dtype}. Give the whole numbers of one "
+            "sample, of shape [length]."
+        )
     # What an encoder-decoder is to write are its decoder's inputs; a class is nothing that a model reads.
-    if "labels" in sample and not (config.is_encoder_decoder and sample["labels"].dim()):
+    if "labels" in sample and not (with_targets and sample["labels"].dim()):
         del sample["labels"]
     return sample
+
+
+# How many dimensions one sample's inputs have.
+_DIMS = {"input_ids": 1, "pixel_values": 3}
 
 
 def _encode_row(row: Any, processor: Any, config: PretrainedConfig, title: str, options: ProxyOptions) -> Sample:
     fields = row_fields(row, title, options)
     tokenizer = getattr(processor, "tokenizer", processor)
     found: dict[str, Any] = {}
+    if "text" in fields and not hasattr(tokenizer, "get_vocab"):
+        raise HfEsmError(f"{title}: this model reads no text; its processor is a {type(tokenizer).__name__}.")
     try:
         if "text" in fields:
             found |= tokenizer(
@@ -229,9 +267,14 @@ def _encode_row(row: Any, processor: Any, config: PretrainedConfig, title: str, 
                 truncation=True,
                 max_length=text_limit(tokenizer, config, options),
             )
+        if "text_target" in fields and config.is_encoder_decoder:
+            limit = text_limit(tokenizer, config, options)
+            found["labels"] = tokenizer(text_target=fields["text_target"], truncation=True, max_length=limit).input_ids
         if "image" in fields:
-            images = getattr(processor, "image_processor", processor)
-            found |= images(fields["image"], return_tensors="pt")
+            images, image = getattr(processor, "image_processor", processor), fields["image"]
+            if hasattr(image, "convert") and getattr(config, "num_channels", 3) == 3:  # of PIL: grey, or transparent
+                image = image.convert("RGB")
+            found |= images(image, return_tensors="pt")
         if "audio" in fields:
             sound = fields["audio"]
             rate = sound.get("sampling_rate") if isinstance(sound, Mapping) else None
@@ -245,7 +288,7 @@ def _encode_row(row: Any, processor: Any, config: PretrainedConfig, title: str, 
 
 
 def row_fields(row: Any, title: str, options: ProxyOptions) -> dict[str, Any]:
-    """A row's `text`, `text_pair`, `image`, `audio` and `label`, as far as it has them."""
+    """What stands in a row's columns, by the names in `COLUMNS`."""
     if isinstance(row, str):
         return {"text": row}
     if isinstance(row, (tuple, list)) and len(row) == 2 and all(isinstance(part, str) for part in row):
@@ -268,9 +311,15 @@ def row_fields(row: Any, title: str, options: ProxyOptions) -> dict[str, Any]:
 
 def text_limit(tokenizer: Any, config: PretrainedConfig, options: ProxyOptions) -> int:
     """Tokens that a text is cut to."""
-    limits = [getattr(tokenizer, "model_max_length", LONGEST), getattr(config, "max_position_embeddings", LONGEST)]
-    limits = [limit for limit in limits if isinstance(limit, int) and limit > 0]
-    return options.max_length or min(LONGEST, *limits)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = positions if isinstance(positions, int) and positions > 0 else options.max_length or LONGEST
+    if any(name in config.model_type for name in _OFFSET_POSITIONS):
+        positions -= (config.pad_token_id or 0) + 1
+    return min(options.max_length or min(LONGEST, getattr(tokenizer, "model_max_length", LONGEST)), positions)
+
+
+# Types of models that count positions from behind the padding token's index.
+_OFFSET_POSITIONS = ("roberta", "camembert", "mpnet", "data2vec-text", "xmod", "ibert", "luke")
 
 
 def batch_indices(samples: list[Sample], size: int) -> list[list[int]]:
@@ -351,7 +400,7 @@ def load_labelled(
     """
     rows = read_rows(data, title, options)
     labels = [_label(row, config, title, options) if labelled else 0 for row in rows]
-    return LabelledSamples(encode(rows, processor, config, title, options), labels)
+    return LabelledSamples(encode(rows, processor, config, title, options, with_targets=not labelled), labels)
 
 
 def _label(row: Any, config: Any, title: str, options: ProxyOptions) -> float:
@@ -363,8 +412,12 @@ def _label(row: Any, config: Any, title: str, options: ProxyOptions) -> float:
         if found not in config.label2id:
             raise HfEsmError(f"{title}: the expert has no label {found!r}; it has {list(config.label2id)[:10]}.")
         return config.label2id[found]
+    try:
+        found = float(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise HfEsmError(f"{title}: a label is {found!r}; only one class, or one value, per row is scored.") from None
     if config.num_labels == 1:
-        return float(found)
+        return found
     if not 0 <= int(found) < config.num_labels:
         raise HfEsmError(f"{title}: label {int(found)}, but the expert knows {config.num_labels} classes.")
     return int(found)

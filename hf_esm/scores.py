@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .metrics import ACCURACY, Metric, outputs_of
+from .metrics import ACCURACY, Metric, check_answers, outputs_of
 from .proxies import LabelledSamples
 
 
@@ -38,7 +38,8 @@ class Outcome:
 
 
 def run(model: PreTrainedModel, data: LabelledSamples, metric: Metric = ACCURACY, batch_size: int = 32) -> Outcome:
-    """A model's outputs on labelled samples."""
+    """A model's outputs on labelled samples, if the metric can read them."""
+    check_answers(model, metric)
     return Outcome(metric, outputs_of(model, data.samples, metric, batch_size), torch.tensor(data.labels))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hf_esm import HfEsmError
 from hf_esm.alpha import search_alpha
 
 
@@ -27,6 +28,13 @@ def test_a_default_beyond_the_peak_is_left_downwards():
 @pytest.mark.parametrize(("score", "expected"), [(lambda a: a, 3.0), (lambda a: -a, 0.1), (lambda a: 0.5, 1.0)])
 def test_the_ends_of_the_range_and_ties(score, expected):
     assert search_alpha(score)[0] == expected
+
+
+def test_a_score_that_is_no_number_is_no_best_and_nothing_but_such_is_refused():
+    alpha, _ = search_alpha(lambda a: float("nan") if a < 1.5 else -a)
+    assert alpha == 1.5
+    with pytest.raises(HfEsmError, match="every score is NaN"):
+        search_alpha(lambda a: float("nan"))
 
 
 def test_scores_every_candidate_once():

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from helpers import perturbed, save, stored_tensors, text_samples
 from safetensors.torch import load_file, save_file
 from tiny import BERT, SENTENCES, assert_refused, forbid_calibration, save_models, save_tokenizer, snapshot
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModel, DistilBertConfig, DistilBertModel
 
 from hf_esm import ActivationStatistics, calibrate, load_task_model, merge_models
+from hf_esm.options import RECIPE_FILE
 from hf_esm.statistics import InputStatistics
 
 
@@ -148,6 +150,13 @@ def options(**changes: Any) -> Callable:
     return lambda models: changes
 
 
+def written_by_a_merge(folder: Path) -> str:
+    """A folder that may be replaced."""
+    folder.mkdir(exist_ok=True)
+    (folder / RECIPE_FILE).touch()
+    return str(folder)
+
+
 def calibration(left: Any, **changes: Any) -> Callable:
     return options(calibration={"left": left, "right": text_samples(2)}, **changes)
 
@@ -177,6 +186,15 @@ REFUSED = {
             lambda: DistilBertModel(DistilBertConfig(vocab_size=60, dim=16, n_layers=1, n_heads=2, hidden_dim=24))
         ),
         [RIGHT, "distilbert", "must be fine-tunes"],
+    ),
+    "other-heads": (
+        instead(lambda: BERT.build(num_attention_heads=4)),
+        [RIGHT, "num_attention_heads (4, base 2)", "fine-tune"],
+    ),
+    "other-activation": (instead(lambda: BERT.build(hidden_act="relu")), [RIGHT, "hidden_act (relu, base gelu)"]),
+    "adapter-beside-a-model": (
+        lambda models: (models.right / "adapter_config.json").write_text("{}") and None,
+        [RIGHT, "PEFT adapter", "Move one of them away"],
     ),
     "other-shapes": (instead(lambda: BERT.build(hidden_size=32)), [RIGHT, "word_embeddings", "must be fine-tunes"]),
     "deeper": (
@@ -259,6 +277,14 @@ REFUSED = {
         [OF_LEFT, "sentence", "columns="],
     ),
     "unknown-role-of-a-column": (options(columns={"txt": "sentence"}), ["columns", "'txt'", "text_pair"]),
+    "tokens-in-twos": (calibration([{"input_ids": [[5, 6], [7, 8]]}]), [OF_LEFT, "sample 0", "(2, 2)", "[length]"]),
+    "tokens-with-points": (calibration([{"input_ids": [5.0, 6.0]}]), [OF_LEFT, "sample 0", "float32"]),
+    "several-splits": (
+        calibration(DatasetDict({"train": Dataset.from_dict({"text": ["a"]})})),
+        [OF_LEFT, "train", "Give one of them"],
+    ),
+    "no-such-data-set": (calibration({"path": "no/such-set"}), [OF_LEFT, "no/such-set", "cannot be read"]),
+    "calibration-without-tasks": (options(calibration=[["a"], ["b"]]), ["calibration", "{'task': …}", "list"]),
     "not-a-sample": (tokenized(calibration={"left": [1, 2], "right": [3]}), [OF_LEFT, "int", "give strings"]),
     "no-tokenizer": (calibration(SENTENCES), [OF_LEFT, "no tokenizer", "processor="]),
     "loader-without-names": (
@@ -276,16 +302,45 @@ REFUSED = {
         ["merged exists", "Choose another output_dir", "overwrite=True"],
     ),
     "output-is-an-expert": (
-        lambda models: {"output_dir": str(models.right), "overwrite": True},
+        lambda models: {"output_dir": written_by_a_merge(models.right), "overwrite": True},
         [RIGHT, "output_dir", "Choose another"],
     ),
     "output-holds-the-base": (
-        lambda models: {"output_dir": str(models.folder), "overwrite": True},
+        lambda models: {"output_dir": written_by_a_merge(models.folder), "overwrite": True},
         ["base (", "output_dir", "Choose another"],
+    ),
+    "output-of-somebody-else": (
+        lambda models: {"output_dir": str(models.left), "overwrite": True},
+        ["left is not what a merge wrote", "not overwritten", "Choose another"],
+    ),
+    "output-below-a-file": (
+        lambda models: {"output_dir": str(models.left / "config.json" / "merged")},
+        ["config.json", "is a file", "Choose another"],
+    ),
+    "output-is-where-we-are": (
+        lambda models: {"output_dir": str(Path.cwd().parent), "overwrite": True},
+        ["output_dir", "current folder", "Choose another"],
+    ),
+    "overwrite-as-a-word": (options(overwrite="false"), ["overwrite", "true or false", "'false'"]),
+    "statistics-in-the-output": (
+        lambda models: {"statistics_dir": str(models.folder / "merged" / "stats")},
+        ["statistics_dir", "stands in output_dir", "Choose another"],
+    ),
+    "work-in-the-output": (
+        lambda models: {"resume_dir": str(models.folder / "merged")},
+        ["resume_dir", "stands in output_dir", "Choose another"],
+    ),
+    "samples-in-the-output": (
+        lambda models: (
+            {"output_dir": written_by_a_merge(models.folder / "old"), "overwrite": True}
+            | {"calibration": {"left": str(models.folder / "old" / "left.jsonl"), "right": text_samples(2)}}
+        ),
+        [OF_LEFT, "stands in output_dir", "Choose another"],
     ),
     "no-space": (full_disk, ["merged", "1 kB are free", "Make room"]),
     # The options.
     "unknown-method": (options(method="magic"), ["'magic'", "tsv-m"]),
+    "method-without-a-name": (options(method={"gamma": 0.1}), ["method", "need a name", "tsv-m"]),
     "unknown-setting": (options(method={"name": "esm", "gama": 1}), ["'gama'", "gamma"]),
     "unknown-alpha": (options(alpha="best"), ["'best'", "'auto'"]),
     "unknown-dtype": (options(dtype="int8"), ["'int8'", "'bfloat16'"]),
@@ -296,10 +351,15 @@ REFUSED = {
         options(alpha="auto", validation={"left": [{"input_ids": [5], "label": 0}]}),
         ["alpha='auto'", "'right'"],
     ),
+    "auto-with-a-score-of-one-task": (
+        options(alpha="auto", score_fn={"left": lambda model: 0.0}),
+        ["alpha='auto'", "score_fn", "'right'"],
+    ),
     "auto-without-alpha": (labelled(0, method="mean", calibration=None), ["'mean'", "leave alpha out"]),
     "label-out-of-range": (labelled(3), ["validation of 'left'", "label 3", "3 classes"]),
     "label-below-zero": (labelled(-1), ["validation of 'left'", "label -1", "3 classes"]),
     "label-unknown": (labelled("sad"), ["validation of 'left'", "'sad'", "LABEL_0"]),
+    "label-list": (labelled([1, 2]), ["validation of 'left'", "[1, 2]", "one class"]),
     "label-missing": (labelled(None), ["validation of 'left'", "label", "columns="]),
 }
 
@@ -343,7 +403,7 @@ def test_a_pickled_expert_is_merged_where_that_is_allowed(models):
 
 def test_an_existing_output_is_replaced_where_that_is_allowed(models):
     given = arguments(models, method="mean", calibration=None, overwrite=True)
-    (models.folder / "merged").mkdir()
+    written_by_a_merge(models.folder / "merged")
     (models.folder / "merged" / "old.txt").write_text("old")
     before = {path.name for path in models.folder.iterdir()}
     merge_models(**given, progress=False)
@@ -384,7 +444,7 @@ for overwrite in (False, True):
 
 def test_a_killed_merge_leaves_nothing_under_the_outputs_name(models):
     old = models.folder / "merged-old"
-    old.mkdir()
+    written_by_a_merge(old)
     (old / "old.txt").write_text("old")
     given = arguments(
         models, method="mean", calibration=None, experts={"left": str(models.left), "right": str(models.right)}
@@ -395,6 +455,6 @@ def test_a_killed_merge_leaves_nothing_under_the_outputs_name(models):
     )
     assert ran.stdout.split() == [str(int(signal.SIGKILL))] * 2, ran.stderr
     assert not (models.folder / "merged").exists()
-    assert [path.name for path in old.iterdir()] == ["old.txt"]
+    assert {path.name for path in old.iterdir()} == {"old.txt", RECIPE_FILE}
     merge_models(**given, progress=False)
     assert Path(given["output_dir"], "model.safetensors").is_file()

@@ -130,8 +130,10 @@ def test_an_existing_folder_is_replaced_on_request_alone(models, merged, tmp_pat
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
     command = ["merge", models / "recipe.yaml", "--output-dir", tmp_path / "out"]
-    assert run(*command) == 2
+    assert run(*command) == run(*command, "--overwrite") == 2
     assert (tmp_path / "out" / "precious").exists()
+    (tmp_path / "out" / "merge_recipe.yaml").touch()  # what was merged before
+    assert run(*command) == 2
     assert run(*command, "--overwrite") == 0
     assert same_weights(tmp_path / "out", merged)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -193,7 +195,7 @@ def test_calibrate_keeps_within_the_memory_it_is_given(models, tmp_path, monkeyp
     folders = []
     collect = collect_statistics
     spy = lambda *args, **kwargs: folders.append(kwargs["folder"]) or collect(*args, **kwargs)  # noqa: E731
-    monkeypatch.setattr("hf_esm.inputs.collect_statistics", spy)
+    monkeypatch.setattr("hf_esm.calibrating.collect_statistics", spy)
     command = ["calibrate", models / "a", models / "a.jsonl", "-o", tmp_path / "a.safetensors"]
     for memory in ("1GB", "100KB"):
         assert run(*command, "--max-memory", memory) == 0

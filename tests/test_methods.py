@@ -298,6 +298,7 @@ PRESETS = {
         "sum_subtracted": 0.13,
         "stack_shared_inputs": False,
         "keep_fallback_scale": False,
+        "tolerance": 0.0,
         "scale_all": False,
     },
 }
@@ -362,7 +363,7 @@ def test_a_described_method_is_resolved_to_the_same_merge(name):
 
 
 def test_methods_and_settings_that_do_not_exist_are_named():
-    for method, wrong in [("esn", "esn"), ({"name": "esm", "gama": 0.2}, "gama"), ({"gamma": 0.2}, "None")]:
+    for method, wrong in [("esn", "esn"), ({"name": "esm", "gama": 0.2}, "gama"), ({"gamma": 0.2}, "need a name")]:
         with pytest.raises(HfEsmError, match=wrong):
             resolve_method(method)
     assert resolve_method({"name": "esm-vit", "gamma": 0.0}) == EssentialMerge(

@@ -11,8 +11,8 @@ from routed_toys import GPT2, encoded, expert, task_texts
 from tiny import BERT
 
 from hf_esm import HfEsmError, evaluate, merge_models
-from hf_esm.metrics import PERPLEXITY, outputs_of, resolve_metric
-from hf_esm.proxies import LabelledSamples
+from hf_esm.metrics import ACCURACY, PERPLEXITY, outputs_of, resolve_metric
+from hf_esm.proxies import LabelledSamples, ProxyOptions, load_labelled
 from hf_esm.scores import Scores, run
 
 
@@ -60,9 +60,48 @@ def test_perplexity_of_answers_alone_and_of_encoder_decoders():
         assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_perplexity_is_of_the_labels_that_rows_come_with():
+    model = GPT2.build().eval()
+    rows = [{**s, "labels": [-100, -100, *s["input_ids"][2:-1].tolist(), -100]} for s in token_samples(4)]
+    found = load_labelled(rows, None, model.config, "rows", ProxyOptions(num_samples=0), labelled=False)
+    samples = [{name: torch.as_tensor(value) for name, value in row.items()} for row in rows]
+    expected = run(model, LabelledSamples(samples, [0] * 7), PERPLEXITY).score
+    assert run(model, found, PERPLEXITY).score == pytest.approx(expected)
+    bare = LabelledSamples([{"input_ids": s["input_ids"]} for s in samples], [0] * 7)
+    assert run(model, bare, PERPLEXITY).score != pytest.approx(expected)
+
+
+def test_models_whose_answers_a_metric_cannot_read_are_refused():
+    samples, kind = LabelledSamples(token_samples(2), [0] * 7), "BertForSequenceClassification"
+    for model, metric, says in (
+        (BERT.build("BertForMaskedLM", vocab_size=VOCABULARY), PERPLEXITY, "predicts no next token"),
+        (BERT.build(kind, vocab_size=VOCABULARY, num_labels=1), ACCURACY, "one value, not a class"),
+        (
+            BERT.build(kind, vocab_size=VOCABULARY, problem_type="multi_label_classification"),
+            resolve_metric(lambda found, labels: 0.0),
+            "several labels per sample",
+        ),
+    ):
+        with pytest.raises(HfEsmError, match=says):
+            run(model.eval(), samples, metric)
+    nothing = run(GPT2.build().eval(), LabelledSamples([{"input_ids": torch.tensor([5])}], [0]), PERPLEXITY)
+    with pytest.raises(HfEsmError, match="no sample has a token to predict"):
+        nothing.metric.score(nothing.outputs, nothing.labels)
+
+
+def test_of_errors_less_is_better(monkeypatch):
+    monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=lambda name: SimpleNamespace(name=name)))
+    assert [resolve_metric(name).higher_is_better for name in ("mse", "wer", "f1", "matthews_correlation")] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
 def test_perplexity_needs_a_language_model_and_accuracy_a_classifier():
     samples = LabelledSamples(token_samples(2), [0] * 7)
-    with pytest.raises(HfEsmError, match="BertForSequenceClassification gives no likelihood"):
+    with pytest.raises(HfEsmError, match="BertForSequenceClassification predicts no next token"):
         run(BERT.build("BertForSequenceClassification", vocab_size=VOCABULARY).eval(), samples, PERPLEXITY)
     with pytest.raises(HfEsmError, match="GPT2LMHeadModel gives no class per sample"):
         run(GPT2.build().eval(), samples)

@@ -49,7 +49,7 @@ def ran(monkeypatch):
         found.append((getattr(model, "hf_device_map", None), kwargs["folder"]))
         return collect_statistics(model, *args, **kwargs)
 
-    monkeypatch.setattr("hf_esm.inputs.collect_statistics", spy)
+    monkeypatch.setattr("hf_esm.calibrating.collect_statistics", spy)
     return found
 
 

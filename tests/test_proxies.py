@@ -23,7 +23,8 @@ from transformers import ViTImageProcessor, Wav2Vec2FeatureExtractor
 from hf_esm import ActivationStatistics, HfEsmError, MergePlan, calibrate, merge_models
 from hf_esm.checkpoints import reader
 from hf_esm.output import RECIPE_FILE
-from hf_esm.proxies import ProxyOptions, encode, read_rows, save_samples
+from hf_esm.proxies import LabelledSamples, ProxyOptions, encode, read_rows, save_samples
+from hf_esm.scores import run
 
 
 PAIRS = list(zip(SENTENCES, SENTENCES[1:] + SENTENCES[:1], strict=True))
@@ -111,6 +112,11 @@ TEXT_FORMS = {  # the data, from a tokenizer and a folder, and the columns
     "ready-arrays": (lambda t, folder: [{"input_ids": np.array(s["input_ids"])} for s in encoded(t)], {}),
     "ready-ids-alone": (lambda t, folder: [{"input_ids": sample["input_ids"]} for sample in encoded(t)], {}),
     "ready-with-labels": (lambda t, folder: [{**s, "labels": 1, "label": 2, "id": "x"} for s in encoded(t)], {}),
+    "ready-in-batches-of-one": (lambda t, folder: [t(text, return_tensors="pt") for text in SENTENCES], {}),
+    "loader-of-ids-and-labels": (
+        lambda t, folder: DataLoader([(torch.tensor(s["input_ids"]), 1) for s in encoded(t)], batch_size=1),
+        {},
+    ),
     "ready-and-padded": (lambda t, folder: padded(t, SENTENCES), {}),
     "ready-and-padded-on-the-left": (lambda t, folder: padded(t, SENTENCES, padding_side="left"), {}),
     "ready-dataset": (lambda t, folder: datasets.Dataset.from_list(encoded(t)), {}),
@@ -163,6 +169,8 @@ def image_forms(folder: Path) -> SimpleNamespace:
         (dataset, {}),
         ([{"pixel_values": values} for values in ready], {}),
         ({"pixel_values": torch.stack(ready)}, {}),
+        (DataLoader([(values, 1) for values in ready], batch_size=2), {}),
+        ([{"pixel_values": values[None]} for values in ready], {}),
         (DataLoader([{"pixel_values": values} for values in ready], batch_size=2), {}),
     ]
     return SimpleNamespace(model="vit", processor=processor, plain=pictures, forms=forms)
@@ -180,6 +188,19 @@ def sound_forms(folder: Path) -> SimpleNamespace:
         ([{"input_values": values} for values in ready], {}),
     ]
     return SimpleNamespace(model="wav2vec2", processor=processor, plain=rows, forms=forms)
+
+
+def test_grey_and_transparent_pictures_are_read_in_colour(tmp_path):
+    given = image_forms(tmp_path)
+    config = ARCHITECTURES["vit"].build().config
+    for mode in ("L", "RGBA", "1"):
+        pictures = [picture.convert(mode) for picture in given.plain]
+        found = encode(pictures, given.processor, config, "data", ProxyOptions())
+        coloured = [picture.convert("RGB") for picture in pictures]
+        expected = encode(coloured, given.processor, config, "data", ProxyOptions())
+        assert all(torch.equal(f["pixel_values"], e["pixel_values"]) for f, e in zip(found, expected))
+    with pytest.raises(HfEsmError, match="data: this model reads no text; its processor is a ViTImageProcessor"):
+        encode(["a"], given.processor, config, "data", ProxyOptions())
 
 
 @pytest.mark.parametrize("make", [image_forms, sound_forms])
@@ -243,13 +264,50 @@ def test_the_number_of_samples_and_the_seed_are_recorded(models, tmp_path):
     assert (recipe["num_samples"], recipe["seed"]) == (3, 5)
 
 
-@pytest.mark.parametrize(("max_length", "longest"), [(None, 32), (6, 6)])
+@pytest.mark.parametrize(("max_length", "longest"), [(None, 32), (6, 6), (40, 32)])
 def test_texts_are_cut_to_what_the_model_takes_or_to_what_is_asked(models, max_length, longest):
     texts = ["film " * 50, "good film"]
     config = models.task_model.config
     samples = encode(texts, models.tokenizer, config, "data", ProxyOptions(max_length=max_length))
     assert [len(sample["input_ids"]) for sample in samples] == [longest, 4]
     assert len(calibrate(models.expert, texts, max_length=max_length, progress=False))
+
+
+def test_what_a_roberta_takes_is_less_than_its_positions(models):
+    config = ARCHITECTURES["roberta"].build(max_position_embeddings=20, pad_token_id=1).config
+    for options in (ProxyOptions(), ProxyOptions(max_length=19)):
+        (sample,) = encode(["film " * 50], models.tokenizer, config, "data", options)
+        assert len(sample["input_ids"]) == 18
+
+
+def test_a_text_may_have_a_target(models):
+    rows = [{"text": "good film", "summary": "good"}]
+    options = ProxyOptions(columns={"text_target": "summary"})
+    (sample,) = encode(rows, models.tokenizer, ARCHITECTURES["t5"].build().config, "data", options)
+    assert sample["labels"].tolist() == models.tokenizer("good")["input_ids"]
+    (sample,) = encode(rows, models.tokenizer, models.task_model.config, "data", options)
+    assert "labels" not in sample  # an encoder writes nothing
+
+
+def test_a_decoder_that_knows_no_padding_classifies_all_the_same():
+    model = ARCHITECTURES["gpt2"].build("GPT2ForSequenceClassification", pad_token_id=None)
+    samples = [{"input_ids": torch.randint(1, 40, (n,))} for n in (3, 5, 3, 5, 4)]
+    found = calibrate(model, samples, progress=False)
+    assert model.config.pad_token_id is None and found["h.0.mlp.c_fc.weight"].count == 20
+    data = LabelledSamples(samples, [0] * 5)
+    with torch.no_grad():
+        alone = [int(model(input_ids=s["input_ids"][None]).logits.argmax()) for s in samples]
+    assert run(model.eval(), data).outputs.tolist() == alone
+
+
+def test_code_of_a_processor_is_not_run_unasked(models, tmp_path):
+    shutil.copytree(models.expert, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass")
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    calibrate(tmp_path, encoded(models.tokenizer), progress=False)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_model_without_a_tokenizer_is_not_given_an_empty_one(models):
@@ -299,5 +357,12 @@ def test_a_dry_run_says_what_a_merge_would_be_and_reads_no_weight(models, tmp_pa
     assert snapshot(tmp_path) == before
     stored = (tmp_path / "base" / "model.safetensors").stat().st_size
     assert 0.8 * stored < plan.output_bytes < stored
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    given = {"output_dir": str(tmp_path / "merged"), "max_memory": "1KB", "dry_run": True, "validation": {"left": []}}
+    text = str(merge_models(tmp_path / "base", experts, method="concrete-adamerging", **given))
+    said = ["1 kB are free", "max_memory 1KB", "to learn", "validation is only used with alpha='auto'"]
+    assert [part for part in said if part not in text] == [], text
+    assert "to calibrate" not in text
     with pytest.raises(pytest.fail.Exception, match="a weight was read"):
         merge_models(tmp_path / "base", experts, calibration=dict.fromkeys(experts, text_samples(0)), progress=False)

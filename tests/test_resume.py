@@ -48,9 +48,9 @@ def test_an_interrupted_merge_goes_on(models, whole, tmp_path, monkeypatch, stag
         merge_models(**given(models), **options, callback=stop_at(stage, count))
     assert {path.name for path in tmp_path.iterdir()} == {"work"}  # nothing under the output's name
     calibrated, merged = [], []
-    collect, merge = __import__("hf_esm.inputs").inputs.calibrate_checkpoint, EssentialMerge.merge
+    collect, merge = __import__("hf_esm.calibrating").calibrating.calibrate_checkpoint, EssentialMerge.merge
     monkeypatch.setattr(
-        "hf_esm.inputs.calibrate_checkpoint", lambda *args: calibrated.append(args[-1]) or collect(*args)
+        "hf_esm.calibrating.calibrate_checkpoint", lambda *args: calibrated.append(args[-1]) or collect(*args)
     )
     monkeypatch.setattr(EssentialMerge, "merge", lambda self, stack: merged.append(stack.name) or merge(self, stack))
     merge_models(**given(models), **options)

@@ -213,3 +213,17 @@ def test_experts_of_a_part_of_the_base(tmp_path: Path) -> None:
     check_weights(
         part, reloaded(part, tmp_path / "merged"), expected_updates(part, experts, architecture, RULES["esm"])
     )
+
+
+@pytest.mark.parametrize(("merged", "wanted"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_task_model_has_the_dtype_of_the_merged_body(merged: str, wanted: torch.dtype, tmp_path: Path) -> None:
+    """Whatever its expert's was."""
+    base = ARCHITECTURES["bert"].build()
+    experts = [tmp_path / str(i) for i in range(2)]
+    for i, dtype in enumerate((torch.float32, torch.bfloat16)):
+        expert = perturbed(ARCHITECTURES["bert"].build(BERT_TASK, num_labels=3 + i), 0.1, i)
+        expert.to(dtype).save_pretrained(experts[i])
+    out = merge(base, experts, ARCHITECTURES["bert"], tmp_path / "out", "mean", dtype=merged).output_dir
+    for task in ("t0", "t1"):
+        assert {p.dtype for p in load_task_model(out, task).parameters()} == {wanted}
+    assert load_task_model(out, "t0", dtype=torch.float16).dtype == torch.float16

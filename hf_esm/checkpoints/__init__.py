@@ -2,7 +2,7 @@
 
 from .lora import LoraCheckpoint
 from .reader import Checkpoint, FolderCheckpoint, LiveCheckpoint
-from .sources import ModelSource, open_checkpoint, resolve_source, whole_folder
+from .sources import ModelSource, open_checkpoint, resolve_class, resolve_source, whole_folder
 from .writer import publish_folder, staging_folder, write_plan
 
 
@@ -14,6 +14,7 @@ __all__ = [
     "ModelSource",
     "open_checkpoint",
     "publish_folder",
+    "resolve_class",
     "resolve_source",
     "staging_folder",
     "whole_folder",

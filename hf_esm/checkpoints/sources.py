@@ -56,10 +56,14 @@ class ModelSource:
         folder = self.folder
         return folder is not None and (folder / "adapter_config.json").is_file() and not self._has_weights()
 
+    @property
+    def stores_weights(self) -> bool:
+        """Whether weights of a whole model stand in the folder already."""
+        return any(any(self.folder.glob(names)) for names in ("model*.safetensors*", "pytorch_model*.bin*"))
+
     def _has_weights(self) -> bool:
         """Whether a full model stands there; of a Hub model, only small files were fetched so far."""
-        stored = any(any(self.folder.glob(names)) for names in ("model*.safetensors*", "pytorch_model*.bin*"))
-        return stored or (self.repo_id is not None and (self.folder / "config.json").is_file())
+        return self.stores_weights or (self.repo_id is not None and (self.folder / "config.json").is_file())
 
     @property
     def record(self) -> Any:
@@ -167,6 +171,11 @@ def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, head
     """
     if source.model is not None:
         return LiveCheckpoint(source.model, source.title)
+    if source.stores_weights and (source.folder / "adapter_config.json").is_file():
+        raise HfEsmError(
+            f"{source.title}: a whole model and a PEFT adapter stand in it, and Transformers would put one on the "
+            "other. Move one of them away: the adapter, if it is merged into the weights."
+        )
     if source.is_adapter:
         if base is None:
             raise HfEsmError(f"{source.title} is a PEFT adapter; the base must be a full model.")
@@ -174,10 +183,10 @@ def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, head
         source.fetch("adapter_model.safetensors" if headers_only else "*.safetensors")
         checkpoint = LoraCheckpoint(source.folder, source.title, base, source.allow_pickle)
     else:
-        config, model_class = _model_class(source)
-        if headers_only and source.repo_id and not is_offline_mode():
-            files = _hub_headers(source)
-        else:
+        config, model_class = resolve_class(source)
+        whole = not headers_only or not source.repo_id or is_offline_mode()
+        files = None if whole else _hub_headers(source)
+        if files is None:
             source.fetch()
             files = TensorFiles.open(source.folder, source.title, source.allow_pickle)
         options = {"trust_remote_code": True} if source.trust_remote_code else {}
@@ -186,7 +195,7 @@ def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, head
     return checkpoint
 
 
-def _model_class(source: ModelSource) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+def resolve_class(source: ModelSource) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
     """The config, and the class that its `architectures` names."""
     if not (source.folder / "config.json").is_file():
         raise HfEsmError(f"{source.title}: no config.json (nor adapter_config.json) in {source.folder}.")
@@ -208,17 +217,18 @@ def _model_class(source: ModelSource) -> tuple[PretrainedConfig, type[PreTrained
     raise HfEsmError(f"{source.title}: Transformers {transformers.__version__} has no class {architecture}. {remedy}")
 
 
-def _hub_headers(source: ModelSource) -> TensorFiles:
-    """Names, shapes and dtypes of a Hub model's weights, from the first bytes of its files."""
+def _hub_headers(source: ModelSource) -> Optional[TensorFiles]:
+    """Names, shapes and dtypes of a Hub model's weights, from the first bytes of its files; None where there are only
+    pickle files, which cannot be read in part, and they are allowed.
+    """
     try:
         metadata = _on_hub(
             source.title, HfApi(token=source.token).get_safetensors_metadata, source.repo_id, source.revision
         )
     except NotASafetensorsRepoError:
-        remedy = "Merge without `dry_run`." if source.allow_pickle else _PICKLE_REMEDY
-        raise HfEsmError(
-            f"{source.title}: there are no safetensors weights in it, whose headers could be read alone. {remedy}"
-        ) from None
+        if source.allow_pickle:
+            return None
+        raise HfEsmError(f"{source.title}: there are no safetensors weights in it. {_PICKLE_REMEDY}") from None
     except SafetensorsParsingError as error:
         raise HfEsmError(f"{source.title}: its weights cannot be read: {error}") from None
     headers = {

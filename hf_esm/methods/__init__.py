@@ -50,7 +50,9 @@ def resolve_method(method: str | Mapping[str, Any] | MergeMethod) -> MergeMethod
             raise HfEsmError(f"method must be a name or settings, not {method!r}; there are {', '.join(METHODS)}.")
         return method
     settings = dict(method)
-    name = settings.pop("name", None)
+    if "name" not in settings:
+        raise HfEsmError(f"method: settings need a name, as in {{'name': 'esm', …}}; there are {', '.join(METHODS)}.")
+    name = settings.pop("name")
     if not isinstance(name, str) or name not in METHODS:
         raise HfEsmError(f"There is no method {name!r}; there are {', '.join(METHODS)}.")
     made = METHODS[name]()

@@ -53,6 +53,9 @@ class ConcreteTaskArithmetic(MergeMethod):
         if self.steps < 1:
             raise HfEsmError(f"{self.name}: steps must be 1 or more, not {self.steps}.")
 
+    def bodies_to_learn(self, tasks: int) -> int:
+        return 6 + tasks if self.adapts else 7
+
     def merge(self, stack: Stack) -> Merged:
         if self.learned is None:
             raise HfEsmError(f"{self.name}: no mask has been learned; `merge_models` does it.")

@@ -84,6 +84,10 @@ class MergeMethod:
         """Merge one weight of all experts."""
         raise NotImplementedError
 
+    def bodies_to_learn(self, tasks: int) -> int:
+        """How many bodies in float32 are in memory while something is learned on samples; 0 where nothing is."""
+        return 0
+
 
 def mean_update(stack: Stack, scaled: bool) -> Merged:
     """The plain average of the experts' updates: the rule for biases, norms and convolutions in every method."""

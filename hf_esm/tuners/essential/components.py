@@ -8,9 +8,10 @@ from typing import Any, Optional
 from accelerate import Accelerator
 from torch import Tensor
 
+from ...calibrating import calibrate_checkpoint
 from ...checkpoints import open_checkpoint, resolve_source
 from ...errors import HfEsmError
-from ...inputs import calibrate_checkpoint, find_processors, gather_statistics
+from ...inputs import find_processors, gather_statistics
 from ...linalg import essential_subspace
 from ...methods import EssentialMerge
 from ...options import MergeOptions
