@@ -90,7 +90,7 @@ class RoutedExperts:
     confidence: float = 0.85
     shift: dict[str, Tensor] = field(default_factory=dict)
 
-    def save(self, folder: Path, model: PreTrainedModel, base_fingerprint: Optional[str] = None) -> None:
+    def save(self, folder: Path, model: PreTrainedModel, base_fingerprint: Optional[dict[str, str]] = None) -> None:
         """Write the adapter for a merged model, and beside it the features that its router is made from."""
         readers, tensors, settings = self._route()
         ranks = {module: a.shape[1] for module, (a, _) in self.factors.items()}

@@ -5,41 +5,47 @@ import json
 from pathlib import Path
 
 from .errors import HfEsmError
-from .experts import FOLDER
+from .options import RECIPE_FILE, REPORT_FILE
 from .proxies import PROXIES_FOLDER
 
 
 HASHES_FILE = "hashes.json"
+# What people edit, and what changes no answer.
+_LEFT_OUT = (HASHES_FILE, "README.md", "generation_config.json", "chat_template.jinja", RECIPE_FILE, REPORT_FILE)
 
 
 def write_hashes(folder: Path) -> None:
-    """Record the hash of every weight file: the Hub's client notices no flipped byte."""
+    """Record the hash of every file that changes what the model says: the Hub's client notices no flipped byte."""
     hashes = {str(path.relative_to(folder)): _hash(path) for path in _hashed(folder)}
     (folder / HASHES_FILE).write_text(json.dumps(hashes, indent=1) + "\n", encoding="utf-8")
 
 
-def verify_hashes(folder: Path, title: str) -> None:
-    """Raise if a file is missing or not what was written."""
+def read_hashes(folder: Path, title: str) -> dict[str, str]:
+    """What `write_hashes` recorded, by the file's path in the folder."""
     if not (folder / HASHES_FILE).is_file():
         raise HfEsmError(f"{title}: {HASHES_FILE} is missing, so that its files cannot be checked. Download it again.")
     try:
-        hashes = dict(json.loads((folder / HASHES_FILE).read_text(encoding="utf-8")))
-    except ValueError:
+        return dict(json.loads((folder / HASHES_FILE).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
         raise HfEsmError(f"{title}: {HASHES_FILE} is damaged. Download it again.") from None
-    for name, expected in hashes.items():
+
+
+def verify_hashes(folder: Path, title: str) -> None:
+    """Raise if a file is missing or not what was written."""
+    for name, expected in read_hashes(folder, title).items():
         if not (folder / name).is_file():
             raise HfEsmError(f"{title}: {name} is missing. Download the whole model again.")
         if _hash(folder / name) != expected:
             path = (folder / name).resolve()  # in the Hub's cache, the client takes it as it is until it is deleted
             raise HfEsmError(
-                f"{title}: {name} is damaged: its hash is not the one recorded. Delete {path} and download it again."
+                f"{title}: {name} is damaged: its hash is not the one recorded. Delete {path} and download it again; "
+                f"if you changed it yourself, remove its line from {HASHES_FILE}."
             )
 
 
 def _hashed(folder: Path) -> list[Path]:
-    weights = [path.relative_to(folder) for path in sorted(folder.rglob("*.safetensors"))]
-    weights = [folder / path for path in weights if path.parts[0] != PROXIES_FOLDER]
-    return [*weights, folder / FOLDER / "adapter_config.json"]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [f for f in files if f.relative_to(folder).parts[0] not in (PROXIES_FOLDER, *_LEFT_OUT)]
 
 
 def _hash(path: Path) -> str:

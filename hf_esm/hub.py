@@ -1,16 +1,19 @@
 """`RoutedModel`: a merged model with its experts, router, heads and processor, from a folder or the Hub."""
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from accelerate.utils import send_to_device
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -26,8 +29,8 @@ from .checkpoints import (
     whole_folder,
 )
 from .errors import HfEsmError
-from .experts import FOLDER, RoutedExperts, expert_factors, load_experts, residual_update
-from .hashes import HASHES_FILE, verify_hashes, write_hashes
+from .experts import FEATURES, FOLDER, RoutedExperts, expert_factors, load_experts, residual_update
+from .hashes import HASHES_FILE, read_hashes, verify_hashes, write_hashes
 from .heads import FOLDER as HEADS_FOLDER
 from .heads import WEIGHTS as HEAD_WEIGHTS
 from .heads import attach_head, save_head
@@ -35,11 +38,14 @@ from .inputs import name_experts, refuse_foreign
 from .methods import RoutedMerge
 from .options import RECIPE_FILE
 from .planning import check_values, plan_merge
-from .proxies import PROXIES_FOLDER, ProxyOptions, batch_indices, collate, encode, load_processor
+from .proxies import PROXIES_FOLDER, ProxyOptions, batch_indices, collate, encode, load_processor, read_rows
 from .statistics import ActivationStatistics
 from .tuners.lora_export import write_lora_adapter
-from .tuners.routed import Decision, Route, decide, route
+from .tuners.routed import Decision, Named, Route, decide, route, routing_state
 from .weights import to_matrices
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,7 +55,8 @@ class Prediction:
     Attributes:
         task: the task that it was taken for, or that was given.
         label: that task's label.
-        score: the label's probability.
+        score: the label's probability; of a task with several labels per sample, the likeliest one's own; of a task
+            with one value, the value.
         sure: whether the task's expert was added; False where the router was not sure enough.
     """
 
@@ -93,8 +100,9 @@ class RoutedModel:
         processor: tokenizer or processor, None if there is none.
     """
 
-    def __init__(self, model: PeftModel, folder: Path, processor: Any = None):
+    def __init__(self, model: PeftModel, folder: Path, processor: Any = None, source: Optional[ModelSource] = None):
         self.model, self.folder, self.processor = model, folder, processor
+        self._source = source or ModelSource(str(folder), folder=folder)
         self.config = model.peft_config[model.active_adapter]
         self.tasks: list[str] = self.config.tasks
         self._task_models: dict[str, PreTrainedModel] = {}
@@ -120,13 +128,15 @@ class RoutedModel:
             HfEsmError: if it is no routed model, or a file is not what was written.
         """
         folder = whole_folder(model, str(model), revision, token)
+        hosted = None if Path(model).expanduser().is_dir() else str(model).partition("@")[0]
         _check_routed(folder, str(model))
         verify_hashes(folder, str(model))
         source = resolve_source(str(folder), str(model), trust_remote_code=trust_remote_code)
         config, model_class = resolve_class(source)
         static = model_class.from_pretrained(folder, config=config, **kwargs)
         adapted = PeftModel.from_pretrained(static, str(folder / FOLDER)).eval()
-        return cls(adapted, folder, load_processor(folder, trust_remote_code))
+        source.repo_id, source.revision = hosted, folder.name if hosted else None
+        return cls(adapted, folder, load_processor(folder, trust_remote_code), source)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -146,22 +156,31 @@ class RoutedModel:
         return next(self.model.parameters()).device
 
     def route(self, tasks: str | Sequence[str]) -> AbstractContextManager[None]:
-        """Within `with model.route(…)`: a task for all samples, one per sample, or `"static"` for no expert."""
+        """Within `with model.route(…)`: a task for all samples, one per sample, or `"static"` for no expert.
+
+        It holds for the thread that opens it: one that is started inside (a streamer's) has to open its own.
+        """
         return route(self.model, tasks if isinstance(tasks, str) else list(tasks))
 
     def task_model(self, task: str) -> PreTrainedModel:
-        """The task's model (`…ForSequenceClassification`, …) around the routed body, which all of them share."""
+        """The task's model (`…ForSequenceClassification`, …) around the routed body, which all of them share.
+
+        It is to run and to train, not to save: `load_task_model` and `export_lora` give what can be saved.
+        """
         if task not in self.tasks:
             raise HfEsmError(f"There is no expert for {task!r}; there are {', '.join(self.tasks)}.")
         if not (self.folder / HEADS_FOLDER / task).is_dir():
             raise HfEsmError(f"{self.folder}: no head of {task!r} in it.")
         if task not in self._task_models:
-            self._task_models[task] = attach_head(self.model.get_base_model(), self.folder, task)
+            found = attach_head(self.model.get_base_model(), self.folder, task)
+            found.register_forward_pre_hook(partial(_refuse_ragged, task, self.model), with_kwargs=True)
+            self._task_models[task] = found
         return self._task_models[task]
 
     @torch.no_grad()
     def explain(self, inputs: Any, batch_size: int = 32, **options: Any) -> list[Explanation]:
         """Which expert each input gets and why. Takes what `predict` takes."""
+        inputs = _rows(inputs)
         self._need_router("explain")
         found: list[Optional[Explanation]] = [None] * len(inputs)
         for chosen, batch in self._batches(inputs, batch_size, options):
@@ -186,7 +205,13 @@ class RoutedModel:
             tasks: the task of all inputs or of each, where it is known. Then its expert is added in all layers.
             options: fields of `ProxyOptions`, such as `max_length`.
         """
+        inputs = _rows(inputs)
+        forced = routing_state(self.model).local.forced
+        if tasks is None and isinstance(forced, Named):
+            tasks = forced.names
         given = [tasks] * len(inputs) if isinstance(tasks, str) else tasks
+        if unknown := [task for task in given or () if task not in self.tasks]:
+            raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {', '.join(self.tasks)}.")
         if given is not None and len(given) != len(inputs):
             raise HfEsmError(f"{len(given)} tasks are given for {len(inputs)} inputs. Give one each.")
         if given is None:
@@ -202,11 +227,11 @@ class RoutedModel:
                 part = {name: value[rows] for name, value in batch.items()}
                 forced = task if decision is None else _take(decision, rows)
                 with route(self.model, forced):
-                    logits = self.task_model(task)(**part).logits
-                if logits.dim() != 2:
+                    logits = getattr(self.task_model(task)(**part), "logits", None)
+                if logits is None or logits.dim() != 2:
                     raise HfEsmError(f"{task!r} has no class per sample; run `task_model({task!r})` yourself.")
-                scores = logits.float().softmax(-1).max(-1)
-                labels = self.task_model(task).config.id2label
+                config = self.task_model(task).config
+                scores, labels = _probabilities(logits.float(), config).max(-1), config.id2label
                 for at, row in enumerate(rows):
                     sure = decision is None or decision.route.weights is None or bool(decision.route.weights[row])
                     label = labels[int(scores.indices[at])]
@@ -214,16 +239,20 @@ class RoutedModel:
         return found
 
     def _need_router(self, what: str) -> None:
+        if routing_state(self.model).local.forced is not None:
+            raise HfEsmError(f"{what} asks the router, but a route is given. Call it outside of `route`.")
+        if not self.model.has_active_enabled_adapter:
+            raise HfEsmError(f"{what}: the experts are disabled, and the router with them. Enable the adapter.")
         if self.config.router == "none":
             raise HfEsmError(f"{what}: this model has no router. Name the tasks: {', '.join(self.tasks)}.")
 
     def _batches(self, inputs: Any, batch_size: int, options: Mapping[str, Any]) -> Iterable[tuple[list[int], dict]]:
-        if isinstance(inputs, str):
-            raise HfEsmError("Give a list of inputs, even for one: [text].")
-        if not len(inputs):
+        if batch_size < 1:
+            raise HfEsmError(f"batch_size must be 1 or more, not {batch_size}.")
+        if not inputs:
             return
         config = self.model.get_base_model().config
-        samples = encode(list(inputs), self.processor, config, "inputs", ProxyOptions(**{"num_samples": 0, **options}))
+        samples = encode(inputs, self.processor, config, "inputs", ProxyOptions(**{"num_samples": 0, **options}))
         order = sorted(range(len(samples)), key=lambda i: max(value.numel() for value in samples[i].values()))
         groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         if not any("attention_mask" in sample or "input_ids" in sample for sample in samples):
@@ -296,7 +325,8 @@ class RoutedModel:
                     m: (a[experts.tasks.index(task)], b[experts.tasks.index(task)])
                     for m, (a, b) in experts.factors.items()
                 },
-                str(self.folder.absolute()),
+                self._source.repo_id or str(self.folder.absolute()),
+                base_revision=self._source.revision,
                 fan_in_fan_out=transposed,
                 base_class=type(base),
             )
@@ -337,6 +367,9 @@ class RoutedModel:
         else:
             statistics = self._statistics(task, source, statistics)
             refuse_foreign(plan, task, statistics)
+            taken_of = statistics.provenance.model
+            if taken_of and opened.source and Path(taken_of).name != Path(opened.source).name:
+                logger.warning("'%s': its statistics were taken of %s, not of %s.", task, taken_of, opened.source)
             if lacking := [module for module in experts.factors if modules[module] not in statistics]:
                 raise HfEsmError(f"'{task}': no statistics for '{lacking[0]}'. Were they taken of this expert?")
         if lacking := [module for module in experts.modules if modules[module] not in statistics.pooled]:
@@ -415,6 +448,34 @@ class RoutedModel:
         return type(self).from_pretrained(output)
 
 
+def _rows(inputs: Any) -> list[Any]:
+    """Inputs as a list: of columns, such as a tokenizer's batch, the rows."""
+    if isinstance(inputs, str):
+        raise HfEsmError("Give a list of inputs, even for one: [text].")
+    if not isinstance(inputs, (Mapping, Iterable)):
+        raise HfEsmError(f"Give a list of inputs, not a {type(inputs).__name__}.")
+    return read_rows(inputs, "inputs", ProxyOptions(num_samples=0)) if isinstance(inputs, Mapping) else list(inputs)
+
+
+def _probabilities(logits: torch.Tensor, config: Any) -> torch.Tensor:
+    """What a head says of its labels `[B, labels]`, as Transformers' own pipeline takes it."""
+    if logits.shape[1] == 1:
+        return logits
+    return logits.sigmoid() if config.problem_type == "multi_label_classification" else logits.softmax(-1)
+
+
+def _refuse_ragged(task: str, model: PeftModel, head: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a task's model: one loss is of one head."""
+    forced = routing_state(model).local.forced
+    if kwargs.get("labels") is None or not isinstance(forced, Named) or isinstance(forced.names, str):
+        return
+    if others := sorted(set(forced.names) - {task, "static"}):
+        raise HfEsmError(
+            f"Samples of {others[0]!r} are routed through the head of {task!r}, and one loss is asked for. Run each "
+            "task's samples through its own `task_model`."
+        )
+
+
 def _take(decision: Decision, rows: list[int]) -> Decision:
     """The decision on some of a batch's samples."""
     weights = None if decision.route.weights is None else decision.route.weights[rows]
@@ -434,20 +495,47 @@ def push_folder(
     base_model: Optional[str] = None,
     private: Optional[bool] = None,
     token: Optional[str | bool] = None,
+    revision: Optional[str] = None,
     **kwargs: Any,
 ) -> Any:
-    """Upload a merged model's folder, or, with `base_model`, its routed adapter alone."""
+    """Upload a merged model's folder, or, with `base_model`, its routed adapter alone.
+
+    Raises:
+        HfEsmError: if the Hub refuses it, the repository is public and a private one is wanted, or `base_model` is not
+            the static model that the adapter fits.
+    """
     if base_model is not None:
         _check_routed(folder, str(folder))
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if base_model is None:
-        ignored = [f"{PROXIES_FOLDER}/*"]
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=ignored, **kwargs)
-    with staging_folder(folder.parent / f"{folder.name}-adapter") as staging:
-        shutil.copytree(folder / FOLDER, staging, dirs_exist_ok=True)
-        config = PeftConfig.from_pretrained(str(staging))
-        config.base_model_name_or_path = base_model
-        config.save_pretrained(str(staging))
-        write_adapter_card(staging, config)
-        return api.upload_folder(repo_id=repo_id, folder_path=staging, **kwargs)
+    try:
+        if base_model is not None:
+            _check_same_weights(api, base_model, folder)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id).private:
+            raise HfEsmError(f"{repo_id} is there already, and public. Make it private, or choose another name.")
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        upload = partial(api.upload_folder, repo_id=repo_id, revision=revision, **kwargs)
+        if base_model is None:
+            return upload(folder_path=folder, ignore_patterns=[f"{PROXIES_FOLDER}/*"])
+        with staging_folder(folder.parent / f"{folder.name}-adapter") as staging:
+            shutil.copytree(folder / FOLDER, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FEATURES))
+            config = PeftConfig.from_pretrained(str(staging))
+            config.base_model_name_or_path = base_model
+            config.save_pretrained(str(staging))
+            write_adapter_card(staging, config)
+            return upload(folder_path=staging)
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise HfEsmError(f"{repo_id}: the Hub refuses it: {str(error).splitlines()[0]}") from None
+
+
+def _check_same_weights(api: HfApi, base_model: str, folder: Path) -> None:
+    """Raise if a model on the Hub is not the static model in `folder`, as far as its files' hashes tell."""
+    try:
+        files = api.model_info(base_model, files_metadata=True).siblings
+    except RepositoryNotFoundError:
+        raise HfEsmError(f"{base_model}: not on the Hub, or private. Push the static model there first.") from None
+    hosted = {file.rfilename: file.lfs and file.lfs.sha256 for file in files}
+    for name, digest in read_hashes(folder, str(folder)).items():
+        if name.startswith("model") and hosted.get(name, "none") not in (None, digest):
+            raise HfEsmError(f"{base_model}: its {name} is not that of {folder}, which the experts fit. Push that.")

@@ -13,7 +13,9 @@ from .methods import METHODS
 from .proxies import ProxyOptions
 
 
-RECIPE_FILE = "merge_recipe.yaml"  # stands in every folder that a merge wrote
+# What stands in every folder that a merge wrote.
+RECIPE_FILE = "merge_recipe.yaml"
+REPORT_FILE = "merge_report.json"
 
 
 @dataclass

@@ -19,7 +19,7 @@ from .checkpoints.writer import output_dtype, to_stored, write_plan
 from .heads import save_head
 from .inputs import torch_dtype
 from .methods import describe_method
-from .options import RECIPE_FILE, MergeOptions
+from .options import RECIPE_FILE, REPORT_FILE, MergeOptions
 from .passes import MergedUpdates
 from .planning import MergePlan
 from .proxies import PROXIES_FOLDER, Sample, save_samples
@@ -29,7 +29,6 @@ from .version import __version__
 
 
 RECIPE_VERSION = 1
-REPORT_FILE = "merge_report.json"
 
 
 def write_model(

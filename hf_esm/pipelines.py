@@ -1,5 +1,6 @@
 """A routed model as a Transformers pipeline."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,13 +13,17 @@ class RoutedPipeline(Pipeline):
     """Inputs in, `{"task": …, "label": …, "score": …, "sure": …}` out, for classifiers that `merge_models` routed.
 
     `RoutedPipeline(model)(texts)` takes what `RoutedModel.predict` takes, one input or a list, a generator or a
-    `datasets` column, and its options (`tasks="sst2"` where the task is known). Inputs run one by one: for large sets,
-    `RoutedModel.predict` runs them in batches.
+    `datasets` column, and its options (`tasks="sst2"` where the task is known, `batch_size`).
     """
 
     def __init__(self, model: RoutedModel, **kwargs: Any):
         self.routed = model
         super().__init__(model=model.model.get_base_model(), device=model.device, **kwargs)
+
+    def __call__(self, inputs: Any, **options: Any) -> Any:
+        one = isinstance(inputs, (str, Mapping)) or not isinstance(inputs, Iterable)
+        found = self.routed.predict([inputs] if one else list(inputs), **options)
+        return asdict(found[0]) if one else [asdict(prediction) for prediction in found]
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict, dict, dict]:
         return {}, options, {}

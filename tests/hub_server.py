@@ -224,9 +224,21 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, id: str, rev: str = "main") -> None:
         repo = self.repo(id)
         sha = repo.resolve(rev or "main")
-        siblings = [{"rfilename": path} for path in sorted(repo.commits[sha])]
+        siblings = [self.sibling(path, content) for path, content in sorted(repo.commits[sha].items())]
         about = {"id": id, "modelId": id, "sha": sha, "private": repo.private, "tags": [], "siblings": siblings}
         self.answer({**about, "downloads": 0, "likes": 0})
+
+    def sibling(self, path: str, content: bytes) -> dict[str, Any]:
+        oid = hashlib.sha256(content).hexdigest()
+        lfs = {"lfs": {"sha256": oid, "size": len(content), "pointerSize": 130}} if oid in self.hub.blobs else {}
+        return {"rfilename": path, **lfs}
+
+    def branch(self, id: str, rev: str) -> None:
+        repo = self.repo(id, write=True)
+        if rev in repo.refs:
+            raise Refusal(409, "Reference exists")
+        repo.refs[rev] = repo.resolve("main")
+        self.answer({})
 
     def tree(self, id: str, rev: str) -> None:
         repo = self.repo(id)
@@ -271,6 +283,7 @@ ROUTES = [
     (("PUT",), "/lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
     (("POST",), f"{_API}/commit{_REV}", "commit"),
     (("POST",), f"{_API}/tag{_REV}", "tag"),
+    (("POST",), f"{_API}/branch{_REV}", "branch"),
     (("GET",), f"{_API}(?:/revision{_REV})?", "info"),
     (("GET",), f"{_API}/tree{_REV}", "tree"),
     (("POST",), f"{_API}/paths-info{_REV}", "paths_info"),

@@ -5,6 +5,7 @@ them, and as ordinary LoRA where there is no hf_esm.
 import copy
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -21,7 +22,7 @@ import transformers
 from helpers import VOCABULARY, Architecture, perturbed, save, text_samples, token_inputs
 from peft import AutoPeftModel, LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from problems import SEEDS, relative_error
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import BERT, save_tokenizer, snapshot
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -583,11 +584,24 @@ def test_unsupported_modules_and_ranks_are_refused(cases):
     refused("rank 0", EssentialComponentsConfig, rank_pattern={"query": 0})
 
 
+def test_a_file_that_lacks_components_is_refused_and_so_are_adapter_names(cases, tmp_path):
+    case = cases["bert"]
+    shutil.copytree(case.folder / "left", tmp_path / "left")
+    stored = load_file(tmp_path / "left" / WEIGHTS)
+    lost = next(name for name in stored if name.endswith("components_C"))
+    save_file({name: tensor for name, tensor in stored.items() if name != lost}, tmp_path / "left" / WEIGHTS)
+    model = PeftModel.from_pretrained(fresh(case), tmp_path / "left").eval()
+    refused("its file lacks essential components", logits, model)
+    refused("its file lacks essential components", model.merge_and_unload)
+    whole = loaded(case, "left")
+    refused("one set of adapters per batch", whole, input_ids=torch.tensor([[5, 6]]), adapter_names=["left"])
+
+
 def test_broken_and_quantised_weights_are_not_merged(cases):
     model = loaded(cases["bert"], "left")
     layer = model.get_base_model().get_submodule(KINDS["bert"].full)
     with torch.no_grad():
-        layer.essential_components_C["left"][0, 0] = float("nan")
+        layer.essential_components_C["left"][0, 0] = float("inf")
     refused("'left' gives NaN", layer.merge, safe_merge=True)
     weight = torch.zeros(layer.weight.shape, dtype=torch.int8)
     layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)

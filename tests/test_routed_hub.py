@@ -72,6 +72,17 @@ DAMAGES = {
     "the static model": ("model.safetensors", flip, "model.safetensors is damaged: its hash"),
     "the experts": ("routed/adapter_model.safetensors", flip, "routed/adapter_model.safetensors is damaged: its hash"),
     "their settings": ("routed/adapter_config.json", flip, "routed/adapter_config.json is damaged: its hash"),
+    "the static model's settings": (
+        "config.json",
+        lambda path: path.write_text(path.read_text().replace("gelu", "relu")),
+        "config.json is damaged: its hash",
+    ),
+    "a head's labels": (
+        "heads/a/config.json",
+        lambda path: path.write_text(path.read_text().replace("LABEL", "label") + " "),
+        "heads/a/config.json is damaged: its hash",
+    ),
+    "hashes of another kind": ("hashes.json", lambda path: path.write_text("[1]"), "hashes.json is damaged"),
     "a head": ("heads/b/head.safetensors", flip, "heads/b/head.safetensors is damaged: its hash"),
     "no features": (
         "routed/router_features.safetensors",
@@ -270,7 +281,7 @@ def states(adapter: str) -> list[Tensor]:
 def test_an_adapter_alone_finds_its_static_model(hub, online, merged):
     stored = files(hub, "me/adapter")
     assert stored.keys() >= {"adapter_config.json", "adapter_model.safetensors"}
-    assert not any("model.safetensors" in name for name in stored.keys() - {"adapter_model.safetensors"})
+    assert not any(".safetensors" in name for name in stored.keys() - {"adapter_model.safetensors"})
     assert json.loads(stored["adapter_config.json"])["base_model_name_or_path"] == "me/static"
     card = ModelCard(stored["README.md"].decode())
     assert (card.data.base_model, card.data.library_name) == ("me/static", "peft")
@@ -281,6 +292,39 @@ def test_an_adapter_alone_finds_its_static_model(hub, online, merged):
     assert kind == "BertModel"
     assert all(torch.equal(hidden, expected) for hidden in found)
     assert list(merged.parent.glob(".*")) == []  # nothing of the upload stays
+
+
+def push_to_a_branch(folder: Path) -> None:
+    RoutedModel.from_pretrained(folder).push_to_hub("me/branched", token=TOKEN)
+    for _ in range(2):
+        RoutedModel.from_pretrained(folder).push_to_hub("me/branched", token=TOKEN, revision="dev")
+
+
+def test_a_push_to_a_branch_makes_it(hub, online, merged):
+    online(push_to_a_branch, merged)
+    assert hub.repos["me/branched"].refs.keys() >= {"main", "dev"}
+
+
+def push(folder: Path, repo_id: str, options: dict) -> None:
+    RoutedModel.from_pretrained(folder).push_to_hub(repo_id, token=TOKEN, **options)
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "options", "message"),
+    [
+        ("me/static", {"private": True}, "me/static is there already, and public"),
+        ("me/a b", {}, "me/a b: the Hub refuses it"),
+        ("me/new", {"base_model": "me/nope"}, "me/nope: not on the Hub, or private"),
+        ("me/new", {"base_model": "me/other"}, "me/other: its model.safetensors is not that of"),
+    ],
+)
+def test_what_must_not_be_pushed_is_not(hub, online, merged, larger, models, tmp_path, repo_id, options, message):
+    if "me/other" not in hub.repos:
+        other = merge_bert(models, tmp_path / "other", "bc")
+        online(push, other, "me/other", {})
+    before = {name: files(hub, name) for name in hub.repos}
+    assert message in error_of(online, push, merged, repo_id, options)
+    assert {name: files(hub, name) for name in hub.repos} == before
 
 
 # ---- the command line
@@ -355,8 +399,8 @@ def test_push_from_the_command_line(hub, online, merged, models):
     assert status == 0
     assert json.loads(files(hub, "me/said-adapter")["adapter_config.json"])["base_model_name_or_path"] == "me/said"
     status, _, errors = online(command_with_token, "push", merged, "other/said")
-    assert status == 1
-    assert errors.startswith("hf-esm: HfHubHTTPError: ")
+    assert status == 2
+    assert errors.startswith("hf-esm: other/said: the Hub refuses it: ")
     assert "403" in errors
 
 

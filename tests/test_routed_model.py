@@ -5,10 +5,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import image_samples, save, token_inputs
 from peft import PeftModel
 from routed_toys import (
@@ -32,7 +34,7 @@ from tiny import BERT
 from toys import LABELS, base_model, classifier, lora_adapter
 from transformers import AutoModel, BertModel, GPT2LMHeadModel, ViTForImageClassification, ViTModel
 
-from hf_esm import HfEsmError, RoutedModel, calibrate, load_recipe, merge_models
+from hf_esm import HfEsmError, RoutedModel, RoutedPipeline, calibrate, load_recipe, merge_models
 
 
 QUERY = "encoder.layer.1.attention.self.query"
@@ -255,6 +257,11 @@ def test_predictions_by_given_tasks_are_the_experts(routed):
         (lambda routed: routed.predict(MIXED, ["a"]), "1 tasks are given for 32 inputs"),
         (lambda routed: routed.predict(MIXED[:2], "c"), "no expert for 'c'; there are a, b"),
         (lambda routed: routed.task_model("c"), "no expert for 'c'; there are a, b"),
+        (lambda routed: routed.predict(MIXED[:2], ["a", None]), "no expert for None; there are a, b"),
+        (lambda routed: routed.predict(MIXED[:2], "static"), "no expert for 'static'; there are a, b"),
+        (lambda routed: routed.predict(MIXED[:2], batch_size=0), "batch_size must be 1 or more"),
+        (lambda routed: routed.predict("text"), "Give a list of inputs"),
+        (lambda routed: routed.predict(None), "Give a list of inputs, not a NoneType"),
         (lambda routed: routed.export_lora("never", ["c"]), "no expert for 'c'; there are a, b"),
         (lambda routed: routed.remove_expert("c", output_dir="never"), "no expert for 'c'; there are a, b"),
     ],
@@ -262,6 +269,64 @@ def test_predictions_by_given_tasks_are_the_experts(routed):
 def test_what_is_not_there_is_said(routed, call, message):
     with pytest.raises(HfEsmError, match=message):
         call(routed)
+
+
+def test_a_tokenizers_batch_and_a_generator_are_inputs(routed):
+    expected = routed.predict(MIXED[:5])
+    assert routed.predict(routed.processor(MIXED[:5], padding=True, return_tensors="pt")) == expected
+    assert routed.predict({"text": MIXED[:5]}) == routed.predict(text for text in MIXED[:5]) == expected
+    assert routed.explain({"text": MIXED[:5]}) == routed.explain(MIXED[:5])
+
+
+def test_a_given_route_is_the_task_of_predictions(routed):
+    with routed.route("b"):
+        assert routed.predict(MIXED[:4]) == routed.predict(MIXED[:4], "b")
+        with pytest.raises(HfEsmError, match="explain asks the router, but a route is given"):
+            routed.explain(MIXED[:4])
+    with routed.route(["b", "a"]):
+        assert routed.predict(MIXED[:2]) == routed.predict(MIXED[:2], ["b", "a"])
+    with routed.model.disable_adapter(), pytest.raises(HfEsmError, match="the experts are disabled"):
+        routed.predict(MIXED[:2])
+
+
+def test_one_loss_is_of_one_head(routed):
+    batch = routed.processor(MIXED[:2], padding=True, return_tensors="pt")
+    labels = torch.tensor([0, 1])
+    with routed.route(["a", "b"]):
+        routed.task_model("b")(**batch)
+        with pytest.raises(HfEsmError, match="Samples of 'a' are routed through the head of 'b'"):
+            routed.task_model("b")(**batch, labels=labels)
+    for tasks in ("b", ["b", "static"]):
+        with routed.route(tasks):
+            assert routed.task_model("b")(**batch, labels=labels).loss.isfinite()
+
+
+def test_heads_of_one_value_and_of_several_labels(models, tmp_path):
+    """As Transformers' own pipeline takes them."""
+    own = {"a": {"num_labels": 1}, "b": {"num_labels": 3, "problem_type": "multi_label_classification"}}
+    experts = {}
+    for task, settings in own.items():
+        body = base_model()
+        config = {n: v for n, v in body.config.to_dict().items() if n not in ("id2label", "label2id")}
+        model = type(expert(task))(type(body.config).from_dict({**config, **settings}))
+        model.bert.load_state_dict(body.state_dict(), strict=False)
+        experts[task] = tuned(model.eval(), 1 + "ab".index(task))
+    calibration = {task: encoded(task_texts(task)) for task in "ab"}
+    quiet(models / "base", experts, calibration=calibration, rank=FULL, output_dir=tmp_path / "out")
+    routed = RoutedModel.from_pretrained(tmp_path / "out")
+    samples = encoded(task_texts("a", 5))
+    for task, scored in (("a", lambda found: found), ("b", torch.sigmoid)):
+        expected = scored(logits(experts[task], samples)).max(-1).values
+        assert [p.score for p in routed.predict(samples, task)] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_a_pipeline_takes_what_predict_takes(routed):
+    expected = [asdict(found) for found in routed.predict(MIXED[:6])]
+    pipe = RoutedPipeline(routed)
+    assert pipe(MIXED[:6]) == pipe(Dataset.from_dict({"text": MIXED[:6]})["text"]) == expected
+    assert pipe(MIXED[:6], batch_size=2)[5]["label"] == expected[5]["label"]
+    assert pipe(MIXED[0]) == pipe(MIXED[:1])[0] and pipe([]) == []
+    assert pipe(MIXED[:2], tasks="b") == [asdict(found) for found in routed.predict(MIXED[:2], "b")]
 
 
 def test_explanations(models, routed, small, tmp_path):

@@ -188,6 +188,49 @@ def test_another_base_is_refused(cases):
     refused("it has no 'bert.", PeftModel.from_pretrained, fresh(cases["gpt2"]), case.folder / "prototype")
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+@pytest.mark.parametrize("loaded", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_right_base_is_known_in_every_dtype_and_another_is_refused(cases, tmp_path, stored, loaded):
+    case = cases["bert"]
+    written = case.written["prototype"]
+    base = fresh(case).to(stored)
+    written.save(tmp_path / "adapter", base)
+    PeftModel.from_pretrained(copy.deepcopy(base).to(loaded), tmp_path / "adapter")
+    other = base.to(loaded)
+    other.bert.encoder.layer[1].output.dense.weight[8:].mul_(1.05)
+    refused("their weights differ", PeftModel.from_pretrained, other, tmp_path / "adapter")
+
+
+@torch.no_grad()
+def test_a_base_that_cannot_be_read_is_mentioned(cases, caplog):
+    case = cases["bert"]
+    with torch.device("meta"):
+        base = type(case.base)(case.base.config)
+    PeftModel.from_pretrained(base, case.folder / "prototype", low_cpu_mem_usage=True)
+    assert "cannot be compared" in caplog.text
+
+
+@routers
+def test_adapter_names_are_refused(cases, router):
+    case = cases["bert"]
+    refused("not by adapter_names", loaded(case, router), **case.batch, adapter_names=[router] * len(case.samples))
+
+
+@kinds
+@routers
+@torch.no_grad()
+def test_a_part_of_the_model_alone_has_no_route_but_the_one_that_is_named(cases, kind, router):
+    model = loaded(cases[kind], router).get_base_model()
+    layer = next(layer for layer in layers(model) if router in layer.routed_experts_A)
+    rows = torch.randn(2, 4, layer.in_features)
+    refused("outside of its model's forward pass", layer, rows)
+    with route(model, TASKS[1]):
+        found = layer(rows)
+    a, b = layer.routed_experts_A[router][1], layer.routed_experts_B[router][1]
+    torch.testing.assert_close(found, layer.base_layer(rows) + rows @ a.T @ b.T)
+
+
 def test_a_sample_trains_its_own_expert(cases):
     case = cases["llama"]
     model = loaded(case, "prototype", is_trainable=True).train()

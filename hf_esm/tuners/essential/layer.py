@@ -25,15 +25,21 @@ class EssentialComponentsLayer(BaseTunerLayer):
         self.base_layer = base_layer
         self.essential_components_E = nn.ParameterDict()
         self.essential_components_C = nn.ParameterDict()
+        self.known_loaded: set[str] = set()
         self._disable_adapters = False
         self.merged_adapters = []
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, r: int, inference_mode: bool = False) -> None:
-        """Make room for an adapter. It changes nothing until it is loaded or trained: E is zero, C as LoRA's A."""
-        coordinates = torch.empty(r, self.in_features)
+        """Make room for an adapter. One to train changes nothing before: E is zero, C as LoRA's A. What has to come
+        from a file is NaN until it is loaded.
+        """
+        directions, coordinates = torch.zeros(self.out_features, r), torch.empty(r, self.in_features)
         nn.init.kaiming_uniform_(coordinates, a=5**0.5)
-        self.essential_components_E[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r))
+        if inference_mode:
+            directions, coordinates = directions.fill_(torch.nan), coordinates.fill_(torch.nan)
+        self.known_loaded.discard(adapter_name)
+        self.essential_components_E[adapter_name] = nn.Parameter(directions)
         self.essential_components_C[adapter_name] = nn.Parameter(coordinates)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -44,6 +50,18 @@ class EssentialComponentsLayer(BaseTunerLayer):
             factors = getattr(self, name)
             if adapter_name in factors and not factors[adapter_name].is_meta:
                 factors[adapter_name] = factors[adapter_name].to(device or self.weight.device)
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """`E` and `C`, once it is known that they were loaded: PEFT only warns of a file that lacks some."""
+        found = self.essential_components_E[adapter], self.essential_components_C[adapter]
+        if not torch.compiler.is_compiling() and adapter not in self.known_loaded:
+            if any(factor.is_meta or bool(factor.isnan().any()) for factor in found):
+                raise HfEsmError(
+                    f"Adapter '{adapter}': its file lacks essential components of a {type(self.base_layer).__name__} "
+                    f"[{self.out_features}, {self.in_features}], or holds NaN. Write it again."
+                )
+            self.known_loaded.add(adapter)
+        return found
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -67,14 +85,15 @@ class EssentialComponentsLinear(nn.Module, EssentialComponentsLayer):
         dtype = result.dtype
         for adapter in self.active_adapters:
             if adapter in self.essential_components_E:
-                directions, coordinates = self.essential_components_E[adapter], self.essential_components_C[adapter]
+                directions, coordinates = self.factors(adapter)
                 inputs = self._cast_input_dtype(x, coordinates.dtype)
                 result = result + F.linear(F.linear(inputs, coordinates), directions)
         return result.to(dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`E C`, as the base layer stores its weight."""
-        delta = self.essential_components_E[adapter] @ self.essential_components_C[adapter]
+        directions, coordinates = self.factors(adapter)
+        delta = directions @ coordinates
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:

@@ -1,5 +1,7 @@
 """Essential components on the linear maps of a whole model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -48,6 +50,15 @@ class EssentialComponentsModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             adapted.requires_grad_(False)
         self._replace_module(parent, target_name, adapted, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise HfEsmError(
+                "Essential components take one set of adapters per batch. For adapter_names, write them as LoRA "
+                "adapters (`essential_components(…, as_lora=True)`)."
+            )
+        yield
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own also sets `weight` on what is put back when an adapter is unloaded, which a head of several

@@ -4,11 +4,12 @@ from ..registration import HfEsmPeftType, register
 from .config import RoutedExpertsConfig
 from .layer import RoutedExpertsLayer, RoutedExpertsLinear
 from .model import RoutedExpertsModel, decide, fingerprint, recording, route, routing_state
-from .routing import Decision, Route
+from .routing import Decision, Named, Route
 
 
 __all__ = [
     "Decision",
+    "Named",
     "Route",
     "RoutedExpertsConfig",
     "RoutedExpertsLayer",

@@ -31,7 +31,7 @@ class RoutedExpertsConfig(PeftConfig):
         confidence: probability that a task needs for a sample to get its expert; the static model serves the others.
         temperature: of the probabilities.
         threshold: distance beyond which a sample is taken for none of the tasks and gets no expert.
-        base_fingerprint: of the weights below the experts; see `fingerprint`.
+        base_fingerprint: of the weights below the experts, by dtype; see `fingerprint`.
         format_version: of the adapter.
     """
 
@@ -46,7 +46,9 @@ class RoutedExpertsConfig(PeftConfig):
     confidence: float = field(default=0.85, metadata={"help": "probability that a task needs for its expert"})
     temperature: float = field(default=1.0, metadata={"help": "of the tasks' probabilities"})
     threshold: Optional[float] = field(default=None, metadata={"help": "distance from which a sample is of no task"})
-    base_fingerprint: Optional[str] = field(default=None, metadata={"help": "of the weights below the experts"})
+    base_fingerprint: Optional[dict[str, str]] = field(
+        default=None, metadata={"help": "of the weights below the experts"}
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "of the adapter"})
 
     def __post_init__(self) -> None:

@@ -111,10 +111,11 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         if self.disable_adapters:
             return result
         frames = self.state.local.frames
-        if not frames and self.training and torch.is_grad_enabled():
+        if not frames and self.state.local.forced is None:
             raise HfEsmError(
-                f"{self.name} was run outside of its model's forward pass: there are no routes, and gradients would "
-                "be wrong. To checkpoint activations, call `gradient_checkpointing_enable` of Transformers."
+                f"{self.name} was run outside of its model's forward pass, so that there is no route. Call the model, "
+                "or name the task: `with route(model, task)`. To checkpoint activations, call "
+                "`gradient_checkpointing_enable` of Transformers."
             )
         frame = frames[-1] if frames else Frame(x.shape[0])
         rows = sample_rows(x, frame.batch)

@@ -1,6 +1,8 @@
 """Routed experts on the linear maps of a whole model."""
 
 import hashlib
+import inspect
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional
@@ -14,7 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from ...errors import HfEsmError
 from .config import RoutedExpertsConfig
 from .layer import NOT_MERGEABLE, RoutedExpertsLayer, RoutedExpertsLinear
-from .routing import Decided, Decision, Route, RoutingState, install, uninstall
+from .routing import Decided, Decision, Named, Route, RoutingState, install, uninstall
+
+
+logger = logging.getLogger(__name__)
 
 
 class RoutedExpertsModel(BaseTuner):
@@ -34,7 +39,13 @@ class RoutedExpertsModel(BaseTuner):
         if expected is not None:
             present = dict(model.named_modules())
             missing = [name for name in config.modules if name not in present]
-            if missing or fingerprint(model, config.modules) not in (None, expected):
+            found = None if missing else fingerprint(model, config.modules)
+            if not missing and found is None:
+                logger.warning(
+                    "Adapter '%s': the weights below cannot be compared with those that its experts were made over.",
+                    adapter_name,
+                )
+            if missing or (found and not found.items() & expected.items()):
                 why = f"it has no '{missing[0]}'" if missing else "their weights differ"
                 raise HfEsmError(
                     f"Adapter '{adapter_name}' holds experts over another model than this {type(model).__name__}: "
@@ -85,6 +96,12 @@ class RoutedExpertsModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         raise HfEsmError(NOT_MERGEABLE)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise HfEsmError("Experts are chosen by the router or by `route(model, tasks)`, not by adapter_names.")
+        yield
+
     def unload(self) -> nn.Module:
         model = super().unload()
         uninstall(model)
@@ -108,20 +125,22 @@ def route(model: nn.Module, tasks: str | Sequence[str] | Any) -> Iterator[None]:
         HfEsmError: if there is no such task; in the forward pass, if there is not one per sample.
     """
     state = _state_of(model)
-    known = {
-        task
+    adapters = {
+        tuple(config.tasks)
         for module in model.modules()
         if isinstance(module, RoutedExpertsLayer)
         for adapter, config in module.configs.items()
         if adapter in module.active_adapters
-        for task in config.tasks
     }
-    named: list[str] = []
     if not isinstance(tasks, (Route, Decision)):
-        named = [tasks] if isinstance(tasks, str) else list(tasks)
-        tasks = tasks if isinstance(tasks, str) else named
-    if unknown := [task for task in named if task not in known and task != "static"]:
-        raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {', '.join(sorted(known))}, or 'static'.")
+        known = {task for tasks_of_one in adapters for task in tasks_of_one}
+        if not isinstance(tasks, str):
+            tasks = list(tasks) if isinstance(tasks, Iterable) else [tasks]
+        named = [tasks] if isinstance(tasks, str) else tasks
+        if unknown := [task for task in named if task not in known and task != "static"]:
+            there = ", ".join(sorted(known))
+            raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {there}, or 'static'.")
+        tasks = Named.of(tasks, adapters)
     before, state.local.forced = state.local.forced, tasks
     try:
         yield
@@ -147,29 +166,41 @@ def _state_of(model: nn.Module) -> RoutingState:
     return state
 
 
-def fingerprint(model: nn.Module, modules: Iterable[str]) -> Optional[str]:
-    """A hash of the first weights of each module, the same in float32 and bfloat16; None where they cannot be read.
+def fingerprint(model: nn.Module, modules: Iterable[str]) -> Optional[dict[str, str]]:
+    """Hashes of some weights of each module, rounded to bfloat16 and to float16: in whatever dtype a model is loaded,
+    one of them is that of the stored weights. None where weights cannot be read (offloaded, quantised).
 
     It tells the model that experts were made over from its neighbours: the base, another merge.
     """
-    found = hashlib.sha256()
+    found = {dtype: hashlib.sha256() for dtype in (torch.bfloat16, torch.float16)}
     for name in sorted(modules):
-        weight = getattr(model.get_submodule(name), "weight", None)
-        if weight is None or weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16):
-            return None
-        sample = weight.detach().flatten()[:256].to("cpu", torch.bfloat16)
-        found.update(f"{name} {tuple(weight.shape)}".encode())
-        found.update(sample.view(torch.int16).numpy().tobytes())
-    return found.hexdigest()
+        module = model.get_submodule(name)
+        for weight in (getattr(module, "weight", None), getattr(module, "bias", None)):
+            if weight is None:
+                continue
+            if weight.is_meta or not weight.is_floating_point() or weight.itemsize == 1:
+                return None
+            rows = weight.detach().flatten()
+            sample = rows[:: max(len(rows) // 256, 1)].cpu()
+            for dtype, digest in found.items():
+                digest.update(f"{name} {tuple(weight.shape)}".encode())
+                digest.update(sample.to(dtype).view(torch.int16).numpy().tobytes())
+    return {str(dtype).removeprefix("torch."): digest.hexdigest() for dtype, digest in found.items()}
 
 
 def decide(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, str, Decision]]:
-    """The decisions on a batch; with a discriminant router, no block after the deciding one is run."""
-    local = _state_of(model).local
+    """The decisions on a batch; with a discriminant router, no block after the deciding one is run, and of an
+    encoder-decoder the encoder alone.
+    """
+    local, reader = _state_of(model).local, model
+    if model.config.is_encoder_decoder:
+        reader = model.get_encoder()
+        read = inspect.signature(reader.forward).parameters
+        inputs = {name: value for name, value in inputs.items() if name in read}
     with recording(model) as records:
         local.deciding = True
         try:
-            model(**inputs)
+            reader(**inputs)
         except Decided:
             pass
         finally:

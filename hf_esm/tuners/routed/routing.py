@@ -8,7 +8,7 @@ mask and leave their decisions. With a KV cache, the decisions stay on the cache
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Optional
@@ -101,6 +101,21 @@ class Frame:
         return replace(self, decisions=dict(self.decisions), evidence=dict(self.evidence), read=set(self.read))
 
 
+class SoundMask(NamedTuple):
+    """Which of the sound that a model was given is real; its layers read frames of it.
+
+    Attributes:
+        samples: `[B, n]`.
+        model: what knows how many frames that makes.
+    """
+
+    samples: Tensor
+    model: nn.Module
+
+    def frames(self, length: int) -> Tensor:
+        return self.model._get_feature_vector_attention_mask(length, self.samples)
+
+
 class _Local(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
@@ -169,7 +184,7 @@ class OpenFrame:
             cache=cache,
         )
         if frame.mask is not None and hasattr(model, "_get_feature_vector_attention_mask"):
-            frame.mask = None  # of sound samples; the encoder inside has that of the frames
+            frame.mask = SoundMask(frame.mask, model)
         if parent is not None and (cache is None or parent.cache is cache or parent.cache is None):
             frame.decisions, frame.decoding, frame.past = parent.decisions, parent.decoding, parent.past
             frame.evidence, frame.prompt, frame.read = parent.evidence, parent.prompt, parent.read
@@ -182,14 +197,18 @@ class OpenFrame:
 
 def _take_up(frame: Frame, given: dict[str, Any], cache: Any) -> None:
     """Go on with the decisions that a cache or an encoder's output carries."""
-    kept = getattr(given.get("encoder_outputs"), _KEPT, None)
+    read = given.get("encoder_outputs")
+    kept = getattr(read, _KEPT, None)
+    if kept is None and read is not None:  # put together anew around the same hidden states
+        kept = getattr(read[0], _KEPT, None)
     if cache is not None:
         ids = given.get("decoder_input_ids")
         for name in ("input_ids", "decoder_inputs_embeds", "inputs_embeds"):
             ids = given.get(name) if ids is None else ids
         found = getattr(cache, _KEPT, None)
-        if found and ids is not None and ids.shape[1] == 1:
-            kept, frame.decoding = found, True  # reads no tensor, so that it compiles
+        compiling = torch.compiler.is_compiling()  # then no tensor is read: a cache that was emptied is not noticed
+        if found and ids is not None and ids.shape[1] == 1 and (compiling or int(cache.get_seq_length())):
+            kept, frame.decoding = found, True
         elif hasattr(cache, "get_seq_length"):
             frame.past = int(cache.get_seq_length())
             if frame.past and found:
@@ -226,6 +245,8 @@ class CloseFrame:
             setattr(cache, _KEPT, frame.decisions)
         elif not frames and hasattr(output, "last_hidden_state"):  # an encoder that `generate` calls by itself
             setattr(output, _KEPT, frame.decisions)
+            if not torch.compiler.is_compiling():
+                setattr(output.last_hidden_state, _KEPT, frame.decisions)
 
 
 # Their layers read `[tokens, samples, features]`.
@@ -238,6 +259,12 @@ def install(model: nn.Module, state: RoutingState) -> None:
     if model not in nested:
         raise HfEsmError(f"Routed experts need a Transformers model, not a {type(model).__name__}.")
     for module in nested:
+        parts = module.config.sub_configs
+        if "text_config" in parts and len(parts) > 1:
+            raise HfEsmError(
+                f"A {type(module).__name__} reads text beside something else, of which there may be more or less: its "
+                "samples cannot be told apart. Merge it without experts (`method='esm'`)."
+            )
         if module.config.model_type in TOKENS_FIRST:
             raise HfEsmError(
                 f"The layers of a {type(module).__name__} read tokens first, then samples: they cannot be told apart. "
@@ -292,6 +319,8 @@ def pool(rows: Tensor, frame: Frame, x: Tensor, module: str) -> Tensor:
 
 def _real_tokens(mask: Any, rows: Tensor, past: int, module: str) -> Optional[Tensor]:
     """`[B, n]` bool from any mask that a model hands on; None where all tokens are real."""
+    if isinstance(mask, SoundMask):
+        mask = mask.frames(rows.shape[1])
     if isinstance(mask, dict):  # one per kind of attention
         mask = mask.get("full_attention", next(iter(mask.values())))
     if not isinstance(mask, Tensor):
@@ -325,18 +354,41 @@ def vote(adapter: str, frame: Frame) -> Optional[Decision]:
     return frame.decisions[key]
 
 
+class Named(NamedTuple):
+    """What the caller of `route(…)` wants, by name.
+
+    Attributes:
+        names: a task for all samples, or one for each.
+        routes: the same as a route, by the tasks of each adapter; of one sample where one name is for all. Tensors
+            once and for all: compiled code is not compiled again for other names.
+    """
+
+    names: str | list[str]
+    routes: dict[tuple[str, ...], Optional[Route]]
+
+    @classmethod
+    def of(cls, names: str | list[str], adapters: Iterable[Sequence[str]]) -> "Named":
+        listed = [names] if isinstance(names, str) else names
+        return cls(names, {tuple(tasks): _route_of(listed, tasks) for tasks in adapters})
+
+
+def _route_of(names: list[str], tasks: Sequence[str]) -> Optional[Route]:
+    """The tasks of the samples as one adapter counts them; those that it has not get no expert, as `"static"` does."""
+    if not set(names) & set(tasks):
+        return None
+    experts = torch.tensor([tasks.index(name) if name in tasks else 0 for name in names])
+    weights = torch.tensor([float(name in tasks) for name in names])
+    return Route(experts, None if bool(weights.all()) else weights)
+
+
 def forced_route(forced: Any, tasks: Sequence[str], batch: int, device: torch.device, frame: Frame) -> Optional[Route]:
     """The route that the caller of `route(…)` wants; None for the static model."""
-    if isinstance(forced, str) and forced == "static":
+    found = forced.routes[tuple(tasks)] if isinstance(forced, Named) else forced
+    if found is None:
         return None
-    if isinstance(forced, str):
-        forced = [forced] * batch
-    if isinstance(forced, Route):
-        found = Route(*(None if part is None else part.to(device) for part in forced))
-    else:
-        experts = torch.tensor([0 if name == "static" else tasks.index(name) for name in forced], device=device)
-        weights = torch.tensor([float(name != "static") for name in forced], device=device)
-        found = Route(experts, weights if "static" in forced else None)
+    found = Route(*(None if part is None else part.to(device) for part in found))
+    if isinstance(forced, Named) and isinstance(forced.names, str):
+        return found.for_batch(batch)
     if len(found.experts) != batch and frame.cache is None and frame.encoder_states is None:  # no beams
         raise HfEsmError(f"Routes of {len(found.experts)} samples do not fit a batch of {batch}. {ONE_PER_SAMPLE}")
     return found.for_batch(batch)
