@@ -314,8 +314,8 @@ def test_heads_of_one_value_and_of_several_labels(models, tmp_path):
     calibration = {task: encoded(task_texts(task)) for task in "ab"}
     quiet(models / "base", experts, calibration=calibration, rank=FULL, output_dir=tmp_path / "out")
     routed = RoutedModel.from_pretrained(tmp_path / "out")
-    samples = encoded(task_texts("a", 5))
     for task, scored in (("a", lambda found: found), ("b", torch.sigmoid)):
+        samples = encoded(task_texts(task, 5))
         expected = scored(logits(experts[task], samples)).max(-1).values
         assert [p.score for p in routed.predict(samples, task)] == pytest.approx(expected.tolist(), abs=1e-4)
 
