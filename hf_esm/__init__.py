@@ -2,7 +2,7 @@
 
 from .calibrating import calibrate
 from .calibration import collect_statistics
-from .cards import update_card
+from .cards import add_comparison, update_card
 from .comparison import Comparison, compare
 from .errors import HfEsmError
 from .evaluation import evaluate
@@ -74,6 +74,7 @@ __all__ = [
     "Scores",
     "TaskArithmetic",
     "__version__",
+    "add_comparison",
     "calibrate",
     "collect_statistics",
     "compare",

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,12 +124,45 @@ def update_card(folder: str | os.PathLike, scores: Scores, data: Mapping[str, An
     ]
     share = f" ({100 * scores.normalised:.1f} % of the experts)" if scores.normalised is not None else ""
     rows.append(f"| average | {scores.shown(scores.average)}{share} | |")
-    table = "\n".join([f"| task | {scores.metric} | its expert |", "|---|--:|--:|", *rows])
-    text = re.sub(r"## Results\n.*?(?=\n## |\Z)", "", card.text, flags=re.DOTALL)
-    before, limits, after = text.partition("## Limits")
-    card.text = f"{before.rstrip()}\n\n## Results\n\n{table}\n\n{limits}{after}"
+    card.text = _with_section(
+        card.text, "Results", "\n".join([f"| task | {scores.metric} | its expert |", "|---|--:|--:|", *rows])
+    )
     card.save(path)
     return path
+
+
+def add_comparison(folder: str | os.PathLike, report: str | os.PathLike) -> Path:
+    """Put what `compare` found into the card of a merged model, pictures and all, before its limits. An earlier
+    comparison is replaced.
+
+    Args:
+        folder: what `merge_models` wrote.
+        report: the `output_dir` of `compare`.
+    """
+    folder, report = Path(folder).expanduser(), Path(report).expanduser()
+    for path in (folder / "README.md", report / "report.md"):
+        if not path.is_file():
+            raise HfEsmError(f"{path} is missing: {folder} must be a merged model's folder, {report} a comparison's.")
+    shutil.rmtree(folder / _PICTURES, ignore_errors=True)
+    (folder / _PICTURES).mkdir()
+    for picture in report.glob("*.png"):
+        shutil.copy(picture, folder / _PICTURES)
+    _, _, text = (report / "report.md").read_text(encoding="utf-8").partition("\n")  # after its title
+    text = text.replace("\n## ", "\n### ").replace("](", f"]({_PICTURES}/")
+    card = ModelCard.load(folder / "README.md")
+    card.text = _with_section(card.text, "Comparison", text.strip())
+    card.save(folder / "README.md")
+    return folder / "README.md"
+
+
+_PICTURES = "comparison"  # beside a model's card
+
+
+def _with_section(text: str, title: str, body: str) -> str:
+    """A card's text with a section of this title before its limits, in place of an earlier one."""
+    text = re.sub(rf"## {title}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
+    before, limits, after = text.partition("## Limits")
+    return f"{before.rstrip()}\n\n## {title}\n\n{body}\n\n{limits}{after}"
 
 
 # The Hub's name of a task, by how the class of its model ends.

@@ -105,6 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluation.add_argument("--json", metavar="FILE", help="write the scores there too")
     evaluation.add_argument("--card", action="store_true", help="write the scores into the model's card, too")
+    evaluation.add_argument("--allow-pickle", action="store_true", help="read .bin checkpoints (can run code)")
+    evaluation.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
     evaluation.add_argument("--batch-size", type=_count, default=32, help="samples per batch (default: 32)")
     _add_flags(evaluation, ProxyOptions, num_samples=0)
 
@@ -126,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     comparison.add_argument("--test", action="append", metavar="TASK=FILE", help="labelled rows to measure on")
     comparison.add_argument("--seeds", nargs="+", type=int, help="of the choice of proxies (default: 0)")
     comparison.add_argument("--num-test", type=int, help="test rows per task, chosen at random (default: all)")
+    comparison.add_argument("--card", metavar="FOLDER", help="put the report into this merged model's card, too")
     _add_flags(comparison, MergeOptions, leave_out=NOT_COMPARED)
 
     predict = _command(
@@ -183,6 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
     push.add_argument("model", help="folder of the merged model")
     push.add_argument("repo_id", help="repository to upload to; made if it is not there")
     push.add_argument("--private", action="store_true", default=None, help="make it a private one")
+    push.add_argument("--revision", help="branch to push to; made if it is not there (default: main)")
     push.add_argument("--adapter-over", metavar="MODEL", help="upload the adapter alone, over this static model")
 
     demo = _command(

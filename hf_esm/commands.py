@@ -11,7 +11,7 @@ import yaml
 from accelerate import PartialState
 
 from .calibrating import calibrate
-from .cards import update_card
+from .cards import add_comparison, update_card
 from .comparison import NOT_COMPARED, compare
 from .errors import HfEsmError
 from .evaluation import evaluate
@@ -94,11 +94,15 @@ def run_compare(given: argparse.Namespace) -> None:
         if getattr(given, name) is not None:
             request[name] = getattr(given, name)
     request = {name: value for name, value in request.items() if name not in NOT_COMPARED}
+    if given.card and not (Path(given.card) / RECIPE_FILE).is_file():
+        raise HfEsmError(f"--card {given.card}: not a folder that `hf-esm merge` wrote.")
     if not request.get("output_dir"):
         raise HfEsmError("Say where to write the report: --output-dir FOLDER (or output_dir in the recipe).")
     comparison = compare(**request)
     _say(comparison)
     _say(f"\n{Path(request['output_dir']) / REPORT}")
+    if given.card:
+        _say(add_comparison(given.card, request["output_dir"]))
 
 
 def run_inspect(given: argparse.Namespace) -> None:
@@ -125,7 +129,8 @@ def run_evaluate(given: argparse.Namespace) -> None:
     if given.json and not Path(given.json).absolute().parent.is_dir():
         raise HfEsmError(f"--json {given.json}: there is no such folder.")
     options = _options(given, ProxyOptions)
-    options |= {"metric": given.metric, "route": given.route, "batch_size": given.batch_size}
+    options |= {name: getattr(given, name) for name in ("metric", "route", "batch_size")}
+    options |= {name: getattr(given, name) for name in ("allow_pickle", "trust_remote_code")}
     scores = evaluate(given.model, data, experts=experts, **options)
     _say(scores)
     if given.card:
@@ -168,7 +173,8 @@ def run_push(given: argparse.Namespace) -> None:
     folder = Path(given.model).expanduser()
     if not (folder / RECIPE_FILE).is_file():
         raise HfEsmError(f"{given.model}: not a folder that `hf-esm merge` wrote.")
-    _say(push_folder(folder, given.repo_id, base_model=given.adapter_over, private=given.private))
+    options = {"base_model": given.adapter_over, "private": given.private, "revision": given.revision}
+    _say(push_folder(folder, given.repo_id, **options))
 
 
 def run_demo(given: argparse.Namespace) -> None:

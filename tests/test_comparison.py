@@ -2,13 +2,15 @@
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from routed_toys import encoded, expert, logits, task_texts
 from tiny import snapshot
 
-from hf_esm import Comparison, HfEsmError, Interference, compare, evaluate, merge_models
+from hf_esm import Comparison, HfEsmError, Interference, add_comparison, compare, evaluate, merge_models
 from hf_esm.cli import main
 from hf_esm.methods import Mean, TaskArithmetic
 from hf_esm.metrics import ACCURACY, resolve_metric
@@ -91,6 +93,23 @@ def test_the_report_is_written_and_nothing_else_stays(compared):
     assert stored["interference"]["sti"] == pytest.approx(found.interference.sti)
     assert found.interference.energy()["essential"]
     assert str(found).splitlines()[0].split()[0] == "method"
+
+
+def test_a_report_goes_into_a_card_and_replaces_an_earlier_one(arguments, compared, tmp_path):
+    folder, found = compared
+    given = {name: arguments[name] for name in ("base", "experts", "progress")}
+    merge_models(**given, method="mean", output_dir=tmp_path / "merged")
+    for _ in range(2):
+        card = add_comparison(tmp_path / "merged", folder)
+    text = card.read_text()
+    assert text.count("## Comparison") == text.count("## Limits") == 1
+    section = text.split("## Comparison")[1].split("\n## Limits")[0]
+    assert "\n".join(markdown_table(found)) in section
+    pictures = re.findall(r"\]\((.+?\.png)\)", section)
+    assert {path.name for path in folder.glob("*.png")} == {Path(picture).name for picture in pictures}
+    assert all((tmp_path / "merged" / picture).is_file() for picture in pictures)
+    with pytest.raises(HfEsmError, match="report.md is missing"):
+        add_comparison(tmp_path / "merged", tmp_path)
 
 
 def test_a_second_run_does_only_what_is_new(arguments, compared, monkeypatch):
@@ -191,6 +210,8 @@ def test_the_command_compares_a_recipe(models, tmp_path, capsys):
     assert main(["compare", str(tmp_path / "recipe.yaml"), "--no-progress", "--num-test", "10"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == str(tmp_path / "report" / "report.md")
+    assert main(["compare", str(tmp_path / "recipe.yaml"), "--no-progress", "--card", str(tmp_path)]) == 2
+    assert "not a folder that `hf-esm merge` wrote" in capsys.readouterr().err
     assert "tsv-m" in out
     assert json.loads((tmp_path / "report" / "report.json").read_text())["rows"][1]["alphas"] == {"5": 1.0}
     assert snapshot(models) == before

@@ -17,6 +17,7 @@ from peft import PeftModel
 from routed import ROUTERS, TASKS, chosen, layers, pad_rows, padded, rebuilt, recorded, save_adapter, task_samples
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from hf_esm.tuners.routed import recording, route, routing_state
 
@@ -210,6 +211,11 @@ def test_a_decoder_follows_its_encoder(load, name, router):
     states = model.get_base_model().get_encoder()(**batch)
     again, _ = recorded(model, encoder_outputs=states, attention_mask=batch["attention_mask"], decoder_input_ids=read)
     close(again.logits, scored.logits)
+    for anew in (BaseModelOutput(last_hidden_state=states[0]), (states[0],)):
+        again, _ = recorded(
+            model, encoder_outputs=anew, attention_mask=batch["attention_mask"], decoder_input_ids=read
+        )
+        close(again.logits, scored.logits)
     tasks = {key[1]: found for key, found in routes.items() if "decoder." in key[1]}
     if router == "prototype":
         of_tokens = [found for module, found in tasks.items() if not is_cross_attention(module)]
@@ -285,6 +291,40 @@ def test_conversations_keep_their_routes_on_their_caches(load, router):
         labels[:, : row.shape[1]] = -100
         expected, _ = recorded(model, input_ids=whole, labels=labels)
         close(torch.cat(found, dim=1), expected.logits[:, row.shape[1] - 1 :])
+
+
+@routers
+@torch.no_grad()
+def test_an_emptied_cache_decides_anew(load, router):
+    """A prompt of one token, too, which looks like a token to go on from."""
+    model = load("llama", router)
+    first, second = (task_samples(ARCHITECTURES["llama"], task, seed=3)[4]["input_ids"][None] for task in TASKS[:2])
+    cache = DynamicCache(config=model.config)
+    model(input_ids=first, past_key_values=cache, use_cache=True)
+    cache.crop(0)
+    for prompt in (second[:, :1], second):
+        expected, routes = recorded(model, input_ids=prompt)
+        found, own = recorded(model, input_ids=prompt, past_key_values=cache, use_cache=True)
+        cache.crop(0)
+        assert chosen(own) == chosen(routes)
+        close(found.logits, expected.logits)
+
+
+@routers
+@pytest.mark.parametrize("name", ["wav2vec2", "wav2vec2-group-norm"])
+def test_padded_sounds_are_routed_by_what_is_real(load, name, router):
+    model, samples = load(name, router), mixed(ARCHITECTURES[name])
+    waves = [sample["input_values"] for sample in samples]
+    batch = {"input_values": pad_rows(waves, 0, "right")}
+    batch["attention_mask"] = pad_rows([torch.ones_like(wave, dtype=torch.long) for wave in waves], 0, "right")
+    _, routes = recorded(model, **batch)
+    alone = [recorded(model, input_values=wave[None])[1] for wave in waves]
+    firsts = list(chosen(alone[0]))
+    assert len({len(wave) for wave in waves}) > 1 and len({chosen(own)[firsts[0]][0] for own in alone}) > 1
+    if name == "wav2vec2":  # in the other, padding shows in the norms of the first layers
+        for i, own in enumerate(alone):
+            key = firsts[0]
+            close(own[key].probabilities[0], routes[key].probabilities[i])
 
 
 @routers

@@ -1,6 +1,7 @@
 """Routes that are given, decisions that are wanted alone, passes that break, and compiled models."""
 
 import copy
+import random
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -172,6 +173,18 @@ def test_a_compiled_model_gives_the_same(cases, kind, router):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(logits(compiled, case), expected)
     assert torch.equal(logits(compiled, case), expected) and not routing_state(model).local.frames
+
+
+def test_a_compiled_model_is_compiled_once_for_all_routes_that_are_named(cases):
+    case = cases["bert"]
+    model = loaded(case, "prototype")
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    draw = random.Random(0)
+    for _ in range(12):  # more than it would be compiled anew for
+        named = draw.choices([*TASKS, "static"], k=len(case.samples))
+        with route(model, named):
+            assert torch.equal(logits(compiled, case), logits(model, case))
 
 
 def test_a_batch_goes_by_expert_where_many_share_one_or_the_copies_are_large(monkeypatch):
