@@ -30,6 +30,7 @@ from .proxies import PROXIES_FOLDER, ProxyOptions
 from .reports import DRAWS, Cell, Comparison, summarise, write_report
 from .scores import Outcome
 from .statistics import ActivationStatistics
+from .tuners.routed.config import DECIDING
 from .version import __version__
 
 
@@ -257,7 +258,7 @@ class _Comparing:
             rows = {"num_samples": self.num_test, "seed": 0, **self._test_options()}
             measure = {"metric": self.metric, "processor": self.processor, **self._opened(), **rows}
             scores = evaluate(target, self.test, **measure)
-            has_router = isinstance(method, ROUTED) and method.router != "none"
+            has_router = isinstance(method, ROUTED) and method.router in DECIDING
             given = evaluate(target, self.test, route="oracle", **measure).outcomes if has_router else {}
         return {
             "alpha": merged.alpha,

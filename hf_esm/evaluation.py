@@ -73,7 +73,7 @@ def evaluate(
         raise HfEsmError(f"route must be 'routed', 'oracle' or 'static', not {route!r}.")
     if (folder / EXPERTS_FOLDER).is_dir():
         routed = RoutedModel.from_pretrained(folder, trust_remote_code=trust_remote_code).to(device)
-        if route == "routed" and routed.config.router == "none":
+        if route == "routed" and not routed.config.decides:
             route = "oracle"
         merged = {}
         for task in data:

@@ -74,7 +74,7 @@ class RoutedExperts:
         factors: `(A [T, r, d_in], B [T, d_out, r])` by the module's name.
         prototypes: `[T, d_in]` by the module's name, normalised mean inputs.
         features: per task, what every block reads: `[N_t, d_in]` by the module's name, in the order in which they run.
-        router: name of the router, or "none".
+        router: name of the router.
         depth: share of the blocks that run before the router decides.
         confidence: probability that a task needs for a sample to get its expert.
         shift: by module, how much farther the merged model's mean feature is than the base's, which brings near what

@@ -243,7 +243,7 @@ class RoutedModel:
             raise HfEsmError(f"{what} asks the router, but a route is given. Call it outside of `route`.")
         if not self.model.has_active_enabled_adapter:
             raise HfEsmError(f"{what}: the experts are disabled, and the router with them. Enable the adapter.")
-        if self.config.router == "none":
+        if not self.config.decides:
             raise HfEsmError(f"{what}: this model has no router. Name the tasks: {', '.join(self.tasks)}.")
 
     def _batches(self, inputs: Any, batch_size: int, options: Mapping[str, Any]) -> Iterable[tuple[list[int], dict]]:
@@ -362,9 +362,7 @@ class RoutedModel:
         modules = {root.names[name].removesuffix(".weight"): name for name in root.linear}
         if lacking := [module for module in experts.factors if modules[module] not in opened.names]:
             raise HfEsmError(f"'{task}': no weight for '{lacking[0]}'. Is it a fine-tune of this base?")
-        if self.config.router == "none":  # its experts are made of singular vectors
-            statistics = None
-        else:
+        if statistics is not None or self.config.router != "static":  # TSV-C's experts are of singular vectors
             statistics = self._statistics(task, source, statistics)
             refuse_foreign(plan, task, statistics)
             taken_of = statistics.provenance.model

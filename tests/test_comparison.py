@@ -108,7 +108,7 @@ def test_a_report_goes_into_a_card_and_replaces_an_earlier_one(arguments, compar
     pictures = re.findall(r"\]\((.+?\.png)\)", section)
     assert {path.name for path in folder.glob("*.png")} == {Path(picture).name for picture in pictures}
     assert all((tmp_path / "merged" / picture).is_file() for picture in pictures)
-    with pytest.raises(HfEsmError, match="report.md is missing"):
+    with pytest.raises(HfEsmError, match=r"report\.md is missing"):
         add_comparison(tmp_path / "merged", tmp_path)
 
 

@@ -5,11 +5,13 @@ import reference
 import torch
 from problems import relative_error
 from routed_toys import adapter, encoded, expert, logits, merge_bert, task_texts
+from safetensors import safe_open
 from toys import base_model
 from transformers import AutoModel
 
-from hf_esm import HfEsmError, RoutedModel, evaluate, merge_models
+from hf_esm import HfEsmError, RoutedModel, calibrate, evaluate, merge_models
 from hf_esm.cli import main
+from hf_esm.experts import FEATURES
 
 
 MODULE = "encoder.layer.1.intermediate.dense"
@@ -52,6 +54,31 @@ def test_whole_experts_are_given_back_and_no_task_means_the_base(whole):
     with routed.route("static"):
         assert torch.equal(logits(routed.task_model("b"), samples), static)
     assert not torch.allclose(static, logits(expert("b"), samples), atol=1e-2)
+
+
+@pytest.mark.parametrize("router", ["oracle", "static"])
+def test_an_esm_model_may_have_no_router(models, router, tmp_path):
+    """And then it holds no features of samples."""
+    folder = merge_bert(models, tmp_path / "out", method={"name": "esm++", "router": router})
+    routed, samples = RoutedModel.from_pretrained(folder), encoded(task_texts("b", 11))
+    with safe_open(folder / "routed" / FEATURES, "pt") as file:
+        assert not file.keys()
+    with routed.route("b"):
+        assert torch.allclose(logits(routed.task_model("b"), samples), logits(expert("b"), samples), atol=1e-4)
+    with pytest.raises(HfEsmError, match=r"no router\. Name the tasks: a, b"):
+        routed.predict(task_texts("b"))
+    if router == "oracle":
+        with pytest.raises(HfEsmError, match=r"has no router\. Name the tasks"):
+            logits(routed.task_model("b"), samples)
+    else:
+        found = logits(routed.task_model("b"), samples)
+        with routed.route("static"):
+            assert torch.equal(logits(routed.task_model("b"), samples), found)
+    statistics = calibrate(models / "c", task_texts("c"), base=models / "base", progress=False)
+    larger = routed.add_expert("c", models / "c", statistics, output_dir=tmp_path / "larger")
+    with larger.route("c"):
+        found = logits(larger.task_model("c"), encoded(task_texts("c", 11)))
+    assert torch.allclose(found, logits(expert("c"), encoded(task_texts("c", 11))), atol=1e-4)
 
 
 def test_a_model_without_a_router_asks_for_the_task(whole, models):

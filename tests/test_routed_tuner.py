@@ -283,7 +283,7 @@ CONFIG = {"tasks": TASKS, "router": "prototype"}
     ("settings", "message"),
     [
         ({"target_modules": ["word_embeddings"]}, "'bert.embeddings.word_embeddings' is a Embedding"),
-        ({"router": "oracle"}, "no router 'oracle'; there are prototype, discriminant"),
+        ({"router": "magic"}, "no router 'magic'; there are prototype, discriminant"),
         ({"router": "discriminant"}, "needs the modules that it reads"),
         ({"tasks": []}, "tasks of different names"),
         ({"tasks": ["a", "a"]}, "tasks of different names"),

@@ -156,7 +156,10 @@ class RoutedMerge(EssentialMerge):
     rank: int = field(default=32, metadata={"help": "rank of each expert, per linear map; published: 8 and 32"})
     router: str = field(
         default="discriminant",
-        metadata={"help": "how experts are chosen: discriminant, once per sample; prototype, per layer, as published"},
+        metadata={
+            "help": "how experts are chosen: discriminant, once per sample; prototype, per layer, as published; "
+            "oracle, by the caller alone; static, by the caller if at all"
+        },
     )
     depth: float = field(
         default=1 / 3, metadata={"help": "share of the blocks that run before the discriminant router decides"}
@@ -171,9 +174,10 @@ class RoutedMerge(EssentialMerge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for setting, allowed in (("router", ("discriminant", "prototype")), ("router_features", ("merged", "base"))):
+        routers = ("discriminant", "prototype", "oracle", "static")
+        for setting, allowed in (("router", routers), ("router_features", ("merged", "base"))):
             if getattr(self, setting) not in allowed:
-                raise HfEsmError(f"esm++: {setting} is {' or '.join(allowed)}, not {getattr(self, setting)!r}.")
+                raise HfEsmError(f"esm++: {setting} is {', '.join(allowed)}, not {getattr(self, setting)!r}.")
         if self.rank < 1:
             raise HfEsmError(f"esm++: rank must be 1 or more, not {self.rank}.")
         for setting in ("depth", "confidence"):

@@ -9,7 +9,8 @@ from ...errors import HfEsmError
 from ..registration import HfEsmPeftType
 
 
-ROUTERS = ("prototype", "discriminant", "none")
+DECIDING = ("prototype", "discriminant")
+ROUTERS = (*DECIDING, "oracle", "static")
 FORMAT_VERSION = 1
 
 
@@ -24,8 +25,8 @@ class RoutedExpertsConfig(PeftConfig):
         target_modules: full names of the modules with experts, and of those that a router reads.
         router: `"prototype"`: every module decides for itself, by the cosine of its pooled input with the experts'
             mean inputs (arXiv 2606.19164). `"discriminant"`: decided once per sample, by a linear discriminant on
-            the pooled inputs of a few modules; modules that ran before add no expert. `"none"`: the caller names the
-            task; else no expert is added.
+            the pooled inputs of a few modules; modules that ran before add no expert. `"oracle"`: the caller
+            names the task of every sample, and it is an error if not. `"static"`: no expert where none is named.
         readers: the modules that the discriminant router reads, in the order in which they run; the last decides.
         directions: number `K` of directions that it reads along.
         confidence: probability that a task needs for a sample to get its expert; the static model serves the others.
@@ -67,6 +68,11 @@ class RoutedExpertsConfig(PeftConfig):
             raise HfEsmError(f"Routed experts need tasks of different names, not {self.tasks}.")
         if self.router == "discriminant" and not self.readers:
             raise HfEsmError("A discriminant router needs the modules that it reads: readers=[…].")
+
+    @property
+    def decides(self) -> bool:
+        """Whether it finds tasks by itself."""
+        return self.router in DECIDING
 
     @property
     def modules(self) -> list[str]:

@@ -147,7 +147,9 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         config, local = self.configs[adapter], self.state.local
         if local.forced is not None and not isinstance(local.forced, Decision):
             return forced_route(local.forced, config.tasks, rows.shape[0], rows.device, frame)
-        if config.router == "none":
+        if config.router == "oracle":
+            raise HfEsmError(f"Adapter '{adapter}' has no router. Name the tasks: `with route(model, tasks)`.")
+        if not config.decides:
             return None
         key = adapter if config.router == "discriminant" else (adapter, self.name)
         if key not in frame.decisions and not frame.decoding:
