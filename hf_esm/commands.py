@@ -15,10 +15,11 @@ from .cards import add_comparison, update_card
 from .comparison import NOT_COMPARED, compare
 from .errors import HfEsmError
 from .evaluation import evaluate
-from .hub import RoutedModel, push_folder
+from .hub import RoutedModel
 from .merge import merge_models
 from .options import RECIPE_FILE, MergeOptions
 from .proxies import ProxyOptions, read_rows
+from .pushing import push_folder
 from .recipes import load_recipe
 from .reports import REPORT
 

@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -12,16 +12,13 @@ from typing import Any, Optional
 
 import torch
 from accelerate.utils import send_to_device
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .cards import write_adapter_card
+from .changes import add_expert, remove_expert
 from .checkpoints import (
     ModelSource,
-    open_checkpoint,
     publish_folder,
     resolve_class,
     resolve_source,
@@ -29,20 +26,14 @@ from .checkpoints import (
     whole_folder,
 )
 from .errors import HfEsmError
-from .experts import FEATURES, FOLDER, RoutedExperts, expert_factors, load_experts, residual_update
-from .hashes import HASHES_FILE, read_hashes, verify_hashes, write_hashes
+from .experts import FOLDER, load_experts
+from .hashes import verify_hashes
 from .heads import FOLDER as HEADS_FOLDER
-from .heads import WEIGHTS as HEAD_WEIGHTS
-from .heads import attach_head, save_head
-from .inputs import name_experts, refuse_foreign
-from .methods import RoutedMerge
-from .options import RECIPE_FILE
-from .planning import check_values, plan_merge
-from .proxies import PROXIES_FOLDER, ProxyOptions, batch_indices, collate, encode, load_processor, read_rows
-from .statistics import ActivationStatistics
+from .heads import attach_head
+from .proxies import ProxyOptions, batch_indices, collate, encode, load_processor, read_rows
+from .pushing import check_routed, push_folder
 from .tuners.lora_export import write_lora_adapter
 from .tuners.routed import Decision, Named, Route, decide, route, routing_state
-from .weights import to_matrices
 
 
 logger = logging.getLogger(__name__)
@@ -129,7 +120,7 @@ class RoutedModel:
         """
         folder = whole_folder(model, str(model), revision, token)
         hosted = None if Path(model).expanduser().is_dir() else str(model).partition("@")[0]
-        _check_routed(folder, str(model))
+        check_routed(folder, str(model))
         verify_hashes(folder, str(model))
         source = resolve_source(str(folder), str(model), trust_remote_code=trust_remote_code)
         config, model_class = resolve_class(source)
@@ -344,106 +335,15 @@ class RoutedModel:
                 beside the expert's weights. Not needed by a model of method `tsv-c`.
             output_dir: folder to write the larger model to.
         """
-        if task in self.tasks:
-            raise HfEsmError(f"There is an expert for {task!r} already. Remove it first, or choose another name.")
-        name_experts({**dict.fromkeys(self.tasks), task: expert})
-        root = open_checkpoint(resolve_source(str(self.folder), "the merged model"))
-        source = resolve_source(expert, f"expert '{task}'", token)
-        over = None
-        if source.is_adapter:  # its update is over the base that it was trained on, not over the merged model
-            named = PeftConfig.from_pretrained(source.folder)
-            spec = {"path": named.base_model_name_or_path, "revision": named.revision}
-            over = open_checkpoint(resolve_source(spec, f"base of {source.title}", token))
-        opened = open_checkpoint(source, over)
-        keeps = any((self.folder / HEADS_FOLDER).glob(f"*/{HEAD_WEIGHTS}"))
-        plan = plan_merge(root, {task: opened}, RoutedMerge(), "keep" if keeps else "auto", sources={task: source})
-        check_values(plan)
-        experts = load_experts(self.folder)
-        modules = {root.names[name].removesuffix(".weight"): name for name in root.linear}
-        if lacking := [module for module in experts.factors if modules[module] not in opened.names]:
-            raise HfEsmError(f"'{task}': no weight for '{lacking[0]}'. Is it a fine-tune of this base?")
-        if statistics is not None or self.config.router != "static":  # TSV-C's experts are of singular vectors
-            statistics = self._statistics(task, source, statistics)
-            refuse_foreign(plan, task, statistics)
-            taken_of = statistics.provenance.model
-            if taken_of and opened.source and Path(taken_of).name != Path(opened.source).name:
-                logger.warning("'%s': its statistics were taken of %s, not of %s.", task, taken_of, opened.source)
-            if lacking := [module for module in experts.factors if modules[module] not in statistics]:
-                raise HfEsmError(f"'{task}': no statistics for '{lacking[0]}'. Were they taken of this expert?")
-        if lacking := [module for module in experts.modules if modules[module] not in statistics.pooled]:
-            raise HfEsmError(
-                f"The statistics of '{task}' do not hold what the base's blocks read, which makes the router. "
-                "Calibrate again with the base (`hf-esm calibrate --base`)."
-            )
-        for module, (a, b) in experts.factors.items():
-            name = modules[module]
-            (residual,) = to_matrices(residual_update(opened, name, root.tensor(name)), root.linear[name])
-            new_a, new_b = expert_factors(residual, statistics and statistics[name], a.shape[1])
-            experts.factors[module] = torch.cat([a, new_a[None]]), torch.cat([b, new_b[None]])
-            if module in experts.prototypes:
-                prototype = torch.nn.functional.normalize(statistics[name].mean, dim=0)
-                experts.prototypes[module] = torch.cat([experts.prototypes[module], prototype[None]])
-        experts.tasks.append(task)
-        experts.features[task] = {
-            module: statistics.pooled[modules[module]] + experts.shift.get(module, 0) for module in experts.modules
-        }
-        return self._rewrite(
-            experts,
-            output_dir,
-            lambda folder: save_head(folder, task, opened, plan.heads.own[task]),
-            f"'{task}' was added, from {opened.source or 'a live model'}"
-            f"{f' @ {opened.revision}' if opened.revision else ''} (licence: {plan.licences[task]})",
+        static = self.model.get_base_model()
+        return type(self).from_pretrained(
+            add_expert(self.folder, static, self.config, task, expert, statistics, Path(output_dir), token)
         )
-
-    @staticmethod
-    def _statistics(task: str, source: ModelSource, given: Any) -> ActivationStatistics:
-        """Statistics as they are given, or those that stand beside the expert."""
-        if isinstance(given, ActivationStatistics):
-            return given
-        if given is None and source.folder is None:
-            raise HfEsmError(f"{source.title}: it has no folder with statistics. Give `statistics`.")
-        return ActivationStatistics.load(source.folder if given is None else given)
 
     def remove_expert(self, task: str, *, output_dir: str | os.PathLike) -> "RoutedModel":
         """The model without one of its tasks, written to `output_dir`."""
-        if task not in self.tasks:
-            raise HfEsmError(f"There is no expert for {task!r}; there are {', '.join(self.tasks)}.")
-        if len(self.tasks) == 1:
-            raise HfEsmError(f"{task!r} is the last expert. Without it, this is the static model in {self.folder}.")
-        experts = load_experts(self.folder)
-        kept = [i for i, name in enumerate(experts.tasks) if name != task]
-        experts.factors = {module: (a[kept], b[kept]) for module, (a, b) in experts.factors.items()}
-        experts.prototypes = {module: rows[kept] for module, rows in experts.prototypes.items()}
-        experts.tasks.remove(task)
-        del experts.features[task]
-        return self._rewrite(
-            experts,
-            output_dir,
-            lambda folder: shutil.rmtree(folder / HEADS_FOLDER / task, ignore_errors=True),
-            f"'{task}' was removed",
-        )
-
-    def _rewrite(
-        self, experts: RoutedExperts, output_dir: str | os.PathLike, change: Callable[[Path], Any], what: str
-    ) -> "RoutedModel":
-        """The same model with other experts, in a new folder; card and recipe say what became of them."""
-        output = Path(output_dir).expanduser()
-        if output.exists():
-            raise HfEsmError(f"{output} exists. Choose another output_dir.")
-        with staging_folder(output) as staging:
-            shutil.copytree(self.folder, staging, dirs_exist_ok=True)
-            shutil.rmtree(staging / FOLDER)
-            (staging / HASHES_FILE).unlink()
-            change(staging)
-            static = self.model.get_base_model()
-            experts.save(staging / FOLDER, static, base_fingerprint=self.config.base_fingerprint)
-            said = f"After this merge, {what}; the experts now: {', '.join(experts.tasks)}."
-            for name, line in (("README.md", said), (RECIPE_FILE, f"# {said}")):
-                with (staging / name).open("a", encoding="utf-8") as file:
-                    file.write(f"\n{line}\n")
-            write_hashes(staging)
-            publish_folder(staging, output)
-        return type(self).from_pretrained(output)
+        static = self.model.get_base_model()
+        return type(self).from_pretrained(remove_expert(self.folder, static, self.config, task, Path(output_dir)))
 
 
 def _rows(inputs: Any) -> list[Any]:
@@ -479,61 +379,3 @@ def _take(decision: Decision, rows: list[int]) -> Decision:
     weights = None if decision.route.weights is None else decision.route.weights[rows]
     distance = None if decision.distance is None else decision.distance[rows]
     return Decision(Route(decision.route.experts[rows], weights), decision.probabilities[rows], distance)
-
-
-def _check_routed(folder: Path, title: str) -> None:
-    if not (folder / FOLDER / "adapter_config.json").is_file():
-        raise HfEsmError(f"{title}: no experts in {FOLDER}/. It takes a model that method 'esm++' or 'tsv-c' wrote.")
-
-
-def push_folder(
-    folder: Path,
-    repo_id: str,
-    *,
-    base_model: Optional[str] = None,
-    private: Optional[bool] = None,
-    token: Optional[str | bool] = None,
-    revision: Optional[str] = None,
-    **kwargs: Any,
-) -> Any:
-    """Upload a merged model's folder, or, with `base_model`, its routed adapter alone.
-
-    Raises:
-        HfEsmError: if the Hub refuses it, the repository is public and a private one is wanted, or `base_model` is not
-            the static model that the adapter fits.
-    """
-    if base_model is not None:
-        _check_routed(folder, str(folder))
-    api = HfApi(token=token)
-    try:
-        if base_model is not None:
-            _check_same_weights(api, base_model, folder)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private and not api.repo_info(repo_id).private:
-            raise HfEsmError(f"{repo_id} is there already, and public. Make it private, or choose another name.")
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        upload = partial(api.upload_folder, repo_id=repo_id, revision=revision, **kwargs)
-        if base_model is None:
-            return upload(folder_path=folder, ignore_patterns=[f"{PROXIES_FOLDER}/*"])
-        with staging_folder(folder.parent / f"{folder.name}-adapter") as staging:
-            shutil.copytree(folder / FOLDER, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FEATURES))
-            config = PeftConfig.from_pretrained(str(staging))
-            config.base_model_name_or_path = base_model
-            config.save_pretrained(str(staging))
-            write_adapter_card(staging, config)
-            return upload(folder_path=staging)
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise HfEsmError(f"{repo_id}: the Hub refuses it: {str(error).splitlines()[0]}") from None
-
-
-def _check_same_weights(api: HfApi, base_model: str, folder: Path) -> None:
-    """Raise if a model on the Hub is not the static model in `folder`, as far as its files' hashes tell."""
-    try:
-        files = api.model_info(base_model, files_metadata=True).siblings
-    except RepositoryNotFoundError:
-        raise HfEsmError(f"{base_model}: not on the Hub, or private. Push the static model there first.") from None
-    hosted = {file.rfilename: file.lfs and file.lfs.sha256 for file in files}
-    for name, digest in read_hashes(folder, str(folder)).items():
-        if name.startswith("model") and hosted.get(name, "none") not in (None, digest):
-            raise HfEsmError(f"{base_model}: its {name} is not that of {folder}, which the experts fit. Push that.")

@@ -25,7 +25,7 @@ from .errors import HfEsmError
 from .experts import write_experts
 from .hashes import write_hashes
 from .heads import load_task_model
-from .hub import RoutedModel, push_folder
+from .hub import RoutedModel
 from .identity import fingerprint, model_identity
 from .inputs import (
     check_arguments,
@@ -44,6 +44,7 @@ from .passes import MergedUpdates, WeightReport, merge_weights, scale_layers
 from .placement import algebra_device, factor_bytes
 from .planning import MergePlan, check_disk, check_memory, check_values, plan_merge
 from .processes import gather, main_first, together
+from .pushing import push_folder
 from .statistics import ActivationStatistics
 from .version import __version__
 

@@ -173,7 +173,7 @@ def test_half_of_a_change_is_never_left(routed, models, statistics, tmp_path, mo
         assert (folder / "routed" / "adapter_model.safetensors").is_file()
         raise OSError("no space left")
 
-    monkeypatch.setattr("hf_esm.hub.write_hashes", fail)
+    monkeypatch.setattr("hf_esm.changes.write_hashes", fail)
     with pytest.raises(OSError, match="no space"):
         routed.add_expert("c", models / "c", statistics["c"], output_dir=tmp_path / "out")
     assert not list(tmp_path.iterdir())
