@@ -31,7 +31,8 @@ class _StrictLoader(yaml.SafeLoader):
 def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[str, Any]:
     """Read a recipe: `merge_models(**load_recipe("recipe.yaml"))`, or `compare` with `for_comparison=True`.
 
-    Relative paths in it are taken from the folder that it stands in, where such a file or folder exists.
+    Relative paths in it are taken from the folder that it stands in, where such a file or folder exists. What only
+    `compare` reads (`methods`, `test`, `seeds`, `num_test`) is left out for a merge.
 
     Raises:
         HfEsmError: if it is missing, not YAML, of another format version, or has a key that `merge_models` lacks.
@@ -52,6 +53,8 @@ def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[s
             f"version {RECIPE_VERSION}. Use that hf_esm."
         )
     recipe = {key: value for key, value in recipe.items() if key not in _WRITTEN_ONLY}
+    if not for_comparison:  # one recipe serves both
+        recipe = {key: value for key, value in recipe.items() if key not in _COMPARED}
     known = [*_MODELS_AND_DATA, *(field.name for field in fields(MergeOptions))]
     known += _COMPARED if for_comparison else ()
     if unknown := [key for key in recipe if key not in known]:

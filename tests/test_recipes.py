@@ -48,6 +48,15 @@ def test_a_bad_recipe_is_refused_with_its_name(tmp_path, text, message):
     assert message in str(error.value)
 
 
+def test_a_recipe_for_a_comparison_serves_a_merge(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "base: b\nexperts: {x: a, y: c}\nmethod: mean\nmethods: [esm]\ntest: {x: t}\nseeds: [1]\nnum_test: 3\n"
+    )
+    assert load_recipe(path) == {"base": "b", "experts": {"x": "a", "y": "c"}, "method": "mean"}
+    assert load_recipe(path, for_comparison=True)["methods"] == ["esm"]
+
+
 def test_a_missing_recipe_is_refused(tmp_path):
     with pytest.raises(HfEsmError, match=r"none\.yaml: cannot read the recipe \(No such file"):
         load_recipe(tmp_path / "none.yaml")
