@@ -314,7 +314,7 @@ def text_limit(tokenizer: Any, config: PretrainedConfig, options: ProxyOptions) 
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     positions = positions if isinstance(positions, int) and positions > 0 else options.max_length or LONGEST
     if any(name in config.model_type for name in _OFFSET_POSITIONS):
-        positions -= (config.pad_token_id or 0) + 1
+        positions -= (getattr(config, "pad_token_id", None) or 0) + 1
     return min(options.max_length or min(LONGEST, getattr(tokenizer, "model_max_length", LONGEST)), positions)
 
 
