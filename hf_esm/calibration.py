@@ -18,7 +18,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from .errors import HfEsmError
 from .linalg import triangular_factor
 from .processes import gather, together
-from .proxies import Sample, batch_indices, collate
+from .proxies import Sample, batch_indices, collate, text_config
 from .statistics import ActivationStatistics, InputStatistics, Provenance
 from .weights import canonical_names, layer_type, linear_maps
 
@@ -221,7 +221,8 @@ def pooled_inputs(
 def _in_evaluation(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[None]:
     """The model on the accelerator's device and in evaluation mode; afterwards as it was."""
     training = {module: module.training for module in model.modules()}
-    config, padding = model.config.get_text_config(), getattr(model.config.get_text_config(), "pad_token_id", None)
+    config = text_config(model.config)
+    padding = getattr(config, "pad_token_id", -1)
     device = next(model.parameters()).device
     moved = device != accelerator.device and not getattr(model, "hf_device_map", None)
     try:

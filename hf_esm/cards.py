@@ -14,6 +14,7 @@ from .checkpoints import Checkpoint, LiveCheckpoint, LoraCheckpoint, ModelSource
 from .errors import HfEsmError
 from .heads import FOLDER as HEADS_FOLDER
 from .methods import ROUTED
+from .options import PICTURES_FOLDER
 from .planning import MergePlan
 from .scores import Scores
 from .tuners import RoutedExpertsConfig
@@ -143,19 +144,18 @@ def add_comparison(folder: str | os.PathLike, report: str | os.PathLike) -> Path
     for path in (folder / "README.md", report / "report.md"):
         if not path.is_file():
             raise HfEsmError(f"{path} is missing: {folder} must be a merged model's folder, {report} a comparison's.")
-    shutil.rmtree(folder / _PICTURES, ignore_errors=True)
-    (folder / _PICTURES).mkdir()
+    if report.resolve().is_relative_to((folder / PICTURES_FOLDER).resolve()):
+        raise HfEsmError(f"{report}: the card's own pictures stand there. Compare into another folder.")
+    shutil.rmtree(folder / PICTURES_FOLDER, ignore_errors=True)
+    (folder / PICTURES_FOLDER).mkdir()
     for picture in report.glob("*.png"):
-        shutil.copy(picture, folder / _PICTURES)
+        shutil.copy(picture, folder / PICTURES_FOLDER)
     _, _, text = (report / "report.md").read_text(encoding="utf-8").partition("\n")  # after its title
-    text = text.replace("\n## ", "\n### ").replace("](", f"]({_PICTURES}/")
+    text = text.replace("\n## ", "\n### ").replace("](", f"]({PICTURES_FOLDER}/")
     card = ModelCard.load(folder / "README.md")
     card.text = _with_section(card.text, "Comparison", text.strip())
     card.save(folder / "README.md")
     return folder / "README.md"
-
-
-_PICTURES = "comparison"  # beside a model's card
 
 
 def _with_section(text: str, title: str, body: str) -> str:

@@ -141,7 +141,7 @@ def _rewrite(
     if output.exists():
         raise HfEsmError(f"{output} exists. Choose another output_dir.")
     with staging_folder(output) as staging:
-        shutil.copytree(folder, staging, dirs_exist_ok=True)
+        shutil.copytree(folder, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
         shutil.rmtree(staging / FOLDER)
         (staging / HASHES_FILE).unlink()
         change(staging)

@@ -5,13 +5,22 @@ import json
 from pathlib import Path
 
 from .errors import HfEsmError
-from .options import RECIPE_FILE, REPORT_FILE
+from .options import PICTURES_FOLDER, RECIPE_FILE, REPORT_FILE
 from .proxies import PROXIES_FOLDER
 
 
 HASHES_FILE = "hashes.json"
 # What people edit, and what changes no answer.
-_LEFT_OUT = (HASHES_FILE, "README.md", "generation_config.json", "chat_template.jinja", RECIPE_FILE, REPORT_FILE)
+_LEFT_OUT = (
+    HASHES_FILE,
+    "README.md",
+    PICTURES_FOLDER,
+    PROXIES_FOLDER,
+    RECIPE_FILE,
+    REPORT_FILE,
+    "generation_config.json",
+    "chat_template.jinja",
+)
 
 
 def write_hashes(folder: Path) -> None:
@@ -44,8 +53,8 @@ def verify_hashes(folder: Path, title: str) -> None:
 
 
 def _hashed(folder: Path) -> list[Path]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return [f for f in files if f.relative_to(folder).parts[0] not in (PROXIES_FOLDER, *_LEFT_OUT)]
+    files = {path: path.relative_to(folder).parts[0] for path in sorted(folder.rglob("*")) if path.is_file()}
+    return [path for path, top in files.items() if top not in _LEFT_OUT and not top.startswith(".")]
 
 
 def _hash(path: Path) -> str:

@@ -174,7 +174,8 @@ class RoutedModel:
         inputs = _rows(inputs)
         self._need_router("explain")
         found: list[Optional[Explanation]] = [None] * len(inputs)
-        for chosen, batch in self._batches(inputs, batch_size, options):
+        prompts = self.model.get_base_model().can_generate()  # labels say where one ends
+        for chosen, batch in self._batches(inputs, batch_size, options, with_targets=prompts):
             records = decide(self.model, batch)
             for row, i in enumerate(chosen):
                 found[i] = self._explain(records, row)
@@ -237,13 +238,16 @@ class RoutedModel:
         if not self.config.decides:
             raise HfEsmError(f"{what}: this model has no router. Name the tasks: {', '.join(self.tasks)}.")
 
-    def _batches(self, inputs: Any, batch_size: int, options: Mapping[str, Any]) -> Iterable[tuple[list[int], dict]]:
+    def _batches(
+        self, inputs: list[Any], batch_size: int, options: Mapping[str, Any], with_targets: bool = False
+    ) -> Iterable[tuple[list[int], dict]]:
         if batch_size < 1:
             raise HfEsmError(f"batch_size must be 1 or more, not {batch_size}.")
         if not inputs:
             return
         config = self.model.get_base_model().config
-        samples = encode(inputs, self.processor, config, "inputs", ProxyOptions(**{"num_samples": 0, **options}))
+        settings = ProxyOptions(**{"num_samples": 0, **options})
+        samples = encode(inputs, self.processor, config, "inputs", settings, with_targets)
         order = sorted(range(len(samples)), key=lambda i: max(value.numel() for value in samples[i].values()))
         groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         if not any("attention_mask" in sample or "input_ids" in sample for sample in samples):
@@ -278,7 +282,7 @@ class RoutedModel:
         if folder.exists() and not overwrite:
             raise HfEsmError(f"{folder} exists. Choose another folder, or pass overwrite=True.")
         with staging_folder(folder) as staging:
-            shutil.copytree(self.folder, staging, dirs_exist_ok=True)
+            shutil.copytree(self.folder, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
             publish_folder(staging, folder, overwrite)
         return folder
 

@@ -16,6 +16,7 @@ from .metrics import resolve_metric
 from .options import RECIPE_FILE, MergeOptions
 from .planning import MergePlan
 from .proxies import (
+    PROXIES_FOLDER,
     LabelledSamples,
     Sample,
     encode,
@@ -107,7 +108,8 @@ def _check_output(options: MergeOptions, data: dict[str, Any]) -> None:
         inside |= {f"{what} of '{task}'": spec for task, spec in by_task.items()}
     for what, given in inside.items():
         path = given.get("path") if isinstance(given, Mapping) else given
-        if isinstance(path, (str, os.PathLike)) and Path(path).expanduser().resolve().is_relative_to(whole):
+        place = Path(path).expanduser().resolve() if isinstance(path, (str, os.PathLike)) else None
+        if place and place.is_relative_to(whole) and not place.is_relative_to(whole / PROXIES_FOLDER):
             raise HfEsmError(
                 f"{what} ({path}) stands in output_dir {output}, which would be replaced. Choose another output_dir."
             )

@@ -16,6 +16,9 @@ from torch import Tensor
 # Singular values below this fraction of the largest one count as zero: float32 inputs carry no information there.
 RELATIVE_CUTOFF = 1e-6
 
+# The same for eigenvalues that come of an iteration in float32.
+_ITERATED_CUTOFF = 1e-5
+
 # Rows of a symmetric product that are computed at a time, as far as its diagonal.
 _BLOCK = 128
 
@@ -195,7 +198,7 @@ def _iterated_directions(
             break
         basis, held = torch.linalg.qr(image).Q, found
     values = values.flip(0)[:rank].double()
-    kept = significant(values)
+    kept = values > values.max().clamp_min(0) * _ITERATED_CUTOFF
     return values[kept], torch.linalg.qr((basis @ turn.flip(1)[:, :rank])[:, kept].double()).Q
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .errors import HfEsmError
-from .proxies import Sample, collate
+from .proxies import Sample, collate, text_config
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def outputs_of(
         metric is not PERPLEXITY
         and samples
         and "input_ids" in samples[0]
-        and model.config.get_text_config().pad_token_id is None
+        and getattr(text_config(model.config), "pad_token_id", 0) is None
     ):
         batch_size = 1  # decoders find a sample's last token by it
     found: Optional[Tensor] = None
@@ -120,10 +120,8 @@ def check_answers(model: PreTrainedModel, metric: Metric) -> None:
     """Refuse a model whose answers the metric cannot read."""
     kind = type(model).__name__
     if metric is PERPLEXITY:
-        if not model.can_generate():
-            raise HfEsmError(
-                f"{kind} predicts no next token; perplexity needs a causal or sequence-to-sequence model."
-            )
+        if kind.endswith("ForMaskedLM"):
+            raise HfEsmError(f"{kind} predicts no next token; perplexity needs a model that writes text.")
     elif model.config.problem_type == "multi_label_classification":
         raise HfEsmError(f"{kind} gives several labels per sample, which no metric here reads. Use `score_fn`.")
     elif metric is ACCURACY and model.config.num_labels == 1:

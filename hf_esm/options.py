@@ -16,6 +16,7 @@ from .proxies import ProxyOptions
 # What stands in every folder that a merge wrote.
 RECIPE_FILE = "merge_recipe.yaml"
 REPORT_FILE = "merge_report.json"
+PICTURES_FOLDER = "comparison"  # of its card, if there are any
 
 
 @dataclass

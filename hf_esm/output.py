@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from numbers import Integral
@@ -129,6 +130,10 @@ def _record_calibration(
         if task in samples and options.statistics_dir:
             kept = Path(options.statistics_dir).expanduser() / f"{task}.safetensors"
             recorded[task] = str(kept.absolute())
+        elif isinstance(given, (str, os.PathLike)) and _goes_away(given, options):
+            recorded[task] = f"{PROXIES_FOLDER}/{task}.safetensors"
+            (folder / PROXIES_FOLDER).mkdir(exist_ok=True)
+            shutil.copy(given, folder / recorded[task])
         elif isinstance(given, (str, os.PathLike)):
             recorded[task] = str(Path(given).absolute())
         elif isinstance(given, Mapping) and "path" in given:
@@ -140,6 +145,13 @@ def _record_calibration(
             recorded[task] = f"{PROXIES_FOLDER}/{task}.safetensors"
             given.save(folder / recorded[task], compact=False)
     return recorded
+
+
+def _goes_away(given: str | os.PathLike, options: MergeOptions) -> bool:
+    """Whether samples stand in the folder that is replaced, as a merge left them there."""
+    if not options.output_dir:
+        return False
+    return Path(given).resolve().is_relative_to((Path(options.output_dir).expanduser() / PROXIES_FOLDER).resolve())
 
 
 def absolute_path(value: Any, folder: Path) -> Any:

@@ -1,9 +1,10 @@
 """A routed model as a Transformers pipeline."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from datasets import Dataset
 from transformers import Pipeline
 
 from .hub import Prediction, RoutedModel
@@ -21,9 +22,9 @@ class RoutedPipeline(Pipeline):
         super().__init__(model=model.model.get_base_model(), device=model.device, **kwargs)
 
     def __call__(self, inputs: Any, **options: Any) -> Any:
-        one = isinstance(inputs, (str, Mapping)) or not isinstance(inputs, Iterable)
-        found = self.routed.predict([inputs] if one else list(inputs), **options)
-        return asdict(found[0]) if one else [asdict(prediction) for prediction in found]
+        several = isinstance(inputs, (Sequence, Iterator, Dataset)) and not isinstance(inputs, (str, tuple))
+        found = self.routed.predict(list(inputs) if several else [inputs], **{**self._forward_params, **options})
+        return [asdict(prediction) for prediction in found] if several else asdict(found[0])
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict, dict, dict]:
         return {}, options, {}

@@ -230,6 +230,8 @@ _INDIFFERENT = (
     r"(.*dropout.*|.*drop_(rate|prob|path).*|architectures|.*dtype|transformers_version|_.*|id2label|label2id|num_labels|"
     r"problem_type|use_cache|.*token_ids?|.*init.*|summary_.*|classifier_.*|tokenizer_class|return_dict|output_.*|"
     r"auto_map|vocab_size|finetuning_task|gradient_checkpointing|torchscript|.*loss.*|name_or_path|semantic_.*|"
+    r".*layerdrop|.*suppress_tokens|forced_.*|prefix|n_ctx|n_positions|pretraining_tp|max_window_layers|pooler_.*|"
+    r"projection_dim|legacy|use_mean_pooling|quantization_config|image_size|"
     r"pipeline_.*|custom_.*|task_specific_params|is_decoder|add_cross_attention|pruned_heads|tie_.*|mask_.*|apply_spec.*)$"
 )
 
@@ -244,7 +246,7 @@ def _differing_settings(base: Checkpoint, expert: Checkpoint) -> list[str]:
     differing = {name: f"{name} ({theirs[name]}, base {ours[name]})" for name in ours.keys() & theirs.keys()}
     differing = {name: said for name, said in sorted(differing.items()) if ours[name] != theirs[name]}
     for name, said in differing.items():
-        if re.match(_OF_THE_FUNCTION, name.rpartition(".")[2]):
+        if None not in (ours[name], theirs[name]) and re.match(_OF_THE_FUNCTION, name.rpartition(".")[2]):
             raise HfEsmError(f"{expert.title}: its config differs from the base's in {said}. Is it a fine-tune of it?")
     return list(differing.values())
 
@@ -253,6 +255,7 @@ def _settings(config: Any, prefix: str = "") -> dict[str, Any]:
     """A config's settings that matter here, those of its parts by dotted names."""
     found: dict[str, Any] = {}
     for name, value in (config if isinstance(config, dict) else config.to_dict()).items():
+        name = str(name)
         if not re.match(_INDIFFERENT, name):
             found |= _settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found

@@ -179,7 +179,7 @@ def encode(
     first = rows[0]
     if isinstance(first, Mapping) and any(name in first for name in READY_INPUTS):
         keeps = with_targets or config.is_encoder_decoder
-        samples = [_ready(row, keeps, f"{title}: sample {i}") for i, row in enumerate(rows)]
+        samples = [_ready(row, config, keeps, f"{title}: sample {i}") for i, row in enumerate(rows)]
     else:
         if processor is None:
             raise HfEsmError(
@@ -202,7 +202,7 @@ def encode(
 
 def _check_tokens(sample: Sample, config: PretrainedConfig, title: str) -> None:
     """Raise on tokens that the model has no embedding for; those that stand for an image may be such."""
-    size, ids = getattr(config.get_text_config(), "vocab_size", None), sample.get("input_ids")
+    size, ids = getattr(text_config(config), "vocab_size", None), sample.get("input_ids")
     if size and ids is not None and "pixel_values" not in sample and not 0 <= int(ids.min()) <= int(ids.max()) < size:
         raise HfEsmError(
             f"{title} has tokens from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary has {size}. "
@@ -224,7 +224,7 @@ def _unpadded(sample: Sample, config: PretrainedConfig) -> Sample:
     return sample
 
 
-def _ready(row: Any, with_targets: bool, title: str) -> Sample:
+def _ready(row: Any, config: PretrainedConfig, with_targets: bool, title: str) -> Sample:
     if not isinstance(row, Mapping):
         raise HfEsmError(f"{title} is a {type(row).__name__}, but sample 0 holds model inputs. Give all in one form.")
     sample = {}
@@ -234,11 +234,17 @@ def _ready(row: Any, with_targets: bool, title: str) -> Sample:
                 sample[name] = torch.as_tensor(value)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise HfEsmError(f"{title}: '{name}' is no array of numbers ({error}). Leave it out.") from None
-    batches = [name for name, dims in _DIMS.items() if name in sample and sample[name].dim() == dims + 1]
-    if any(len(sample[name]) == 1 for name in batches):  # what processors give where tensors were asked for
+    ids, pixels = sample.get("input_ids"), sample.get("pixel_values")
+    kind = (config.architectures or [""])[0]
+    if ids is not None:
+        batched = ids.dim() == 2 and len(ids) == 1 and not kind.endswith("ForMultipleChoice")
+    else:
+        batched = pixels is not None and pixels.dim() == 4 and len(pixels) == 1 and not hasattr(config, "num_frames")
+    if batched:  # as processors give a sample with `return_tensors`
         sample = {name: value[0] if value.shape[:1] == (1,) else value for name, value in sample.items()}
-    ids = sample.get("input_ids")
-    if ids is not None and (ids.dim() != 1 or ids.is_floating_point()):
+        ids = sample.get("input_ids")
+    several = kind.endswith("ForMultipleChoice") or not kind  # texts in one sample, as far as is known
+    if ids is not None and (ids.is_floating_point() or not 1 <= ids.dim() <= 1 + several):
         raise HfEsmError(
             f"{title}: 'input_ids' is of shape {tuple(ids.shape)} and {ids.dtype}. Give the whole numbers of one "
             "sample, of shape [length]."
@@ -247,10 +253,6 @@ def _ready(row: Any, with_targets: bool, title: str) -> Sample:
     if "labels" in sample and not (with_targets and sample["labels"].dim()):
         del sample["labels"]
     return sample
-
-
-# How many dimensions one sample's inputs have.
-_DIMS = {"input_ids": 1, "pixel_values": 3}
 
 
 def _encode_row(row: Any, processor: Any, config: PretrainedConfig, title: str, options: ProxyOptions) -> Sample:
@@ -311,11 +313,23 @@ def row_fields(row: Any, title: str, options: ProxyOptions) -> dict[str, Any]:
 
 def text_limit(tokenizer: Any, config: PretrainedConfig, options: ProxyOptions) -> int:
     """Tokens that a text is cut to."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    positions = positions if isinstance(positions, int) and positions > 0 else options.max_length or LONGEST
+    text = text_config(config)
+    positions = getattr(text, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        positions = options.max_length or LONGEST
+    if any(getattr(text, name, None) for name in ("rope_parameters", "rope_theta", "relative_attention")):
+        positions = options.max_length or positions  # it may read farther than it was trained to
     if any(name in config.model_type for name in _OFFSET_POSITIONS):
         positions -= (getattr(config, "pad_token_id", None) or 0) + 1
     return min(options.max_length or min(LONGEST, getattr(tokenizer, "model_max_length", LONGEST)), positions)
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The settings of the part that reads text; those of the whole where there are several such parts."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config
 
 
 # Types of models that count positions from behind the padding token's index.

@@ -19,7 +19,7 @@ from tiny import BERT, SENTENCES, assert_refused, forbid_calibration, save_model
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModel, DistilBertConfig, DistilBertModel
 
-from hf_esm import ActivationStatistics, calibrate, load_task_model, merge_models
+from hf_esm import ActivationStatistics, calibrate, load_recipe, load_task_model, merge_models
 from hf_esm.options import RECIPE_FILE
 from hf_esm.statistics import InputStatistics
 
@@ -410,6 +410,27 @@ def test_an_existing_output_is_replaced_where_that_is_allowed(models):
     assert not (models.folder / "merged" / "old.txt").exists()
     assert load_task_model(models.folder / "merged", "left").config.num_labels == 3
     assert {path.name for path in models.folder.iterdir()} == before
+
+
+def test_a_merge_is_repeated_over_itself_with_the_samples_that_stand_in_it(models):
+    merge_models(**arguments(models), progress=False)
+    out = models.folder / "merged"
+    expected, kept = stored_tensors(out), {p.name: p.read_bytes() for p in (out / "calibration").iterdir()}
+    for _ in range(2):
+        merge_models(
+            **{**load_recipe(out / RECIPE_FILE), "output_dir": str(out), "overwrite": True, "progress": False}
+        )
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in stored_tensors(out).items())
+        assert {p.name: p.read_bytes() for p in (out / "calibration").iterdir()} == kept
+
+
+@pytest.mark.parametrize("settings", [{"foo": {0: "x"}}, {"layerdrop": 0.1, "is_decoder": True}])
+def test_settings_that_make_no_other_function_are_merged(models, settings):
+    right = AutoModel.from_pretrained(models.right)
+    for name, value in settings.items():
+        setattr(right.config, name, value)
+    experts = {"left": models.left, "right": right}
+    merge_models(**arguments(models, experts=experts, method="mean", calibration=None), progress=False)
 
 
 def test_more_tasks_than_directions_are_merged(saved):

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,10 @@ def test_a_report_goes_into_a_card_and_replaces_an_earlier_one(arguments, compar
     pictures = re.findall(r"\]\((.+?\.png)\)", section)
     assert {path.name for path in folder.glob("*.png")} == {Path(picture).name for picture in pictures}
     assert all((tmp_path / "merged" / picture).is_file() for picture in pictures)
+    shutil.copytree(folder, tmp_path / "merged" / "comparison", dirs_exist_ok=True)
+    with pytest.raises(HfEsmError, match="Compare into another folder"):
+        add_comparison(tmp_path / "merged", tmp_path / "merged" / "comparison")
+    assert (tmp_path / "merged" / "comparison" / "report.md").is_file()
     with pytest.raises(HfEsmError, match=r"report\.md is missing"):
         add_comparison(tmp_path / "merged", tmp_path)
 

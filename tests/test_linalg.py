@@ -143,6 +143,14 @@ def test_iterated_triplets_are_a_near_best_approximation(seed, size):
     assert left_over < best * (1 + 1e-3)
 
 
+def test_iterated_directions_are_no_more_than_there_are():
+    """Rounding noise in float32 is no direction."""
+    generator = torch.Generator().manual_seed(0)
+    x, delta = torch.randn(10, 96, generator=generator), torch.randn(128, 96, generator=generator)
+    for tolerance in (0.0, 1e-3):
+        assert essential_subspace(x, delta, 20, tolerance=tolerance).directions.shape == (128, 10)
+
+
 def test_iterating_ends_where_there_is_nothing_or_little_and_is_left_where_much_is_wanted():
     x, delta = torch.randn(50, 40), torch.zeros(30, 40)
     assert essential_subspace(x, delta, 5, tolerance=1e-3).directions.shape == (30, 0)

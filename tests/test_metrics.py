@@ -101,7 +101,7 @@ def test_of_errors_less_is_better(monkeypatch):
 
 def test_perplexity_needs_a_language_model_and_accuracy_a_classifier():
     samples = LabelledSamples(token_samples(2), [0] * 7)
-    with pytest.raises(HfEsmError, match="BertForSequenceClassification predicts no next token"):
+    with pytest.raises(HfEsmError, match="BertForSequenceClassification gives no likelihood"):
         run(BERT.build("BertForSequenceClassification", vocab_size=VOCABULARY).eval(), samples, PERPLEXITY)
     with pytest.raises(HfEsmError, match="GPT2LMHeadModel gives no class per sample"):
         run(GPT2.build().eval(), samples)

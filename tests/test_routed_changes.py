@@ -1,6 +1,7 @@
 """Routed models that get one more expert, or lose one."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -138,6 +139,12 @@ def test_a_removed_expert_is_gone_and_the_rest_is_as_it_was(merged, larger, mode
         added, removed = (line for line in lines if "After this merge" in line)
         assert f"'c' was added, from {models / 'c'} (licence: not stated); the experts now: a, b, c." in added
         assert "'c' was removed; the experts now: a, b." in removed
+    (fewer.folder / "comparison").mkdir()  # what a card's pictures, or a download, leave there
+    (fewer.folder / "comparison" / "a.png").write_text("")
+    (fewer.folder / ".cache").mkdir()
+    RoutedModel.from_pretrained(fewer.folder).save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / ".cache").exists() and RoutedModel.from_pretrained(tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy")
     assert load_recipe(fewer.folder / "merge_recipe.yaml")["experts"].keys() == {"a", "b"}
     assert equal(adapter(fewer.folder), adapter(merged))
     assert not (fewer.folder / "heads" / "c").exists()

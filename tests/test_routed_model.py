@@ -326,6 +326,8 @@ def test_a_pipeline_takes_what_predict_takes(routed):
     assert pipe(MIXED[:6]) == pipe(Dataset.from_dict({"text": MIXED[:6]})["text"]) == expected
     assert pipe(MIXED[:6], batch_size=2)[5]["label"] == expected[5]["label"]
     assert pipe(MIXED[0]) == pipe(MIXED[:1])[0] and pipe([]) == []
+    assert RoutedPipeline(routed, tasks="b")(MIXED[:2]) == pipe(MIXED[:2], tasks="b")
+    assert pipe((MIXED[0], MIXED[1])) == asdict(routed.predict([(MIXED[0], MIXED[1])])[0])  # a pair of texts
     assert pipe(MIXED[:2], tasks="b") == [asdict(found) for found in routed.predict(MIXED[:2], "b")]
 
 

@@ -187,6 +187,19 @@ def test_a_compiled_model_is_compiled_once_for_all_routes_that_are_named(cases):
             assert torch.equal(logits(compiled, case), logits(model, case))
 
 
+def test_a_route_is_of_whatever_adapter_is_active(cases):
+    case = cases["bert"]
+    model = loaded(case, "prototype", "discriminant")
+    for task in (TASKS[1], "static"):
+        with route(model, task):
+            model.set_adapter("prototype")
+            logits(model, case)
+            model.set_adapter("discriminant")
+            expected = case.base if task == "static" else with_expert(case, "discriminant", task)
+            torch.testing.assert_close(logits(model, case), logits(expected, case), rtol=1e-4, atol=1e-4)
+        model.set_adapter("prototype")
+
+
 def test_a_batch_goes_by_expert_where_many_share_one_or_the_copies_are_large(monkeypatch):
     a, b = torch.zeros(3, 2, 8), torch.zeros(3, 8, 2)
     assert not grouping_pays(torch.tensor([0, 1, 2] * 4), a, b)

@@ -11,7 +11,7 @@ from ..registration import HfEsmPeftType
 
 DECIDING = ("prototype", "discriminant")
 ROUTERS = (*DECIDING, "oracle", "static")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass

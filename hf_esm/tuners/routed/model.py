@@ -125,22 +125,22 @@ def route(model: nn.Module, tasks: str | Sequence[str] | Any) -> Iterator[None]:
         HfEsmError: if there is no such task; in the forward pass, if there is not one per sample.
     """
     state = _state_of(model)
-    adapters = {
-        tuple(config.tasks)
-        for module in model.modules()
-        if isinstance(module, RoutedExpertsLayer)
-        for adapter, config in module.configs.items()
-        if adapter in module.active_adapters
-    }
+    layers = [module for module in model.modules() if isinstance(module, RoutedExpertsLayer)]
     if not isinstance(tasks, (Route, Decision)):
-        known = {task for tasks_of_one in adapters for task in tasks_of_one}
+        known = {
+            task
+            for layer in layers
+            for adapter, config in layer.configs.items()
+            if adapter in layer.active_adapters
+            for task in config.tasks
+        }
         if not isinstance(tasks, str):
             tasks = list(tasks) if isinstance(tasks, Iterable) else [tasks]
         named = [tasks] if isinstance(tasks, str) else tasks
         if unknown := [task for task in named if task not in known and task != "static"]:
             there = ", ".join(sorted(known))
             raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {there}, or 'static'.")
-        tasks = Named.of(tasks, adapters)
+        tasks = Named.of(tasks, {tuple(config.tasks) for layer in layers for config in layer.configs.values()})
     before, state.local.forced = state.local.forced, tasks
     try:
         yield
