@@ -222,18 +222,18 @@ def _in_evaluation(model: PreTrainedModel, accelerator: Accelerator) -> Iterator
     """The model on the accelerator's device and in evaluation mode; afterwards as it was."""
     training = {module: module.training for module in model.modules()}
     config = text_config(model.config)
-    padding = getattr(config, "pad_token_id", -1)
+    unpadded = getattr(config, "pad_token_id", -1) is None and not model.config.is_encoder_decoder
     device = next(model.parameters()).device
     moved = device != accelerator.device and not getattr(model, "hf_device_map", None)
     try:
         model.eval()
-        if padding is None and not model.config.is_encoder_decoder:
+        if unpadded:
             config.pad_token_id = -1  # without one, decoders classify single samples only; nothing is padded here
         if moved:
             model.to(accelerator.device)
         yield
     finally:
-        if padding is None and not model.config.is_encoder_decoder:
+        if unpadded:
             config.pad_token_id = None
         if moved:
             model.to(device)

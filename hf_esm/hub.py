@@ -1,6 +1,5 @@
 """`RoutedModel`: a merged model with its experts, router, heads and processor, from a folder or the Hub."""
 
-import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,9 +33,6 @@ from .proxies import ProxyOptions, batch_indices, collate, encode, load_processo
 from .pushing import check_routed, push_folder
 from .tuners.lora_export import write_lora_adapter
 from .tuners.routed import Decision, Named, Route, decide, route, routing_state
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass

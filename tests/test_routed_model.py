@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from datasets import Dataset
 from helpers import image_samples, save, token_inputs
 from peft import PeftModel
@@ -30,7 +31,7 @@ from routed_toys import (
     task_texts,
     tuned,
 )
-from tiny import BERT
+from tiny import BERT, forbid_calibration
 from toys import LABELS, base_model, classifier, lora_adapter
 from transformers import AutoModel, BertModel, GPT2LMHeadModel, ViTForImageClassification, ViTModel
 
@@ -144,6 +145,18 @@ def test_a_merge_that_cannot_be_routed_is_refused(models, statistics, tmp_path, 
         merge_bert(models, tmp_path / "out", **options)
     assert message in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "says"), [("xlnet", "read tokens first"), ("clip", "reads text beside something")])
+@pytest.mark.parametrize("method", ["esm++", "tsv-c"])
+def test_a_model_whose_samples_cannot_be_told_apart_is_refused_early(monkeypatch, name, says, method):
+    forbid_calibration(monkeypatch)
+    base = ARCHITECTURES[name].build()
+    experts = {"a": tuned(base, 1), "b": tuned(base, 2)}
+    calibration = dict.fromkeys(experts, ARCHITECTURES[name].samples(0))
+    for dry_run in (True, False):
+        with pytest.raises(HfEsmError, match=says):
+            merge_models(base, experts, calibration=calibration, method=method, dry_run=dry_run, progress=False)
 
 
 # ---- the model

@@ -4,7 +4,7 @@ from ..registration import HfEsmPeftType, register
 from .config import RoutedExpertsConfig
 from .layer import RoutedExpertsLayer, RoutedExpertsLinear
 from .model import RoutedExpertsModel, decide, fingerprint, recording, route, routing_state
-from .routing import Decision, Named, Route
+from .routing import Decision, Named, Route, routable_models
 
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "decide",
     "fingerprint",
     "recording",
+    "routable_models",
     "route",
     "routing_state",
 ]

@@ -253,8 +253,12 @@ class CloseFrame:
 TOKENS_FIRST = ("fsmt", "led", "longformer", "xlnet")
 
 
-def install(model: nn.Module, state: RoutingState) -> None:
-    """Hooks on a model and on all models nested in it."""
+def routable_models(model: nn.Module) -> list[nn.Module]:
+    """A model and all models nested in it.
+
+    Raises:
+        HfEsmError: if the samples that their layers read cannot be told apart.
+    """
     nested = [module for module in model.modules() if hasattr(module, "main_input_name")]
     if model not in nested:
         raise HfEsmError(f"Routed experts need a Transformers model, not a {type(model).__name__}.")
@@ -270,7 +274,12 @@ def install(model: nn.Module, state: RoutingState) -> None:
                 f"The layers of a {type(module).__name__} read tokens first, then samples: they cannot be told apart. "
                 "Merge it without experts (`method='esm'`)."
             )
-    for module in nested:
+    return nested
+
+
+def install(model: nn.Module, state: RoutingState) -> None:
+    """Hooks on a model and on all models nested in it."""
+    for module in routable_models(model):
         module.register_forward_pre_hook(OpenFrame(state, module, module is model), with_kwargs=True)
         module.register_forward_hook(CloseFrame(state), with_kwargs=True, always_call=True)
 
