@@ -37,6 +37,7 @@ setup(
         "jinja2",
         "psutil",
         "pyyaml",
+        "scipy>=1.11",
     ],
     extras_require={
         "demo": ["matplotlib", "pillow", "scikit-learn"],

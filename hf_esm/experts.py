@@ -53,7 +53,7 @@ def expert_factors(
         directions = essential_subspace(inputs.factor, residual, rank, tolerance=tolerance).directions
     a, b = torch.zeros(rank, residual.shape[1]), torch.zeros(residual.shape[0], rank)
     found = directions.shape[1]
-    a[:found], b[:, :found] = directions.T @ residual.double(), directions
+    a[:found], b[:, :found] = directions.T @ residual.to(directions.dtype), directions
     return a, b
 
 

@@ -152,15 +152,17 @@ class RoutedModel:
     def task_model(self, task: str) -> PreTrainedModel:
         """The task's model (`…ForSequenceClassification`, …) around the routed body, which all of them share.
 
-        It is to run and to train, not to save: `load_task_model` and `export_lora` give what can be saved.
+        It is to run and to train, not to save: `load_task_model` and `export_lora` give what can be saved, and
+        `model.save_pretrained` saves experts that were trained.
         """
         if task not in self.tasks:
             raise HfEsmError(f"There is no expert for {task!r}; there are {', '.join(self.tasks)}.")
-        if not (self.folder / HEADS_FOLDER / task).is_dir():
-            raise HfEsmError(f"{self.folder}: no head of {task!r} in it.")
+        if not (self.folder / HEADS_FOLDER / task / "config.json").is_file():
+            raise HfEsmError(f"{self.folder}: no head of {task!r} in it. Merge again, or download the whole model.")
         if task not in self._task_models:
             found = attach_head(self.model.get_base_model(), self.folder, task)
             found.register_forward_pre_hook(partial(_refuse_ragged, task, self.model), with_kwargs=True)
+            found.save_pretrained = partial(_refuse_saving, task)
             self._task_models[task] = found
         return self._task_models[task]
 
@@ -372,6 +374,15 @@ def _refuse_ragged(task: str, model: PeftModel, head: PreTrainedModel, args: tup
             f"Samples of {others[0]!r} are routed through the head of {task!r}, and one loss is asked for. Run each "
             "task's samples through its own `task_model`."
         )
+
+
+def _refuse_saving(task: str, *args: Any, **kwargs: Any) -> None:
+    """In place of `save_pretrained` of a task's model, whose layers no `from_pretrained` would know."""
+    raise HfEsmError(
+        f"The model of {task!r} shares the routed body, and cannot be saved by itself. Save the static model with the "
+        f"task's head (`load_task_model(folder, {task!r})`), the task's expert (`export_lora`), or experts that you "
+        "trained (`routed.model.save_pretrained`)."
+    )
 
 
 def _take(decision: Decision, rows: list[int]) -> Decision:

@@ -2,25 +2,33 @@
 
 Everything that is decomposed here is decomposed in float64, whatever the dtype of the input: eigenvalues enter the
 methods with small exponents (`λ^0.15`), and a polar factor gives its weakest direction the weight of its strongest, so
-that rounding noise would become signal. Each decomposition takes the eigenproblem of the smaller side. Only leading
-directions that are wanted up to a stated tolerance are found by randomised iteration, in float32.
+that rounding noise would become signal. Each decomposition takes the eigenproblem of the smaller side. Only what is
+wanted up to a stated tolerance is computed in float32, and leading directions by randomised iteration.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg import eigh as selected_eigh
 from torch import Tensor
 
 
 # Singular values below this fraction of the largest one count as zero: float32 inputs carry no information there.
 RELATIVE_CUTOFF = 1e-6
 
-# The same for eigenvalues that come of an iteration in float32.
-_ITERATED_CUTOFF = 1e-5
+# The same for squared singular values, and eigenvalues, that were computed in float32.
+_SINGLE_CUTOFF = 1e-5
+
+# Smallest share of its largest eigenvalue above which a Gram matrix in float32 has a root to three digits.
+_WELL_CONDITIONED = 1e-4
 
 # Rows of a symmetric product that are computed at a time, as far as its diagonal.
 _BLOCK = 128
+
+# Rows of a Gram matrix from which on it pays to have LAPACK compute the wanted eigenvectors alone. Smaller ones are
+# decomposed side by side, which SciPy's lock forbids.
+_LARGE = 2048
 
 
 def triangular_factor(rows: Tensor) -> Tensor:
@@ -39,8 +47,8 @@ class EssentialSubspace:
     """The leading principal directions of an output shift `ΔO = X Δᵀ`.
 
     Attributes:
-        directions: `[d_out, k]` float64, orthonormal columns, strongest first.
-        squares: `[k]` float64, the squared singular values of `ΔO` along them.
+        directions: `[d_out, k]` float64, orthonormal columns, strongest first; float32 with a tolerance.
+        squares: `[k]` of the same dtype, the squared singular values of `ΔO` along them; with a tolerance, at most.
         total: the sum of all squared singular values, the discarded ones included.
     """
 
@@ -72,7 +80,7 @@ def essential_subspace(
         factor, delta = factor.float(), delta.float()
         ridge = shrinkage * factor.square().sum(dtype=torch.float64).float() / factor.shape[1]
         shift = factor @ delta.T
-        total = float(shift.double().square().sum() + ridge * delta.double().square().sum())
+        total = float(norm(shift).square() + ridge * norm(delta).square())
         squares, directions = _iterated_directions(
             lambda x: shift.T @ (shift @ x) + ridge * (delta @ (delta.T @ x)), delta, rank, tolerance
         )
@@ -103,27 +111,32 @@ def essential_subspace(
     return EssentialSubspace(directions, squares, float(gram.trace()))
 
 
-def polar_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def polar_factor(matrix: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
     """`U Vᵀ` of the SVD `U S Vᵀ` of `matrix` `[p, q]` on its numerical range, and the mean of its singular values.
 
     Directions whose singular value is numerically zero are left out of the factor (an SVD would fill them with
-    arbitrary ones), while the mean runs over all `min(p, q)` values, zeros included. Both come back in float64.
+    arbitrary ones), while the mean runs over all `min(p, q)` values, zeros included. Both come back in float64; with
+    a `tolerance`, in float32, and are computed in it where no singular value is below a hundredth of the largest.
     """
-    matrix = matrix.double()
-    wide = matrix.shape[0] <= matrix.shape[1]
-    squares, vectors = torch.linalg.eigh(_symmetric(matrix, matrix.T) if wide else _symmetric(matrix.T, matrix))
+    wide, dtype = matrix.shape[0] <= matrix.shape[1], working_dtype(tolerance)
+    for tried in (dtype, torch.float64):
+        held = matrix.to(tried)
+        squares, vectors = torch.linalg.eigh(_symmetric(held, held.T) if wide else _symmetric(held.T, held))
+        if squares[0] > _WELL_CONDITIONED * squares[-1] or tried == torch.float64:
+            break
     mean = squares.clamp_min(0).sqrt().mean()
     kept = significant(squares)
     vectors = vectors[:, kept]
     root = (vectors / squares[kept].sqrt()) @ vectors.T
-    return (root @ matrix if wide else matrix @ root), mean
+    return (root @ held if wide else held @ root).to(dtype), mean.to(dtype)
 
 
 def truncated_svd(matrix: Tensor, rank: int, tolerance: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """The leading `rank` singular triplets `U [p, k], S [k], Vh [k, q]` of `matrix`, in float64.
 
     `k` is smaller than `rank` where the numerical rank is. With a `tolerance`, where few of many triplets are wanted,
-    they are those of `matrix` on directions that are found by randomised iteration; see `_iterated_directions`.
+    they are those of `matrix` on directions that are found by randomised iteration, in float32; see
+    `_iterated_directions`.
     """
     if tolerance > 0 and _few(rank, matrix):
         if matrix.shape[0] > matrix.shape[1]:
@@ -131,7 +144,7 @@ def truncated_svd(matrix: Tensor, rank: int, tolerance: float = 0.0) -> tuple[Te
             return left.T, values, right.T
         held = matrix.float()
         _, left = _iterated_directions(lambda x: held @ (held.T @ x), held, rank, tolerance)
-        turn, values, right = truncated_svd(left.T @ matrix.double(), rank)
+        turn, values, right = (part.float() for part in truncated_svd(left.T @ held, rank))
         return left @ turn, values, right
     matrix = matrix.double()
     if matrix.shape[0] <= matrix.shape[1]:
@@ -164,46 +177,62 @@ def _leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The `rank` largest eigenvalues of a Gram matrix (its lower triangle), descending, with their vectors; zero ones
     are dropped.
     """
-    values, vectors = torch.linalg.eigh(gram)
+    if gram.device.type == "cpu" and len(gram) >= _LARGE and _few(rank, gram):
+        wanted = (len(gram) - rank, len(gram) - 1)
+        values, vectors = map(torch.from_numpy, selected_eigh(gram.numpy(), subset_by_index=wanted))
+    else:
+        values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     kept = significant(values)
     return values[kept], vectors[:, kept]
 
 
+def working_dtype(tolerance: float) -> torch.dtype:
+    """What is computed exactly is in float64; what may be off by a tolerance, in float32."""
+    return torch.float32 if tolerance > 0 else torch.float64
+
+
+def norm(matrix: Tensor) -> Tensor:
+    """The Frobenius norm, summed up in float64."""
+    return torch.linalg.vector_norm(matrix, dtype=torch.float64)
+
+
 def _few(rank: int, matrix: Tensor) -> bool:
-    """Whether iterating for so many directions takes less than decomposing."""
+    """Whether finding so many directions takes less than decomposing."""
     return 4 * rank <= min(matrix.shape)
 
 
 def _iterated_directions(
     apply: Callable[[Tensor], Tensor], matrix: Tensor, rank: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """The `rank` largest eigenvalues, descending, and their vectors, float64, of a positive semidefinite map of
+    """The `rank` largest eigenvalues, descending, and their vectors, float32, of a positive semidefinite map of
     `[d_out, k]` to the same, by randomised subspace iteration (arXiv 0909.4061).
 
-    It ends when one more step would have added less than `tolerance` of what the directions hold. The start is the
-    same each time, on every device. Nearly all of the leading sum is held then; which of many directions of nearly
-    one strength are among them is not settled.
+    It ends with the step that adds about `tolerance` (at least 1e-5) of what the directions hold, or less: half of
+    it shows in the singular values of the map's image, so that no product is spent on finding out. The values are
+    those of the step before. The start is the same each time, on every device. Nearly all of the leading sum is held
+    then; which of many directions of nearly one strength are among them is not settled.
 
     Args:
         matrix: `[d_out, d_in]`, float32, whose dtype and device it takes.
     """
     start = torch.randn(matrix.shape[0], rank + max(rank // 8, 16), generator=torch.Generator().manual_seed(0))
-    basis, held = torch.linalg.qr(start.to(matrix)).Q, 0.0
+    following = torch.linalg.qr(start.to(matrix)).Q
     while True:
-        image = apply(basis)
-        values, turn = torch.linalg.eigh(basis.T @ image)
-        found = float(values[-rank:].double().sum())
-        if not found - held > tolerance * found:
+        image = apply(following)
+        values, turn = torch.linalg.eigh(following.T @ image)
+        following, triangle = torch.linalg.qr(image)
+        held = values[-rank:].sum()
+        if not 2 * (torch.linalg.svdvals(triangle)[:rank].sum() - held) > max(tolerance, _SINGLE_CUTOFF) * held:
             break
-        basis, held = torch.linalg.qr(image).Q, found
-    values = values.flip(0)[:rank].double()
-    kept = values > values.max().clamp_min(0) * _ITERATED_CUTOFF
-    return values[kept], torch.linalg.qr((basis @ turn.flip(1)[:, :rank])[:, kept].double()).Q
+    values, turn = values.flip(0)[:rank], turn.flip(1)[:, :rank]
+    kept = significant(values)
+    return values[kept], torch.linalg.qr(image @ turn[:, kept]).Q
 
 
 def significant(squares: Tensor) -> Tensor:
     """Which squared singular values, or eigenvalues of a Gram matrix, are not numerically zero."""
     if not len(squares):
         return squares > 0
-    return squares > squares.max().clamp_min(0) * RELATIVE_CUTOFF**2
+    cutoff = _SINGLE_CUTOFF if squares.dtype == torch.float32 else RELATIVE_CUTOFF**2
+    return squares > squares.max().clamp_min(0) * cutoff

@@ -210,8 +210,9 @@ def test_masks_follow_matrices_that_are_stored_transposed():
     result = merge_models(base, experts, **given(method, calibration=samples))
     merged, before = result.load_model().state_dict(), base.state_dict()
     for name in ("transformer.h.0.attn.c_attn.weight", "transformer.h.1.mlp.c_proj.weight"):
-        logits, _ = method.learned.of(name)
+        logits, _ = result.plan.method.learned.of(name)
         mask = torch.sigmoid(logits.T).double()
         total = sum(model.state_dict()[name].double() - before[name].double() for model in experts.values())
         assert relative_error(merged[name], before[name] + 0.3 * total * reference.rescaled(mask)) < 1e-6
         assert mask.std() > 1e-3
+    assert method.learned is None  # the caller's own

@@ -383,7 +383,7 @@ def test_a_tolerance_leads_nearly_to_the_same_merge(seed, method):
     expected = method().merge(problem).delta
     close = relative_error(method(tolerance=1e-6).merge(problem).delta, expected)
     far = relative_error(method(tolerance=0.3).merge(problem).delta, expected)
-    assert 0 < close < far < 0.1
+    assert 0 < close < 1e-2 and close < far < 0.5
     for wrong in (-0.1, 1.0):
         with pytest.raises(HfEsmError, match="tolerance must be at least 0 and below 1"):
             method(tolerance=wrong)

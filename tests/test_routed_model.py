@@ -196,6 +196,8 @@ def test_task_models_share_the_body_and_have_heads_of_their_own(routed):
         found = {name: weight.data_ptr() for name, weight in own.bert.named_parameters() if "pooler" not in name}
         assert found == {name: at for name, at in body.items() if "pooler" not in name}
         assert pooled.data_ptr() != body["pooler.dense.weight"]
+        with pytest.raises(HfEsmError, match="cannot be saved by itself"):
+            own.save_pretrained("anywhere")
 
 
 def test_with_its_expert_of_full_rank_a_task_is_its_expert(routed):

@@ -42,13 +42,13 @@ ROUTED = (RoutedMerge, TSVC)
 
 
 def resolve_method(method: str | Mapping[str, Any] | MergeMethod) -> MergeMethod:
-    """A method from its name, from `{"name": …, setting: value}`, or as it is."""
+    """A method from its name, from `{"name": …, setting: value}`, or a copy of one, which may learn something."""
     if isinstance(method, str):
         method = {"name": method}
     if not isinstance(method, Mapping):
         if not isinstance(method, MergeMethod):
             raise HfEsmError(f"method must be a name or settings, not {method!r}; there are {', '.join(METHODS)}.")
-        return method
+        return replace(method)
     settings = dict(method)
     if "name" not in settings:
         raise HfEsmError(f"method: settings need a name, as in {{'name': 'esm', …}}; there are {', '.join(METHODS)}.")

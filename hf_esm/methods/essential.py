@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HfEsmError
-from ..linalg import essential_subspace, polar_factor, truncated_svd
+from ..linalg import essential_subspace, norm, polar_factor, truncated_svd, working_dtype
 from ..statistics import InputStatistics
 from .singular_vectors import TOLERANCE, check_tolerance, merge_singular_vectors
 from .stack import Merged, MergeMethod, Stack, mean_update
@@ -116,30 +116,32 @@ class EssentialMerge(MergeMethod):
         return Merged(merged.float(), "esm", scaled, {"energy_kept": energy_kept})
 
     def merge_calibrated(self, deltas: list[Tensor], statistics: list[InputStatistics]) -> tuple[Tensor, list[float]]:
-        """One calibrated weight: the merged update `[d_out, d_in]` in float64, and the energy kept per task."""
+        """One calibrated weight: the merged update `[d_out, d_in]`, float64, or float32 with a tolerance, and the
+        energy kept per task.
+        """
         side = min(deltas[0].shape) if self.keep_singular_values else deltas[0].shape[0]
         rank = max(int(side * self.rank_share) // len(deltas), 1)
-        norms = torch.stack([delta.double().norm() for delta in deltas])
+        norms, dtype = torch.stack([norm(delta) for delta in deltas]), working_dtype(self.tolerance)
         task_scales = _relative(norms, self.task_exponent)
         directions, coordinates, energy_kept = [], [], []
         for delta, inputs, task_scale in zip(deltas, statistics, task_scales, strict=True):
             subspace = essential_subspace(inputs.factor, delta, rank, self.shrinkage, self.tolerance)
             energy_kept.append(subspace.energy_kept)
             weights = _relative(_relative(subspace.squares, self.gamma), 1.0)
-            directions.append(subspace.directions * weights)
-            coordinates.append((subspace.directions * weights * task_scale).T @ delta.double())
+            directions.append((subspace.directions * weights).to(dtype))
+            coordinates.append((directions[-1] * task_scale).T @ delta.to(dtype))
         columns = torch.cat(coordinates).norm(dim=0)
         coordinates = [found * _relative(columns, self.dimension_exponent) for found in coordinates]
         if not sum(found.shape[1] for found in directions):  # no expert changes what this map puts out
-            return torch.zeros_like(deltas[0], dtype=torch.float64), energy_kept
+            return torch.zeros_like(deltas[0], dtype=dtype), energy_kept
         fuse = _fuse_with_singular_values if self.keep_singular_values else _fuse
-        merged = fuse(directions, coordinates)
+        merged = fuse(directions, coordinates, self.tolerance)
         if self.match_norm and merged.any():
-            merged = merged * (norms.norm() / merged.norm())
+            merged = merged * (norms.norm() / norm(merged))
         merged = merged * self.factor
         if self.sum_subtracted:
             total = sum(deltas[1:], start=deltas[0])
-            part = part_taken_off(self.sum_subtracted, total.double().norm(), norms.norm())
+            part = part_taken_off(self.sum_subtracted, norm(total), norms.norm())
             merged = torch.sub(merged, total, alpha=float(part))
         return merged, energy_kept
 
@@ -203,29 +205,33 @@ _PUBLISHED = {
 }
 
 
-def _fuse(directions: list[Tensor], coordinates: list[Tensor]) -> Tensor:
+def _fuse(directions: list[Tensor], coordinates: list[Tensor], tolerance: float) -> Tensor:
     """The published fusion: `polar(E) polar(C)`, times the means of both stacks' singular values."""
     (left, left_mean), (right, right_mean) = (
-        polar_factor(torch.cat(directions, dim=1)),
-        polar_factor(torch.cat(coordinates)),
+        polar_factor(torch.cat(directions, dim=1), tolerance),
+        polar_factor(torch.cat(coordinates), tolerance),
     )
     return (left @ right) * (left_mean * right_mean)
 
 
-def _fuse_with_singular_values(directions: list[Tensor], coordinates: list[Tensor]) -> Tensor:
-    left, right = fuse_with_singular_values(directions, coordinates)
+def _fuse_with_singular_values(directions: list[Tensor], coordinates: list[Tensor], tolerance: float) -> Tensor:
+    left, right = fuse_with_singular_values(directions, coordinates, tolerance)
     return left @ right
 
 
-def fuse_with_singular_values(directions: list[Tensor], coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
+def fuse_with_singular_values(
+    directions: list[Tensor], coordinates: list[Tensor], tolerance: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """`polar(E P) S` and `polar(Q)` with the SVD `P_t S_t Q_t` of each task's coordinates: as in TSV-M, each direction
     keeps its strength. Their product is the merged update.
     """
+    dtype = working_dtype(tolerance)
     turned = [truncated_svd(found, found.shape[0]) for found in coordinates if found.any()]
     kept = [found for found, c in zip(directions, coordinates, strict=True) if c.any()]
-    left, _ = polar_factor(torch.cat([e @ p for e, (p, _, _) in zip(kept, turned, strict=True)], dim=1))
-    right, _ = polar_factor(torch.cat([q for _, _, q in turned]))
-    return left * torch.cat([s for _, s, _ in turned]), right
+    stacked = torch.cat([e.to(dtype) @ p.to(dtype) for e, (p, _, _) in zip(kept, turned, strict=True)], dim=1)
+    left, _ = polar_factor(stacked, tolerance)
+    right, _ = polar_factor(torch.cat([q for _, _, q in turned]), tolerance)
+    return left * torch.cat([s for _, s, _ in turned]).to(dtype), right
 
 
 def part_taken_off(multiple: float, total: Tensor, norm: Tensor) -> Tensor:

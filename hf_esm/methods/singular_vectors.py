@@ -41,7 +41,7 @@ def merge_singular_vectors(deltas: list[Tensor], keep_scale: bool = False, toler
     left = torch.cat([u for u, _, _ in triplets], dim=1)
     values = torch.cat([s for _, s, _ in triplets])
     right = torch.cat([vh for _, _, vh in triplets])
-    (left, left_mean), (right, right_mean) = polar_factor(left), polar_factor(right)
+    (left, left_mean), (right, right_mean) = polar_factor(left), polar_factor(right)  # square: too steep for float32
     merged = (left * values) @ right
     return merged * left_mean * right_mean if keep_scale else merged
 
