@@ -30,7 +30,7 @@ from .proxies import PROXIES_FOLDER, ProxyOptions
 from .reports import DRAWS, Cell, Comparison, summarise, write_report
 from .scores import Outcome
 from .statistics import ActivationStatistics
-from .tuners.routed.config import DECIDING
+from .tuners.routed import DECIDING
 from .version import __version__
 
 

@@ -46,7 +46,7 @@ from .planning import MergePlan, check_disk, check_memory, check_values, plan_me
 from .processes import gather, main_first, together
 from .pushing import push_folder
 from .statistics import ActivationStatistics
-from .tuners.routed import routable_models
+from .tuners.routed import DECIDING, check_separable
 from .version import __version__
 
 
@@ -119,8 +119,8 @@ def merge_models(
         sources = {"base": resolve_source(base, "base", **open_options)}
         sources |= {task: resolve_source(spec, f"expert '{task}'", **open_options) for task, spec in experts.items()}
         opened = open_checkpoint(sources["base"], headers_only=dry_run)
-        if isinstance(method, ROUTED):
-            routable_models(opened.skeleton)
+        if isinstance(method, ROUTED) and method.router in DECIDING:
+            check_separable(opened.skeleton)
         checkpoints = {task: open_checkpoint(sources[task], opened, dry_run) for task in experts}
         return sources, plan_merge(opened, checkpoints, method, options.heads, torch_dtype(options.dtype), sources)
 

@@ -36,6 +36,7 @@ from toys import LABELS, base_model, classifier, lora_adapter
 from transformers import AutoModel, BertModel, GPT2LMHeadModel, ViTForImageClassification, ViTModel
 
 from hf_esm import HfEsmError, RoutedModel, RoutedPipeline, calibrate, load_recipe, merge_models
+from hf_esm.proxies import collate
 
 
 QUERY = "encoder.layer.1.attention.self.query"
@@ -148,15 +149,49 @@ def test_a_merge_that_cannot_be_routed_is_refused(models, statistics, tmp_path, 
 
 
 @pytest.mark.parametrize(("name", "says"), [("xlnet", "read tokens first"), ("clip", "reads text beside something")])
-@pytest.mark.parametrize("method", ["esm++", "tsv-c"])
-def test_a_model_whose_samples_cannot_be_told_apart_is_refused_early(monkeypatch, name, says, method):
+@pytest.mark.parametrize("router", ["discriminant", "prototype"])
+def test_a_router_over_samples_that_cannot_be_told_apart_is_refused_early(monkeypatch, name, says, router):
     forbid_calibration(monkeypatch)
     base = ARCHITECTURES[name].build()
     experts = {"a": tuned(base, 1), "b": tuned(base, 2)}
     calibration = dict.fromkeys(experts, ARCHITECTURES[name].samples(0))
     for dry_run in (True, False):
         with pytest.raises(HfEsmError, match=says):
+            method = {"name": "esm++", "router": router}
             merge_models(base, experts, calibration=calibration, method=method, dry_run=dry_run, progress=False)
+
+
+@pytest.mark.parametrize("method", [{"name": "esm++", "router": "oracle"}, {"name": "tsv-c", "rank": 4}])
+@pytest.mark.parametrize("name", ["xlnet", "longformer", "clip"])
+def test_where_samples_cannot_be_told_apart_one_task_is_named_for_all(name, method, tmp_path):
+    """As with the expert's LoRA adapter, in a batch of any sizes and alone."""
+    architecture = ARCHITECTURES[name]
+    base = architecture.build()
+    experts = {"a": tuned(base, 1), "b": tuned(base, 2)}
+    samples = architecture.samples(0)
+    calibration = dict.fromkeys(experts, samples)
+    merge_models(base, experts, calibration=calibration, method=method, output_dir=tmp_path / "out", progress=False)
+    routed = RoutedModel.from_pretrained(tmp_path / "out")
+    adapters = routed.export_lora(tmp_path / "lora")
+    batch = collate([samples[0]] * 3, base.config)
+    if name == "clip":  # one picture, three captions
+        batch["pixel_values"] = batch["pixel_values"][:1]
+
+    def answer(model):
+        with torch.no_grad():
+            return model(**batch)[0]
+
+    found = {"static": answer(AutoModel.from_pretrained(tmp_path / "out").eval())}
+    for task in experts:
+        lora = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "out"), str(adapters[task])).eval()
+        found[task] = answer(lora)
+    assert not torch.allclose(found["a"], found["b"], atol=1e-4)
+    for task, expected in found.items():
+        for given in (task, [task] * 3):
+            with routed.route(given):
+                assert torch.allclose(answer(routed), expected, atol=1e-5)
+    with pytest.raises(HfEsmError, match="Name one task for all of a batch"), routed.route(["a", "b", "a"]):
+        pass
 
 
 # ---- the model

@@ -1,13 +1,14 @@
 """The experts of all tasks in one adapter, one of which each sample is routed to."""
 
 from ..registration import HfEsmPeftType, register
-from .config import RoutedExpertsConfig
+from .config import DECIDING, RoutedExpertsConfig
 from .layer import RoutedExpertsLayer, RoutedExpertsLinear
 from .model import RoutedExpertsModel, decide, fingerprint, recording, route, routing_state
-from .routing import Decision, Named, Route, routable_models
+from .routing import Decision, Named, Route, check_separable
 
 
 __all__ = [
+    "DECIDING",
     "Decision",
     "Named",
     "Route",
@@ -15,10 +16,10 @@ __all__ = [
     "RoutedExpertsLayer",
     "RoutedExpertsLinear",
     "RoutedExpertsModel",
+    "check_separable",
     "decide",
     "fingerprint",
     "recording",
-    "routable_models",
     "route",
     "routing_state",
 ]

@@ -16,7 +16,17 @@ from transformers.pytorch_utils import Conv1D
 from ...errors import HfEsmError
 from .config import RoutedExpertsConfig
 from .layer import NOT_MERGEABLE, RoutedExpertsLayer, RoutedExpertsLinear
-from .routing import Decided, Decision, Named, Route, RoutingState, install, uninstall
+from .routing import (
+    Decided,
+    Decision,
+    Named,
+    Route,
+    RoutingState,
+    check_separable,
+    inseparable,
+    install,
+    uninstall,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -36,6 +46,8 @@ class RoutedExpertsModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         expected = config.base_fingerprint
+        if config.decides:
+            check_separable(model)
         if expected is not None:
             present = dict(model.named_modules())
             missing = [name for name in config.modules if name not in present]
@@ -122,7 +134,8 @@ def route(model: nn.Module, tasks: str | Sequence[str] | Any) -> Iterator[None]:
         tasks: a task for all samples, one per sample, a `Route`, or `"static"` for no expert.
 
     Raises:
-        HfEsmError: if there is no such task; in the forward pass, if there is not one per sample.
+        HfEsmError: if there is no such task, or several over a model whose samples cannot be told apart; in the
+            forward pass, if there is not one per sample.
     """
     state = _state_of(model)
     layers = [module for module in model.modules() if isinstance(module, RoutedExpertsLayer)]
@@ -140,6 +153,10 @@ def route(model: nn.Module, tasks: str | Sequence[str] | Any) -> Iterator[None]:
         if unknown := [task for task in named if task not in known and task != "static"]:
             there = ", ".join(sorted(known))
             raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {there}, or 'static'.")
+        if why := None if isinstance(tasks, str) else inseparable(model):
+            if len(set(tasks)) != 1:
+                raise HfEsmError(f"{why}: its samples cannot be told apart. Name one task for all of a batch.")
+            tasks = tasks[0]
         tasks = Named.of(tasks, {tuple(config.tasks) for layer in layers for config in layer.configs.values()})
     before, state.local.forced = state.local.forced, tasks
     try:

@@ -153,10 +153,10 @@ class RoutingState:
 
 
 class OpenFrame:
-    """Forward pre-hook of a model: opens its frame."""
+    """Forward pre-hook of a model: opens its frame; where samples cannot be told apart, of all as one."""
 
-    def __init__(self, state: RoutingState, model: nn.Module, outermost: bool):
-        self.state, self.outermost = state, outermost
+    def __init__(self, state: RoutingState, model: nn.Module, outermost: bool, together: bool):
+        self.state, self.outermost, self.together = state, outermost, together
         self.answers = model.can_generate() and not model.config.is_encoder_decoder
         self.names = tuple(inspect.signature(model.forward).parameters)
         self.main_input = model.main_input_name
@@ -177,7 +177,7 @@ class OpenFrame:
         first = first if first is None or isinstance(first, Tensor) else first[0]
         batch = parent.batch if first is None else first.shape[0]
         frame = Frame(
-            batch,
+            1 if self.together else batch,
             given.get("attention_mask"),
             given.get("encoder_attention_mask"),
             given.get("encoder_hidden_states"),
@@ -253,34 +253,40 @@ class CloseFrame:
 TOKENS_FIRST = ("fsmt", "led", "longformer", "xlnet")
 
 
-def routable_models(model: nn.Module) -> list[nn.Module]:
-    """A model and all models nested in it.
+def _nested_models(model: nn.Module) -> list[nn.Module]:
+    """A Transformers model and all those nested in it."""
+    return [module for module in model.modules() if hasattr(module, "main_input_name")]
 
-    Raises:
-        HfEsmError: if the samples that their layers read cannot be told apart.
+
+def inseparable(model: nn.Module) -> Optional[str]:
+    """Why the samples that a model's layers read cannot be told apart; None if they can. One expert for all samples
+    of a batch can be added all the same.
     """
-    nested = [module for module in model.modules() if hasattr(module, "main_input_name")]
-    if model not in nested:
-        raise HfEsmError(f"Routed experts need a Transformers model, not a {type(model).__name__}.")
-    for module in nested:
+    for module in _nested_models(model):
         parts = module.config.sub_configs
         if "text_config" in parts and len(parts) > 1:
-            raise HfEsmError(
-                f"A {type(module).__name__} reads text beside something else, of which there may be more or less: its "
-                "samples cannot be told apart. Merge it without experts (`method='esm'`)."
-            )
+            return f"A {type(module).__name__} reads text beside something else, of which there may be more or less"
         if module.config.model_type in TOKENS_FIRST:
-            raise HfEsmError(
-                f"The layers of a {type(module).__name__} read tokens first, then samples: they cannot be told apart. "
-                "Merge it without experts (`method='esm'`)."
-            )
-    return nested
+            return f"The layers of a {type(module).__name__} read tokens first, then samples"
+    return None
+
+
+def check_separable(model: nn.Module) -> None:
+    """Refuse a router over a model whose samples cannot be told apart."""
+    if why := inseparable(model):
+        raise HfEsmError(
+            f"{why}: its samples cannot be told apart, so that no router finds their tasks. Merge it without experts "
+            "(`method='esm'`), or take `router: oracle` and name one task per batch."
+        )
 
 
 def install(model: nn.Module, state: RoutingState) -> None:
     """Hooks on a model and on all models nested in it."""
-    for module in routable_models(model):
-        module.register_forward_pre_hook(OpenFrame(state, module, module is model), with_kwargs=True)
+    nested, together = _nested_models(model), inseparable(model) is not None
+    if model not in nested:
+        raise HfEsmError(f"Routed experts need a Transformers model, not a {type(model).__name__}.")
+    for module in nested:
+        module.register_forward_pre_hook(OpenFrame(state, module, module is model, together), with_kwargs=True)
         module.register_forward_hook(CloseFrame(state), with_kwargs=True, always_call=True)
 
 
