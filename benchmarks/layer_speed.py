@@ -6,7 +6,8 @@ route avoids on this machine:
 
     bytes       the updates and statistics read, the merged update written, at the rates measured for the same files
     products    the operations of the products, symmetric ones counted half, at the measured rate of float64 products
-    eigen       T eigenproblems of the smaller side and one for each polar factor, at LAPACK's own time (float64)
+    eigen       the wanted eigenvectors of T problems of the smaller side, and all of one for each polar factor, at
+                LAPACK's own time (float64)
 
 The literal side is the same formulas by LAPACK's thin SVDs in float32: of every output shift (with the shrinkage as
 rows of the inputs), of both stacks, from tensors in memory; left out above 8,192 rows, where it takes a quarter of an
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from hf_esm import ActivationStatistics, EssentialMerge
 from hf_esm.checkpoints import Checkpoint
+from hf_esm.linalg import leading_eigenpairs
 from hf_esm.methods.essential import part_taken_off
 from hf_esm.passes import merge_weights
 from hf_esm.placement import algebra_device
@@ -179,7 +181,7 @@ def floor(rows: int, columns: int, tasks: int, depth: int, device: torch.device)
     shifts += 2 * rows * columns * rank  # coordinates
     polar = (rows + columns) * 3 * stacked**2  # Gram matrix and its root, applied
     products = tasks * shifts + polar + 2 * rows * columns * stacked
-    eigen = tasks * eigen_seconds(small, device) + 2 * eigen_seconds(stacked, device)
+    eigen = tasks * eigen_seconds(small, rank, device) + 2 * eigen_seconds(stacked, stacked, device)
     return depth * bytes_, depth * products / product_rate(device), depth * eigen
 
 
@@ -191,11 +193,11 @@ def product_rate(device: torch.device) -> float:
 
 
 @cache
-def eigen_seconds(size: int, device: torch.device) -> float:
-    """LAPACK's time, or the GPU library's, for a symmetric eigenproblem in float64."""
+def eigen_seconds(size: int, wanted: int, device: torch.device) -> float:
+    """LAPACK's time, or the GPU library's, for the largest of the eigenpairs of a symmetric problem in float64."""
     probe = torch.randn(size, size, dtype=torch.float64, device=device)
-    probe = probe + probe.T
-    return best(lambda: torch.linalg.eigh(probe), 2 if size > 2000 else 4)
+    probe = probe @ probe.T
+    return best(lambda: leading_eigenpairs(probe, wanted), 2 if size > 2000 else 4)
 
 
 @cache

@@ -58,29 +58,30 @@ class CandidateModels:
 
     Attributes:
         by_task: every expert's model around the shared body, if they are not scored as a whole.
-        body: the shared parameters, by canonical name.
+        body: the shared parameters and buffers, by canonical name.
     """
 
     def __init__(self, plan: MergePlan, device: torch.device, whole: bool = False):
         self.plan, self.device = plan, device
         self._shared = set(plan.heads.shared)
-        self.body: dict[str, torch.nn.Parameter] = {}
+        self.body: dict[str, torch.Tensor] = {}
         self.whole = self._build(plan.base, []) if whole else None
         self.by_task = {} if whole else {t: self._build(e, plan.heads.own[t]) for t, e in plan.experts.items()}
 
     def _build(self, checkpoint: Checkpoint, own: list[str]) -> PreTrainedModel:
-        model = self.plan.base.load_model_as(type(checkpoint.skeleton), checkpoint.config).float()
+        model = self.plan.base.load_model_as(type(checkpoint.skeleton), checkpoint.config).float().to(self.device)
         state = model.state_dict()
         with torch.no_grad():
             for name in own:
                 state[checkpoint.names[name]].copy_(checkpoint.tensor(name))
         for name, live in canonical_names(model).items():
             module_name, _, leaf = live.rpartition(".")
-            parameters = model.get_submodule(module_name)._parameters
-            if name in self._shared and leaf in parameters:
-                parameters[leaf] = self.body.setdefault(name, parameters[leaf])
+            module = model.get_submodule(module_name)
+            for held in (module._parameters, module._buffers):
+                if name in self._shared and held.get(leaf) is not None and held[leaf].is_floating_point():
+                    held[leaf] = self.body.setdefault(name, held[leaf])
         model.tie_weights()
-        return model.to(self.device).eval()
+        return model.eval()
 
     @torch.no_grad()
     def set_alpha(self, updates: MergedUpdates, alpha: float) -> None:

@@ -1,6 +1,9 @@
 """Statistics of checkpoints: each is loaded where it fits, run over its samples, and let go."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Optional
@@ -15,9 +18,13 @@ from .inputs import first_processor
 from .options import MergeOptions
 from .placement import needs_spill, placement
 from .planning import MergePlan
-from .processes import together
-from .proxies import Sample, encode, read_rows
+from .processes import default_accelerator, together
+from .proxies import ProxyOptions, Sample, encode, read_rows
 from .statistics import ActivationStatistics, Provenance
+
+
+# The options of a merge that mean something here, beside those of `ProxyOptions`.
+_OPTIONS = {f.name for f in fields(ProxyOptions)} | {"allow_pickle", "trust_remote_code", "progress", "max_memory"}
 
 
 def calibrate(
@@ -43,6 +50,8 @@ def calibrate(
 
     Returns statistics with `save`; the same on every process.
     """
+    if unknown := options.keys() - _OPTIONS:
+        raise TypeError(f"calibrate has no argument {sorted(unknown)[0]!r}")
     options = MergeOptions(batch_size=batch_size, **options)
     open_options = (token, options.allow_pickle, options.trust_remote_code)
     sources = [resolve_source(model, "model", *open_options)]
@@ -52,7 +61,7 @@ def calibrate(
         raise HfEsmError(f"{sources[0].title} is a PEFT adapter: name the base model that it belongs to, too.")
     over = open_checkpoint(sources[1]) if base is not None else None
     expert = open_checkpoint(sources[0], over)
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or default_accelerator()
     processor = processor or first_processor(sources, options.trust_remote_code)
     samples = encode(read_rows(data, "data", options), processor, expert.config, "data", options)
     with TemporaryDirectory() as folder:
@@ -80,8 +89,8 @@ def calibrate_experts(
         with_base: whether what the base's blocks read belongs to them.
     """
     kept = Path(options.statistics_dir).expanduser() if options.statistics_dir else None
-    paths = {task: (kept or scratch) / f"{'' if kept else 'statistics-'}{task}.safetensors" for task in samples}
-    done = {task for task, path in paths.items() if options.resume_dir and not kept and path.is_file()}
+    paths = {task: scratch / f"statistics-{task}.safetensors" for task in samples}
+    done = {task for task, path in paths.items() if options.resume_dir and path.is_file()}
     waiting = {task: rows for task, rows in samples.items() if task not in done}
     pooled = pool_inputs(plan.base, waiting if with_base else {}, options, accelerator, scratch)
     for task, rows in progress(waiting.items()):
@@ -91,7 +100,21 @@ def calibrate_experts(
             if accelerator.is_main_process:
                 found.save(paths[task], compact=kept is not None)
         del found
+    if kept:
+        with together(accelerator):
+            if accelerator.is_main_process:
+                for task, path in paths.items():
+                    _keep(path, kept / f"{task}.safetensors", copied=options.resume_dir is not None)
+        paths = {task: kept / f"{task}.safetensors" for task in paths}
     return {task: ActivationStatistics.load(path) for task, path in paths.items()}
+
+
+def _keep(path: Path, place: Path, copied: bool) -> None:
+    """Bring a file to where it is kept, whole or not at all."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f"{place.name}.partial")
+    (shutil.copy2 if copied else shutil.move)(path, partial)
+    os.replace(partial, place)
 
 
 def pool_inputs(

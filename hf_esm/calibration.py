@@ -17,7 +17,8 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from .errors import HfEsmError
 from .linalg import triangular_factor
-from .processes import gather, together
+from .placement import reserve
+from .processes import default_accelerator, gather, together
 from .proxies import Sample, batch_indices, collate, text_config
 from .statistics import ActivationStatistics, InputStatistics, Provenance
 from .weights import canonical_names, layer_type, linear_maps
@@ -37,7 +38,7 @@ class _Accumulator:
     def __init__(self, width: int, file: Optional[Path] = None):
         size = 2 * width * width
         held = torch.empty(size) if file is None else torch.from_file(str(file), shared=True, size=size)
-        self._held, self._rows = held.view(2 * width, width), 0
+        self._held, self._rows, self._file = held.view(2 * width, width), 0, file
         self.total, self.count = torch.zeros(width, dtype=torch.float64), 0
 
     @property
@@ -55,6 +56,8 @@ class _Accumulator:
 
     def _put(self, rows: Tensor, start: int) -> None:
         self._rows = start + rows.shape[0]
+        if self._file is not None:  # what a full disk does not take would end the process without a word
+            reserve(self._file, self._rows * rows.shape[1] * rows.element_size())
         self._held[start : self._rows] = rows
 
 
@@ -158,7 +161,7 @@ def collect_statistics(
 
     Returns statistics of every linear map that ran, the same on every process.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or default_accelerator()
     recorder = InputRecorder(model, folder)
 
     def run(samples: list[Sample]) -> None:
@@ -200,7 +203,7 @@ def pooled_inputs(
     """
     recorder = InputRecorder(model)
     found: dict[str, Tensor] = {}
-    with _in_evaluation(model, accelerator or Accelerator()), torch.no_grad():
+    with _in_evaluation(model, accelerator or default_accelerator()), torch.no_grad():
         samples = _with_decoder_inputs(model, samples, batch_size)
         for group in tqdm(batch_indices(samples, batch_size), desc=f"Reading {title}", disable=not progress):
             first: dict[str, Tensor] = {}
@@ -254,8 +257,8 @@ def _reduce(recorder: InputRecorder, accelerator: Accelerator) -> tuple[dict[str
         found = recorder.accumulators.pop(key, None)
         part = (found.factor, found.total, found.count) if found else None
         if accelerator.num_processes > 1:
-            # A view is sent with all that it is a view of.
-            parts = gather(accelerator, part and (part[0].clone(), *part[1:]))
+            # The smaller factor, and no view, which would be sent with all that it is a view of.
+            parts = gather(accelerator, part and (triangular_factor(part[0]).clone(), *part[1:]))
             factors, totals, counts = zip(*(part for part in parts if part is not None), strict=True)
             factor, total, count = torch.cat(factors), sum(totals), sum(counts)
             if factor.shape[0] > 2 * factor.shape[1]:

@@ -18,6 +18,7 @@ from .options import PICTURES_FOLDER
 from .planning import MergePlan
 from .scores import Scores
 from .tuners import RoutedExpertsConfig
+from .tuners.routed import DECIDING
 from .version import __version__
 
 
@@ -54,7 +55,9 @@ def write_card(
             for task, expert in plan.experts.items()
         ],
         method=plan.method.name,
-        routed=isinstance(plan.method, ROUTED),
+        routed=(routed := isinstance(plan.method, ROUTED)),
+        decides=routed and plan.method.router in DECIDING,
+        keeps_features=routed and plan.method.router == "discriminant",
         alpha=alpha,
         licences=sorted(set(plan.licences.values()) - {"not stated"}),
         model_class=type(plan.base.skeleton).__name__,
@@ -88,6 +91,7 @@ def write_adapter_card(folder: Path, config: RoutedExpertsConfig) -> None:
         template_str=_template("routed_adapter.md"),
         base=base,
         tasks=config.tasks,
+        decides=config.decides,
         model_class=(config.auto_mapping or {}).get("base_model_class", "AutoModel"),
         version=__version__,
     ).save(folder / "README.md")

@@ -38,18 +38,20 @@ def add_expert(
     statistics: Any,
     output: Path,
     token: Any = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """See `RoutedModel.add_expert`; `static` and `config` are those of the model in `folder`."""
     if task in config.tasks:
         raise HfEsmError(f"There is an expert for {task!r} already. Remove it first, or choose another name.")
     name_experts({**dict.fromkeys(config.tasks), task: expert})
-    root = open_checkpoint(resolve_source(str(folder), "the merged model"))
-    source = resolve_source(expert, f"expert '{task}'", token)
+    trusted = {"trust_remote_code": trust_remote_code}
+    root = open_checkpoint(resolve_source(str(folder), "the merged model", **trusted))
+    source = resolve_source(expert, f"expert '{task}'", token, **trusted)
     over = None
     if source.is_adapter:  # its update is over the base that it was trained on, not over the merged model
         named = PeftConfig.from_pretrained(source.folder)
         spec = {"path": named.base_model_name_or_path, "revision": named.revision}
-        over = open_checkpoint(resolve_source(spec, f"base of {source.title}", token))
+        over = open_checkpoint(resolve_source(spec, f"base of {source.title}", token, **trusted))
     opened = open_checkpoint(source, over)
     keeps = any((folder / HEADS_FOLDER).glob(f"*/{HEAD_WEIGHTS}"))
     plan = plan_merge(root, {task: opened}, RoutedMerge(), "keep" if keeps else "auto", sources={task: source})

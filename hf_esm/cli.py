@@ -3,12 +3,16 @@
 """
 
 import argparse
+import inspect
 import logging
+import shutil
+import signal
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Optional
 
 from datasets import disable_progress_bars
@@ -28,19 +32,23 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     given = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     disable_progress_bars()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was begun is cleared away
     try:
         given.run(given)
     except HfEsmError as error:
         print(f"hf-esm: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("hf-esm: stopped; nothing was written.", file=sys.stderr)
+        going_on = " The same command goes on with the work." if getattr(given, "resume_dir", None) else ""
+        print(f"hf-esm: stopped before the output was written.{going_on}", file=sys.stderr)
         return 130
     except Exception as error:
         if given.traceback:
             raise
         print(f"hf-esm: {type(error).__name__}: {error}\n(--traceback shows where)", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
@@ -62,15 +70,16 @@ def build_parser() -> argparse.ArgumentParser:
     _add_models(merge)
     _add_flags(merge, MergeOptions)
 
-    inspect = _command(
+    inspection = _command(
         subcommands,
         "inspect",
         commands.run_inspect,
         "check a merge without reading a weight",
         "Say from the files' headers alone whether the experts fit, what would be merged how, and what it costs.",
+        epilog=_describe_methods(),
     )
-    _add_models(inspect)
-    _add_flags(inspect, MergeOptions)
+    _add_models(inspection)
+    _add_flags(inspection, MergeOptions)
 
     calibration = _command(
         subcommands,
@@ -82,12 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
     calibration.add_argument("model", help="folder or Hub id of the expert")
     calibration.add_argument("data", help="samples: JSON lines, JSON, CSV, Parquet or text")
     calibration.add_argument("-o", "--output", required=True, help="file to write (.safetensors), or a folder")
-    calibration.add_argument("--base", help="the base model, if the expert is a LoRA adapter")
+    calibration.add_argument("--base", help="the base model: for ESM++, and where the expert is a LoRA adapter")
     calibration.add_argument(
         "--compress-rank", type=_count, help="keep this many rows of each factor (smaller, lossy)"
     )
     calibration.add_argument("--batch-size", type=_count, default=8, help="samples per batch and process (default: 8)")
     calibration.add_argument("--max-memory", help="memory to calibrate in, such as 16GB; what does not fit is on disk")
+    _add_trust(calibration, pickle=True)
     _add_flags(calibration, ProxyOptions)
 
     evaluation = _command(
@@ -105,14 +115,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluation.add_argument("--json", metavar="FILE", help="write the scores there too")
     evaluation.add_argument("--card", action="store_true", help="write the scores into the model's card, too")
-    evaluation.add_argument("--allow-pickle", action="store_true", help="read .bin checkpoints (can run code)")
-    evaluation.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
-    evaluation.add_argument("--batch-size", type=_count, default=32, help="samples per batch (default: 32)")
-    _add_flags(evaluation, ProxyOptions, num_samples=0)
-
     evaluation.add_argument(
         "--route", choices=["routed", "oracle", "static"], default="routed", help="of an esm++ model (default: routed)"
     )
+    evaluation.add_argument("--batch-size", type=_count, default=32, help="samples per batch (default: 32)")
+    _add_trust(evaluation, pickle=True)
+    _add_flags(evaluation, ProxyOptions, num_samples=0)
 
     comparison = _command(
         subcommands,
@@ -124,7 +132,11 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_describe_methods(),
     )
     _add_models(comparison)
-    comparison.add_argument("--methods", nargs="+", help="names of methods (default: the recipe's, or the usual ones)")
+    comparison.add_argument(
+        "--methods",
+        nargs="+",
+        help="methods, by name or as {name: esm, gamma: 0.2} (default: the recipe's, and the usual ones)",
+    )
     comparison.add_argument("--test", action="append", metavar="TASK=FILE", help="labelled rows to measure on")
     comparison.add_argument("--seeds", nargs="+", type=int, help="of the choice of proxies (default: 0)")
     comparison.add_argument("--num-test", type=int, help="test rows per task, chosen at random (default: all)")
@@ -149,6 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("model", help="folder or Hub id of the routed model")
         command.add_argument("data", help="inputs: JSON lines, JSON, CSV, Parquet or text")
         command.add_argument("--batch-size", type=_count, default=32, help="inputs per batch (default: 32)")
+        _add_trust(command)
         _add_flags(command, ProxyOptions, num_samples=0)
     predict.add_argument("--task", help="the task of all inputs, where it is known")
 
@@ -163,6 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("-o", "--output", required=True, help="folder to write the adapters to")
     export.add_argument("--format", choices=["lora"], default="lora", help="the one there is (default: lora)")
     export.add_argument("--task", action="append", help="only this one; repeat for more")
+    _add_trust(export)
 
     add = _command(
         subcommands,
@@ -175,6 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("--expert", required=True, metavar="TASK=MODEL", help="the new task and its expert")
     add.add_argument("--statistics", help="its statistics (default: the file beside the expert's weights)")
     add.add_argument("-o", "--output", required=True, help="folder to write the larger model to")
+    _add_trust(add)
 
     push = _command(
         subcommands,
@@ -219,6 +234,12 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", action="append", metavar="TASK=FILE", help="its samples or statistics")
     parser.add_argument("--validation", action="append", metavar="TASK=FILE", help="labelled rows, for --alpha auto")
     parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of the method; see below")
+
+
+def _add_trust(parser: argparse.ArgumentParser, pickle: bool = False) -> None:
+    if pickle:
+        parser.add_argument("--allow-pickle", action="store_true", help="read .bin checkpoints (can run code)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model")
 
 
 def _add_flags(
@@ -275,7 +296,7 @@ def _count(text: str) -> int:
 
 def _describe_methods() -> str:
     """Every method once with its settings, and what the presets change in them."""
-    lines = ["methods, and their settings for --set NAME=VALUE:"]
+    lines, width = ["methods, and their settings for --set NAME=VALUE:"], shutil.get_terminal_size().columns - 2
     for name, make in METHODS.items():
         method, plain = make(), type(make())()
         changed = [f for f in fields(method) if getattr(method, f.name) != getattr(plain, f.name)]
@@ -283,9 +304,14 @@ def _describe_methods() -> str:
             settings = ", ".join(f"{f.name}={getattr(method, f.name)!r}" for f in changed)
             lines.append(f"  {name}: {plain.name} with {settings}")
             continue
-        lines.append(f"  {name}: {type(method).__doc__.splitlines()[0]}")
-        lines += [f"    {f.name} = {getattr(method, f.name)!r}: {f.metadata['help']}" for f in fields(method)]
-    return "\n".join(lines)
+        inherited = {f.name for parent in type(method).__bases__ if is_dataclass(parent) for f in fields(parent)}
+        settings = [f for f in fields(method) if f.name not in inherited]
+        also = f" Settings of {type(method).__bases__[0].name}, and:" if inherited else ""
+        lines.append(
+            f"  {name}: {' '.join(inspect.getdoc(type(method)).split()).partition('. ')[0].rstrip('.')}.{also}"
+        )
+        lines += [f"    {f.name} = {getattr(method, f.name)!r}: {f.metadata['help']}" for f in settings]
+    return "\n".join(textwrap.fill(line, width, subsequent_indent=" " * 8) for line in lines)
 
 
 if __name__ == "__main__":

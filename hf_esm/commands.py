@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -12,16 +13,20 @@ from accelerate import PartialState
 
 from .calibrating import calibrate
 from .cards import add_comparison, update_card
-from .comparison import NOT_COMPARED, compare
+from .comparison import METHODS_COMPARED, NOT_COMPARED, compare
 from .errors import HfEsmError
 from .evaluation import evaluate
 from .hub import RoutedModel
 from .merge import merge_models
+from .methods import resolve_method
 from .options import RECIPE_FILE, MergeOptions
 from .proxies import ProxyOptions, read_rows
 from .pushing import push_folder
 from .recipes import load_recipe
 from .reports import REPORT
+
+
+logger = logging.getLogger(__name__)
 
 
 def _options(given: argparse.Namespace, options: type) -> dict[str, Any]:
@@ -63,15 +68,15 @@ def _request(given: argparse.Namespace, for_comparison: bool = False) -> dict[st
     if given.set:
         method = request.get("method", "esm")
         method = {"name": method} if isinstance(method, str) else dict(method)
-        request["method"] = method | {name: _value(text) for name, text in _pairs(given.set, "--set").items()}
+        request["method"] = method | {name: _value(text, "--set") for name, text in _pairs(given.set, "--set").items()}
     return request
 
 
-def _value(text: str) -> Any:
+def _value(text: str, flag: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        raise HfEsmError(f"--set: {text!r} is not a YAML value.") from None
+        raise HfEsmError(f"{flag}: {text!r} is not a YAML value.") from None
 
 
 def run_merge(given: argparse.Namespace) -> None:
@@ -89,8 +94,11 @@ def run_compare(given: argparse.Namespace) -> None:
         request["test"] = {**(request.get("test") or {}), **found}
     if "test" not in request:
         raise HfEsmError("Name the rows to measure on: --test TASK=FILE for each (or test in the recipe).")
-    chosen = given.methods or request.get("methods") or ([request["method"]] if "method" in request else None)
-    request |= {"methods": chosen} if chosen else {}
+    request["methods"] = _compared_methods(given, request)
+    if request.get("alpha") not in (None, "auto"):
+        logger.warning(
+            "compare chooses every method's α by one rule; the recipe's %s is left aside.", request["alpha"]
+        )
     for name in ("seeds", "num_test"):
         if getattr(given, name) is not None:
             request[name] = getattr(given, name)
@@ -106,6 +114,25 @@ def run_compare(given: argparse.Namespace) -> None:
         _say(add_comparison(given.card, request["output_dir"]))
 
 
+def _compared_methods(given: argparse.Namespace, request: Mapping[str, Any]) -> list[Any]:
+    """Those that are named; else the recipe's own and the usual ones. The recipe's rank is for all with experts."""
+    listed = given.methods or request.get("methods")
+    if listed and given.set:
+        raise HfEsmError("--set goes with the recipe's method. In a list, write methods as {name: esm, gamma: 0.2}.")
+    if not listed:
+        own = [request["method"]] if "method" in request else []
+        made = [resolve_method(method) for method in own]
+        listed = [*own, *(name for name in METHODS_COMPARED if resolve_method(name) not in made)]
+    methods = [
+        _value(entry, "--methods") if isinstance(entry, str) and entry.startswith("{") else entry for entry in listed
+    ]
+    if (rank := request.get("rank")) is None:
+        return methods
+    settings = [{"name": entry} if isinstance(entry, str) else entry for entry in methods]
+    routed = [isinstance(entry, Mapping) and entry.get("name") in ("esm++", "tsv-c") for entry in settings]
+    return [{"rank": rank, **one} if has else m for one, m, has in zip(settings, methods, routed, strict=True)]
+
+
 def run_inspect(given: argparse.Namespace) -> None:
     _say(merge_models(**_request(given), dry_run=True))
 
@@ -113,6 +140,7 @@ def run_inspect(given: argparse.Namespace) -> None:
 def run_calibrate(given: argparse.Namespace) -> None:
     options = _options(given, ProxyOptions)
     options |= {"batch_size": given.batch_size, "max_memory": given.max_memory}
+    options |= {"allow_pickle": given.allow_pickle, "trust_remote_code": given.trust_remote_code}
     statistics = calibrate(given.model, given.data, base=given.base, **options)
     if given.compress_rank:
         statistics = statistics.compress(given.compress_rank)
@@ -155,17 +183,21 @@ def run_explain(given: argparse.Namespace) -> None:
 def _routed_inputs(given: argparse.Namespace) -> tuple[RoutedModel, list[Any], dict[str, Any]]:
     options = _options(given, ProxyOptions)
     rows = read_rows(given.data, "inputs", ProxyOptions(**options))
-    return RoutedModel.from_pretrained(given.model), rows, {**options, "num_samples": 0}
+    return _load_routed(given), rows, {**options, "num_samples": 0}
+
+
+def _load_routed(given: argparse.Namespace) -> RoutedModel:
+    return RoutedModel.from_pretrained(given.model, trust_remote_code=given.trust_remote_code)
 
 
 def run_export(given: argparse.Namespace) -> None:
-    for task, folder in RoutedModel.from_pretrained(given.model).export_lora(given.output, given.task).items():
+    for task, folder in _load_routed(given).export_lora(given.output, given.task).items():
         _say(f"{task}: {folder}")
 
 
 def run_add(given: argparse.Namespace) -> None:
     ((task, expert),) = _pairs([given.expert], "--expert").items()
-    model = RoutedModel.from_pretrained(given.model)
+    model = _load_routed(given)
     larger = model.add_expert(task, expert, given.statistics, output_dir=given.output)
     _say(f"{larger.folder}: {', '.join(larger.tasks)}")
 

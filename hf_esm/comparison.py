@@ -17,8 +17,8 @@ from accelerate.utils import tqdm
 
 from .checkpoints import open_checkpoint, resolve_source
 from .errors import HfEsmError
-from .evaluation import evaluate, expert_outcomes
-from .identity import data_identity, fingerprint, model_identity
+from .evaluation import check_by_task, evaluate, expert_outcomes
+from .identity import data_identity, fingerprint, model_identity, processor_identity
 from .inputs import name_experts
 from .interference import Interference, measure_interference
 from .merge import merge_models
@@ -50,7 +50,7 @@ def compare(
     methods: Sequence[Any] = METHODS_COMPARED,
     calibration: Any = None,
     validation: Optional[Mapping[str, Any]] = None,
-    seeds: Sequence[int] = (0,),
+    seeds: int | Sequence[int] = (0,),
     num_test: int = 0,
     processor: Any = None,
     token: Any = None,
@@ -87,7 +87,7 @@ def compare(
         folder=Path(output_dir).expanduser(),
         calibration=calibration,
         validation=validation,
-        seeds=tuple(seeds),
+        seeds=(seeds,) if isinstance(seeds, int) else tuple(seeds),
         num_test=num_test,
         processor=processor,
         token=token,
@@ -131,6 +131,7 @@ class _Comparing:
         """What can be said before any weight is read."""
         if PartialState().num_processes > 1:
             raise HfEsmError("compare runs in one process; start it without `accelerate launch`.")
+        check_by_task(self.test, "test")
         if lacking := self.experts.keys() - self.test.keys():
             raise HfEsmError(f"There are no test rows of {sorted(lacking)[0]!r}.")
         if unknown := self.test.keys() - self.experts.keys():
@@ -146,7 +147,10 @@ class _Comparing:
         except OSError as error:
             raise HfEsmError(f"{self.folder}: cannot be made ({error.strerror}). Choose another output_dir.") from None
         models = {"base": self.base, **self.experts}
-        self.identity = {n: model_identity(resolve_source(spec, n, token=self.token)) for n, spec in models.items()}
+        self.identity = [
+            {n: model_identity(resolve_source(spec, n, token=self.token)) for n, spec in models.items()},
+            processor_identity(self.processor),
+        ]
 
     def seeds_of(self, method: MergeMethod) -> tuple[int, ...]:
         """The proxies play no part in a method that needs none."""
@@ -306,7 +310,7 @@ class _Comparing:
 
 
 def _named(methods: Sequence[Any]) -> list[tuple[str, MergeMethod]]:
-    """Each method with the label of its row: its name, with the settings that were given, or its `label`."""
+    """Each method with the label of its row: its name, with the settings that are not its defaults, or its `label`."""
     if isinstance(methods, (str, Mapping)) or not methods:
         raise HfEsmError("methods must be a list of methods, such as [esm, tsv-m].")
     found: dict[str, MergeMethod] = {}
@@ -315,9 +319,12 @@ def _named(methods: Sequence[Any]) -> list[tuple[str, MergeMethod]]:
         if isinstance(entry, Mapping):
             entry = dict(entry)
             label = entry.pop("label", None)
-            settings = ", ".join(f"{name} {value}" for name, value in entry.items() if name != "name")
-            label = label or f"{entry.get('name')}" + (f" ({settings})" if settings else "")
         method = resolve_method(entry)
+        if isinstance(entry, Mapping):
+            default = resolve_method(entry["name"])
+            own = {n: value for n, value in entry.items() if n != "name" and getattr(method, n) != getattr(default, n)}
+            settings = ", ".join(f"{name} {value}" for name, value in own.items())
+            label = label or entry["name"] + (f" ({settings})" if settings else "")
         label = str(label or (entry if isinstance(entry, str) else method.name))
         if label in found:
             raise HfEsmError(f"methods names {label!r} twice. Give one of them a `label`.")

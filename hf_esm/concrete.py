@@ -100,7 +100,11 @@ class _Learner:
         self.tasks = list(plan.experts)
         self.own = self.tasks[accelerator.process_index :: accelerator.num_processes]
         self.models = models.by_task
-        self.body = models.body
+        self.body = {name: held for name, held in models.body.items() if isinstance(held, torch.nn.Parameter)}
+        for name in models.body.keys() - self.body.keys():  # buffers are averaged, whatever is learned
+            weight = plan.base.tensor(name)
+            deltas = [expert.update(name, weight) for expert in plan.experts.values()]
+            models.body[name].copy_(weight + torch.stack(deltas).mean(0))
         self.names = list(self.body)
         for parameter in (p for model in self.models.values() for p in model.parameters()):
             parameter.requires_grad_(False)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Optional
 
-from accelerate import Accelerator
 from peft import PeftConfig
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from .heads import load_task_model
 from .hub import RoutedModel
 from .inputs import first_processor
 from .metrics import ACCURACY, Metric, resolve_metric
+from .processes import default_accelerator
 from .proxies import ProxyOptions, load_labelled, load_processor
 from .scores import Outcome, Scores, run
 
@@ -57,8 +57,9 @@ def evaluate(
     """
     options = ProxyOptions(**{"num_samples": 0, **options})
     metric = resolve_metric(metric)
-    device = Accelerator().device
+    device = default_accelerator().device
     experts = experts or {}
+    check_by_task(data, "data")
     if lacking := experts.keys() - data.keys():
         raise HfEsmError(f"There are no rows to measure the expert {sorted(lacking)[0]!r} on.")
     opened = {"token": token, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
@@ -109,6 +110,12 @@ def evaluate(
     )
 
 
+def check_by_task(rows: Any, what: str) -> None:
+    """Refuse rows that are not given by task."""
+    if not isinstance(rows, Mapping) or not rows:
+        raise HfEsmError(f"{what}: give labelled rows by task, such as {{'sst2': 'sst2_test.jsonl'}}, not {rows!r}.")
+
+
 def expert_outcomes(
     experts: Mapping[str, Any],
     data: Mapping[str, Any],
@@ -128,7 +135,7 @@ def expert_outcomes(
         base: what LoRA adapters stand on; by default, the base that they name.
         opened: how models are opened: `token`, `allow_pickle`, `trust_remote_code`.
     """
-    device, found, opened = Accelerator().device, {}, opened or {}
+    device, found, opened = default_accelerator().device, {}, opened or {}
     for task, spec in experts.items():
         sources = [resolve_source(spec, f"expert '{task}'", **opened)]
         sources += [resolve_source(base, "base", **opened)] if base is not None else []

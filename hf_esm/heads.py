@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import torch
 import transformers
+from accelerate.hooks import add_hook_to_module
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -46,9 +47,10 @@ class HeadPlan:
 def plan_heads(base: Checkpoint, experts: dict[str, Checkpoint], heads: str | Iterable[str] = "auto") -> HeadPlan:
     """Decide for every weight whether it is merged, kept per task, or left as the base has it.
 
-    A weight outside the model's body is merged where the base and all experts have it in one shape and their label
-    maps agree (a language-model head), and is the task's own otherwise (a classifier). With a head of its own, a task
-    also keeps those weights of the body that feed nothing but that head, such as BERT's pooler: see `readouts`.
+    A weight outside the model's body is merged where the base and all experts have it in one shape and predict the
+    same (tokens of a vocabulary, or labels of the same names; LABEL_0 is no name), and is the task's own otherwise.
+    With a head of its own, a task also keeps those weights of the body that feed nothing but that head, such as
+    BERT's pooler: see `readouts`.
 
     Args:
         heads: `"auto"` for the above; `"merge"` to merge all that base and experts share; `"keep"` to let every task
@@ -169,8 +171,14 @@ def _one_shape(name: str, base: Checkpoint, experts: dict[str, Checkpoint]) -> b
 
 
 def _labels_agree(base: Checkpoint, experts: Iterable[Checkpoint]) -> bool:
-    """Whether base and experts, where they have labels at all, have the same ones."""
-    return len({tuple(sorted((c.config.id2label or {}).items())) for c in (base, *experts)}) == 1
+    """Whether base and experts, where they have labels at all, have the same ones. Transformers' defaults do not say
+    that two experts are of one task, and matter to no model that predicts something else, such as tokens.
+    """
+    checkpoints = [base, *experts]
+    maps = {tuple(sorted((c.config.id2label or {}).items())) for c in checkpoints}
+    unnamed = len(checkpoints) > 2 and all(name == f"LABEL_{i}" for i, name in next(iter(maps)))
+    classifies = any(word in type(base.skeleton).__name__ for word in ("Classification", "MultipleChoice"))
+    return len(maps) == 1 and not (unnamed and classifies)
 
 
 def _named_modules(modules: list[str], experts: dict[str, Checkpoint]) -> set[str]:
@@ -234,6 +242,11 @@ def load_task_model(
     unset = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])} - set(head)
     if unset:
         raise HfEsmError(f"{model}: neither body nor head of {task!r} holds {sorted(unset)[:3]}. Merge again.")
+    if away := [name for name, tensor in loaded.state_dict().items() if name in head and tensor.is_meta]:
+        raise HfEsmError(
+            f"{model}: with this device_map, {', '.join(sorted(away)[:3])} of the head would not stand on a device. "
+            "Give one that keeps the head there, or the whole model: device_map={'': 0}."
+        )
     unknown = loaded.load_state_dict(head, strict=False).unexpected_keys
     if unknown:
         raise HfEsmError(f"{place / WEIGHTS}: {model_class.__name__} has no place for {unknown[:3]}. Merge again.")
@@ -273,6 +286,9 @@ def _graft(shared: torch.nn.Module, fresh: torch.nn.Module, own: list[str]) -> A
     """A copy of `shared` that holds its very modules, but for those on the way to the weights named in `own`."""
     copied = copy.copy(shared)
     copied._modules, copied._parameters = dict(shared._modules), dict(shared._parameters)
+    if hook := vars(copied).pop("_hf_hook", None):  # Accelerate's: the forward that it put there is the original's
+        del copied.forward, copied._old_forward
+        add_hook_to_module(copied, hook)
     for child in dict.fromkeys(name.partition(".")[0] for name in own):
         vars(copied).pop(child, None)  # a module that the shared model was built without is None there
         below = [name.partition(".")[2] for name in own if name.partition(".")[0] == child]

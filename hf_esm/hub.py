@@ -11,7 +11,9 @@ from typing import Any, Optional
 
 import torch
 from accelerate.utils import send_to_device
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -26,10 +28,10 @@ from .checkpoints import (
 )
 from .errors import HfEsmError
 from .experts import FOLDER, load_experts
-from .hashes import verify_hashes
+from .hashes import verify_hashes, write_hashes
 from .heads import FOLDER as HEADS_FOLDER
 from .heads import attach_head
-from .proxies import ProxyOptions, batch_indices, collate, encode, load_processor, read_rows
+from .proxies import ProxyOptions, batch_indices, collate, encode, load_processor, read_rows, reads_singly
 from .pushing import check_routed, push_folder
 from .tuners.lora_export import write_lora_adapter
 from .tuners.routed import Decision, Named, Route, decide, route, routing_state
@@ -87,8 +89,15 @@ class RoutedModel:
         processor: tokenizer or processor, None if there is none.
     """
 
-    def __init__(self, model: PeftModel, folder: Path, processor: Any = None, source: Optional[ModelSource] = None):
-        self.model, self.folder, self.processor = model, folder, processor
+    def __init__(
+        self,
+        model: PeftModel,
+        folder: Path,
+        processor: Any = None,
+        source: Optional[ModelSource] = None,
+        loading: Optional[Mapping[str, Any]] = None,
+    ):
+        self.model, self.folder, self.processor, self._loading = model, folder, processor, loading or {}
         self._source = source or ModelSource(str(folder), folder=folder)
         self.config = model.peft_config[model.active_adapter]
         self.tasks: list[str] = self.config.tasks
@@ -121,9 +130,15 @@ class RoutedModel:
         source = resolve_source(str(folder), str(model), trust_remote_code=trust_remote_code)
         config, model_class = resolve_class(source)
         static = model_class.from_pretrained(folder, config=config, **kwargs)
+        if away := [name for name, weight in static.named_parameters() if weight.is_meta]:
+            raise HfEsmError(
+                f"{model}: with this device_map, '{away[0]}' would not stand on a device, and experts would have "
+                "nothing to stand beside. Give one that offloads nothing, or a smaller dtype."
+            )
         adapted = PeftModel.from_pretrained(static, str(folder / FOLDER)).eval()
         source.repo_id, source.revision = hosted, folder.name if hosted else None
-        return cls(adapted, folder, load_processor(folder, trust_remote_code), source)
+        loading = {"trust_remote_code": trust_remote_code, **kwargs}
+        return cls(adapted, folder, load_processor(folder, trust_remote_code), source, loading)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -152,8 +167,8 @@ class RoutedModel:
     def task_model(self, task: str) -> PreTrainedModel:
         """The task's model (`…ForSequenceClassification`, …) around the routed body, which all of them share.
 
-        It is to run and to train, not to save: `load_task_model` and `export_lora` give what can be saved, and
-        `model.save_pretrained` saves experts that were trained.
+        It is to run and to train, not to save: `load_task_model` and `export_lora` give what can be saved, and this
+        object's `save_pretrained` saves experts that were trained.
         """
         if task not in self.tasks:
             raise HfEsmError(f"There is no expert for {task!r}; there are {', '.join(self.tasks)}.")
@@ -247,6 +262,8 @@ class RoutedModel:
         settings = ProxyOptions(**{"num_samples": 0, **options})
         samples = encode(inputs, self.processor, config, "inputs", settings, with_targets)
         order = sorted(range(len(samples)), key=lambda i: max(value.numel() for value in samples[i].values()))
+        if "input_ids" in samples[0] and reads_singly(config):
+            batch_size = 1
         groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         if not any("attention_mask" in sample or "input_ids" in sample for sample in samples):
             groups = batch_indices(samples, batch_size)  # pictures of one size, sound of one length
@@ -275,14 +292,30 @@ class RoutedModel:
         return Explanation(task, likely, distance, layers, bool(decision.route.weights[row]))
 
     def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
-        """Write the whole model, as it was loaded, to a folder that appears when it is whole."""
+        """Write the whole model, with its experts as they are now, to a folder that appears when it is whole."""
         folder = Path(folder).expanduser()
         if folder.exists() and not overwrite:
             raise HfEsmError(f"{folder} exists. Choose another folder, or pass overwrite=True.")
         with staging_folder(folder) as staging:
             shutil.copytree(self.folder, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+            if trained := self._trained():
+                save_file(trained, staging / FOLDER / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+                write_hashes(staging)
             publish_folder(staging, folder, overwrite)
         return folder
+
+    def _trained(self) -> Optional[dict[str, torch.Tensor]]:
+        """The adapter's tensors, if they are others than those in the folder; else None."""
+        held = {n: t.cpu().contiguous() for n, t in get_peft_model_state_dict(self.model).items()}
+        stored = load_file(self.folder / FOLDER / SAFETENSORS_WEIGHTS_NAME)
+        return held if any(not torch.equal(tensor, stored[name]) for name, tensor in held.items()) else None
+
+    def _refuse_trained(self, what: str) -> None:
+        if self._trained():
+            raise HfEsmError(
+                f"{what}: experts were trained since they were loaded. Call save_pretrained, and {what} of what "
+                "RoutedModel.from_pretrained loads from there."
+            )
 
     def push_to_hub(
         self,
@@ -298,6 +331,7 @@ class RoutedModel:
         Calibration samples stay here; their mean features, which the
         router is made from, do not. `kwargs` go to `HfApi.upload_folder` (`revision`, `commit_message`, …).
         """
+        self._refuse_trained("push_to_hub")
         return push_folder(self.folder, repo_id, base_model=base_model, private=private, token=token, **kwargs)
 
     def export_lora(self, folder: str | os.PathLike, tasks: Optional[Iterable[str]] = None) -> dict[str, Path]:
@@ -305,6 +339,7 @@ class RoutedModel:
 
         With one of them, the static model gives what this one gives in `with model.route(TASK)`.
         """
+        self._refuse_trained("export_lora")
         experts = load_experts(self.folder)
         base = self.model.get_base_model()
         transposed = any(isinstance(base.get_submodule(m).get_base_layer(), Conv1D) for m in experts.factors)
@@ -337,15 +372,19 @@ class RoutedModel:
                 beside the expert's weights. Not needed by a model of method `tsv-c`.
             output_dir: folder to write the larger model to.
         """
-        static = self.model.get_base_model()
-        return type(self).from_pretrained(
-            add_expert(self.folder, static, self.config, task, expert, statistics, Path(output_dir), token)
+        self._refuse_trained("add_expert")
+        static, trusted = self.model.get_base_model(), self._loading.get("trust_remote_code", False)
+        folder = add_expert(
+            self.folder, static, self.config, task, expert, statistics, Path(output_dir), token, trusted
         )
+        return type(self).from_pretrained(folder, **self._loading)
 
     def remove_expert(self, task: str, *, output_dir: str | os.PathLike) -> "RoutedModel":
         """The model without one of its tasks, written to `output_dir`."""
+        self._refuse_trained("remove_expert")
         static = self.model.get_base_model()
-        return type(self).from_pretrained(remove_expert(self.folder, static, self.config, task, Path(output_dir)))
+        folder = remove_expert(self.folder, static, self.config, task, Path(output_dir))
+        return type(self).from_pretrained(folder, **self._loading)
 
 
 def _rows(inputs: Any) -> list[Any]:
@@ -380,8 +419,8 @@ def _refuse_saving(task: str, *args: Any, **kwargs: Any) -> None:
     """In place of `save_pretrained` of a task's model, whose layers no `from_pretrained` would know."""
     raise HfEsmError(
         f"The model of {task!r} shares the routed body, and cannot be saved by itself. Save the static model with the "
-        f"task's head (`load_task_model(folder, {task!r})`), the task's expert (`export_lora`), or experts that you "
-        "trained (`routed.model.save_pretrained`)."
+        f"task's head (`load_task_model(folder, {task!r})`), the task's expert (`export_lora`), or all of it "
+        "(`RoutedModel.save_pretrained`)."
     )
 
 

@@ -28,6 +28,14 @@ def data_identity(data: Any) -> Any:
     return Hasher.hash(data)
 
 
+def processor_identity(processor: Any) -> Any:
+    """The kind, vocabulary and settings of a tokenizer, processor or extractor, whatever it has been used for."""
+    parts = [processor, getattr(processor, "tokenizer", None)]
+    vocabularies = [Hasher.hash(sorted(part.get_vocab().items())) for part in parts if hasattr(part, "get_vocab")]
+    settings = [part.to_dict() for part in parts if hasattr(part, "to_dict")]
+    return [type(processor).__name__, getattr(processor, "name_or_path", None), vocabularies, settings]
+
+
 def fingerprint(*parts: Optional[Any]) -> str:
     """A short name for all of these together."""
     return Hasher.hash(parts)

@@ -25,6 +25,7 @@ from .proxies import (
     load_processor,
     read_rows,
 )
+from .resuming import FOLDER as WORK
 from .statistics import FILE_NAME, ActivationStatistics
 
 
@@ -83,6 +84,16 @@ def check_arguments(
         if isinstance(scored, Mapping) and (lacking := experts.keys() - scored.keys()):
             what = "validation rows" if score_fn is None else "score_fn"
             raise HfEsmError(f"alpha='auto': there are no {what} for {sorted(lacking)[0]!r}.")
+    for what in ("output_dir", "statistics_dir", "resume_dir"):
+        place = getattr(options, what)
+        if place is None:
+            continue
+        if not isinstance(place, (str, os.PathLike)):
+            raise HfEsmError(f"{what} must be a folder, not {place!r}.")
+        whole = Path(place).expanduser().resolve()
+        above = whole.parents if what == "output_dir" else (whole, *whole.parents)
+        if blocked := [path for path in above if path.exists() and not path.is_dir()]:
+            raise HfEsmError(f"{what} {place}: {blocked[0]} is a file. Choose another folder.")
     if options.output_dir:
         _check_output(options, {"calibration": calibration, "validation": validation})
 
@@ -91,13 +102,13 @@ def _check_output(options: MergeOptions, data: dict[str, Any]) -> None:
     """Refuse an output folder that cannot be made, or whose replacement would take away something else."""
     output = Path(options.output_dir).expanduser()
     whole = output.resolve()
-    if blocked := [parent for parent in whole.parents if parent.exists() and not parent.is_dir()]:
-        raise HfEsmError(f"{output}: {blocked[0]} is a file. Choose another output_dir.")
+    if options.resume_dir and whole.is_relative_to((Path(options.resume_dir).expanduser() / WORK).resolve()):
+        raise HfEsmError(f"output_dir {output} stands in the work of resume_dir, which goes away. Choose another.")
     if Path.cwd().is_relative_to(whole):
         raise HfEsmError(f"output_dir {output} is, or holds, the current folder. Choose another.")
     if output.exists():
         if not options.overwrite:
-            raise HfEsmError(f"{output} exists. Choose another output_dir, or pass overwrite=True.")
+            raise HfEsmError(f"{output} exists. Choose another output_dir, or pass overwrite=True (--overwrite).")
         if not output.is_dir() or (any(output.iterdir()) and not (output / RECIPE_FILE).is_file()):
             raise HfEsmError(
                 f"{output} is not what a merge wrote, so it is not overwritten. Choose another output_dir."

@@ -145,7 +145,8 @@ def measure_interference(
 
     Args:
         plan: `MergeResult.plan` of any merge of them.
-        statistics: by task, as `MergeResult` or `calibrate` gave them; None where there are none.
+        statistics: by task, as `calibrate` gave them or `ActivationStatistics.load` reads them from `statistics_dir`;
+            None where there are none.
 
     Memory: one weight of every expert at a time.
     """

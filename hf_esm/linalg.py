@@ -95,18 +95,18 @@ def essential_subspace(
         moments.diagonal().add_(ridge)
         if not tall:
             gram = _symmetric(delta @ _mirrored(moments), delta.T)
-            squares, directions = _leading_eigenpairs(gram, rank)
+            squares, directions = leading_eigenpairs(gram, rank)
             return EssentialSubspace(directions, squares, float(gram.trace()))
         root = torch.linalg.cholesky(moments)
         gram = _symmetric(root.T, _mirrored(_symmetric(delta.T, delta)) @ root)
-        squares, vectors = _leading_eigenpairs(gram, rank)
+        squares, vectors = leading_eigenpairs(gram, rank)
         return EssentialSubspace(delta @ (root @ vectors) / squares.sqrt(), squares, float(gram.trace()))
     shift = (triangular_factor(factor) if tall else factor) @ delta.T
     wide = shift.shape[0] < shift.shape[1] and ridge == 0
     gram = _symmetric(shift, shift.T) if wide else _symmetric(shift.T, shift)
     if ridge > 0:
         gram += ridge * _symmetric(delta, delta.T)
-    squares, vectors = _leading_eigenpairs(gram, rank)
+    squares, vectors = leading_eigenpairs(gram, rank)
     directions = (shift.T @ vectors) / squares.sqrt() if wide else vectors
     return EssentialSubspace(directions, squares, float(gram.trace()))
 
@@ -148,10 +148,10 @@ def truncated_svd(matrix: Tensor, rank: int, tolerance: float = 0.0) -> tuple[Te
         return left @ turn, values, right
     matrix = matrix.double()
     if matrix.shape[0] <= matrix.shape[1]:
-        squares, left = _leading_eigenpairs(_symmetric(matrix, matrix.T), rank)
+        squares, left = leading_eigenpairs(_symmetric(matrix, matrix.T), rank)
         values = squares.sqrt()
         return left, values, (left.T @ matrix) / values[:, None]
-    squares, right = _leading_eigenpairs(_symmetric(matrix.T, matrix), rank)
+    squares, right = leading_eigenpairs(_symmetric(matrix.T, matrix), rank)
     values = squares.sqrt()
     return (matrix @ right) / values, values, right.T
 
@@ -173,7 +173,7 @@ def _mirrored(lower: Tensor) -> Tensor:
     return lower.tril() + lower.tril(-1).T
 
 
-def _leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The `rank` largest eigenvalues of a Gram matrix (its lower triangle), descending, with their vectors; zero ones
     are dropped.
     """

@@ -14,7 +14,6 @@ from typing import Any, Optional
 
 from accelerate import Accelerator
 from accelerate.utils import tqdm
-from accelerate.utils.modeling import convert_file_size_to_int
 from transformers import PreTrainedModel
 
 from .alpha import CandidateModels, score_candidates, search_alpha
@@ -26,7 +25,7 @@ from .experts import write_experts
 from .hashes import write_hashes
 from .heads import load_task_model
 from .hub import RoutedModel
-from .identity import fingerprint, model_identity
+from .identity import model_identity
 from .inputs import (
     check_arguments,
     check_statistics,
@@ -43,8 +42,10 @@ from .output import write_files, write_model
 from .passes import MergedUpdates, WeightReport, merge_weights, scale_layers
 from .placement import algebra_device, factor_bytes
 from .planning import MergePlan, check_disk, check_memory, check_values, plan_merge
-from .processes import gather, main_first, together
+from .processes import default_accelerator, gather, main_first, together
 from .pushing import push_folder
+from .resuming import Work
+from .sizes import bytes_of
 from .statistics import ActivationStatistics
 from .tuners.routed import DECIDING, check_separable
 from .version import __version__
@@ -105,7 +106,7 @@ def merge_models(
                 f"Method {method.name!r} has no experts, so no rank. Leave it out, or use 'esm++' or 'tsv-c'."
             )
         method = replace(method, rank=options.rank)
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or default_accelerator()
     run = _Run(options, accelerator, callback)
     experts = name_experts(experts)
     check_arguments(options, method, experts, calibration, validation, score_fn)
@@ -142,18 +143,28 @@ def merge_models(
         if output is not None:
             to_calibrate = samples if method.needs_statistics else {}
             factors = sum(factor_bytes(plan.experts[t], rows, shared=True) for t, rows in to_calibrate.items())
-            check_disk(plan, output, factors)
+            check_disk(plan, output, factors, options.statistics_dir, options.resume_dir)
         labelled = read_validation(plan, validation, processors, options) if options.alpha == "auto" else {}
         return processors, statistics, samples, labelled
 
     with run.stage("reading samples", joined=False):
         processors, statistics, samples, labelled = main_first(accelerator, read_samples)
+    with together(accelerator):
+        work = _work(plan, sources, statistics, samples, options, accelerator)
+        work.check()
     with run.stage("checking weights"):
         check_values(plan, run.progress("Checking weights"))
 
     with ExitStack() as stack:
         folder = _shared_folder(stack, output, accelerator)
-        scratch = _scratch_folder(folder, plan, sources, statistics, samples, options, accelerator)
+        scratch = work.folder or folder / ".scratch"
+        stack.callback(work.release)
+        with together(accelerator):
+            if accelerator.is_main_process:
+                if options.resume_dir:
+                    work.begin(folder)
+                else:
+                    scratch.mkdir()
         with run.stage("calibrating", joined=False):
             routed = isinstance(method, ROUTED)
             keep_base = options.statistics_dir or (routed and method.router == "discriminant")
@@ -181,7 +192,7 @@ def merge_models(
                 rank,
                 size,
                 run.progress("Merging"),
-                convert_file_size_to_int(options.max_memory) if options.max_memory else None,
+                bytes_of(options.max_memory, "max_memory") if options.max_memory else None,
                 resumable=options.resume_dir is not None,
                 device=algebra_device(accelerator),
             )
@@ -211,11 +222,13 @@ def merge_models(
                 )
         with run.stage("publishing"):
             if accelerator.is_main_process:
-                shutil.rmtree(scratch)
+                shutil.rmtree(folder / ".scratch", ignore_errors=True)
                 if routed:
                     write_hashes(folder)
                 if output is not None:
                     publish_folder(folder, output, options.overwrite)
+                if options.resume_dir:
+                    work.end()
         if output is None:
             result._temporary = stack.pop_all()
         else:
@@ -337,47 +350,31 @@ def _shared_folder(stack: ExitStack, output: Optional[Path], accelerator: Accele
     return gather(accelerator, folder)[0]
 
 
-def _scratch_folder(
-    folder: Path,
+def _work(
     plan: MergePlan,
     sources: Mapping[str, Any],
     statistics: Mapping[str, Optional[ActivationStatistics]],
     samples: Mapping[str, list],
     options: MergeOptions,
     accelerator: Accelerator,
-) -> Path:
-    """Where work in progress stands: inside the folder that is written, and gone with it; or in `resume_dir`, marked
-    with all that the work depends on.
-    """
-    if not options.resume_dir:
-        (folder / ".scratch").mkdir(exist_ok=True)
-        return folder / ".scratch"
-    scratch = Path(options.resume_dir).expanduser()
-    with together(accelerator):
-        key = fingerprint(
-            __version__,
-            describe_method(plan.method),
-            {name: model_identity(source) for name, source in sources.items()},
-            {task: [asdict(found.provenance), found.keys_of] for task, found in statistics.items() if found},
-            {task: [{n: v.tolist() for n, v in row.items()} for row in rows] for task, rows in samples.items()},
-            [options.heads, options.batch_size, options.seed, accelerator.num_processes],
-        )
-        mark = scratch / _MARK
-        found = mark.read_text() if mark.is_file() else key
-        if found != key or (scratch.is_dir() and not mark.is_file() and any(scratch.iterdir())):
-            raise HfEsmError(
-                f"{scratch} holds the work of another merge, or something else: base, experts, samples, settings and "
-                "version must be those of the merge that was interrupted. Choose another resume_dir, or remove it."
-            )
-    with together(accelerator):
-        if accelerator.is_main_process:
-            scratch.mkdir(parents=True, exist_ok=True)
-            mark.write_text(key)
-    return scratch
-
-
-# In `resume_dir`: what the work there belongs to.
-_MARK = "merge.key"
+) -> Work:
+    """Work in progress, and all that it depends on."""
+    identities = {name: model_identity(source) for name, source in sources.items()} if options.resume_dir else {}
+    found = {t: [asdict(s.provenance), s.keys_of, s.means()] for t, s in statistics.items() if s}
+    return Work(
+        options.resume_dir,
+        {
+            "the base": identities.pop("base", None),
+            "experts": identities,
+            "samples or statistics": [found, samples] if options.resume_dir else None,
+            "the method or its settings": describe_method(plan.method),
+            "heads": options.heads,
+            "a batch_size": options.batch_size,
+            "a seed": options.seed,
+            "a number of processes": accelerator.num_processes,
+            "a version": __version__,
+        },
+    )
 
 
 def _is_matrix(plan: MergePlan, name: str) -> bool:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .errors import HfEsmError
-from .proxies import Sample, collate, text_config
+from .proxies import Sample, collate, reads_singly
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,8 @@ def outputs_of(
     """What a metric reads of a model, on the CPU, in the samples' order. Samples of like length share a batch."""
     device = next(model.parameters()).device
     order = sorted(range(len(samples)), key=lambda i: max(value.numel() for value in samples[i].values()))
-    if (
-        metric is not PERPLEXITY
-        and samples
-        and "input_ids" in samples[0]
-        and getattr(text_config(model.config), "pad_token_id", 0) is None
-    ):
-        batch_size = 1  # decoders find a sample's last token by it
+    if metric is not PERPLEXITY and samples and "input_ids" in samples[0] and reads_singly(model.config):
+        batch_size = 1
     found: Optional[Tensor] = None
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -149,4 +144,4 @@ def _likelihood(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     if not encoder_decoder:
         logits, labels = logits[:, :-1], labels[:, 1:]
     loss = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=-100)
-    return torch.stack([loss.double().sum(1), (labels != -100).double().sum(1)], dim=1)
+    return torch.stack([loss.cpu().double().sum(1), (labels != -100).cpu().double().sum(1)], dim=1)

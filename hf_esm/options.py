@@ -5,12 +5,10 @@ from math import isfinite
 from numbers import Real
 from typing import Any, Optional
 
-from accelerate.utils.modeling import convert_file_size_to_int
-from huggingface_hub import split_torch_state_dict_into_shards
-
 from .errors import HfEsmError
 from .methods import METHODS
 from .proxies import ProxyOptions
+from .sizes import bytes_of
 
 
 # What stands in every folder that a merge wrote.
@@ -86,12 +84,6 @@ class MergeOptions(ProxyOptions):
                 raise HfEsmError(f"{option.name} must be true or false, not {getattr(self, option.name)!r}.")
         if self.alpha not in (None, "auto") and not (isinstance(self.alpha, Real) and isfinite(self.alpha)):
             raise HfEsmError(f"alpha must be a number or 'auto', not {self.alpha!r}.")
-        try:
-            if self.max_memory is not None:
-                convert_file_size_to_int(self.max_memory)
-        except (ValueError, TypeError):
-            raise HfEsmError(f"max_memory must be a size such as '16GB', not {self.max_memory!r}.") from None
-        try:
-            split_torch_state_dict_into_shards({}, max_shard_size=self.max_shard_size)
-        except ValueError:
-            raise HfEsmError(f"max_shard_size must be a size such as '5GB', not {self.max_shard_size!r}.") from None
+        if self.max_memory is not None:
+            bytes_of(self.max_memory, "max_memory")
+        bytes_of(self.max_shard_size, "max_shard_size")

@@ -25,6 +25,7 @@ from .passes import MergedUpdates
 from .planning import MergePlan
 from .proxies import PROXIES_FOLDER, Sample, save_samples
 from .shards import ShardedWriter
+from .sizes import bytes_of
 from .statistics import ActivationStatistics
 from .version import __version__
 
@@ -50,7 +51,9 @@ def write_model(
     planned = {key: tensor for group in groups for key, tensor in group.stored.items()}
     extra = base.extra_tensors() if base.extra else {}
     planned |= {key: torch.empty_like(tensor, device="meta") for key, tensor in extra.items()}
-    with ShardedWriter(folder, planned, options.max_shard_size, rank=rank, world_size=world_size) as writer:
+    with ShardedWriter(
+        folder, planned, bytes_of(options.max_shard_size, "max_shard_size"), rank=rank, world_size=world_size
+    ) as writer:
         for group in progress([group for group in groups if any(map(writer.owns, group.stored))]):
             tensors = {
                 name: updates.weight(name, alpha).to(output_dtype(base.dtype(name), dtype)) for name in group.names

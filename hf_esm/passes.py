@@ -16,8 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .checkpoints import Checkpoint
+from .errors import HfEsmError
 from .methods import TIES, MergeMethod, Stack
 from .methods.sparse import magnitude_threshold
+from .placement import roomy
 from .planning import MergePlan, merge_bytes
 from .shards import ShardedWriter
 from .statistics import ActivationStatistics
@@ -86,7 +88,7 @@ def merge_weights(
 
     Args:
         max_memory: bytes that the weights being read and merged side by side may take; see `planning.merge_bytes`.
-        device: where the methods compute; the CPU by default.
+        device: where the methods compute, as far as its memory goes; the CPU by default.
         resumable: keep a journal beside the scratch file, and leave out what it says was merged before.
     """
     units = merge_units(plan, statistics)[rank::world_size]
@@ -99,7 +101,8 @@ def merge_weights(
         read = partial(_read_unit, plan=plan)
         merge = partial(_merge_unit, plan=plan, statistics=statistics, thresholds=thresholds, device=device)
         sizes = partial(_elements, plan)
-        for merged in _side_by_side(units, sizes, read, merge, progress, len(plan.experts), max_memory):
+        one_by_one = device is not None and device.type != "cpu"  # a GPU does one thing at a time, in its own memory
+        for merged in _side_by_side(units, sizes, read, merge, progress, len(plan.experts), max_memory, one_by_one):
             for name, (update, report) in merged.items():
                 writer.write(name, update)
                 reports[name] = report
@@ -113,11 +116,22 @@ def merge_weights(
 
 
 def _read_journal(path: Path) -> dict[str, WeightReport]:
-    """Reports of the weights that an interrupted pass has merged; half a line at the end does not count."""
+    """Reports of the weights that an interrupted pass has merged; half a line at the end does not count, and is cut
+    off. Without the file of the weights themselves, nothing has been merged.
+    """
+    if not path.is_file() or not path.with_suffix(".safetensors").is_file():
+        path.unlink(missing_ok=True)
+        return {}
     reports: dict[str, WeightReport] = {}
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else ():
-        if line.endswith("\n"):
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if lines != whole:
+        os.truncate(path, sum(map(len, whole)))
+    try:
+        for line in whole:
             reports |= {name: WeightReport(**report) for name, report in json.loads(line).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise HfEsmError(f"{path} is damaged. Remove {path.parent} to start again.") from None
     return reports
 
 
@@ -129,9 +143,10 @@ def _side_by_side(
     progress: Callable,
     tasks: int,
     max_memory: Optional[int],
+    one_by_one: bool = False,
 ) -> Iterator[dict]:
     """`merge(unit, read(unit))` of every unit, in order: large weights one at a time with all threads, while the next
-    one is being read; small ones in parallel. As many at once as `max_memory` holds.
+    one is being read; small ones in parallel, unless `one_by_one`. As many at once as `max_memory` holds.
 
     An eigenproblem of a few hundred rows leaves all but one thread idle; several of them at once do not.
     """
@@ -145,10 +160,12 @@ def _side_by_side(
                 needed = merge_bytes(elements(unit), tasks)
                 while waiting and needed + sum(size for _, size in waiting) > room:
                     yield waiting.popleft()[0].result()
-                if elements(unit) > _SMALL or threads == 1:
+                if elements(unit) > _SMALL or threads == 1 or one_by_one:
                     found = ahead.result() if ahead else read(unit)
                     fits = following and needed + 4 * tasks * elements(following) <= room
-                    ahead = pool.submit(read, following) if fits and elements(following) > _SMALL else None
+                    ahead = (
+                        pool.submit(read, following) if fits and (elements(following) > _SMALL or one_by_one) else None
+                    )
                     merged = merge(unit, found)
                     del found  # not to be held while others are merged
                     yield merged
@@ -212,7 +229,10 @@ def _merge_unit(
     device: Optional[torch.device],
 ) -> dict[str, tuple[Tensor, WeightReport]]:
     """One weight of every expert merged, with its report; several names where they are stacked along the output."""
-    linear = plan.base.linear.get(unit[0])
+    linear, device = (
+        plan.base.linear.get(unit[0]),
+        roomy(device, merge_bytes(_elements(plan, unit), len(plan.experts))),
+    )
     heights = [found[0].shape[1 if linear.transposed else 0] for found in updates] if len(unit) > 1 else []
     matrices: dict[str, list[Tensor]] = {}
     for task, *found in zip(plan.experts, *updates, strict=True):

@@ -1,15 +1,18 @@
 """Where a model stands while it runs: on the accelerator's device, or, where memory is short, partly on disk."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.modeling import convert_file_size_to_int, get_max_memory
+from accelerate.utils.modeling import get_max_memory
 
 from .checkpoints import Checkpoint
+from .errors import HfEsmError
 from .proxies import Sample
+from .sizes import bytes_of, readable
 
 
 def placement(
@@ -33,13 +36,34 @@ def available_memory(accelerator: Accelerator, max_memory: Optional[str | int] =
     free = {place: size for place, size in get_max_memory().items() if place in (own, "cpu")}
     memory = {place: size if place == "cpu" else int(0.9 * size) for place, size in free.items()}
     if max_memory is not None and "cpu" in memory:
-        memory["cpu"] = min(memory["cpu"], convert_file_size_to_int(max_memory))
+        memory["cpu"] = min(memory["cpu"], bytes_of(max_memory, "max_memory"))
     return memory
+
+
+def reserve(path: Path, nbytes: int) -> None:
+    """Have the first bytes of a sparse file stand on the disk, where the system can.
+
+    Raises:
+        HfEsmError: if the disk has no room for them.
+    """
+    if hasattr(os, "posix_fallocate"):
+        try:
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+        except OSError as error:
+            raise HfEsmError(f"{path}: {readable(nbytes)} cannot be kept there: {error.strerror}.") from None
 
 
 def algebra_device(accelerator: Accelerator) -> torch.device:
     """Where decompositions are computed, in float64: the accelerator's device, unless it has none."""
     return torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
+
+
+def roomy(device: Optional[torch.device], needed: int) -> Optional[torch.device]:
+    """The device, if so many bytes are free on it; else the CPU."""
+    if device is None or device.type == "cpu" or needed <= get_max_memory().get(device.index or 0, math.inf):
+        return device
+    return torch.device("cpu")
 
 
 def needs_spill(

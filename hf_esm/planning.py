@@ -5,20 +5,21 @@ import math
 import re
 import shutil
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from accelerate.utils.modeling import convert_file_size_to_int
 from huggingface_hub import ModelCard
 
 from .checkpoints import Checkpoint, LoraCheckpoint, ModelSource
 from .errors import HfEsmError
 from .heads import HeadPlan, plan_heads
 from .methods import MergeMethod
+from .resuming import Work
+from .sizes import bytes_of, readable
 from .weights import body_prefix
 
 
@@ -70,7 +71,7 @@ class MergePlan:
             f"  merged     {kinds}",
             f"  untouched  {len(self.heads.kept_from_base)} weights of the base",
             "  licences   " + "; ".join(f"{name}: {licence}" for name, licence in self.licences.items()),
-            f"  disk       {_size(self.output_bytes)} for the model, {_size(self.scratch_bytes)} scratch",
+            f"  disk       {readable(self.output_bytes)} for the model, {readable(self.scratch_bytes)} scratch",
             f"  memory     {self._memory()}",
             f"  time       about {_duration(self.seconds)} to merge, besides reading and calibrating",
         ]
@@ -79,7 +80,7 @@ class MergePlan:
     def _memory(self) -> str:
         wanted = {"to calibrate": self.calibration_bytes if self.method.needs_statistics else 0}
         wanted |= {"to learn": self.learning_bytes, "to merge": self.memory_bytes}
-        return ", ".join(f"{_size(count)} {what}" for what, count in wanted.items() if count)
+        return ", ".join(f"{readable(count)} {what}" for what, count in wanted.items() if count)
 
 
 def plan_merge(
@@ -106,6 +107,12 @@ def plan_merge(
         _check_weights(base, expert, head_plan)
         if differing := _differing_settings(base, expert):
             warnings.append(f"{expert.title}: its config differs from the base's in {', '.join(differing)}.")
+        tied = set(head_plan.kept_from_base) & set(getattr(expert.skeleton, "all_tied_weights_keys", None) or ())
+        if tied and not isinstance(expert, LoraCheckpoint):
+            warnings.append(
+                f"{expert.title}: {_some(sorted(tied))} is tied to its embeddings, but the base has one of its own, "
+                "which stays as it is. Untie the expert's, or tie the base's, if that is not what you want."
+            )
         if expert.extra:
             warnings.append(
                 f"{expert.title}: its file holds weights its model has no place for: {_some(expert.extra)}."
@@ -125,20 +132,22 @@ def plan_merge(
         math.prod(base.shape(n)) * (dtype if dtype and base.dtype(n).is_floating_point else base.dtype(n)).itemsize
         for n in base.names
     )
+    body = 4 * sum(elements.values())
+    loaded = [base if isinstance(expert, LoraCheckpoint) else expert for expert in experts.values()]
     return MergePlan(
-        base,
-        experts,
-        method,
-        head_plan,
-        _kinds(base, head_plan.shared),
-        licences,
-        output,
-        4 * sum(elements.values()),
-        merge_bytes(max(elements.values()), len(experts)),
-        max(expert.nbytes if not isinstance(expert, LoraCheckpoint) else base.nbytes for expert in experts.values()),
-        4 * sum(elements.values()) * method.bodies_to_learn(len(experts)),
-        _estimate_seconds(base, head_plan.shared, len(experts)),
-        head_plan.warnings + warnings,
+        base=base,
+        experts=experts,
+        method=method,
+        heads=head_plan,
+        kinds=_kinds(base, head_plan.shared),
+        licences=licences,
+        output_bytes=output,
+        scratch_bytes=body,
+        memory_bytes=merge_bytes(max(elements.values()), len(experts)),
+        calibration_bytes=max(checkpoint.nbytes for checkpoint in loaded),
+        learning_bytes=body * method.bodies_to_learn(len(experts)),
+        seconds=_estimate_seconds(base, head_plan.shared, len(experts)),
+        warnings=head_plan.warnings + warnings,
     )
 
 
@@ -147,21 +156,38 @@ def merge_bytes(elements: int, tasks: int) -> int:
     return 4 * elements * (2 * tasks + 6)
 
 
-def check_disk(plan: MergePlan, output: Path, statistics_bytes: int = 0) -> None:
-    """Raise if the output would replace one of the models, or its disk cannot hold the merge, statistics included."""
+def check_disk(
+    plan: MergePlan,
+    output: Path,
+    statistics_bytes: int = 0,
+    statistics_dir: Optional[str] = None,
+    resume_dir: Optional[str] = None,
+) -> None:
+    """Raise if the output would replace one of the models, or a disk cannot hold what goes there."""
     for model in (plan.base, *plan.experts.values()):
         folder = getattr(model, "folder", None) or model.source
         if folder and Path(folder).resolve().is_relative_to(output.resolve()):
             raise HfEsmError(f"{model.title} stands in output_dir {output}, which would be replaced. Choose another.")
-    place = output.absolute().parent
-    while not place.exists():
-        place = place.parent
-    needed = plan.output_bytes + plan.scratch_bytes + statistics_bytes
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise HfEsmError(
-            f"{output}: merging needs {_size(needed)} on disk and {_size(free)} are free. Make room there."
-        )
+    scratch = Path(resume_dir).expanduser() if resume_dir else output
+    kept = Path(statistics_dir).expanduser() if statistics_dir else scratch
+    wanted = [(output, plan.output_bytes), (scratch, plan.scratch_bytes), (kept, statistics_bytes)]
+    if resume_dir:
+        work = Work(resume_dir, {})
+        wanted += [(scratch, -work.nbytes), (scratch, statistics_bytes if statistics_dir else 0)]
+    needed: dict[int, float] = defaultdict(float)
+    places = {}
+    for place, count in wanted:
+        there = next(parent for parent in (place.absolute(), *place.absolute().parents) if parent.exists())
+        disk = there.stat().st_dev
+        needed[disk] += count
+        places.setdefault(disk, (place, there))
+    for disk, (place, there) in places.items():
+        free = shutil.disk_usage(there).free
+        if needed[disk] > free:
+            raise HfEsmError(
+                f"{place}: merging needs {readable(needed[disk])} on this disk and {readable(free)} are free. Make "
+                "room there."
+            )
 
 
 def check_memory(plan: MergePlan, max_memory: Optional[str | int]) -> None:
@@ -173,8 +199,8 @@ def check_memory(plan: MergePlan, max_memory: Optional[str | int]) -> None:
         f"learning by {plan.method.name}": plan.learning_bytes,
     }
     for what, count in wanted.items():
-        if count > convert_file_size_to_int(max_memory):
-            raise HfEsmError(f"max_memory {max_memory}: {what} needs {_size(count)}. Give at least that.")
+        if count > bytes_of(max_memory, "max_memory"):
+            raise HfEsmError(f"max_memory {max_memory}: {what} needs {readable(count)}. Give at least that.")
 
 
 def check_values(plan: MergePlan, progress: Any = iter) -> None:
@@ -343,15 +369,6 @@ def _part(name: str) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
 
 
 def _duration(seconds: float) -> str:

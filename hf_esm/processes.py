@@ -1,16 +1,33 @@
 """Work that several processes share."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from .errors import HfEsmError
 
 
 T = TypeVar("T")
+
+# While one process chooses α, writes or downloads, the others wait; PyTorch would give them ten minutes on GPUs.
+_PATIENCE = timedelta(days=7)
+
+
+def default_accelerator() -> Accelerator:
+    """What stands for all processes where the caller gives no Accelerator."""
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started.isdecimal() and int(started) > accelerator.num_processes:
+        raise HfEsmError(
+            f"{started} processes were started, but Accelerate takes each for the only one. On CPUs, start them with "
+            "ACCELERATE_USE_CPU=1 torchrun --nproc-per-node N -m hf_esm.cli …"
+        )
+    return accelerator
 
 
 @contextmanager

@@ -104,6 +104,10 @@ def read_rows(data: Any, title: str, options: ProxyOptions) -> list[Any]:
     elif isinstance(data, (DatasetDict, IterableDatasetDict)):
         raise HfEsmError(f"{title}: these are several splits ({', '.join(map(str, data))}). Give one of them.")
     elif isinstance(data, Mapping):
+        if single := [name for name, column in data.items() if isinstance(column, str)]:
+            raise HfEsmError(
+                f"{title}: '{single[0]}' is one text, not a column of them. Give a list of rows: [{{…}}]."
+            )
         length = len(next(iter(data.values()), ()))
         data = [{name: column[i] for name, column in data.items()} for i in range(length)]
     if isinstance(data, DataLoader):
@@ -361,6 +365,11 @@ def collate(samples: list[Sample], config: PretrainedConfig) -> dict[str, Tensor
             values = pad_sequence(values, True, padding.get(name, 0))
         batch[name] = torch.stack(list(values))
     return batch
+
+
+def reads_singly(config: PretrainedConfig) -> bool:
+    """Whether a classifier takes texts one at a time: decoders find each one's end by a padding token."""
+    return getattr(text_config(config), "pad_token_id", 0) is None
 
 
 def save_samples(samples: list[Sample], path: Path) -> None:

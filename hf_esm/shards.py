@@ -10,6 +10,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
+from .errors import HfEsmError
+
 
 DTYPE_CODES = {
     torch.float64: "F64",
@@ -20,6 +22,9 @@ DTYPE_CODES = {
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
@@ -76,10 +81,13 @@ class ShardedWriter:
                 positions[name], position = position, end
             encoded = json.dumps(header).encode()
             encoded += b" " * (-len(encoded) % 8)
-            file = open(folder / file_name, "r+b" if written and (folder / file_name).is_file() else "wb")
+            size = 8 + len(encoded) + position
+            if written and (not (folder / file_name).is_file() or (folder / file_name).stat().st_size != size):
+                raise HfEsmError(f"{folder / file_name} is not as it was left. Remove {folder} to start again.")
+            file = open(folder / file_name, "r+b" if written else "wb")
             self._files.append(file)
             file.write(len(encoded).to_bytes(8, "little") + encoded)
-            file.truncate(8 + len(encoded) + position)
+            file.truncate(size)
             self._places.update({name: (file, 8 + len(encoded) + start) for name, start in positions.items()})
         self.pending = set(self._places) - set(written)
         if split.is_sharded and rank == 0:
@@ -99,8 +107,11 @@ class ShardedWriter:
             )
         file, position = self._places[name]
         file.seek(position)
-        if tensor.numel():
-            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        try:
+            if tensor.numel():
+                file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise HfEsmError(f"{file.name}: '{name}' cannot be written: {error.strerror}.") from None
         self.pending.discard(name)
 
     def sync(self) -> None:

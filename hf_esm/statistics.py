@@ -103,6 +103,12 @@ class ActivationStatistics(Mapping):
             else len(self[weight].mean)
         )
 
+    def means(self) -> dict[str, tuple[int, Tensor]]:
+        """Rows and mean row of every entry, by its key: little to read, and other for other samples."""
+        if isinstance(self.entries, _FileEntries):
+            return {key: (self.entries.counts[key], self.entries.mean(key)) for key in self.entries}
+        return {key: (entry.count, entry.mean) for key, entry in self.entries.items()}
+
     def save(self, path: str | os.PathLike, compact: bool = True) -> Path:
         """Write one safetensors file, atomically. `compact` brings each factor down to at most `d_in` rows."""
         path = Path(path)
@@ -212,8 +218,10 @@ class _FileEntries(Mapping):
         self.file, self.counts = file, counts
 
     def __getitem__(self, key: str) -> InputStatistics:
-        factor, mean = self.file.get_tensor(f"{key}.factor"), self.file.get_tensor(f"{key}.mean")
-        return InputStatistics(factor, mean, self.counts[key])
+        return InputStatistics(self.file.get_tensor(f"{key}.factor"), self.mean(key), self.counts[key])
+
+    def mean(self, key: str) -> Tensor:
+        return self.file.get_tensor(f"{key}.mean")
 
     def width(self, key: str) -> int:
         return self.file.get_slice(f"{key}.mean").get_shape()[0]

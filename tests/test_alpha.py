@@ -1,8 +1,11 @@
 """The choice of α: found where the scores peak, and not led astray by what a few rows cannot tell."""
 
 import pytest
+import torch
+from architectures import ARCHITECTURES
+from helpers import perturbed, reloaded
 
-from hf_esm import HfEsmError
+from hf_esm import HfEsmError, merge_models
 from hf_esm.alpha import search_alpha
 
 
@@ -35,6 +38,25 @@ def test_a_score_that_is_no_number_is_no_best_and_nothing_but_such_is_refused():
     assert alpha == 1.5
     with pytest.raises(HfEsmError, match="every score is NaN"):
         search_alpha(lambda a: float("nan"))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_scored_is_what_is_written(whole, tmp_path):
+    """Running means and variances are merged and scored, too."""
+    architecture, seen = ARCHITECTURES["resnet"], {}
+    base = architecture.build()
+    experts = {f"t{i}": perturbed(base, 0.05, i) for i in range(2)}
+
+    def score(model):
+        seen[tuple(float(weight.float().sum()) for weight in model.state_dict().values())] = None
+        return 1.0
+
+    options = {"score_fn": score if whole else dict.fromkeys(experts, score), "output_dir": tmp_path / "merged"}
+    merge_models(base, experts, method="task-arithmetic", alpha="auto", progress=False, **options)
+    written = reloaded(base, tmp_path / "merged").float().state_dict().values()
+    found = torch.tensor([list(sums) for sums in seen], dtype=torch.float64)
+    expected = torch.tensor([float(weight.float().sum()) for weight in written], dtype=torch.float64)
+    assert float((found - expected).abs().amax(1).min()) < 1e-4
 
 
 def test_scores_every_candidate_once():

@@ -354,7 +354,7 @@ def test_mistyped_commands_are_status_2(capsys, command, message):
     ("error", "status", "message"),
     [
         (RuntimeError("out of luck"), 1, "hf-esm: RuntimeError: out of luck"),
-        (KeyboardInterrupt(), 130, "hf-esm: stopped; nothing was written."),
+        (KeyboardInterrupt(), 130, "hf-esm: stopped before the output was written."),
     ],
 )
 def test_an_unexpected_error_is_short_unless_asked_for(models, monkeypatch, capsys, error, status, message):

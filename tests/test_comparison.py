@@ -1,5 +1,6 @@
 """`compare` and its report: what it measures, what it keeps, what it refuses."""
 
+import copy
 import json
 import random
 import re
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from routed_toys import encoded, expert, logits, task_texts
-from tiny import snapshot
+from tiny import save_tokenizer, snapshot
 
 from hf_esm import Comparison, HfEsmError, Interference, add_comparison, compare, evaluate, merge_models
+from hf_esm import comparison as comparing
 from hf_esm.cli import main
+from hf_esm.identity import processor_identity
 from hf_esm.methods import Mean, TaskArithmetic
 from hf_esm.metrics import ACCURACY, resolve_metric
 from hf_esm.reports import Cell, markdown_table, summarise
@@ -200,6 +203,44 @@ def test_bad_input_is_refused_before_anything_is_merged(arguments, tmp_path, cha
     with pytest.raises(HfEsmError, match=message):
         compare(**{**arguments, "methods": ["mean"], "output_dir": tmp_path / "r", **changes})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "labels"),
+    [
+        ("method: ties", "", ["ties", "esm", "mean", "task-arithmetic", "tsv-m", "iso-c", "iso-cts", "esm++"]),
+        ("method: {name: esm, gamma: 0.0}", "--methods mean esm", ["mean", "esm"]),
+        ("method: {name: esm, gamma: 0.0}", "--set gamma=0.2", ["esm (gamma 0.2)", "esm", "mean"]),
+        ("rank: 8", "--methods tsv-m esm++ tsv-c", ["tsv-m", "esm++ (rank 8)", "tsv-c (rank 8)"]),
+        ("rank: 8", "--methods", ["esm++ (rank 4)"]),
+    ],
+)
+def test_the_command_compares_what_it_is_told_to(tmp_path, monkeypatch, recipe, flags, labels):
+    asked = {}
+    monkeypatch.setattr("hf_esm.commands.compare", lambda **request: asked.update(request))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"base: b\nexperts: {{a: a, b: b}}\ntest: {{a: a.jsonl}}\noutput_dir: r\n{recipe}\n")
+    flags = flags.split() + (["{name: esm++, rank: 4}"] if flags == "--methods" else [])
+    assert main(["compare", str(path), *flags]) == 0
+    found = [label for label, _ in comparing._named(asked["methods"])]
+    assert found[: len(labels)] == labels
+    assert not asked.keys() & comparing.NOT_COMPARED
+
+
+def test_settings_beside_a_list_of_methods_are_refused(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("base: b\nexperts: {a: a, b: b}\ntest: {a: a.jsonl}\noutput_dir: r\n")
+    assert main(["compare", str(tmp_path / "recipe.yaml"), "--methods", "esm", "mean", "--set", "gamma=0.2"]) == 2
+    assert "--set goes with the recipe's method" in capsys.readouterr().err
+
+
+def test_another_tokenizer_is_another_comparison(tmp_path):
+    """Used before or not, one tokenizer is the same."""
+    first = save_tokenizer(tmp_path)
+    before = processor_identity(first)
+    other = copy.deepcopy(first)
+    other.add_tokens(["more"])
+    first(["a b", "a"], padding=True, truncation=True, max_length=2)
+    assert processor_identity(first) == before != processor_identity(other)
 
 
 def test_the_command_compares_a_recipe(models, tmp_path, capsys):

@@ -46,6 +46,17 @@ def test_experts_are_the_leading_triplets_and_the_body_is_the_bases(compressed):
     assert not any("prototypes" in name or "projection" in name for name in stored)
 
 
+@pytest.mark.parametrize(
+    ("method", "router"),
+    [({"name": "tsv-c"}, False), ({"name": "esm++", "router": "oracle"}, False), ({"name": "esm++"}, True)],
+)
+def test_the_card_promises_no_router_where_there_is_none(models, tmp_path, method, router):
+    folder = merge_bert(models, tmp_path / "out", method=method, rank=4)
+    card = (folder / "README.md").read_text()
+    assert [word in card for word in ("and a router", "model.predict(", "mean\nfeatures of the")] == [router] * 3
+    assert "without a task named, no expert is added" in card or router
+
+
 def test_whole_experts_are_given_back_and_no_task_means_the_base(whole):
     routed, samples = RoutedModel.from_pretrained(whole), encoded(task_texts("b", 11))
     with routed.route("b"):

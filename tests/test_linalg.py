@@ -223,7 +223,7 @@ def test_a_polar_factor_in_float32_is_nearly_the_same_however_steep_the_matrix(s
     matrix = with_singular_values(seed, 30, 20, [1.0, 0.8, 0.5, 0.3, smallest])[:, :5]
     (factor, mean), (exact, exact_mean) = polar_factor(matrix, tolerance=1e-3), polar_factor(matrix)
     assert factor.dtype == mean.dtype == torch.float32 and exact.dtype == torch.float64
-    assert relative_error(factor, exact) < (1e-4 if smallest == 0.1 else 1e-6)
+    assert relative_error(factor, exact) < (1e-3 if smallest == 0.1 else 1e-6)
     assert relative_error(mean, exact_mean) < 1e-6
 
 

@@ -66,7 +66,7 @@ HEAD = ("classifier", "pooler")
 ALL = ("mean", "tsv-m", "esm")
 CASES = {
     "bert-on-its-body": Case(BERT, CLASSIFY, "BertModel", HEAD, ALL),
-    "bert-on-a-classifier": Case(BERT, CLASSIFY, methods=ALL),
+    "bert-on-a-classifier": Case(BERT, CLASSIFY, own=HEAD, methods=ALL),
     "bert-on-a-classifier-of-other-labels": Case(BERT, CLASSIFY, own=HEAD, settings={"num_labels": 5}),
     "bert-on-a-language-model": Case(BERT, CLASSIFY, "BertForMaskedLM", HEAD),
     "bare-body-on-a-classifier": Case(
@@ -106,7 +106,7 @@ CASES = {
     "bias-of-the-update": Case(BERT, {**CLASSIFY, "lora_bias": True}, "BertModel", HEAD),
     "dora": Case(BERT, {**CLASSIFY, "use_dora": True}, "BertModel", HEAD),
     "dora-conv1d": Case(GPT2, {**CONV1D, "use_dora": True}),
-    "dora-embedding": Case(BERT, {**CLASSIFY, "target_modules": ["word_embeddings"], "use_dora": True}),
+    "dora-embedding": Case(BERT, {**CLASSIFY, "target_modules": ["word_embeddings"], "use_dora": True}, own=HEAD),
     "embedding": Case(BERT, {**CLASSIFY, "target_modules": ["query", "word_embeddings"]}, "BertModel", HEAD),
     "tied-embedding": Case(GPT2, {**CONV1D, "target_modules": ["c_attn", "wte"]}),
     "embedding-and-head": Case(LLAMA, {**GENERATE, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}),

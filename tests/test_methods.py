@@ -362,6 +362,13 @@ def test_a_described_method_is_resolved_to_the_same_merge(name):
     assert torch.equal(again.merge(problem).delta, made.merge(problem).delta)
 
 
+def test_numbers_that_yaml_takes_for_text_are_numbers():
+    assert resolve_method({"name": "esm", "tolerance": "1e-3"}).tolerance == 1e-3
+    for wrong in ("a little", "nan"):
+        with pytest.raises(HfEsmError, match="tolerance must be"):
+            resolve_method({"name": "esm", "tolerance": wrong})
+
+
 def test_methods_and_settings_that_do_not_exist_are_named():
     for method, wrong in [("esn", "esn"), ({"name": "esm", "gama": 0.2}, "gama"), ({"gamma": 0.2}, "need a name")]:
         with pytest.raises(HfEsmError, match=wrong):

@@ -71,6 +71,12 @@ def test_perplexity_is_of_the_labels_that_rows_come_with():
     assert run(model, bare, PERPLEXITY).score != pytest.approx(expected)
 
 
+@pytest.mark.parametrize("rows", ["rows.jsonl", {}, [{"text": "a", "label": 0}]])
+def test_rows_that_are_not_given_by_task_are_refused(rows):
+    with pytest.raises(HfEsmError, match="give labelled rows by task"):
+        evaluate("anywhere", rows)
+
+
 def test_models_whose_answers_a_metric_cannot_read_are_refused():
     samples, kind = LabelledSamples(token_samples(2), [0] * 7), "BertForSequenceClassification"
     for model, metric, says in (

@@ -11,10 +11,11 @@ from peft import LoraConfig, get_peft_model
 from problems import relative_error
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_esm import calibrate, merge_models
-from hf_esm.calibration import collect_statistics
+from hf_esm import HfEsmError, calibrate, merge_models
+from hf_esm.calibration import _Accumulator, collect_statistics
 from hf_esm.checkpoints import open_checkpoint, resolve_source
 from hf_esm.placement import available_memory, factor_bytes, needs_spill, placement
+from hf_esm.processes import default_accelerator
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +135,21 @@ def test_what_takes_memory_is_counted(folder):
 def test_a_process_uses_its_own_device_and_main_memory(monkeypatch, device, limit, expected):
     monkeypatch.setattr("hf_esm.placement.get_max_memory", lambda: {0: 100, 1: 200, "cpu": 1000})
     assert available_memory(SimpleNamespace(device=torch.device(device)), limit) == expected
+
+
+def test_a_disk_that_is_full_is_one_clear_error(tmp_path, monkeypatch):
+    """Writing on through the mapped file would end the process."""
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    accumulator = _Accumulator(4, tmp_path / "layer.factor")
+    with pytest.raises(HfEsmError, match="48 B cannot be kept there: No space left"):
+        accumulator.add(torch.ones(3, 4))
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(HfEsmError, match="3 processes were started, but Accelerate takes each for the only one"):
+        default_accelerator()

@@ -68,7 +68,7 @@ BAD_VALUES = {
     "batch_size": (0,),
     "max_length": (0, "long"),
     "alpha": ("best", float("nan"), [1]),
-    "max_shard_size": ("huge", "5"),
+    "max_shard_size": ("huge", "0", "-5GB"),
     "dtype": ("int8", "small"),
     "heads": ("some",),
     "method": ("best", 5, {"gamma": 1}, {"name": "esm", "gamma": "high"}, {"name": "esm", "scale_all": 1}),

@@ -70,6 +70,12 @@ def test_an_added_lora_expert_stands_on_its_own_base(models, routed, tmp_path):
         assert torch.allclose(logits(larger.task_model("c"), samples), logits(own, samples), atol=1e-4)
 
 
+def test_a_larger_model_is_loaded_as_the_one_before(models, merged, statistics, tmp_path):
+    routed = RoutedModel.from_pretrained(merged, dtype=torch.bfloat16)
+    larger = routed.add_expert("c", models / "c", statistics["c"], output_dir=tmp_path / "larger")
+    assert larger.model.dtype == larger.remove_expert("a", output_dir=tmp_path / "b").model.dtype == torch.bfloat16
+
+
 def test_an_added_expert_keeps_its_head_where_its_labels_are_the_bases(models, statistics, tmp_path):
     """The merged model then holds a head with these labels; it is not the expert's."""
     base = save(perturbed(classifier(base_model(), "c"), 0.1, 5), tmp_path / "base")

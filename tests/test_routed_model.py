@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from architectures import ARCHITECTURES
 from datasets import Dataset
 from helpers import image_samples, save, token_inputs
@@ -35,7 +36,15 @@ from tiny import BERT, forbid_calibration
 from toys import LABELS, base_model, classifier, lora_adapter
 from transformers import AutoModel, BertModel, GPT2LMHeadModel, ViTForImageClassification, ViTModel
 
-from hf_esm import HfEsmError, RoutedModel, RoutedPipeline, calibrate, load_recipe, merge_models
+from hf_esm import (
+    HfEsmError,
+    RoutedModel,
+    RoutedPipeline,
+    calibrate,
+    load_recipe,
+    load_task_model,
+    merge_models,
+)
 from hf_esm.proxies import collate
 
 
@@ -208,6 +217,77 @@ def test_a_saved_copy_gives_the_same(merged, routed, tmp_path):
     (copy / "stale").touch()
     assert routed.save_pretrained(copy, overwrite=True) == copy
     assert not (copy / "stale").exists()
+
+
+def test_trained_experts_are_saved_and_nothing_else_is_made_of_the_old_ones(merged, models, statistics, tmp_path):
+    routed = RoutedModel.from_pretrained(merged)
+    with torch.no_grad():
+        routed.model.get_base_model().get_submodule(QUERY).routed_experts_B["default"].mul_(1.5)
+    for use in (
+        lambda: routed.export_lora(tmp_path / "lora"),
+        lambda: routed.push_to_hub("me/routed"),
+        lambda: routed.add_expert("c", models / "c", statistics["c"], output_dir=tmp_path / "more"),
+        lambda: routed.remove_expert("a", output_dir=tmp_path / "less"),
+    ):
+        with pytest.raises(HfEsmError, match="experts were trained since they were loaded"):
+            use()
+    assert not list(tmp_path.iterdir())
+    again = RoutedModel.from_pretrained(routed.save_pretrained(tmp_path / "trained"))
+    again.export_lora(tmp_path / "lora")
+    assert [path.name for path in tmp_path.iterdir()] != []
+    for model, same in ((routed, True), (RoutedModel.from_pretrained(merged), False)):
+        samples = encoded(task_texts("a", 3))
+        with model.route("a"):
+            before = logits(model.task_model("a"), samples)
+        with again.route("a"):
+            assert torch.equal(logits(again.task_model("a"), samples), before) == same
+
+
+def test_a_decoder_without_a_padding_token_reads_texts_singly(tmp_path):
+    base = GPT2.build("GPT2Model", n_layer=3)
+    head = GPT2.build("GPT2ForSequenceClassification", n_layer=3)
+    head.transformer.load_state_dict(base.state_dict())
+    assert head.config.pad_token_id is None
+    calibration = {task: task_ids(task) for task in "ab"}
+    experts = {task: tuned(head, seed) for seed, task in enumerate("ab")}
+    quiet(base, experts, calibration=calibration, rank=4, output_dir=tmp_path / "out")
+    routed, rows = RoutedModel.from_pretrained(tmp_path / "out"), [*task_ids("a", 3, 4), *task_ids("b", 3, 4)]
+    assert routed.predict(rows) == [routed.predict([row])[0] for row in rows]
+    assert len(routed.predict(rows, tasks="a")) == len(routed.explain(rows)) == 8
+
+
+@pytest.mark.parametrize("rows", [{"text": "so so"}, {"text": "so so", "text_pair": "bad"}])
+def test_one_row_is_no_column(routed, rows):
+    with pytest.raises(HfEsmError, match="'text' is one text, not a column"):
+        routed.predict(rows)
+
+
+def test_in_half_precision_experts_and_router_stay_as_they_are(merged):
+    routed, exact = RoutedModel.from_pretrained(merged).to(torch.bfloat16), RoutedModel.from_pretrained(merged)
+    assert routed.model.dtype == torch.bfloat16
+    before = {name: tensor for name, tensor in exact.model.state_dict().items() if "routed_experts" in name}
+    after = {name: tensor for name, tensor in routed.model.state_dict().items() if "routed_experts" in name}
+    assert equal(after, before)
+    assert [p.task for p in routed.predict(MIXED)] == ["a", "b"] * 16
+
+
+def test_weights_that_do_not_stand_on_a_device_are_refused(merged, tmp_path):
+    """What is loaded over them would be lost without a word."""
+    places = {"embeddings": "cpu", "encoder": "disk", "pooler": "cpu"}
+    offloaded = {"offload_folder": str(tmp_path), "device_map": places}
+    with pytest.raises(HfEsmError, match="would not stand on a device, and experts"):
+        RoutedModel.from_pretrained(merged, **offloaded)
+    offloaded["device_map"] = {"bert": "cpu", "classifier": "disk"}
+    with pytest.raises(HfEsmError, match="of the head would not stand on a device"):
+        load_task_model(merged, "a", **offloaded)
+
+
+def test_task_models_of_a_model_that_accelerate_dispatched_have_their_own_heads(merged, routed):
+    dispatched = RoutedModel.from_pretrained(merged)
+    add_hook_to_module(dispatched.model.get_base_model(), AlignDevicesHook("cpu", io_same_device=True))
+    for task in "ab":
+        samples = encoded(task_texts(task, 3))
+        assert torch.equal(logits(dispatched.task_model(task), samples), logits(routed.task_model(task), samples))
 
 
 def test_it_is_loaded_with_all_that_belongs_to_it(merged, routed):

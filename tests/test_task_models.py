@@ -8,9 +8,10 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from helpers import RULES, check_weights, expected_updates, inside, merge, perturbed, reloaded, save, with_end
+from problems import relative_error
 from transformers import CLIPVisionModel, PreTrainedModel
 
-from hf_esm import HfEsmError, load_task_model
+from hf_esm import HfEsmError, load_task_model, merge_models
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ FAMILIES = {
         [{"classifier"}, {"pooler", "classifier"}],
         {"cls"},
     ),
-    "bert-one-task-head": Family("bert", BERT_TASK, [(BERT_TASK, 2)] * 2, [set()] * 2, set()),
+    "bert-unnamed-labels": Family("bert", BERT_TASK, [(BERT_TASK, 2)] * 2, POOLED, {"pooler", "classifier"}),
     "roberta-mlm": Family(
         "roberta", "RobertaForMaskedLM", two("RobertaForSequenceClassification"), [HEAD] * 2, {"lm_head"}
     ),
@@ -176,6 +177,25 @@ def test_heads_of_one_shape_but_other_labels_stay(tmp_path: Path) -> None:
         assert list(model.config.id2label.values()) == names
         assert torch.equal(model.classifier.weight, source.classifier.weight)
         assert torch.equal(model.bert.pooler.dense.weight, source.bert.pooler.dense.weight)
+
+
+def test_a_head_that_is_tied_in_the_experts_alone_is_told() -> None:
+    architecture = ARCHITECTURES["gpt2"]
+    base = architecture.build("GPT2LMHeadModel", tie_word_embeddings=False)
+    for tied in (True, False):
+        expert = architecture.build("GPT2LMHeadModel", tie_word_embeddings=tied)
+        experts = {f"t{i}": perturbed(expert, 0.05, i) for i in range(2)}
+        plan = merge_models(base, experts, method="mean", dry_run=True)
+        assert any("'lm_head.weight' is tied to its embeddings" in warning for warning in plan.warnings) == tied
+
+
+def test_heads_of_the_same_named_labels_are_merged(tmp_path: Path) -> None:
+    architecture, labels = ARCHITECTURES["bert"], {0: "bad", 1: "good"}
+    base, *experts = [perturbed(architecture.build(BERT_TASK, id2label=labels), 0.05, i) for i in range(3)]
+    merged = merge(base, experts, architecture, tmp_path / "merged", "mean").load_model()
+    for name in ("classifier.weight", "bert.pooler.dense.weight"):
+        mean = sum(expert.state_dict()[name] for expert in experts) / 2
+        assert relative_error(merged.state_dict()[name], mean) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -326,7 +326,7 @@ class TensorFiles:
                 ) from None
             for key in file.keys():
                 part = file.get_slice(key)
-                headers[key] = (tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                headers[key] = (tuple(part.get_shape()), stored_dtype(part.get_dtype(), key, title))
                 owner[key] = file
         return cls(headers, lambda key: owner[key].get_tensor(key))
 
@@ -352,7 +352,12 @@ class TensorFiles:
         return cls({key: (tuple(value.shape), value.dtype) for key, value in state.items()}, state.__getitem__)
 
 
-_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+def stored_dtype(code: str, key: str, title: str) -> torch.dtype:
+    """A tensor's dtype by its name in a safetensors file."""
+    for dtype, known in DTYPE_CODES.items():
+        if code == known:
+            return dtype
+    raise HfEsmError(f"{title}: '{key}' is stored as {code}, which is not read here. Save the model in another dtype.")
 
 
 def refuse_quantised(config: PretrainedConfig, title: str) -> None:

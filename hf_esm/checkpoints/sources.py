@@ -24,7 +24,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..errors import HfEsmError
 from .lora import LoraCheckpoint
-from .reader import _DTYPES, Checkpoint, FolderCheckpoint, LiveCheckpoint, TensorFiles
+from .reader import Checkpoint, FolderCheckpoint, LiveCheckpoint, TensorFiles, stored_dtype
 
 
 @dataclass
@@ -232,7 +232,7 @@ def _hub_headers(source: ModelSource) -> Optional[TensorFiles]:
     except SafetensorsParsingError as error:
         raise HfEsmError(f"{source.title}: its weights cannot be read: {error}") from None
     headers = {
-        name: (tuple(tensor.shape), _DTYPES[tensor.dtype])
+        name: (tuple(tensor.shape), stored_dtype(tensor.dtype, name, source.title))
         for file in metadata.files_metadata.values()
         for name, tensor in file.tensors.items()
     }

@@ -5,6 +5,7 @@ To add one, write such a dataclass, a `MergeMethod` with `name` and `merge(stack
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -61,6 +62,9 @@ def resolve_method(method: str | Mapping[str, Any] | MergeMethod) -> MergeMethod
         raise HfEsmError(f"Method {name!r} has no setting {sorted(unknown)}; it has {sorted(known) or 'none'}.")
     for setting, value in settings.items():
         default = getattr(made, setting)
+        if isinstance(default, float) and isinstance(value, str):  # YAML takes 1e-3 for text
+            with suppress(ValueError):
+                settings[setting] = value = float(value)
         kinds = {float: (float, int), tuple: (tuple, list)}.get(type(default), type(default))
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
             raise HfEsmError(f"{name}: {setting} must be like {default!r}, not {value!r}.")

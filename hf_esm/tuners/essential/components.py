@@ -16,6 +16,8 @@ from ...linalg import essential_subspace
 from ...methods import EssentialMerge
 from ...options import MergeOptions
 from ...planning import MergePlan, check_values, plan_merge
+from ...processes import default_accelerator, main_first, together
+from ...proxies import Sample
 from ...statistics import ActivationStatistics
 from ...weights import to_matrices
 from ..lora_export import new_folder, rank_settings, write_adapter, write_lora_adapter
@@ -84,36 +86,30 @@ def essential_components(
         raise TypeError(f"essential_components has no argument {sorted(unknown)[0]!r}")
     if rank < 1:
         raise HfEsmError(f"rank must be 1 or more, not {rank!r}.")
-    options, accelerator = MergeOptions(**options), accelerator or Accelerator()
+    options, accelerator = MergeOptions(**options), accelerator or default_accelerator()
     output = new_folder(output_dir)
     open_options = (token, options.allow_pickle, options.trust_remote_code)
-    with accelerator.main_process_first():
+
+    def read() -> tuple[MergePlan, Optional[ActivationStatistics], list[Sample]]:
         sources = {"base": resolve_source(base, "base", *open_options)}
         sources[_TASK] = resolve_source(expert, "expert", *open_options)
         opened = open_checkpoint(sources["base"])
         tuned = {_TASK: open_checkpoint(sources[_TASK], opened)}
         plan = plan_merge(opened, tuned, EssentialMerge(), options.heads, sources=sources)
-    processors = find_processors(sources, processor, options)
-    found, samples = gather_statistics(plan, sources, {_TASK: calibration}, processors, plan.method, options)
-    check_values(plan)
-    statistics = found[_TASK]
+        processors = find_processors(sources, processor, options)
+        found, samples = gather_statistics(plan, sources, {_TASK: calibration}, processors, plan.method, options)
+        check_values(plan)
+        return plan, found[_TASK], samples.get(_TASK, [])
+
+    plan, statistics, samples = main_first(accelerator, read)
     if statistics is None:
         with TemporaryDirectory(ignore_cleanup_errors=True) as spill:
-            statistics = calibrate_checkpoint(tuned[_TASK], samples[_TASK], options, accelerator, Path(spill), _TASK)
-    if accelerator.is_main_process:
-        factors = _decompose(plan, statistics, rank, shrinkage)
-        if as_lora:
-            write_lora_adapter(
-                output,
-                factors,
-                opened.source or None,
-                fan_in_fan_out=any(linear.transposed for linear in opened.linear.values() if linear.module in factors),
-                base_revision=opened.revision,
-                base_class=type(opened.skeleton),
-            )
-        else:
-            _write_components(output, factors, plan)
-    accelerator.wait_for_everyone()
+            tuned = plan.experts[_TASK]
+            statistics = calibrate_checkpoint(tuned, samples, options, accelerator, Path(spill), _TASK)
+    with together(accelerator):
+        if accelerator.is_main_process:
+            factors = _decompose(plan, statistics, rank, shrinkage)
+            (_write_lora if as_lora else _write_components)(output, factors, plan)
     return output
 
 
@@ -130,6 +126,18 @@ def _decompose(
         directions = essential_subspace(statistics[name].factor, delta, rank, shrinkage).directions
         factors[linear.module] = (directions.T @ delta.double()).float(), directions.float()
     return factors
+
+
+def _write_lora(output: Path, factors: dict[str, tuple[Tensor, Tensor]], plan: MergePlan) -> None:
+    base = plan.base
+    write_lora_adapter(
+        output,
+        factors,
+        base.source or None,
+        fan_in_fan_out=any(linear.transposed for linear in base.linear.values() if linear.module in factors),
+        base_revision=base.revision,
+        base_class=type(base.skeleton),
+    )
 
 
 def _write_components(output: Path, factors: dict[str, tuple[Tensor, Tensor]], plan: MergePlan) -> None:

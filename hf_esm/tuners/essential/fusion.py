@@ -76,8 +76,8 @@ def _fuse(updates: list[tuple[Tensor, Tensor]], tasks: int) -> Optional[tuple[Te
     method = EssentialMerge()
     directions, coordinates, wholes = [], [], []
     for e, c in updates:
-        basis, triangle = torch.linalg.qr(e.double())  # training leaves E neither orthonormal nor independent
-        whole = triangle @ c.double()
+        basis, triangle = torch.linalg.qr(e.cpu().double())  # training leaves E neither orthonormal nor independent
+        whole = triangle @ c.cpu().double()
         kept = max(int(min(len(e), c.shape[1]) * method.rank_share) // tasks, 1)
         directions.append(basis[:, :kept])
         coordinates.append(whole[:kept])

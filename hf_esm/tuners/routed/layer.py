@@ -1,5 +1,6 @@
 """A linear map with the low-rank experts of all tasks on it."""
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -106,6 +107,17 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         RoutedExpertsLayer.__init__(self, base_layer, state, name, reads_once)
         self._active_adapter = adapter_name
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoutedExpertsLinear":
+        """Adapters go where the base goes, but stay in float32: in half precision routes change."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        for name, child in self.named_children():
+            child._apply(fn if name == "base_layer" else keep)
+        return self
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
@@ -133,7 +145,7 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
 
     def _add_experts(self, result: Tensor, adapter: str, rows: Tensor, route: Route) -> Tensor:
         a, b = self.routed_experts_A[adapter], self.routed_experts_B[adapter]
-        rows, (experts, weights) = rows.to(a.dtype), route.for_batch(rows.shape[0])
+        rows, (experts, weights) = rows.to(a.dtype), route.for_batch(rows.shape[0]).to(rows.device)
         if grouping_pays(experts, a, b):
             added = add_by_expert(rows, a, b, experts, weights)
         else:
@@ -188,7 +200,7 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         found = pooled @ self.routed_experts_projection[adapter].float().T
         found = torch.cat([found, pooled.square().sum(-1, keepdim=True)], dim=1)
         earlier = frame.evidence.get(adapter)
-        frame.evidence[adapter] = found = found if earlier is None else earlier + found
+        frame.evidence[adapter] = found = found if earlier is None else earlier.to(found.device) + found
         if adapter in self.routed_experts_classes:
             del frame.evidence[adapter]
             frame.decisions[adapter] = self._decide(adapter, found)

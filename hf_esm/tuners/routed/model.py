@@ -150,6 +150,8 @@ def route(model: nn.Module, tasks: str | Sequence[str] | Any) -> Iterator[None]:
         if not isinstance(tasks, str):
             tasks = list(tasks) if isinstance(tasks, Iterable) else [tasks]
         named = [tasks] if isinstance(tasks, str) else tasks
+        if not named:
+            raise HfEsmError("route names no task. Give one for all samples, or one each.")
         if unknown := [task for task in named if task not in known and task != "static"]:
             there = ", ".join(sorted(known))
             raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {there}, or 'static'.")

@@ -44,6 +44,9 @@ class Route(NamedTuple):
             raise HfEsmError(f"Routes of {have} samples do not fit a batch of {size}. {ONE_PER_SAMPLE}")
         return Route(*(None if part is None else part.repeat_interleave(size // have, dim=0) for part in self))
 
+    def to(self, device: torch.device) -> "Route":
+        return Route(*(None if part is None else part.to(device) for part in self))
+
 
 @dataclass
 class Decision:
@@ -321,7 +324,7 @@ def pool(rows: Tensor, frame: Frame, x: Tensor, module: str) -> Tensor:
     from_encoder = frame.encoder_states is not None and x is frame.encoder_states
     real = _real_tokens(frame.encoder_mask if from_encoder else frame.mask, rows, frame.past, module)
     if frame.prompt is not None and frame.prompt.shape == rows.shape[:2]:
-        prompt = frame.prompt if real is None else frame.prompt & real
+        prompt = frame.prompt.to(rows.device) if real is None else frame.prompt.to(rows.device) & real
         real = torch.where(prompt.any(1, keepdim=True), prompt, torch.ones_like(prompt) if real is None else real)
     rows = rows.float()
     if real is None:
@@ -348,7 +351,7 @@ def _real_tokens(mask: Any, rows: Tensor, past: int, module: str) -> Optional[Te
     if mask.dim() == 2 and mask.shape[1] > length and past:
         mask = mask[:, past : past + length]
     if mask.shape == rows.shape[:2]:
-        return mask
+        return mask.to(rows.device)  # the model may be spread over several
     if length == 1 or bool(mask.all()):  # pooled already, or nothing is padded
         return None
     raise HfEsmError(
@@ -364,7 +367,8 @@ def vote(adapter: str, frame: Frame) -> Optional[Decision]:
         found = [d for by, d in frame.decisions.items() if isinstance(by, tuple) and by[0] == adapter]
         if not found:
             return None
-        shares = torch.stack([F.one_hot(d.route.experts, d.probabilities.shape[1]).float() for d in found]).mean(0)
+        votes = [F.one_hot(d.route.experts, d.probabilities.shape[1]).float() for d in found]
+        shares = torch.stack([vote.to(votes[0].device) for vote in votes]).mean(0)
         frame.decisions[key] = Decision(Route(shares.argmax(-1)), shares)
     return frame.decisions[key]
 
@@ -401,7 +405,7 @@ def forced_route(forced: Any, tasks: Sequence[str], batch: int, device: torch.de
     found = forced.routes[tuple(tasks)] if isinstance(forced, Named) else forced
     if found is None:
         return None
-    found = Route(*(None if part is None else part.to(device) for part in found))
+    found = found.to(device)
     if isinstance(forced, Named) and isinstance(forced.names, str):
         return found.for_batch(batch)
     if len(found.experts) != batch and frame.cache is None and frame.encoder_states is None:  # no beams
