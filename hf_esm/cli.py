@@ -9,9 +9,11 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Optional
 
@@ -32,9 +34,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     given = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     disable_progress_bars()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was begun is cleared away
     try:
-        given.run(given)
+        with _interruptible():
+            given.run(given)
     except HfEsmError as error:
         print(f"hf-esm: {error}", file=sys.stderr)
         return 2
@@ -47,9 +49,20 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             raise
         print(f"hf-esm: {type(error).__name__}: {error}\n(--traceback shows where)", file=sys.stderr)
         return 1
+    return 0
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within it, SIGTERM is taken as Ctrl-C is, so that what was begun is cleared away."""
+    if threading.current_thread() is not threading.main_thread():  # where signals cannot be taken
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,7 +2,10 @@
 
 import importlib.metadata
 import json
+import os
 import shutil
+import signal
+import time
 from dataclasses import fields
 
 import pytest
@@ -370,6 +373,18 @@ def test_an_unexpected_error_is_short_unless_asked_for(models, monkeypatch, caps
 
 
 OPTIONS = {"merge": MergeOptions, "inspect": MergeOptions, "calibrate": ProxyOptions, "evaluate": ProxyOptions}
+
+
+def test_a_polite_kill_leaves_nothing_behind(models, tmp_path, monkeypatch, capsys):
+    def killed(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("hf_esm.merge.check_values", lambda *args: None)
+    monkeypatch.setattr("hf_esm.merge.merge_weights", killed)
+    assert run("merge", models / "recipe.yaml", "--method", "mean", "--output-dir", tmp_path / "out") == 130
+    assert "stopped before the output was written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("command", "options"), OPTIONS.items())
