@@ -89,7 +89,8 @@ def calibrate_experts(
         with_base: whether what the base's blocks read belongs to them.
     """
     kept = Path(options.statistics_dir).expanduser() if options.statistics_dir else None
-    paths = {task: scratch / f"statistics-{task}.safetensors" for task in samples}
+    direct = kept and not options.resume_dir
+    paths = {t: kept / f"{t}.safetensors" if direct else scratch / f"statistics-{t}.safetensors" for t in samples}
     done = {task for task, path in paths.items() if options.resume_dir and path.is_file()}
     waiting = {task: rows for task, rows in samples.items() if task not in done}
     pooled = pool_inputs(plan.base, waiting if with_base else {}, options, accelerator, scratch)
@@ -100,21 +101,14 @@ def calibrate_experts(
             if accelerator.is_main_process:
                 found.save(paths[task], compact=kept is not None)
         del found
-    if kept:
+    if kept and options.resume_dir:
         with together(accelerator):
-            if accelerator.is_main_process:
-                for task, path in paths.items():
-                    _keep(path, kept / f"{task}.safetensors", copied=options.resume_dir is not None)
+            for task, path in paths.items() if accelerator.is_main_process else ():
+                kept.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, kept / f"{task}.partial")
+                os.replace(kept / f"{task}.partial", kept / f"{task}.safetensors")
         paths = {task: kept / f"{task}.safetensors" for task in paths}
     return {task: ActivationStatistics.load(path) for task, path in paths.items()}
-
-
-def _keep(path: Path, place: Path, copied: bool) -> None:
-    """Bring a file to where it is kept, whole or not at all."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(f"{place.name}.partial")
-    (shutil.copy2 if copied else shutil.move)(path, partial)
-    os.replace(partial, place)
 
 
 def pool_inputs(

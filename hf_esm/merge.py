@@ -359,14 +359,16 @@ def _work(
     accelerator: Accelerator,
 ) -> Work:
     """Work in progress, and all that it depends on."""
-    identities = {name: model_identity(source) for name, source in sources.items()} if options.resume_dir else {}
+    if not options.resume_dir:
+        return Work(None, {})
+    identities = {name: model_identity(source) for name, source in sources.items()}
     found = {t: [asdict(s.provenance), s.keys_of, s.means()] for t, s in statistics.items() if s}
     return Work(
         options.resume_dir,
         {
-            "the base": identities.pop("base", None),
+            "the base": identities.pop("base"),
             "experts": identities,
-            "samples or statistics": [found, samples] if options.resume_dir else None,
+            "samples or statistics": [found, samples],
             "the method or its settings": describe_method(plan.method),
             "heads": options.heads,
             "a batch_size": options.batch_size,

@@ -163,9 +163,8 @@ def _side_by_side(
                 if elements(unit) > _SMALL or threads == 1 or one_by_one:
                     found = ahead.result() if ahead else read(unit)
                     fits = following and needed + 4 * tasks * elements(following) <= room
-                    ahead = (
-                        pool.submit(read, following) if fits and (elements(following) > _SMALL or one_by_one) else None
-                    )
+                    fits = fits and (elements(following) > _SMALL or one_by_one)
+                    ahead = pool.submit(read, following) if fits else None
                     merged = merge(unit, found)
                     del found  # not to be held while others are merged
                     yield merged
@@ -229,10 +228,8 @@ def _merge_unit(
     device: Optional[torch.device],
 ) -> dict[str, tuple[Tensor, WeightReport]]:
     """One weight of every expert merged, with its report; several names where they are stacked along the output."""
-    linear, device = (
-        plan.base.linear.get(unit[0]),
-        roomy(device, merge_bytes(_elements(plan, unit), len(plan.experts))),
-    )
+    linear = plan.base.linear.get(unit[0])
+    device = roomy(device, merge_bytes(_elements(plan, unit), len(plan.experts)))
     heights = [found[0].shape[1 if linear.transposed else 0] for found in updates] if len(unit) > 1 else []
     matrices: dict[str, list[Tensor]] = {}
     for task, *found in zip(plan.experts, *updates, strict=True):

@@ -32,7 +32,7 @@ class Work:
         """`parts` are what the work depends on, by what messages call them."""
         self.place = Path(resume_dir).expanduser() if resume_dir else None
         self.folder = self.place / FOLDER if self.place else None
-        self.key = {what: fingerprint(part) for what, part in parts.items()} if self.place else {}
+        self.key = {what: fingerprint(part) for what, part in parts.items()}
         self._lock: Any = None
 
     @property
