@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, tqdm
+from accelerate.utils import tqdm
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
@@ -19,7 +19,7 @@ from .errors import HfEsmError
 from .linalg import triangular_factor
 from .placement import reserve
 from .processes import default_accelerator, gather, together
-from .proxies import Sample, batch_indices, collate, text_config
+from .proxies import Sample, batch_for, batch_indices, text_config
 from .statistics import ActivationStatistics, InputStatistics, Provenance
 from .weights import canonical_names, layer_type, linear_maps
 
@@ -165,7 +165,7 @@ def collect_statistics(
     recorder = InputRecorder(model, folder)
 
     def run(samples: list[Sample]) -> None:
-        model(**_batch(samples, model))
+        model(**batch_for(samples, model))
 
     with (
         together(accelerator),
@@ -214,7 +214,7 @@ def pooled_inputs(
                     first[call[0]] = inputs.detach().float().reshape(size, -1, inputs.shape[-1]).mean(1).cpu()
 
             with recorder.hooked(act):
-                model(**_batch([samples[i] for i in group], model))
+                model(**batch_for([samples[i] for i in group], model))
             for weight, rows in first.items():
                 found.setdefault(weight, torch.zeros(len(samples), rows.shape[1]))[group] = rows
     return found
@@ -285,7 +285,7 @@ def _with_decoder_inputs(model: PreTrainedModel, samples: list[Sample], batch_si
         greedy.update(max_new_tokens=32, max_length=None, do_sample=False, num_beams=1)
     for group in batch_indices([samples[i] for i in generating], batch_size):
         chosen = [generating[i] for i in group]
-        batch = _batch([samples[i] for i in chosen], model)
+        batch = batch_for([samples[i] for i in chosen], model)
         # Not the class's own `generate`: Whisper's gives back the text alone, not what its decoder read.
         ids = GenerationMixin.generate(model, **batch, generation_config=greedy).cpu()
         ends = torch.isin(ids, torch.tensor(_token_ids(model, "eos_token_id"), dtype=ids.dtype))
@@ -321,11 +321,3 @@ def _token_ids(model: PreTrainedModel, *names: str) -> list[int]:
             if found is not None:
                 return found if isinstance(found, list) else [found]
     return []
-
-
-def _batch(samples: list[Sample], model: PreTrainedModel) -> dict[str, Tensor]:
-    """Samples of one shape as a batch, on the model's device, pixels and sound in its dtype."""
-    device = next(model.parameters()).device
-    # Accelerate itself brings inputs to where a model runs that stands partly elsewhere.
-    batch = send_to_device(collate(samples, model.config), "cpu" if device.type == "meta" else device)
-    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in batch.items()}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from accelerate.utils import send_to_device
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
@@ -31,7 +30,7 @@ from .experts import FOLDER, load_experts
 from .hashes import verify_hashes, write_hashes
 from .heads import FOLDER as HEADS_FOLDER
 from .heads import attach_head
-from .proxies import ProxyOptions, batch_indices, collate, encode, load_processor, read_rows, reads_singly
+from .proxies import ProxyOptions, batch_for, batch_indices, encode, load_processor, read_rows, reads_singly
 from .pushing import check_routed, push_folder
 from .tuners.lora_export import write_lora_adapter
 from .tuners.routed import Decision, Named, Route, decide, route, routing_state
@@ -267,10 +266,8 @@ class RoutedModel:
         groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         if not any("attention_mask" in sample or "input_ids" in sample for sample in samples):
             groups = batch_indices(samples, batch_size)  # pictures of one size, sound of one length
-        dtype = self.model.get_base_model().dtype
         for chosen in groups:
-            batch = send_to_device(collate([samples[i] for i in chosen], config), self.device)
-            yield chosen, {n: v.to(dtype) if v.is_floating_point() else v for n, v in batch.items()}
+            yield chosen, batch_for([samples[i] for i in chosen], self.model.get_base_model())
 
     def _vote(self, records: list[tuple[str, str, Decision]]) -> tuple[Optional[Decision], list[str]]:
         """The one decision of a discriminant router, or, of a prototype router's many, the task of most layers."""

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .errors import HfEsmError
-from .proxies import Sample, collate, reads_singly
+from .proxies import Sample, batch_for, reads_singly
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,13 @@ def outputs_of(
     model: PreTrainedModel, samples: list[Sample], metric: Metric = ACCURACY, batch_size: int = 32
 ) -> Tensor:
     """What a metric reads of a model, on the CPU, in the samples' order. Samples of like length share a batch."""
-    device = next(model.parameters()).device
     order = sorted(range(len(samples)), key=lambda i: max(value.numel() for value in samples[i].values()))
     if metric is not PERPLEXITY and samples and "input_ids" in samples[0] and reads_singly(model.config):
         batch_size = 1
     found: Optional[Tensor] = None
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = send_to_device(collate([samples[i] for i in chosen], model.config), device)
-        batch = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in batch.items()}
+        batch = batch_for([samples[i] for i in chosen], model)
         part = (_likelihood if metric is PERPLEXITY else _answer)(model, batch).cpu()
         if found is None:
             found = part.new_empty(len(samples), *part.shape[1:])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError, safe_open
@@ -18,7 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.image_utils import is_valid_image
 
 from .errors import HfEsmError
@@ -365,6 +373,14 @@ def collate(samples: list[Sample], config: PretrainedConfig) -> dict[str, Tensor
             values = pad_sequence(values, True, padding.get(name, 0))
         batch[name] = torch.stack(list(values))
     return batch
+
+
+def batch_for(samples: list[Sample], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Samples as a batch, padded on the right, on the model's device, pixels and sound in its dtype."""
+    device = next(model.parameters()).device
+    # Accelerate itself brings inputs to where a model runs that stands partly elsewhere.
+    batch = send_to_device(collate(samples, model.config), "cpu" if device.type == "meta" else device)
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in batch.items()}
 
 
 def reads_singly(config: PretrainedConfig) -> bool:

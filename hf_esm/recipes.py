@@ -42,6 +42,8 @@ def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[s
         recipe = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
         raise HfEsmError(f"{path}: cannot read the recipe ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise HfEsmError(f"{path}: no text, so no recipe.") from None
     except yaml.YAMLError as error:
         raise HfEsmError(f"{path}: not a valid recipe: {error}") from None
     if not isinstance(recipe, dict):

@@ -75,7 +75,7 @@ for name, arguments in cases.items():
 
 FAILURES = {  # what breaks on the second process
     "loading": "hf_esm.checkpoints.FolderCheckpoint.load_model",
-    "running": "hf_esm.calibration._batch",
+    "running": "hf_esm.calibration.batch_for",
     "merging": "hf_esm.EssentialMerge.merge",
     "writing": "hf_esm.output.to_stored",
     "experts": "hf_esm.experts.expert_factors",
