@@ -33,7 +33,7 @@ from torch import Tensor
 
 from hf_esm import ActivationStatistics, EssentialMerge
 from hf_esm.checkpoints import Checkpoint
-from hf_esm.linalg import leading_eigenpairs
+from hf_esm.eigen import largest_eigenpairs
 from hf_esm.methods.essential import part_taken_off
 from hf_esm.passes import merge_weights
 from hf_esm.placement import algebra_device
@@ -197,7 +197,7 @@ def eigen_seconds(size: int, wanted: int, device: torch.device) -> float:
     """LAPACK's time, or the GPU library's, for the largest of the eigenpairs of a symmetric problem in float64."""
     probe = torch.randn(size, size, dtype=torch.float64, device=device)
     probe = probe @ probe.T
-    return best(lambda: leading_eigenpairs(probe, wanted), 2 if size > 2000 else 4)
+    return best(lambda: largest_eigenpairs(probe, wanted), 2 if size > 2000 else 4)
 
 
 @cache

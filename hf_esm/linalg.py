@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from scipy.linalg import eigh as selected_eigh
 from torch import Tensor
+
+from .eigen import largest_eigenpairs
 
 
 # Singular values below this fraction of the largest one count as zero: float32 inputs carry no information there.
@@ -25,10 +26,6 @@ _WELL_CONDITIONED = 1e-4
 
 # Rows of a symmetric product that are computed at a time, as far as its diagonal.
 _BLOCK = 128
-
-# Rows of a Gram matrix from which on it pays to have LAPACK compute the wanted eigenvectors alone. Smaller ones are
-# decomposed side by side, which SciPy's lock forbids.
-_LARGE = 2048
 
 
 def triangular_factor(rows: Tensor) -> Tensor:
@@ -95,18 +92,18 @@ def essential_subspace(
         moments.diagonal().add_(ridge)
         if not tall:
             gram = _symmetric(delta @ _mirrored(moments), delta.T)
-            squares, directions = leading_eigenpairs(gram, rank)
+            squares, directions = _leading_eigenpairs(gram, rank)
             return EssentialSubspace(directions, squares, float(gram.trace()))
         root = torch.linalg.cholesky(moments)
         gram = _symmetric(root.T, _mirrored(_symmetric(delta.T, delta)) @ root)
-        squares, vectors = leading_eigenpairs(gram, rank)
+        squares, vectors = _leading_eigenpairs(gram, rank)
         return EssentialSubspace(delta @ (root @ vectors) / squares.sqrt(), squares, float(gram.trace()))
     shift = (triangular_factor(factor) if tall else factor) @ delta.T
     wide = shift.shape[0] < shift.shape[1] and ridge == 0
     gram = _symmetric(shift, shift.T) if wide else _symmetric(shift.T, shift)
     if ridge > 0:
         gram += ridge * _symmetric(delta, delta.T)
-    squares, vectors = leading_eigenpairs(gram, rank)
+    squares, vectors = _leading_eigenpairs(gram, rank)
     directions = (shift.T @ vectors) / squares.sqrt() if wide else vectors
     return EssentialSubspace(directions, squares, float(gram.trace()))
 
@@ -148,10 +145,10 @@ def truncated_svd(matrix: Tensor, rank: int, tolerance: float = 0.0) -> tuple[Te
         return left @ turn, values, right
     matrix = matrix.double()
     if matrix.shape[0] <= matrix.shape[1]:
-        squares, left = leading_eigenpairs(_symmetric(matrix, matrix.T), rank)
+        squares, left = _leading_eigenpairs(_symmetric(matrix, matrix.T), rank)
         values = squares.sqrt()
         return left, values, (left.T @ matrix) / values[:, None]
-    squares, right = leading_eigenpairs(_symmetric(matrix.T, matrix), rank)
+    squares, right = _leading_eigenpairs(_symmetric(matrix.T, matrix), rank)
     values = squares.sqrt()
     return (matrix @ right) / values, values, right.T
 
@@ -173,16 +170,11 @@ def _mirrored(lower: Tensor) -> Tensor:
     return lower.tril() + lower.tril(-1).T
 
 
-def leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The `rank` largest eigenvalues of a Gram matrix (its lower triangle), descending, with their vectors; zero ones
     are dropped.
     """
-    if gram.device.type == "cpu" and len(gram) >= _LARGE and _few(rank, gram):
-        wanted = (len(gram) - rank, len(gram) - 1)
-        values, vectors = map(torch.from_numpy, selected_eigh(gram.numpy(), subset_by_index=wanted))
-    else:
-        values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    values, vectors = largest_eigenpairs(gram, rank)
     kept = significant(values)
     return values[kept], vectors[:, kept]
 
@@ -198,7 +190,7 @@ def norm(matrix: Tensor) -> Tensor:
 
 
 def _few(rank: int, matrix: Tensor) -> bool:
-    """Whether finding so many directions takes less than decomposing."""
+    """Whether iterating for so many directions takes less than decomposing."""
     return 4 * rank <= min(matrix.shape)
 
 

@@ -13,7 +13,7 @@ def routes(request, monkeypatch):
     """Symmetric products as a whole, and in blocks of rows as far as the diagonal; all eigenvectors, and some."""
     block, large = request.param
     monkeypatch.setattr("hf_esm.linalg._BLOCK", block)
-    monkeypatch.setattr("hf_esm.linalg._LARGE", large)
+    monkeypatch.setattr("hf_esm.eigen._LARGE", large)
 
 
 def with_singular_values(seed: int, rows: int, columns: int, values: list[float]) -> torch.Tensor:
