@@ -220,7 +220,7 @@ def test_polar_factor_is_the_svds_on_the_numerical_range(seed, size, values):
 @seeds
 @pytest.mark.parametrize("smallest", [0.1, 1e-3, 0.0])
 def test_a_polar_factor_in_float32_is_nearly_the_same_however_steep_the_matrix(seed, smallest):
-    matrix = with_singular_values(seed, 30, 20, [1.0, 0.8, 0.5, 0.3, smallest])[:, :5]
+    matrix = with_singular_values(seed, 30, 5, [1.0, 0.8, 0.5, 0.3, smallest])
     (factor, mean), (exact, exact_mean) = polar_factor(matrix, tolerance=1e-3), polar_factor(matrix)
     assert factor.dtype == mean.dtype == torch.float32 and exact.dtype == torch.float64
     assert relative_error(factor, exact) < (1e-3 if smallest == 0.1 else 1e-6)
