@@ -469,7 +469,7 @@ def test_trains_as_any_adapter(cases, tmp_path):
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
     ids, labels = torch.arange(3, 35).reshape(4, 8), torch.tensor([0, 1, 2, 0])
     losses = []
-    for _ in range(20):
+    for _ in range(60):
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
