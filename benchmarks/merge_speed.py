@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_esm import merge_models
-from hf_esm.proxies import ProxyOptions, collate, encode, read_rows
+from hf_esm.batches import collate
+from hf_esm.proxies import ProxyOptions, encode, read_rows
 
 
 def main() -> None:

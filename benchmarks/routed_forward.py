@@ -35,9 +35,11 @@ from peft import ArrowConfig, PeftModel, create_arrow_model
 from torch import Tensor, nn
 
 from hf_esm import RoutedModel, merge_models
+from hf_esm.batches import collate
 from hf_esm.experts import load_experts
 from hf_esm.heads import attach_head
-from hf_esm.proxies import ProxyOptions, collate, load_labelled
+from hf_esm.labels import load_labelled
+from hf_esm.proxies import ProxyOptions
 from hf_esm.scores import accuracy
 from hf_esm.tuners.routed import route
 

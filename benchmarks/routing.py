@@ -31,8 +31,9 @@ import transformers
 from torch import Tensor
 
 from hf_esm import RoutedModel, merge_models
+from hf_esm.labels import LabelledSamples, load_labelled
 from hf_esm.metrics import outputs_of
-from hf_esm.proxies import LabelledSamples, ProxyOptions, load_labelled
+from hf_esm.proxies import ProxyOptions
 
 
 ROUTERS = (("discriminant", "merged"), ("discriminant", "base"), ("prototype", "merged"))
@@ -110,7 +111,7 @@ def main() -> None:
 
 
 def hits(model: Any, data: LabelledSamples) -> Tensor:
-    return (outputs_of(model, data.samples, batch_size=50) == torch.tensor(data.labels)).double()
+    return (outputs_of(model, data.samples, batch_size=50) == data.labels).double()
 
 
 def score(model: RoutedModel, test: dict[str, LabelledSamples], mode: str = "") -> dict[str, Tensor]:
@@ -160,7 +161,9 @@ def routes(model: RoutedModel, test: dict[str, LabelledSamples], own: dict[str, 
         confidence += [e.probabilities[e.likeliest] for e in why]
         labels = model.task_model(task).config.id2label
         predictions = model.predict(data.samples, batch_size=50)
-        good = [p.task == task and p.label == labels[y] for p, y in zip(predictions, data.labels, strict=True)]
+        good = [
+            p.task == task and p.label == labels[y] for p, y in zip(predictions, data.labels.tolist(), strict=True)
+        ]
         end[task] = sum(good) / len(good)
     sums = [0.0] * 10  # expected calibration error over ten bins
     for value, good in zip(confidence, found, strict=True):

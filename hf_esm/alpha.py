@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from .checkpoints import Checkpoint
 from .errors import HfEsmError
+from .labels import LabelledSamples
 from .metrics import Metric
 from .passes import MergedUpdates
 from .planning import MergePlan
-from .proxies import LabelledSamples
 from .scores import run
 from .weights import canonical_names
 

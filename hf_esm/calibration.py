@@ -15,11 +15,12 @@ from accelerate.utils import tqdm
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
+from .batches import batch_for, batch_indices
 from .errors import HfEsmError
 from .linalg import triangular_factor
 from .placement import reserve
 from .processes import default_accelerator, gather, together
-from .proxies import Sample, batch_for, batch_indices, text_config
+from .proxies import Sample, text_config
 from .statistics import ActivationStatistics, InputStatistics, Provenance
 from .weights import canonical_names, layer_type, linear_maps
 

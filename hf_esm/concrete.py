@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .alpha import CandidateModels
+from .batches import collate
 from .errors import HfEsmError
 from .methods.concrete import ConcreteAdaMerging, final_mask, relaxed_mask
 from .planning import MergePlan
-from .proxies import Sample, collate
+from .proxies import Sample
 from .weights import to_matrices
 
 

@@ -26,10 +26,11 @@ from transformers import (
 from .checkpoints.reader import quiet_loading
 from .errors import HfEsmError
 from .heads import load_task_model
+from .labels import LabelledSamples, load_labelled
 from .merge import merge_models
 from .methods import METHODS
 from .plots import plot_task_scores, require_matplotlib
-from .proxies import LabelledSamples, ProxyOptions, load_labelled
+from .proxies import ProxyOptions
 from .scores import Scores, accuracy
 from .version import __version__
 
@@ -295,7 +296,7 @@ def _train(
     start = time.perf_counter()
     steps, rate = (settings.base_steps, 2e-3) if task is PRETRAINING else (settings.expert_steps, 1e-3)
     encoded = data.encoded(task, "train", model.config)
-    pixels, classes = torch.stack([s["pixel_values"] for s in encoded.samples]), torch.tensor(encoded.labels)
+    pixels, classes = torch.stack([s["pixel_values"] for s in encoded.samples]), encoded.labels
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     warmup = max(steps // 20, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warmup, 1 - i / steps))

@@ -16,9 +16,10 @@ from .heads import FOLDER as HEADS_FOLDER
 from .heads import load_task_model
 from .hub import RoutedModel
 from .inputs import first_processor
+from .labels import load_labelled
 from .metrics import ACCURACY, Metric, resolve_metric
 from .processes import default_accelerator
-from .proxies import ProxyOptions, load_labelled, load_processor
+from .proxies import ProxyOptions, load_processor
 from .scores import Outcome, Scores, run
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .calibration import pooled_inputs
 from .checkpoints import Checkpoint, LoraCheckpoint
 from .checkpoints.reader import quiet_loading
-from .linalg import essential_subspace, truncated_svd
+from .linalg import essential_subspace, fast_products, truncated_svd
 from .options import MergeOptions
 from .passes import MergedUpdates
 from .placement import algebra_device
@@ -237,7 +237,7 @@ def write_experts(
     collects what they left in `scratch`.
     """
     rank, size = accelerator.process_index, accelerator.num_processes
-    with together(accelerator):
+    with together(accelerator), fast_products(plan.method.tolerance):
         merged, device = partial(updates.weight, alpha=alpha), algebra_device(accelerator)
         tensors = decompose_experts(plan, merged, statistics, rank, size, progress("Experts"), device)
         save_file(tensors, scratch / f"experts-{rank}.safetensors")

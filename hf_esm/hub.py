@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .batches import batch_for, batch_indices, reads_singly
 from .changes import add_expert, remove_expert
 from .checkpoints import (
     ModelSource,
@@ -30,7 +31,7 @@ from .experts import FOLDER, load_experts
 from .hashes import verify_hashes, write_hashes
 from .heads import FOLDER as HEADS_FOLDER
 from .heads import attach_head
-from .proxies import ProxyOptions, batch_for, batch_indices, encode, load_processor, read_rows, reads_singly
+from .proxies import ProxyOptions, encode, load_processor, read_rows
 from .pushing import check_routed, push_folder
 from .tuners.lora_export import write_lora_adapter
 from .tuners.routed import Decision, Named, Route, decide, route, routing_state

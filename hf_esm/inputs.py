@@ -11,17 +11,16 @@ import torch
 
 from .checkpoints import ModelSource
 from .errors import HfEsmError
+from .labels import LabelledSamples, load_labelled
 from .methods import MergeMethod
 from .metrics import resolve_metric
 from .options import RECIPE_FILE, MergeOptions
 from .planning import MergePlan
 from .proxies import (
     PROXIES_FOLDER,
-    LabelledSamples,
     Sample,
     encode,
     is_samples_file,
-    load_labelled,
     load_processor,
     read_rows,
 )

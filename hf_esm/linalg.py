@@ -3,10 +3,12 @@
 Everything that is decomposed here is decomposed in float64, whatever the dtype of the input: eigenvalues enter the
 methods with small exponents (`λ^0.15`), and a polar factor gives its weakest direction the weight of its strongest, so
 that rounding noise would become signal. Each decomposition takes the eigenproblem of the smaller side. Only what is
-wanted up to a stated tolerance is computed in float32, and leading directions by randomised iteration.
+wanted up to a stated tolerance is computed in float32, and leading directions by randomised iteration; from a
+thousandth on, in whatever precision the hardware multiplies fastest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,12 @@ _SINGLE_CUTOFF = 1e-5
 
 # Smallest share of its largest eigenvalue above which a Gram matrix in float32 has a root to three digits.
 _WELL_CONDITIONED = 1e-4
+
+# The smallest tolerance that the rounding of factors to bfloat16 disappears in.
+_COARSE = 1e-3
+
+# Random vectors that tell what a map has beside its leading directions, to a few percent of that or better.
+_PROBES = 32
 
 # Rows of a symmetric product that are computed at a time, as far as its diagonal.
 _BLOCK = 128
@@ -46,7 +54,7 @@ class EssentialSubspace:
     Attributes:
         directions: `[d_out, k]` float64, orthonormal columns, strongest first; float32 with a tolerance.
         squares: `[k]` of the same dtype, the squared singular values of `ΔO` along them; with a tolerance, at most.
-        total: the sum of all squared singular values, the discarded ones included.
+        total: the sum of all squared singular values, the discarded ones included; with a tolerance, estimated.
     """
 
     directions: Tensor
@@ -75,13 +83,13 @@ def essential_subspace(
     """
     if tolerance > 0 and _few(rank, delta):
         factor, delta = factor.float(), delta.float()
-        ridge = shrinkage * factor.square().sum(dtype=torch.float64).float() / factor.shape[1]
-        shift = factor @ delta.T
-        total = float(norm(shift).square() + ridge * norm(delta).square())
-        squares, directions = _iterated_directions(
-            lambda x: shift.T @ (shift @ x) + ridge * (delta @ (delta.T @ x)), delta, rank, tolerance
-        )
-        return EssentialSubspace(directions, squares, total)
+        ridge = (shrinkage * norm(factor).square() / factor.shape[1]).float()
+
+        def apply(x: Tensor) -> Tensor:
+            seen = delta.T @ x
+            return delta @ (factor.T @ (factor @ seen) + ridge * seen)
+
+        return EssentialSubspace(*_iterated_directions(apply, delta, rank, tolerance))
     factor, delta = factor.double(), delta.double()
     ridge = shrinkage * factor.square().sum() / factor.shape[1]
     (rows, columns), tokens = delta.shape, factor.shape[0]
@@ -140,7 +148,7 @@ def truncated_svd(matrix: Tensor, rank: int, tolerance: float = 0.0) -> tuple[Te
             right, values, left = truncated_svd(matrix.T, rank, tolerance)
             return left.T, values, right.T
         held = matrix.float()
-        _, left = _iterated_directions(lambda x: held @ (held.T @ x), held, rank, tolerance)
+        left = _iterated_directions(lambda x: held @ (held.T @ x), held, rank, tolerance)[0]
         turn, values, right = (part.float() for part in truncated_svd(left.T @ held, rank))
         return left @ turn, values, right
     matrix = matrix.double()
@@ -184,9 +192,31 @@ def working_dtype(tolerance: float) -> torch.dtype:
     return torch.float32 if tolerance > 0 else torch.float64
 
 
-def norm(matrix: Tensor) -> Tensor:
-    """The Frobenius norm, summed up in float64."""
-    return torch.linalg.vector_norm(matrix, dtype=torch.float64)
+@contextmanager
+def fast_products(tolerance: float) -> Iterator[None]:
+    """Let float32 products in this process be computed in TF32 or bfloat16 where the hardware is faster at it, if the
+    tolerance covers that: 2 to 4 times faster on the CPUs and GPUs that have them, a little on others.
+
+    Who has set precisions for single backends, which torch does not read together with the common one, keeps them.
+    """
+    try:
+        found = torch.get_float32_matmul_precision() if tolerance >= _COARSE else None
+    except RuntimeError:
+        found = None
+    if found is None:
+        yield
+        return
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(found)
+
+
+def norm(tensor: Tensor) -> Tensor:
+    """The Frobenius norm, summed up in float64; piece by piece, as torch copies what it sums up in another dtype."""
+    pieces = tensor.reshape(-1).split(2**17)
+    return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).norm()
 
 
 def _few(rank: int, matrix: Tensor) -> bool:
@@ -196,19 +226,21 @@ def _few(rank: int, matrix: Tensor) -> bool:
 
 def _iterated_directions(
     apply: Callable[[Tensor], Tensor], matrix: Tensor, rank: int, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """The `rank` largest eigenvalues, descending, and their vectors, float32, of a positive semidefinite map of
-    `[d_out, k]` to the same, by randomised subspace iteration (arXiv 0909.4061).
+) -> tuple[Tensor, Tensor, float]:
+    """The eigenvectors of the `rank` largest eigenvalues, these, descending, both float32, and the sum of all, of a
+    positive semidefinite map of `[d_out, k]` to the same, by randomised subspace iteration (arXiv 0909.4061).
 
     It ends with the step that adds about `tolerance` (at least 1e-5) of what the directions hold, or less: half of
     it shows in the singular values of the map's image, so that no product is spent on finding out. The values are
     those of the step before. The start is the same each time, on every device. Nearly all of the leading sum is held
-    then; which of many directions of nearly one strength are among them is not settled.
+    then; which of many directions of nearly one strength are among them is not settled. What the rest sums up to is
+    estimated from random probes (arXiv 2010.09649).
 
     Args:
         matrix: `[d_out, d_in]`, float32, whose dtype and device it takes.
     """
-    start = torch.randn(matrix.shape[0], rank + max(rank // 8, 16), generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[0], rank + max(rank // 8, 16), generator=draw)
     following = torch.linalg.qr(start.to(matrix)).Q
     while True:
         image = apply(following)
@@ -219,7 +251,10 @@ def _iterated_directions(
             break
     values, turn = values.flip(0)[:rank], turn.flip(1)[:, :rank]
     kept = significant(values)
-    return values[kept], torch.linalg.qr(image @ turn[:, kept]).Q
+    values, directions = values[kept], torch.linalg.qr(image @ turn[:, kept]).Q
+    probes = torch.randn(matrix.shape[0], _PROBES, generator=draw).to(matrix)
+    probes -= directions @ (directions.T @ probes)
+    return directions, values, float(values.sum() + (probes * apply(probes)).sum() / _PROBES)
 
 
 def significant(squares: Tensor) -> Tensor:

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from .batches import batch_for, reads_singly
 from .errors import HfEsmError
-from .proxies import Sample, batch_for, reads_singly
+from .proxies import Sample
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,12 @@ class Metric:
 
     Attributes:
         name: as recipes and tables write it.
-        score: outputs and labels of `N` samples to one number. Outputs are `[N]`: the class of highest logit, or the
-            value of a head of one label; for perplexity `[N, 2]`: summed negative log-likelihood, and tokens.
+        score: outputs and labels of `N` samples to one number; labels as in `labels.LabelledSamples`. Outputs are
+            `[N]`: the class of highest logit, or the value of a head of one label; `[N, C]` bool: the labels whose
+            logits are positive, where several may hold; `[N, L]`: each token's class; for perplexity `[N, 2]`: summed
+            negative log-likelihood, and tokens.
         higher_is_better: False for perplexity.
-        is_share: whether it is the share of samples that are right, so that its standard error is known.
+        is_share: whether it is the share of samples (of tokens) that are right, so that its standard error is known.
     """
 
     name: str
@@ -35,8 +39,20 @@ class Metric:
         return self is not PERPLEXITY
 
 
+def right_answers(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`[N]` and `[N]` float64: how many of a sample's answers are right, and how many there are: one, or as many as it
+    has labelled tokens. Where several labels may hold, all have to be right.
+    """
+    right, asked = outputs == labels, labels != -100
+    if labels.dtype == torch.bool:
+        right, asked = right.all(1), torch.ones(len(labels), dtype=torch.bool)
+    right, asked = (right & asked).double(), asked.double()
+    return (right.sum(1), asked.sum(1)) if labels.dim() == 2 and labels.dtype != torch.bool else (right, asked)
+
+
 def _share_right(outputs: Tensor, labels: Tensor) -> float:
-    return float((outputs == labels).double().mean())
+    right, asked = right_answers(outputs, labels)
+    return float(right.sum() / asked.sum())
 
 
 def _perplexity(outputs: Tensor, labels: Tensor) -> float:
@@ -53,8 +69,11 @@ PERPLEXITY = Metric("perplexity", _perplexity, higher_is_better=False)
 def resolve_metric(metric: Any) -> Metric:
     """A metric from its name or from a function `(predictions, references) -> float`; higher is better.
 
-    `"accuracy"` and `"perplexity"` (of causal and sequence-to-sequence language models) are built in. Any other name
-    is loaded by the `evaluate` library, from the Hub or a folder; the first number that it computes counts.
+    `"accuracy"` (of tokens, where they have classes; of all labels together, where several may hold) and
+    `"perplexity"` (of causal and sequence-to-sequence language models) are built in. Any other name is loaded by the
+    `evaluate` library, from the Hub or a folder; the first number that it computes counts. A function is called with
+    tensors, see `Metric.score`; as in Transformers' Trainer, classes of tokens are padded, and references are -100
+    where none counts.
 
     Raises:
         HfEsmError: if there is no such metric.
@@ -79,6 +98,8 @@ def resolve_metric(metric: Any) -> Metric:
         raise HfEsmError(f"The evaluate library cannot load the metric {metric!r}: {error}") from None
 
     def score(found: Tensor, labels: Tensor) -> float:
+        if labels.dim() == 2 and labels.dtype != torch.bool:  # of tokens
+            found, labels = found[labels != -100], labels[labels != -100]
         computed = loaded.compute(predictions=found.tolist(), references=labels.tolist())
         return float(computed.get(loaded.name, next(iter(computed.values()))))
 
@@ -93,19 +114,19 @@ _ERRORS = ("brier_score", "cer", "character", "mae", "mape", "mase", "mse", "sma
 def outputs_of(
     model: PreTrainedModel, samples: list[Sample], metric: Metric = ACCURACY, batch_size: int = 32
 ) -> Tensor:
-    """What a metric reads of a model, on the CPU, in the samples' order. Samples of like length share a batch."""
+    """What a metric reads of a model, on the CPU, in the samples' order; classes of tokens padded with -100. Samples
+    of like length share a batch.
+    """
     order = sorted(range(len(samples)), key=lambda i: max(value.numel() for value in samples[i].values()))
     if metric is not PERPLEXITY and samples and "input_ids" in samples[0] and reads_singly(model.config):
         batch_size = 1
-    found: Optional[Tensor] = None
+    found: dict[int, Tensor] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = batch_for([samples[i] for i in chosen], model)
-        part = (_likelihood if metric is PERPLEXITY else _answer)(model, batch).cpu()
-        if found is None:
-            found = part.new_empty(len(samples), *part.shape[1:])
-        found[chosen] = part
-    return torch.empty(0) if found is None else found
+        found |= zip(chosen, (_likelihood if metric is PERPLEXITY else _answer)(model, batch).cpu(), strict=True)
+    rows = [found[i] for i in range(len(samples))]
+    return pad_sequence(rows, True, -100) if rows[0].dim() else torch.stack(rows)
 
 
 def check_answers(model: PreTrainedModel, metric: Metric) -> None:
@@ -114,17 +135,21 @@ def check_answers(model: PreTrainedModel, metric: Metric) -> None:
     if metric is PERPLEXITY:
         if kind.endswith("ForMaskedLM"):
             raise HfEsmError(f"{kind} predicts no next token; perplexity needs a model that writes text.")
-    elif model.config.problem_type == "multi_label_classification":
-        raise HfEsmError(f"{kind} gives several labels per sample, which no metric here reads. Use `score_fn`.")
     elif metric is ACCURACY and model.config.num_labels == 1:
         raise HfEsmError(f"{kind} gives one value, not a class. Choose a metric of values, such as 'mse'.")
 
 
 def _answer(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """`[B]`: each sample's class, or its value where the head has one label."""
-    logits = getattr(model(**batch), "logits", None)
+    """`[B]`: each sample's class, or its value where the head has one label; `[B, C]` bool where several labels may
+    hold; `[B, L]`: each token's class.
+    """
+    logits, kind = getattr(model(**batch), "logits", None), type(model).__name__
+    if logits is not None and logits.dim() == 3 and kind.endswith("ForTokenClassification"):
+        return logits.argmax(-1)
     if logits is None or logits.dim() != 2:
-        raise HfEsmError(f"{type(model).__name__} gives no class per sample; accuracy needs a classifier.")
+        raise HfEsmError(f"{kind} gives no class per sample or token; accuracy needs a classifier.")
+    if model.config.problem_type == "multi_label_classification":
+        return logits > 0
     return logits[:, 0].float() if logits.shape[1] == 1 else logits.argmax(-1)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .checkpoints import Checkpoint
 from .errors import HfEsmError
+from .linalg import fast_products, norm
 from .methods import TIES, MergeMethod, Stack
 from .methods.sparse import magnitude_threshold
 from .placement import roomy
@@ -96,7 +97,10 @@ def merge_weights(
     journal = scratch / f"updates-{rank}.journal"
     reports = _read_journal(journal) if resumable else {}
     units = [unit for unit in units if unit[0] not in reports]
-    with ShardedWriter(scratch, shapes, max_shard_size=2**62, stem=f"updates-{rank}", written=reports) as writer:
+    with (
+        ShardedWriter(scratch, shapes, max_shard_size=2**62, stem=f"updates-{rank}", written=reports) as writer,
+        fast_products(getattr(plan.method, "tolerance", 0.0)),
+    ):
         thresholds = _trim_thresholds(plan, progress) if isinstance(plan.method, TIES) else []
         read = partial(_read_unit, plan=plan)
         merge = partial(_merge_unit, plan=plan, statistics=statistics, thresholds=thresholds, device=device)
@@ -271,8 +275,8 @@ def _merge_unit(
 
 
 def _norm(parts: list[Tensor]) -> float:
-    """Frobenius norm of several matrices together."""
-    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts))
+    """Frobenius norm of several tensors together."""
+    return math.hypot(*(float(norm(part)) for part in parts))
 
 
 def scale_layers(reports: dict[str, WeightReport], method: MergeMethod, matrices: set[str]) -> None:

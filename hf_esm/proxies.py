@@ -2,7 +2,6 @@
 
 import os
 import random
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain, islice
@@ -11,13 +10,11 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from accelerate.utils import send_to_device
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import (
     AutoFeatureExtractor,
@@ -25,7 +22,6 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
 )
 from transformers.image_utils import is_valid_image
 
@@ -186,7 +182,7 @@ def encode(
     with_targets: bool = False,
 ) -> list[Sample]:
     """Rows as unbatched, unpadded model inputs, labels left out; those of an encoder-decoder stay, as its targets, and
-    `with_targets` those of any ready tokens.
+    `with_targets` those of any tokens: of ready ones, or of words that have one each.
     """
     first = rows[0]
     if isinstance(first, Mapping) and any(name in first for name in READY_INPUTS):
@@ -198,7 +194,10 @@ def encode(
                 f"{title}: no tokenizer or processor beside the model, which its samples need. Save one into the "
                 "model's folder, pass `processor=`, or give ready model inputs (`input_ids`, `pixel_values`, …)."
             )
-        samples = [_encode_row(row, processor, config, title, options) for row in rows]
+        samples = [
+            _encode_row(row, processor, config, f"{title}: sample {i}", options, with_targets)
+            for i, row in enumerate(rows)
+        ]
     samples = [_unpadded(sample, config) for sample in samples]
     for i, sample in enumerate(samples):
         if any(tensor.numel() == 0 for tensor in sample.values()):
@@ -267,7 +266,9 @@ def _ready(row: Any, config: PretrainedConfig, with_targets: bool, title: str) -
     return sample
 
 
-def _encode_row(row: Any, processor: Any, config: PretrainedConfig, title: str, options: ProxyOptions) -> Sample:
+def _encode_row(
+    row: Any, processor: Any, config: PretrainedConfig, title: str, options: ProxyOptions, with_targets: bool
+) -> Sample:
     fields = row_fields(row, title, options)
     tokenizer = getattr(processor, "tokenizer", processor)
     found: dict[str, Any] = {}
@@ -275,12 +276,17 @@ def _encode_row(row: Any, processor: Any, config: PretrainedConfig, title: str, 
         raise HfEsmError(f"{title}: this model reads no text; its processor is a {type(tokenizer).__name__}.")
     try:
         if "text" in fields:
-            found |= tokenizer(
+            words = is_words(fields["text"])
+            encoded = tokenizer(
                 fields["text"],
                 fields.get("text_pair"),
                 truncation=True,
                 max_length=text_limit(tokenizer, config, options),
+                is_split_into_words=words,
             )
+            found |= encoded
+            if words and with_targets:
+                found["labels"] = _labels_of_tokens(encoded.word_ids(), fields["label"])
         if "text_target" in fields and config.is_encoder_decoder:
             limit = text_limit(tokenizer, config, options)
             found["labels"] = tokenizer(text_target=fields["text_target"], truncation=True, max_length=limit).input_ids
@@ -294,11 +300,24 @@ def _encode_row(row: Any, processor: Any, config: PretrainedConfig, title: str, 
             rate = sound.get("sampling_rate") if isinstance(sound, Mapping) else None
             extractor = getattr(processor, "feature_extractor", processor)
             found |= extractor(sound["array"] if rate else sound, sampling_rate=rate, return_tensors="pt")
-    except (TypeError, ValueError) as error:
+    except (AssertionError, TypeError, ValueError) as error:  # an assertion: BPE without `add_prefix_space`, of words
         why = " ".join(str(error).split())
         raise HfEsmError(f"{title}: {type(processor).__name__} does not take such a sample: {why}") from None
     # Processors give batches of one where tensors were asked for, and plain lists for text.
     return {name: value[0] if isinstance(value, Tensor) else torch.as_tensor(value) for name, value in found.items()}
+
+
+def is_words(text: Any) -> bool:
+    """Whether a text is given as a list of words."""
+    return isinstance(text, (list, tuple)) and all(isinstance(word, str) for word in text)
+
+
+def _labels_of_tokens(word_ids: list[Optional[int]], labels: Sequence[int]) -> list[int]:
+    """Of each word's first token the word's label, of all others -100."""
+    return [
+        -100 if word is None or word == before else labels[word]
+        for word, before in zip(word_ids, [None, *word_ids], strict=False)
+    ]
 
 
 def row_fields(row: Any, title: str, options: ProxyOptions) -> dict[str, Any]:
@@ -348,46 +367,6 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 _OFFSET_POSITIONS = ("roberta", "camembert", "mpnet", "data2vec-text", "xmod", "ibert", "luke")
 
 
-def batch_indices(samples: list[Sample], size: int) -> list[list[int]]:
-    """Which samples run together where none may be padded: those of one shape, `size` at most; the largest first."""
-    groups: dict[tuple, list[int]] = defaultdict(list)
-    for i in sorted(range(len(samples)), key=lambda i: -max(value.numel() for value in samples[i].values())):
-        groups[tuple((name, tuple(value.shape)) for name, value in sorted(samples[i].items()))].append(i)
-    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
-
-
-# Which mask says what of an input is padding.
-_MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
-
-
-def collate(samples: list[Sample], config: PretrainedConfig) -> dict[str, Tensor]:
-    """A batch, padded on the right; padding is 0 in every mask, and where tokens are padded there is one."""
-    padding = {"input_ids": getattr(config, "pad_token_id", None) or 0, "labels": -100}
-    padding["decoder_input_ids"] = padding["input_ids"]
-    batch = {}
-    for name in samples[0]:
-        values = [sample[name] for sample in samples]
-        if any(value.shape != values[0].shape for value in values):
-            if name in _MASKS and _MASKS[name] not in samples[0]:
-                batch[_MASKS[name]] = pad_sequence([torch.ones_like(value) for value in values], True)
-            values = pad_sequence(values, True, padding.get(name, 0))
-        batch[name] = torch.stack(list(values))
-    return batch
-
-
-def batch_for(samples: list[Sample], model: PreTrainedModel) -> dict[str, Tensor]:
-    """Samples as a batch, padded on the right, on the model's device, pixels and sound in its dtype."""
-    device = next(model.parameters()).device
-    # Accelerate itself brings inputs to where a model runs that stands partly elsewhere.
-    batch = send_to_device(collate(samples, model.config), "cpu" if device.type == "meta" else device)
-    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in batch.items()}
-
-
-def reads_singly(config: PretrainedConfig) -> bool:
-    """Whether a classifier takes texts one at a time: decoders find each one's end by a padding token."""
-    return getattr(text_config(config), "pad_token_id", 0) is None
-
-
 def save_samples(samples: list[Sample], path: Path) -> None:
     """Write encoded samples, so that a recipe can repeat the calibration exactly."""
     tensors = {f"{i}.{name}": value.contiguous() for i, sample in enumerate(samples) for name, value in sample.items()}
@@ -415,48 +394,3 @@ def load_samples(path: Path) -> list[Sample]:
             index, _, name = key.partition(".")
             samples.setdefault(int(index), {})[name] = file.get_tensor(key)
     return [samples[i] for i in sorted(samples)]
-
-
-@dataclass
-class LabelledSamples:
-    """Encoded rows and the class that each belongs to, or its value where the model has one label."""
-
-    samples: list[Sample]
-    labels: list[float]
-
-
-def load_labelled(
-    data: Any, processor: Any, config: Any, title: str, options: ProxyOptions, labelled: bool = True
-) -> LabelledSamples:
-    """Read, select and encode labelled rows.
-
-    The label stands in the column `label` (or what `options.columns` names), as a class index or as one of the
-    model's label names; as a number where the model has one label. `options.num_samples` 0 takes all rows. Without
-    `labelled`, the rows need none.
-
-    Raises:
-        HfEsmError: if a row has no label, or one that the model does not know.
-    """
-    rows = read_rows(data, title, options)
-    labels = [_label(row, config, title, options) if labelled else 0 for row in rows]
-    return LabelledSamples(encode(rows, processor, config, title, options, with_targets=not labelled), labels)
-
-
-def _label(row: Any, config: Any, title: str, options: ProxyOptions) -> float:
-    column = options.columns.get("label", "label")
-    found = row.get(column, row.get("labels")) if isinstance(row, Mapping) else None
-    if found is None:
-        raise HfEsmError(f"{title}: rows need a label; name its column with columns={{'label': …}}.")
-    if isinstance(found, str):
-        if found not in config.label2id:
-            raise HfEsmError(f"{title}: the expert has no label {found!r}; it has {list(config.label2id)[:10]}.")
-        return config.label2id[found]
-    try:
-        found = float(found)
-    except (TypeError, ValueError, RuntimeError):
-        raise HfEsmError(f"{title}: a label is {found!r}; only one class, or one value, per row is scored.") from None
-    if config.num_labels == 1:
-        return found
-    if not 0 <= int(found) < config.num_labels:
-        raise HfEsmError(f"{title}: label {int(found)}, but the expert knows {config.num_labels} classes.")
-    return int(found)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .errors import HfEsmError
 from .interference import Interference
 from .methods import MergeMethod, describe_method
-from .metrics import ACCURACY
+from .metrics import ACCURACY, right_answers
 from .plots import (
     COLOURS,
     plot_alpha_curves,
@@ -183,7 +183,8 @@ def _lengths(outcomes: Mapping[str, Outcome]) -> dict[str, int]:
 def _drawn(outcome: Outcome, draws: Tensor) -> Tensor:
     """`[DRAWS]` float64: the score on each draw of rows."""
     if outcome.metric.is_share:
-        return (outcome.outputs == outcome.labels).double()[draws].mean(1)
+        right, asked = right_answers(outcome.outputs, outcome.labels)
+        return right[draws].sum(1) / asked[draws].sum(1)
     return torch.tensor([outcome.resampled(rows) for rows in draws], dtype=torch.float64)
 
 

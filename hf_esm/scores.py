@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .errors import HfEsmError
+from .labels import LabelledSamples
 from .metrics import ACCURACY, Metric, check_answers, outputs_of
-from .proxies import LabelledSamples
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Outcome:
     Attributes:
         metric: what makes a score of it.
         outputs: as the metric reads them; see `metrics.Metric`.
-        labels: `[N]`.
+        labels: as in `labels.LabelledSamples`.
         routed_to: `[N]` names, of a routed model: the task that each row was likeliest taken for.
     """
 
@@ -40,7 +40,13 @@ class Outcome:
 def run(model: PreTrainedModel, data: LabelledSamples, metric: Metric = ACCURACY, batch_size: int = 32) -> Outcome:
     """A model's outputs on labelled samples, if the metric can read them."""
     check_answers(model, metric)
-    return Outcome(metric, outputs_of(model, data.samples, metric, batch_size), torch.tensor(data.labels))
+    outputs = outputs_of(model, data.samples, metric, batch_size)
+    if metric.needs_labels and outputs.shape != data.labels.shape:
+        raise HfEsmError(
+            f"{type(model).__name__} gives answers of shape {tuple(outputs.shape[1:])} per row, but the labels are of "
+            f"shape {tuple(data.labels.shape[1:])}. Give one label for each answer."
+        )
+    return Outcome(metric, outputs, data.labels)
 
 
 def accuracy(model: PreTrainedModel, data: LabelledSamples, batch_size: int = 32) -> float:

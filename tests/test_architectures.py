@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
-from hf_esm.proxies import collate
+from hf_esm.batches import collate
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Version v4.12.0:FutureWarning")  # on the labels of EncoderDecoderModel

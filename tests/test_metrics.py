@@ -11,8 +11,9 @@ from routed_toys import GPT2, encoded, expert, task_texts
 from tiny import BERT
 
 from hf_esm import HfEsmError, evaluate, merge_models
+from hf_esm.labels import LabelledSamples, load_labelled
 from hf_esm.metrics import ACCURACY, PERPLEXITY, outputs_of, resolve_metric
-from hf_esm.proxies import LabelledSamples, ProxyOptions, load_labelled
+from hf_esm.proxies import ProxyOptions
 from hf_esm.scores import Scores, run
 
 
@@ -30,6 +31,9 @@ T5 = Architecture(
 )
 
 
+NONE = torch.zeros(7, dtype=torch.int64)  # labels where none is read
+
+
 def token_samples(seed, count=7):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 12, (count,), generator=generator).tolist()
@@ -45,7 +49,7 @@ def test_perplexity_is_that_of_every_token_one_sample_at_a_time():
         total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
     for batch_size in (1, 3, 32):
-        found = run(model, LabelledSamples(samples, [0] * 7), PERPLEXITY, batch_size).score
+        found = run(model, LabelledSamples(samples, NONE), PERPLEXITY, batch_size).score
         assert found == pytest.approx(math.exp(total / tokens), rel=1e-5)
 
 
@@ -56,7 +60,7 @@ def test_perplexity_of_answers_alone_and_of_encoder_decoders():
         losses = [model(input_ids=s["input_ids"][None], labels=s["labels"][None]).loss for s in samples]
         counts = torch.tensor([len(s["labels"]) - 2 for s in samples])
         expected = math.exp(float((torch.stack(losses) * counts).sum() / counts.sum()))
-        found = run(model, LabelledSamples(samples, [0] * 7), PERPLEXITY, 3).score
+        found = run(model, LabelledSamples(samples, NONE), PERPLEXITY, 3).score
         assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -65,9 +69,9 @@ def test_perplexity_is_of_the_labels_that_rows_come_with():
     rows = [{**s, "labels": [-100, -100, *s["input_ids"][2:-1].tolist(), -100]} for s in token_samples(4)]
     found = load_labelled(rows, None, model.config, "rows", ProxyOptions(num_samples=0), labelled=False)
     samples = [{name: torch.as_tensor(value) for name, value in row.items()} for row in rows]
-    expected = run(model, LabelledSamples(samples, [0] * 7), PERPLEXITY).score
+    expected = run(model, LabelledSamples(samples, NONE), PERPLEXITY).score
     assert run(model, found, PERPLEXITY).score == pytest.approx(expected)
-    bare = LabelledSamples([{"input_ids": s["input_ids"]} for s in samples], [0] * 7)
+    bare = LabelledSamples([{"input_ids": s["input_ids"]} for s in samples], NONE)
     assert run(model, bare, PERPLEXITY).score != pytest.approx(expected)
 
 
@@ -78,19 +82,26 @@ def test_rows_that_are_not_given_by_task_are_refused(rows):
 
 
 def test_models_whose_answers_a_metric_cannot_read_are_refused():
-    samples, kind = LabelledSamples(token_samples(2), [0] * 7), "BertForSequenceClassification"
+    samples, kind = (
+        LabelledSamples(token_samples(2), NONE),
+        "BertForSequenceClassification",
+    )
     for model, metric, says in (
         (BERT.build("BertForMaskedLM", vocab_size=VOCABULARY), PERPLEXITY, "predicts no next token"),
         (BERT.build(kind, vocab_size=VOCABULARY, num_labels=1), ACCURACY, "one value, not a class"),
         (
             BERT.build(kind, vocab_size=VOCABULARY, problem_type="multi_label_classification"),
-            resolve_metric(lambda found, labels: 0.0),
-            "several labels per sample",
+            ACCURACY,
+            r"answers of shape \(3,\) per row, but the labels are of shape \(\)",
         ),
     ):
         with pytest.raises(HfEsmError, match=says):
             run(model.eval(), samples, metric)
-    nothing = run(GPT2.build().eval(), LabelledSamples([{"input_ids": torch.tensor([5])}], [0]), PERPLEXITY)
+    nothing = run(
+        GPT2.build().eval(),
+        LabelledSamples([{"input_ids": torch.tensor([5])}], NONE[:1]),
+        PERPLEXITY,
+    )
     with pytest.raises(HfEsmError, match="no sample has a token to predict"):
         nothing.metric.score(nothing.outputs, nothing.labels)
 
@@ -106,7 +117,7 @@ def test_of_errors_less_is_better(monkeypatch):
 
 
 def test_perplexity_needs_a_language_model_and_accuracy_a_classifier():
-    samples = LabelledSamples(token_samples(2), [0] * 7)
+    samples = LabelledSamples(token_samples(2), NONE)
     with pytest.raises(HfEsmError, match="BertForSequenceClassification gives no likelihood"):
         run(BERT.build("BertForSequenceClassification", vocab_size=VOCABULARY).eval(), samples, PERPLEXITY)
     with pytest.raises(HfEsmError, match="GPT2LMHeadModel gives no class per sample"):
@@ -123,7 +134,7 @@ def test_a_head_of_one_label_gives_values():
     def error(found, labels):
         return -float((found - labels).square().mean())
 
-    data = LabelledSamples(samples, (expected + 0.5).tolist())
+    data = LabelledSamples(samples, expected + 0.5)
     assert run(model, data, resolve_metric(error)).score == pytest.approx(-0.25, abs=1e-4)
 
 

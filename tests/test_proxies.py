@@ -22,8 +22,9 @@ from transformers import ViTImageProcessor, Wav2Vec2FeatureExtractor
 
 from hf_esm import ActivationStatistics, HfEsmError, MergePlan, calibrate, merge_models
 from hf_esm.checkpoints import reader
+from hf_esm.labels import LabelledSamples
 from hf_esm.output import RECIPE_FILE
-from hf_esm.proxies import LabelledSamples, ProxyOptions, encode, read_rows, save_samples
+from hf_esm.proxies import ProxyOptions, encode, read_rows, save_samples
 from hf_esm.scores import run
 
 
@@ -199,7 +200,9 @@ def test_grey_and_transparent_pictures_are_read_in_colour(tmp_path):
         coloured = [picture.convert("RGB") for picture in pictures]
         expected = encode(coloured, given.processor, config, "data", ProxyOptions())
         assert all(torch.equal(f["pixel_values"], e["pixel_values"]) for f, e in zip(found, expected))
-    with pytest.raises(HfEsmError, match="data: this model reads no text; its processor is a ViTImageProcessor"):
+    with pytest.raises(
+        HfEsmError, match="data: sample 0: this model reads no text; its processor is a ViTImageProcessor"
+    ):
         encode(["a"], given.processor, config, "data", ProxyOptions())
 
 
@@ -219,7 +222,7 @@ def test_a_sound_of_another_sampling_rate_is_refused(tmp_path):
     given = sound_forms(tmp_path)
     save(ARCHITECTURES[given.model].build(), tmp_path)
     given.plain[1]["audio"]["sampling_rate"] = 8_000
-    with pytest.raises(HfEsmError, match=r"data: Wav2Vec2FeatureExtractor does not take .*16000"):
+    with pytest.raises(HfEsmError, match=r"data: sample 1: Wav2Vec2FeatureExtractor does not take .*16000"):
         calibrate(tmp_path, given.plain, processor=given.processor, progress=False)
 
 
@@ -294,7 +297,7 @@ def test_a_decoder_that_knows_no_padding_classifies_all_the_same():
     samples = [{"input_ids": torch.randint(1, 40, (n,))} for n in (3, 5, 3, 5, 4)]
     found = calibrate(model, samples, progress=False)
     assert model.config.pad_token_id is None and found["h.0.mlp.c_fc.weight"].count == 20
-    data = LabelledSamples(samples, [0] * 5)
+    data = LabelledSamples(samples, torch.zeros(5, dtype=torch.int64))
     with torch.no_grad():
         alone = [int(model(input_ids=s["input_ids"][None]).logits.argmax()) for s in samples]
     assert run(model.eval(), data).outputs.tolist() == alone

@@ -45,7 +45,7 @@ from hf_esm import (
     load_task_model,
     merge_models,
 )
-from hf_esm.proxies import collate
+from hf_esm.batches import collate
 
 
 QUERY = "encoder.layer.1.attention.self.query"

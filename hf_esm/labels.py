@@ -1,0 +1,117 @@
+"""Labelled rows: samples, and what is right of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PretrainedConfig
+
+from .errors import HfEsmError
+from .proxies import ProxyOptions, Sample, encode, read_rows
+
+
+@dataclass
+class LabelledSamples:
+    """Encoded rows and what is right of each.
+
+    Attributes:
+        samples: `N` model inputs.
+        labels: `[N]` classes, int64, or values, float32, where the model has one label; `[N, C]` bool, which of a head
+            of several labels hold; `[N, L]` int64, the class of each token, -100 where none is asked for.
+    """
+
+    samples: list[Sample]
+    labels: Tensor
+
+
+def load_labelled(
+    data: Any,
+    processor: Any,
+    config: PretrainedConfig,
+    title: str,
+    options: ProxyOptions,
+    labelled: bool = True,
+) -> LabelledSamples:
+    """Read, select and encode labelled rows.
+
+    The label stands in the column `label` (or what `options.columns` names): as a class index or one of the model's
+    label names; as a number where the model has one label; as a list of either, or of a 0 or 1 for every label, where
+    `config.problem_type` says that several may hold; as a list with one of each word where the text is a list of
+    words, or of each token beside ready `input_ids` (`labels`, -100 where none is asked for).
+    `options.num_samples` 0 takes all rows. Without `labelled`, the rows need none.
+
+    Raises:
+        HfEsmError: if a row has no label, or one that the model does not know.
+    """
+    rows = read_rows(data, title, options)
+    if not labelled:
+        samples = encode(rows, processor, config, title, options, with_targets=True)
+        return LabelledSamples(samples, torch.zeros(len(rows), dtype=torch.int64))
+    found = [_label_in(row, f"{title}: row {i}", options) for i, row in enumerate(rows)]
+    several = config.problem_type == "multi_label_classification"
+    if not several and _parts(rows[0], found[0], options):
+        for i, label in enumerate(found):
+            rows[i] = _with_labels_of_parts(rows[i], label, config, f"{title}: row {i}", options)
+        samples = encode(rows, processor, config, title, options, with_targets=True)
+        return LabelledSamples(samples, pad_sequence([sample.pop("labels") for sample in samples], True, -100))
+    read = _several_labels if several else _label
+    labels = [read(label, config, f"{title}: row {i}") for i, label in enumerate(found)]
+    return LabelledSamples(encode(rows, processor, config, title, options), torch.tensor(labels))
+
+
+def _label_in(row: Any, title: str, options: ProxyOptions) -> Any:
+    column = options.columns.get("label", "label")
+    found = row.get(column, row.get("labels")) if isinstance(row, Mapping) else None
+    if found is None:
+        raise HfEsmError(f"{title} needs a label; name its column with columns={{'label': …}}.")
+    return found.tolist() if hasattr(found, "tolist") else found
+
+
+def _parts(row: Mapping[str, Any], label: Any, options: ProxyOptions) -> int:
+    """How many words or tokens a row has that a list of labels may belong to, one by one; 0 if it does not."""
+    text = row.get(options.columns.get("text", "text"), row.get("input_ids"))
+    if not isinstance(label, (list, tuple)) or isinstance(text, str) or text is None:
+        return 0
+    return len(text)
+
+
+def _with_labels_of_parts(row: Any, labels: Any, config: Any, title: str, options: ProxyOptions) -> dict[str, Any]:
+    """The row with class indices for its words or tokens, in the column in which `encode` looks for them."""
+    count = _parts(row, labels, options)
+    if count != len(labels):
+        raise HfEsmError(f"{title} has {count} words or tokens, but {len(labels)} labels. Give one for each.")
+    classes = [-100 if label == -100 else _label(label, config, title) for label in labels]
+    return {**row, "labels" if "input_ids" in row else options.columns.get("label", "label"): classes}
+
+
+def _label(found: Any, config: Any, title: str) -> float:
+    """A class index, or the value of a head of one label."""
+    if isinstance(found, str):
+        if found not in config.label2id:
+            raise HfEsmError(f"{title}: the expert has no label {found!r}; it has {list(config.label2id)[:10]}.")
+        return config.label2id[found]
+    try:
+        found = float(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise HfEsmError(
+            f"{title}: a label is {found!r}, but the expert gives one class, or one value, per row. If several may "
+            "hold, set problem_type to 'multi_label_classification' in its config."
+        ) from None
+    if config.num_labels == 1:
+        return found
+    if not 0 <= int(found) < config.num_labels:
+        raise HfEsmError(f"{title}: label {int(found)}, but the expert knows {config.num_labels} classes.")
+    return int(found)
+
+
+def _several_labels(found: Any, config: Any, title: str) -> list[bool]:
+    """Which labels hold, of a 0 or 1 for each or a list of those that do."""
+    if not isinstance(found, (list, tuple)):
+        raise HfEsmError(f"{title}: a label is {found!r}, but the expert gives several per row: give a list of them.")
+    if len(found) == config.num_labels and all(not isinstance(label, str) and label in (0, 1) for label in found):
+        return [bool(label) for label in found]
+    classes = {_label(label, config, title) for label in found}
+    return [i in classes for i in range(config.num_labels)]
