@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig
 
 from .errors import HfEsmError
-from .proxies import ProxyOptions, Sample, encode, read_rows
+from .proxies import ProxyOptions, Sample, encode, is_words, read_rows
 
 
 @dataclass
@@ -52,7 +52,7 @@ def load_labelled(
         return LabelledSamples(samples, torch.zeros(len(rows), dtype=torch.int64))
     found = [_label_in(row, f"{title}: row {i}", options) for i, row in enumerate(rows)]
     several = config.problem_type == "multi_label_classification"
-    if not several and _parts(rows[0], found[0], options):
+    if not several and _labels_parts(rows[0], found[0], options):
         for i, label in enumerate(found):
             rows[i] = _with_labels_of_parts(rows[i], label, config, f"{title}: row {i}", options)
         samples = encode(rows, processor, config, title, options, with_targets=True)
@@ -70,19 +70,23 @@ def _label_in(row: Any, title: str, options: ProxyOptions) -> Any:
     return found.tolist() if hasattr(found, "tolist") else found
 
 
-def _parts(row: Mapping[str, Any], label: Any, options: ProxyOptions) -> int:
-    """How many words or tokens a row has that a list of labels may belong to, one by one; 0 if it does not."""
+def _parts(row: Mapping[str, Any], options: ProxyOptions) -> Any:
+    """The words or tokens of a row, if it comes in such."""
     text = row.get(options.columns.get("text", "text"), row.get("input_ids"))
-    if not isinstance(label, (list, tuple)) or isinstance(text, str) or text is None:
-        return 0
-    return len(text)
+    return () if text is None or isinstance(text, str) else text
+
+
+def _labels_parts(row: Mapping[str, Any], label: Any, options: ProxyOptions) -> bool:
+    """Whether a label is one of each word, or of each token."""
+    parts = _parts(row, options)
+    return isinstance(label, (list, tuple)) and (len(parts) == len(label) > 0 or is_words(parts))
 
 
 def _with_labels_of_parts(row: Any, labels: Any, config: Any, title: str, options: ProxyOptions) -> dict[str, Any]:
     """The row with class indices for its words or tokens, in the column in which `encode` looks for them."""
-    count = _parts(row, labels, options)
-    if count != len(labels):
-        raise HfEsmError(f"{title} has {count} words or tokens, but {len(labels)} labels. Give one for each.")
+    count = len(_parts(row, options))
+    if not isinstance(labels, (list, tuple)) or count != len(labels):
+        raise HfEsmError(f"{title} has {count} words or tokens, but the labels {labels!r}. Give one for each.")
     classes = [-100 if label == -100 else _label(label, config, title) for label in labels]
     return {**row, "labels" if "input_ids" in row else options.columns.get("label", "label"): classes}
 

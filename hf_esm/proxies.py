@@ -309,7 +309,7 @@ def _encode_row(
 
 def is_words(text: Any) -> bool:
     """Whether a text is given as a list of words."""
-    return isinstance(text, (list, tuple)) and all(isinstance(word, str) for word in text)
+    return isinstance(text, (list, tuple)) and len(text) > 0 and all(isinstance(word, str) for word in text)
 
 
 def _labels_of_tokens(word_ids: list[Optional[int]], labels: Sequence[int]) -> list[int]:

@@ -308,7 +308,7 @@ REFUSED = {
     "adapter alone": ("calibrate {}/c-lora {}/c.jsonl -o {}/x", "is a PEFT adapter: name the base model"),
     "nothing to score": ("evaluate {}/none --data a={}/a.jsonl", "{}/none: there is no such folder"),
     "not on the Hub": ("evaluate me/none --data a={}/a.jsonl", "me/none: neither a folder nor wholly in the local"),
-    "no label": ("evaluate {}/a --data a={}/a.jsonl", "rows need a label"),
+    "no label": ("evaluate {}/a --data a={}/a.jsonl", "row 0 needs a label"),
     "wrong label": ("evaluate {}/a --data a={}/labelled.jsonl", "label 7, but the expert knows 2 classes"),
     "wrong label name": ("evaluate {}/a --data a={}/named.jsonl", "has no label 'maybe'; it has ['no', 'yes']"),
     "no classifier": ("evaluate {}/base --data a={}/right.jsonl", "BertModel gives no class per sample"),

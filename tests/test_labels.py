@@ -157,11 +157,12 @@ def test_several_labels_are_right_together(form):
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"tokens": ["ada", "and"], "tags": [1]}, "rows: row 0 has 2 words or tokens, but 1 labels"),
+        ({"tokens": ["ada", "and"], "tags": [1]}, "rows: row 0 has 2 words or tokens, but the labels \\[1\\]"),
         ({"tokens": ["ada", "and"], "tags": [1, 7]}, "label 7, but the expert knows 3 classes"),
         ({"tokens": ["ada"], "tags": ["ORG"]}, "no label 'ORG'"),
         ({"tokens": "ada and", "tags": [1, 0]}, "set problem_type to 'multi_label_classification'"),
         ({"tokens": ["ada"]}, "row 0 needs a label"),
+        ({"input_ids": [5, 6, 7], "tags": [1, 0]}, "set problem_type to 'multi_label_classification'"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(tokenizer, row, says):
