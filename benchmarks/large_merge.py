@@ -1,6 +1,6 @@
 """A merge of models that do not fit: a synthetic Llama of three billion parameters and its experts, in bounded memory.
 
-    python benchmarks/large_merge.py FOLDER [--layers 50] [--experts 4] [--method esm] [--max-memory 4GB]
+    python benchmarks/large_merge.py FOLDER [--layers 50] [--experts 4] [--method esm] [--tolerance 0] [--max-memory 4GB]
 
 Writes into FOLDER (which must have room: it is checked first, and said how much) a base and experts in bfloat16,
 sharded, one tensor at a time: every weight of an expert is the base's plus an update of rank 16 and a little noise.
@@ -16,6 +16,7 @@ import threading
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from peak_memory import anonymous_bytes, mapped_bytes
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--method", default="esm")
+    parser.add_argument("--tolerance", type=float, help="of the method, which has one")
     parser.add_argument("--max-memory", default="4GB")
     given = parser.parse_args()
     logging.getLogger("hf_esm").setLevel(logging.ERROR)
@@ -71,7 +73,8 @@ def main() -> None:
         for seed, name in enumerate(names):
             write_model(work / name, skeleton, seed)
         print(f"written in {time.perf_counter() - start:.0f} s", flush=True)
-        seconds, peaks = measure(work, names[1:], given.method, given.max_memory, given.vocabulary)
+        method = {"name": given.method} | ({"tolerance": given.tolerance} if given.tolerance else {})
+        seconds, peaks = measure(work, names[1:], method, given.max_memory, given.vocabulary)
         for stage, took in seconds.items():
             print(f"  {stage:18} {took:7.1f} s")
         for stage, (allocated, mapped) in peaks.items():
@@ -111,7 +114,7 @@ def noise(shape: tuple[int, ...], scale: float, seed: int) -> torch.Tensor:
 
 
 def measure(
-    work: Path, experts: list[str], method: str, max_memory: str, vocabulary: int
+    work: Path, experts: list[str], method: dict[str, Any], max_memory: str, vocabulary: int
 ) -> tuple[dict[str, float], dict[str, tuple[int, int]]]:
     """Seconds by stage of the merge; and by the step that was last told of, the largest allocated and mapped bytes."""
     stage, running = ["reading headers"], [True]

@@ -12,8 +12,10 @@ FOLDER is the one that benchmarks/suite.py describes. One batch of test rows tha
     PEFT Arrow              the same adapters, PEFT's own per-token router
 
 in turn, `--rounds` times; every time is divided by the static one of the same round, and the median and the range of
-the ratios are printed. Then, with each task's own head, accuracy on 100 test rows per task of the static model, both
-routed ones, and Arrow; how the time grows with tasks and samples; the size on disk; parameters added per task.
+the ratios are printed. Then the first three again on a GPU, where one is found, else on the CPU, in float32 and in
+bfloat16, compiled (`fullgraph=True`) and not, each beside the static model of its kind; with each task's own head,
+accuracy on 100 test rows per task of the static model, both routed ones, and Arrow; how the time grows with tasks and
+samples; the size on disk; parameters added per task.
 """
 
 import argparse
@@ -26,11 +28,13 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import send_to_device
 from peft import ArrowConfig, PeftModel, create_arrow_model
 from torch import Tensor, nn
 
@@ -39,6 +43,7 @@ from hf_esm.batches import collate
 from hf_esm.experts import load_experts
 from hf_esm.heads import attach_head
 from hf_esm.labels import load_labelled
+from hf_esm.processes import default_accelerator
 from hf_esm.proxies import ProxyOptions
 from hf_esm.scores import accuracy
 from hf_esm.tuners.routed import route
@@ -123,6 +128,7 @@ def main() -> None:
             dense_apart = (known().last_hidden_state - picked().last_hidden_state).abs().max()
         print(f"  known and PEFT known differ by {float(apart):.1e}, known and dense by {float(dense_apart):.1e}")
 
+        measure_kinds(output, batch, names, given.rounds)
         scores = {"static": 0.0, "known": 0.0, "decided": 0.0, "PEFT Arrow": 0.0}
         for task in tasks:
             for name, forced in (("static", "static"), ("known", task), ("decided", None)):
@@ -137,6 +143,32 @@ def main() -> None:
         added = sum(a[0].numel() + b[0].numel() for a, b in load_experts(output).factors.values())
         whole = sum(parameter.numel() for parameter in static.parameters())
         print(f"  adapter {size / 1e6:.1f} MB, {added:,} parameters per task ({added / whole:.1%} of the model)")
+
+
+def measure_kinds(output: Path, batch: dict[str, Tensor], names: list[str], rounds: int) -> None:
+    """Print the routed forward pass against the static one by precision, compiled and not, where models would run."""
+    device = default_accelerator().device
+    if device.type == "cpu":
+        print("  No GPU was found: there are no rows of one.")
+    batch = send_to_device(batch, device)
+    for dtype in (torch.float32, torch.bfloat16):
+        routed = RoutedModel.from_pretrained(output, dtype=dtype).to(device)
+        static = bare(output).to(device, dtype)
+        for how, prepared in (("eager", lambda model: model), ("compiled", partial(torch.compile, fullgraph=True))):
+            one, other = prepared(static), prepared(routed.model)
+
+            def known(routed: RoutedModel = routed, other: Any = other) -> Any:
+                with routed.route(names):
+                    return other(**batch)
+
+            ways = {"static": lambda one=one: one(**batch), "known": known, "decided": lambda o=other: o(**batch)}
+            seconds = measure(ways, rounds)
+            told = f"  {device.type} {str(dtype).removeprefix('torch.')} {how}: "
+            told += f"static {1000 * statistics.median(seconds['static']):.1f} ms"
+            for name in ("known", "decided"):
+                ratios = [own / one for own, one in zip(seconds[name], seconds["static"], strict=True)]
+                told += f", {name} {statistics.median(ratios):.2f}"
+            print(told, flush=True)
 
 
 def measure_growth(output: Path, scratch: Path, batch: dict[str, Tensor], rounds: int) -> None:
@@ -189,6 +221,8 @@ def measure(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[f
         for name, run in ways.items():
             start = time.perf_counter()
             run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if turn >= 2:  # the first warm up
                 seconds[name].append(time.perf_counter() - start)
     return seconds

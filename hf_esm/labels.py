@@ -56,7 +56,10 @@ def load_labelled(
         for i, label in enumerate(found):
             rows[i] = _with_labels_of_parts(rows[i], label, config, f"{title}: row {i}", options)
         samples = encode(rows, processor, config, title, options, with_targets=True)
-        return LabelledSamples(samples, pad_sequence([sample.pop("labels") for sample in samples], True, -100))
+        labels = pad_sequence([sample.pop("labels") for sample in samples], True, -100)
+        if (labels == -100).all():
+            raise HfEsmError(f"{title}: no token has a label other than -100.")
+        return LabelledSamples(samples, labels)
     read = _several_labels if several else _label
     labels = [read(label, config, f"{title}: row {i}") for i, label in enumerate(found)]
     return LabelledSamples(encode(rows, processor, config, title, options), torch.tensor(labels))
@@ -72,7 +75,7 @@ def _label_in(row: Any, title: str, options: ProxyOptions) -> Any:
 
 def _parts(row: Mapping[str, Any], options: ProxyOptions) -> Any:
     """The words or tokens of a row, if it comes in such."""
-    text = row.get(options.columns.get("text", "text"), row.get("input_ids"))
+    text = row.get("input_ids", row.get(options.columns.get("text", "text")))
     return () if text is None or isinstance(text, str) else text
 
 
@@ -88,7 +91,9 @@ def _with_labels_of_parts(row: Any, labels: Any, config: Any, title: str, option
     if not isinstance(labels, (list, tuple)) or count != len(labels):
         raise HfEsmError(f"{title} has {count} words or tokens, but the labels {labels!r}. Give one for each.")
     classes = [-100 if label == -100 else _label(label, config, title) for label in labels]
-    return {**row, "labels" if "input_ids" in row else options.columns.get("label", "label"): classes}
+    column = options.columns.get("label", "label")
+    rest = {name: value for name, value in row.items() if name not in (column, "labels")}
+    return {**rest, "labels" if "input_ids" in row else column: classes}
 
 
 def _label(found: Any, config: Any, title: str) -> float:

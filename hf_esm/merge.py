@@ -45,7 +45,7 @@ from .planning import MergePlan, check_disk, check_memory, check_values, plan_me
 from .processes import default_accelerator, gather, main_first, together
 from .pushing import push_folder
 from .resuming import Work
-from .sizes import bytes_of
+from .sizes import bytes_of, readable
 from .statistics import ActivationStatistics
 from .tuners.routed import DECIDING, check_separable
 from .version import __version__
@@ -129,9 +129,9 @@ def merge_models(
         sources, plan = main_first(accelerator, read_headers)
     output = Path(options.output_dir).expanduser() if options.output_dir else None
     if dry_run:
-        plan.warnings += [*_ignored(options, validation, score_fn), *_lacking(plan, output, options.max_memory)]
+        plan.warnings += [*_noticed(plan, options, validation, score_fn), *_lacking(plan, output, options.max_memory)]
         return plan
-    for warning in [*plan.warnings, *_ignored(options, validation, score_fn)]:
+    for warning in [*plan.warnings, *_noticed(plan, options, validation, score_fn)]:
         run.warn(warning)
     if output is not None and (live := [source.title for source in sources.values() if source.model is not None]):
         run.warn(f"{', '.join(live)}: given live, so that the recipe names what was loaded, not what became of it.")
@@ -287,10 +287,15 @@ class MergeResult:
         return "\n".join([*lines, f"  written  {self.output_dir}"])
 
 
-def _ignored(options: MergeOptions, validation: Any, score_fn: Any) -> list[str]:
-    """What was given in vain."""
+def _noticed(plan: MergePlan, options: MergeOptions, validation: Any, score_fn: Any) -> list[str]:
+    """What was given in vain, and what does not keep to it."""
     given = [name for name, value in (("validation", validation), ("score_fn", score_fn)) if value is not None]
-    return [f"{name} is only used with alpha='auto'." for name in given if options.alpha != "auto"]
+    found = [f"{name} is only used with alpha='auto'." for name in given if options.alpha != "auto"]
+    if options.max_memory and plan.output_bytes > bytes_of(options.max_memory, "max_memory"):
+        whole = {"alpha='auto'": options.alpha == "auto", plan.method.name: isinstance(plan.method, ROUTED)}
+        size = readable(plan.output_bytes)
+        found += [f"{what}: holds the whole merged model, {size} or more, in memory." for what in whole if whole[what]]
+    return found
 
 
 def _lacking(plan: MergePlan, output: Optional[Path], max_memory: Any) -> list[str]:

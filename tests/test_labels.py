@@ -57,6 +57,10 @@ def test_a_words_label_is_that_of_its_first_token(tokenizer):
     ]
     again = load_labelled(ready, None, tagger().config, "rows", EVERYTHING)
     assert torch.equal(again.labels, data.labels)
+    renamed = [{"input_ids": row["input_ids"], "tags": row["labels"]} for row in ready]
+    again = load_labelled(renamed, None, tagger().config, "rows", COLUMNS)
+    assert torch.equal(again.labels, data.labels)
+    assert [list(sample) for sample in again.samples] == [["input_ids"]] * 3
     cut = ProxyOptions(num_samples=0, columns=COLUMNS.columns, max_length=4)
     assert load_labelled(ROWS, tokenizer, tagger().config, "rows", cut).labels.tolist() == [
         [-100, 1, 0, -100],
@@ -162,6 +166,7 @@ def test_several_labels_are_right_together(form):
         ({"tokens": ["ada"], "tags": ["ORG"]}, "no label 'ORG'"),
         ({"tokens": "ada and", "tags": [1, 0]}, "set problem_type to 'multi_label_classification'"),
         ({"tokens": ["ada"]}, "row 0 needs a label"),
+        ({"input_ids": [5, 6], "tags": [-100, -100]}, "no token has a label other than -100"),
         ({"input_ids": [5, 6, 7], "tags": [1, 0]}, "set problem_type to 'multi_label_classification'"),
     ],
 )

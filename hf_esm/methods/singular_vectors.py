@@ -13,7 +13,8 @@ from .stack import Merged, MergeMethod, Stack, mean_update
 
 TOLERANCE = (
     "share of what the leading directions hold that they may miss: above 0, for example 0.001, they are found by "
-    "randomised iteration, which is much faster in wide layers; 0: exactly"
+    "randomised iteration, which is much faster in wide layers, and from 0.001 on in the precision that the hardware "
+    "multiplies fastest; 0: exactly"
 )
 
 

@@ -152,6 +152,9 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
             hidden = torch.bmm(rows, a[experts].mT)
             if weights is not None:
                 hidden = hidden * weights.to(a.dtype)[:, None, None]
+            if hidden.dtype == result.dtype:  # the second product and the sum as one
+                beside = result.reshape(*hidden.shape[:2], -1)
+                return torch.baddbmm(beside, hidden, b[experts].mT).reshape(result.shape)
             added = torch.bmm(hidden, b[experts].mT)
         return (result + added.reshape(result.shape)).to(result.dtype)
 
