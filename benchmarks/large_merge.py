@@ -1,6 +1,6 @@
 """A merge of models that do not fit: a synthetic Llama of three billion parameters and its experts, in bounded memory.
 
-    python benchmarks/large_merge.py FOLDER [--layers 50] [--experts 4] [--method esm] [--tolerance 0] [--max-memory 4GB]
+    python benchmarks/large_merge.py FOLDER [--layers 50] [--experts 4] [--tolerance 0] [--max-memory 4GB]
 
 Writes into FOLDER (which must have room: it is checked first, and said how much) a base and experts in bfloat16,
 sharded, one tensor at a time: every weight of an expert is the base's plus an update of rank 16 and a little noise.
