@@ -187,6 +187,33 @@ def test_a_compiled_model_is_compiled_once_for_all_routes_that_are_named(cases):
             assert torch.equal(logits(compiled, case), logits(model, case))
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("grouped", [True, False])
+@torch.no_grad()
+def test_experts_are_added_in_the_precision_of_their_layer(cases, dtype, error, grouped, monkeypatch):
+    case = cases["llama"]
+    model, seen = loaded(case, "discriminant").to(dtype), {}
+    layer = layers(model)[1]
+    monkeypatch.setattr("hf_esm.tuners.routed.layer.grouping_pays", lambda *_: grouped)
+    handle = layer.register_forward_hook(lambda module, args, output: seen.update(x=args[0], y=output))
+    products = []
+    for name in ("bmm", "baddbmm", "mm"):
+        taken = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, f=taken, **k: products.append(a[0].dtype) or f(*a, **k))
+    named = [[*TASKS, "static"][i % (len(TASKS) + 1)] for i in range(len(case.samples))]
+    with route(model, named):
+        model(**case.batch)
+    handle.remove()
+    expected = layer.base_layer(seen["x"]).double()
+    a, b = (held["discriminant"].double() for held in (layer.routed_experts_A, layer.routed_experts_B))
+    for i, task in enumerate(named):
+        if task != "static":
+            expected[i] += seen["x"][i].double() @ a[TASKS.index(task)].T @ b[TASKS.index(task)].T
+    assert seen["y"].dtype == dtype
+    assert (seen["y"] - expected).norm() < error * (expected - layer.base_layer(seen["x"]).double()).norm()
+    assert set(products) <= {dtype} and (grouped or products)
+
+
 def test_a_route_is_of_whatever_adapter_is_active(cases):
     case = cases["bert"]
     model = loaded(case, "prototype", "discriminant")

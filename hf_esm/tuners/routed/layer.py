@@ -100,7 +100,9 @@ class RoutedExpertsLayer(BaseTunerLayer):
 
 
 class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
-    """`y = x Wᵀ + b + w (x A_tᵀ) B_tᵀ` with each sample's own `t` and `w`, for `nn.Linear` and `Conv1D`."""
+    """`y = x Wᵀ + b + w (x A_tᵀ) B_tᵀ` with each sample's own `t` and `w`, for `nn.Linear` and `Conv1D`, in the
+    precision of `y`.
+    """
 
     def __init__(self, base_layer: nn.Module, state: RoutingState, name: str, adapter_name: str, reads_once: bool):
         super().__init__()
@@ -108,7 +110,7 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         self._active_adapter = adapter_name
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoutedExpertsLinear":
-        """Adapters go where the base goes, but stay in float32: in half precision routes change."""
+        """Adapters go where the base goes, but are held in float32: in half precision routes change."""
 
         def keep(tensor: Tensor) -> Tensor:
             found = fn(tensor)
@@ -145,18 +147,14 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
 
     def _add_experts(self, result: Tensor, adapter: str, rows: Tensor, route: Route) -> Tensor:
         a, b = self.routed_experts_A[adapter], self.routed_experts_B[adapter]
-        rows, (experts, weights) = rows.to(a.dtype), route.for_batch(rows.shape[0]).to(rows.device)
+        rows, (experts, weights) = rows.to(result.dtype), route.for_batch(rows.shape[0]).to(rows.device)
         if grouping_pays(experts, a, b):
-            added = add_by_expert(rows, a, b, experts, weights)
-        else:
-            hidden = torch.bmm(rows, a[experts].mT)
-            if weights is not None:
-                hidden = hidden * weights.to(a.dtype)[:, None, None]
-            if hidden.dtype == result.dtype:  # the second product and the sum as one
-                beside = result.reshape(*hidden.shape[:2], -1)
-                return torch.baddbmm(beside, hidden, b[experts].mT).reshape(result.shape)
-            added = torch.bmm(hidden, b[experts].mT)
-        return (result + added.reshape(result.shape)).to(result.dtype)
+            return result + add_by_expert(rows, a, b, experts, weights).reshape(result.shape)
+        hidden = torch.bmm(rows, a[experts].to(rows.dtype).mT)
+        if weights is not None:
+            hidden = hidden * weights.to(hidden.dtype)[:, None, None]
+        beside = result.reshape(*hidden.shape[:2], -1)
+        return torch.baddbmm(beside, hidden, b[experts].to(rows.dtype).mT).reshape(result.shape).to(result.dtype)
 
     def _route(self, adapter: str, frame: Frame, rows: Tensor, x: Tensor) -> Optional[Route]:
         config, local = self.configs[adapter], self.state.local
@@ -249,10 +247,10 @@ def add_by_expert(rows: Tensor, a: Tensor, b: Tensor, experts: Tensor, weights: 
     for expert in experts.unique().tolist():
         of_it = experts == expert
         own = (of_it if weights is None else of_it & (weights != 0)).nonzero()[:, 0]
-        hidden = rows[own] @ a[expert].mT
+        hidden = rows[own] @ a[expert].to(rows.dtype).mT
         if weights is not None:
-            hidden = hidden * weights[own].to(a.dtype)[:, None, None]
-        added[own] = (hidden @ b[expert].mT).to(added.dtype)  # autocast computes in another
+            hidden = hidden * weights[own].to(hidden.dtype)[:, None, None]
+        added[own] = (hidden @ b[expert].to(rows.dtype).mT).to(added.dtype)  # autocast computes in another
     return added
 
 
