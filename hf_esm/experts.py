@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from .calibration import pooled_inputs
 from .checkpoints import Checkpoint, LoraCheckpoint
 from .checkpoints.reader import quiet_loading
-from .linalg import essential_subspace, fast_products, truncated_svd
+from .linalg import essential_subspace, truncated_svd
 from .options import MergeOptions
 from .passes import MergedUpdates
-from .placement import algebra_device
+from .placement import algebra_device, fast_products
 from .planning import MergePlan
 from .processes import together
 from .proxies import Sample

@@ -3,12 +3,10 @@
 Everything that is decomposed here is decomposed in float64, whatever the dtype of the input: eigenvalues enter the
 methods with small exponents (`λ^0.15`), and a polar factor gives its weakest direction the weight of its strongest, so
 that rounding noise would become signal. Each decomposition takes the eigenproblem of the smaller side. Only what is
-wanted up to a stated tolerance is computed in float32, and leading directions by randomised iteration; from a
-thousandth on, in whatever precision the hardware multiplies fastest.
+wanted up to a stated tolerance is computed in float32, and leading directions by randomised iteration.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +23,6 @@ _SINGLE_CUTOFF = 1e-5
 
 # Smallest share of its largest eigenvalue above which a Gram matrix in float32 has a root to three digits.
 _WELL_CONDITIONED = 1e-4
-
-# The smallest tolerance that the rounding of factors to bfloat16 disappears in.
-_COARSE = 1e-3
 
 # Random vectors that tell what a map has beside its leading directions, to a few percent of that or better.
 _PROBES = 32
@@ -190,27 +185,6 @@ def _leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def working_dtype(tolerance: float) -> torch.dtype:
     """What is computed exactly is in float64; what may be off by a tolerance, in float32."""
     return torch.float32 if tolerance > 0 else torch.float64
-
-
-@contextmanager
-def fast_products(tolerance: float) -> Iterator[None]:
-    """Let float32 products in this process be computed in TF32 or bfloat16 where the hardware is faster at it, if the
-    tolerance covers that: 2 to 4 times faster on the CPUs and GPUs that have them, a little on others.
-
-    Who has set precisions for single backends, which torch does not read together with the common one, keeps them.
-    """
-    try:
-        found = torch.get_float32_matmul_precision() if tolerance >= _COARSE else None
-    except RuntimeError:
-        found = None
-    if found is None:
-        yield
-        return
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(found)
 
 
 def norm(tensor: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .checkpoints import Checkpoint
 from .errors import HfEsmError
-from .linalg import fast_products, norm
+from .linalg import norm
 from .methods import TIES, MergeMethod, Stack
 from .methods.sparse import magnitude_threshold
-from .placement import roomy
+from .placement import fast_products, roomy
 from .planning import MergePlan, merge_bytes
 from .shards import ShardedWriter
 from .statistics import ActivationStatistics

@@ -1,7 +1,11 @@
-"""Where a model stands while it runs: on the accelerator's device, or, where memory is short, partly on disk."""
+"""Where a model stands while it runs: on the accelerator's device, or, where memory is short, partly on disk; and what
+that hardware computes in.
+"""
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -13,6 +17,10 @@ from .checkpoints import Checkpoint
 from .errors import HfEsmError
 from .proxies import Sample
 from .sizes import bytes_of, readable
+
+
+# The smallest tolerance that the rounding of factors to bfloat16 disappears in.
+_COARSE = 1e-3
 
 
 def placement(
@@ -64,6 +72,27 @@ def roomy(device: Optional[torch.device], needed: int) -> Optional[torch.device]
     if device is None or device.type == "cpu" or needed <= get_max_memory().get(device.index or 0, math.inf):
         return device
     return torch.device("cpu")
+
+
+@contextmanager
+def fast_products(tolerance: float) -> Iterator[None]:
+    """Let float32 products in this process be computed in TF32 or bfloat16 where the hardware is faster at it, if the
+    tolerance covers that: 2 to 4 times faster on the CPUs and GPUs that have them, a little on others.
+
+    Who has set precisions for single backends, which torch does not read together with the common one, keeps them.
+    """
+    try:
+        found = torch.get_float32_matmul_precision() if tolerance >= _COARSE else None
+    except RuntimeError:
+        found = None
+    if found is None:
+        yield
+        return
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(found)
 
 
 def needs_spill(

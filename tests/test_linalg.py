@@ -8,7 +8,6 @@ from problems import ROUTES, random_problem, relative_error, seeds, shapes
 from hf_esm.linalg import (
     RELATIVE_CUTOFF,
     essential_subspace,
-    fast_products,
     norm,
     polar_factor,
     triangular_factor,
@@ -156,27 +155,6 @@ def test_the_energy_of_a_tolerant_subspace_is_of_an_unbiased_estimate(seed):
     found = essential_subspace(x, exact, 6, tolerance=0.1)  # all that there is: nothing is left to estimate
     assert found.total == pytest.approx(float((x @ exact.T).square().sum()), rel=1e-4)
     assert found.energy_kept == pytest.approx(1, abs=1e-4)
-
-
-@pytest.fixture
-def precision():
-    yield
-    torch.backends.mkldnn.matmul.fp32_precision = "none"
-    torch.set_float32_matmul_precision("highest")
-
-
-def test_products_are_fast_only_within_a_tolerance_that_covers_it(precision):
-    for set_before in ("highest", "high"):
-        torch.set_float32_matmul_precision(set_before)
-        for tolerance, inside in ((0.0, set_before), (1e-4, set_before), (1e-3, "medium"), (0.1, "medium")):
-            with pytest.raises(ZeroDivisionError), fast_products(tolerance):
-                assert torch.get_float32_matmul_precision() == inside
-                raise ZeroDivisionError
-            assert torch.get_float32_matmul_precision() == set_before
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.mkldnn.matmul.fp32_precision = "tf32"
-    with fast_products(0.1):
-        assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
 
 
 @seeds

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_esm import HfEsmError, calibrate, merge_models
 from hf_esm.calibration import _Accumulator, collect_statistics
 from hf_esm.checkpoints import open_checkpoint, resolve_source
-from hf_esm.placement import available_memory, factor_bytes, needs_spill, placement
+from hf_esm.placement import available_memory, factor_bytes, fast_products, needs_spill, placement
 from hf_esm.processes import default_accelerator
 
 
@@ -153,3 +153,24 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(HfEsmError, match="3 processes were started, but Accelerate takes each for the only one"):
         default_accelerator()
+
+
+@pytest.fixture
+def precision():
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_products_are_fast_only_within_a_tolerance_that_covers_it(precision):
+    for set_before in ("highest", "high"):
+        torch.set_float32_matmul_precision(set_before)
+        for tolerance, inside in ((0.0, set_before), (1e-4, set_before), (1e-3, "medium"), (0.1, "medium")):
+            with pytest.raises(ZeroDivisionError), fast_products(tolerance):
+                assert torch.get_float32_matmul_precision() == inside
+                raise ZeroDivisionError
+            assert torch.get_float32_matmul_precision() == set_before
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+    with fast_products(0.1):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
