@@ -288,7 +288,7 @@ class MergeResult:
 
 
 def _noticed(plan: MergePlan, options: MergeOptions, validation: Any, score_fn: Any) -> list[str]:
-    """What was given in vain, and what does not keep to it."""
+    """What was given in vain, and what takes more memory than was allowed."""
     given = [name for name, value in (("validation", validation), ("score_fn", score_fn)) if value is not None]
     found = [f"{name} is only used with alpha='auto'." for name in given if options.alpha != "auto"]
     if options.max_memory and plan.output_bytes > bytes_of(options.max_memory, "max_memory"):

@@ -45,9 +45,9 @@ def right_answers(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     right, asked = outputs == labels, labels != -100
     if labels.dtype == torch.bool:
-        right, asked = right.all(1), torch.ones(len(labels), dtype=torch.bool)
+        right, asked = right.all(1), asked.all(1)
     right, asked = (right & asked).double(), asked.double()
-    return (right.sum(1), asked.sum(1)) if labels.dim() == 2 and labels.dtype != torch.bool else (right, asked)
+    return right.reshape(len(labels), -1).sum(1), asked.reshape(len(labels), -1).sum(1)
 
 
 def _share_right(outputs: Tensor, labels: Tensor) -> float:

@@ -77,7 +77,7 @@ def roomy(device: Optional[torch.device], needed: int) -> Optional[torch.device]
 @contextmanager
 def fast_products(tolerance: float) -> Iterator[None]:
     """Let float32 products in this process be computed in TF32 or bfloat16 where the hardware is faster at it, if the
-    tolerance covers that: 2 to 4 times faster on the CPUs and GPUs that have them, a little on others.
+    tolerance covers that.
 
     Who has set precisions for single backends, which torch does not read together with the common one, keeps them.
     """
