@@ -11,11 +11,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .proxies import Sample, text_config
 
 
-def batch_indices(samples: list[Sample], size: int) -> list[list[int]]:
-    """Which samples run together where none may be padded: those of one shape, `size` at most; the largest first."""
+def batch_indices(samples: list[Sample], size: int, padded: bool = False) -> list[list[int]]:
+    """Which samples run together, `size` at most, largest first: those of one shape, or, `padded`, of like size."""
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i in sorted(range(len(samples)), key=lambda i: -max(value.numel() for value in samples[i].values())):
-        groups[tuple((name, tuple(value.shape)) for name, value in sorted(samples[i].items()))].append(i)
+        shape = tuple((name, tuple(value.shape)) for name, value in sorted(samples[i].items()))
+        groups[() if padded else shape].append(i)
     return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
@@ -25,7 +26,7 @@ _MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention
 
 def collate(samples: list[Sample], config: PretrainedConfig) -> dict[str, Tensor]:
     """A batch, padded on the right; padding is 0 in every mask, and where tokens are padded there is one."""
-    padding = {"input_ids": getattr(config, "pad_token_id", None) or 0, "labels": -100}
+    padding = {"input_ids": max(getattr(config, "pad_token_id", None) or 0, 0), "labels": -100}
     padding["decoder_input_ids"] = padding["input_ids"]
     batch = {}
     for name in samples[0]:

@@ -80,6 +80,7 @@ class InputRecorder:
         self.accumulators: dict[str, _Accumulator] = {}
         self.leaders: dict[str, set[str]] = defaultdict(set)
         self._left_out: set[_Call] = set()
+        self._padded: set[_Call] = set()
         self._seen: dict[int, tuple[weakref.ref, str]] = {}
 
     def leave_out_constants(self, run: Callable[[int], Any]) -> None:
@@ -92,14 +93,42 @@ class InputRecorder:
                 run(count)
         self._left_out = {call for call, shape in shapes[1].items() if shapes[2].get(call) == shape}
 
+    def learn_padding(self, run: Callable[[list[int]], Any], mask: Tensor) -> bool:
+        """Whether two samples of unlike length are read the same in one padded batch as each alone, up to rounding:
+        not so where padding shows, as through convolutions. If so, it is known which inputs hold it.
+
+        Args:
+            run: passes over the first, the second, or both.
+            mask: `[2, length]`, 0 where the batch of both is padding.
+        """
+        alone: dict[_Call, list[Tensor]] = defaultdict(list)
+        for i in (0, 1):
+            with self.hooked(lambda call, inputs: alone[call].append(_sketch(_rows(inputs)))):
+                run([i])
+        together: dict[_Call, bool] = {}
+
+        def compare(call: _Call, inputs: Tensor) -> None:
+            expected = torch.cat(alone[call]) if call in alone else inputs.new_empty(0)
+            padded = inputs.shape[:-1].numel() == mask.numel() != expected.shape[0]
+            found = _sketch(_rows(inputs, mask if padded else None))
+            if padded:
+                self._padded.add(call)
+            tolerance = max(1e-4, 8 * torch.finfo(inputs.dtype).eps)
+            same = found.shape == expected.shape
+            together[call] = same and bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+
+        with self.hooked(compare):
+            run([0, 1])
+        return all(together.get(call, False) for call in alone.keys() | together.keys() if call not in self._left_out)
+
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Around one pass over samples."""
+    def recording(self, mask: Optional[Tensor] = None) -> Iterator[None]:
+        """Around one pass over samples; `mask` `[B, length]` is 0 where they are padded."""
         self._seen = {}
-        with self.hooked(self._take):
+        with self.hooked(lambda call, inputs: self._take(call, inputs, mask)):
             yield
 
-    def _take(self, call: _Call, inputs: Tensor) -> None:
+    def _take(self, call: _Call, inputs: Tensor, mask: Optional[Tensor]) -> None:
         weight, _ = call
         if call in self._left_out:
             return
@@ -112,7 +141,7 @@ class InputRecorder:
         if weight not in self.accumulators:
             file = self.folder / f"{weight}.factor" if self.folder else None
             self.accumulators[weight] = _Accumulator(inputs.shape[-1], file)
-        self.accumulators[weight].add(inputs.reshape(-1, inputs.shape[-1]))
+        self.accumulators[weight].add(_rows(inputs, mask if call in self._padded else None))
 
     @contextmanager
     def hooked(self, act: Callable[[_Call, Tensor], Any]) -> Iterator[None]:
@@ -153,8 +182,8 @@ def collect_statistics(
 
     Args:
         model: the expert. It is moved to the accelerator's device for the run and left exactly as it was.
-        samples: unbatched, unpadded model inputs, see `proxies.encode`. Only those of one shape share a batch: padding
-            shows in what many models compute (convolutions, pooling, group norms), and is told from tokens in few.
+        samples: unbatched, unpadded model inputs, see `proxies.encode`. Those of one shape share a batch; texts of
+            unlike length do, too, where the model is seen to read them in a padded batch as it does alone.
         accelerator: by default a new one.
         batch_size: samples per batch and process.
         title: name on the progress bar.
@@ -165,9 +194,6 @@ def collect_statistics(
     accelerator = accelerator or default_accelerator()
     recorder = InputRecorder(model, folder)
 
-    def run(samples: list[Sample]) -> None:
-        model(**batch_for(samples, model))
-
     with (
         together(accelerator),
         _in_evaluation(model, accelerator),
@@ -175,16 +201,48 @@ def collect_statistics(
         accelerator.split_between_processes(samples) as own,
     ):
         own = _with_decoder_inputs(model, own, batch_size)
-        groups = batch_indices(own, batch_size)
-        if groups:
-            shortest = own[groups[-1][-1]]
-            recorder.leave_out_constants(lambda count: run([shortest] * count))
+        groups = _learn_batches(recorder, own, batch_size)
         for group in tqdm(groups, desc=f"Calibrating {title}", disable=not progress or not groups, leave=False):
-            with recorder.recording():
-                run([own[i] for i in group])
+            batch = batch_for([own[i] for i in group], model)
+            with recorder.recording(batch.get("attention_mask")):
+                model(**batch)
     entries, keys_of = _reduce(recorder, accelerator)
     provenance = provenance or Provenance(num_samples=len(samples))
     return ActivationStatistics(entries, keys_of, provenance)
+
+
+def _learn_batches(recorder: InputRecorder, samples: list[Sample], batch_size: int) -> list[list[int]]:
+    """Which samples run together; and what of their inputs is no sample's, or padding."""
+    groups, padded = batch_indices(samples, batch_size), batch_indices(samples, batch_size, padded=True)
+    if not groups:
+        return []
+    model, shortest = recorder.model, samples[groups[-1][-1]]
+
+    def run(samples: list[Sample]) -> None:
+        model(**batch_for(samples, model))
+
+    recorder.leave_out_constants(lambda count: run([shortest] * count))
+    texts = all("input_ids" in sample and len({value.shape for value in sample.values()}) == 1 for sample in samples)
+    if len(groups) < len(padded) + 4 or not texts:  # finding out takes three passes
+        return groups
+    if "attention_mask" not in inspect.signature(model.forward).parameters:
+        return groups
+    longer = [samples[i] for (i, *_) in groups if len(samples[i]["input_ids"]) >= 2 * len(shortest["input_ids"])]
+    pair = [shortest, longer[-1] if longer else samples[groups[0][0]]]
+    mask = batch_for(pair, model)["attention_mask"]
+    return padded if recorder.learn_padding(lambda chosen: run([pair[i] for i in chosen]), mask) else groups
+
+
+def _rows(inputs: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+    """The rows of what a linear map reads, `[n, d]`; those where `mask` is 0 are left out."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    return rows if mask is None else rows[mask.reshape(-1).bool()]
+
+
+def _sketch(rows: Tensor) -> Tensor:
+    """Four fixed random mixtures of each row's features, `[n, 4]`: enough to tell other rows, without keeping them."""
+    mixtures = torch.randn(rows.shape[1], 4, generator=torch.Generator().manual_seed(0))
+    return rows.float() @ mixtures.to(rows.device)
 
 
 def pooled_inputs(

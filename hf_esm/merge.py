@@ -278,7 +278,9 @@ class MergeResult:
     def __str__(self) -> str:
         how = Counter(report.how for report in self.weights)
         lines = [f"{self.plan.method.name}: {len(self.plan.experts)} experts merged, alpha {self.alpha:g}"]
-        lines.append("  weights  " + ", ".join(f"{count} by {rule}" for rule, count in how.items()))
+        unchanged = how.pop("unchanged", 0)
+        rules = [f"{count} by {rule}" for rule, count in how.items()] + [f"{unchanged} unchanged"] * bool(unchanged)
+        lines.append("  weights  " + ", ".join(rules))
         energies = [value for report in self.weights for value in report.energy_kept.values()]
         if energies:
             lines.append(f"  energy   {sum(energies) / len(energies):.1%} of the output shifts kept on average")

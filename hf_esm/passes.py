@@ -37,7 +37,8 @@ class WeightReport:
 
     Attributes:
         name: its name in the base model.
-        how: the rule that merged it (`"esm"`, `"tsv-m"`, `"mean"`, `"sum"`, …).
+        how: the rule that merged it (`"esm"`, `"tsv-m"`, `"mean"`, `"sum"`, …); `"unchanged"` where no expert differs
+            from the base.
         norm: Frobenius norm of the merged update, before α and the scale between layers.
         scaled: whether α multiplies it.
         layer_scale: its scale between layers of one type; 1 where the method has none.
@@ -67,9 +68,9 @@ class MergedUpdates:
     def weight(self, name: str, alpha: float) -> Tensor:
         """`W0 + α β Δ_M` in float32; the base's own weight, as stored, where nothing was merged."""
         weight = self.base.tensor(name)
-        report = self.reports.get(name)
-        if report is None:
+        if name not in self._owner:
             return weight
+        report = self.reports[name]
         scale = alpha * report.layer_scale if report.scaled else report.layer_scale
         return torch.add(weight.float(), self._owner[name].get_tensor(name), alpha=scale)
 
@@ -92,7 +93,9 @@ def merge_weights(
         device: where the methods compute, as far as its memory goes; the CPU by default.
         resumable: keep a journal beside the scratch file, and leave out what it says was merged before.
     """
-    units = merge_units(plan, statistics)[rank::world_size]
+    units = merge_units(plan, statistics)
+    unchanged = [unit for unit in units if plan.unchanged.issuperset(unit)]
+    units = [unit for unit in units if unit not in unchanged][rank::world_size]
     shapes = {name: torch.empty(plan.base.shape(name), device="meta") for unit in units for name in unit}
     journal = scratch / f"updates-{rank}.journal"
     reports = _read_journal(journal) if resumable else {}
@@ -116,6 +119,9 @@ def merge_weights(
                     file.write(json.dumps({name: asdict(report) for name, (_, report) in merged.items()}) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
+    zeros = dict.fromkeys(plan.experts, 0.0)
+    for name in (name for unit in unchanged for name in unit):
+        reports[name] = WeightReport(plan.base.names[name], "unchanged", 0.0, scaled=False, update_norms=zeros)
     return reports
 
 

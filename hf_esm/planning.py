@@ -41,6 +41,8 @@ class MergePlan:
         learning_bytes: what learning on the samples needs, if the method does; the heads besides.
         seconds: roughly how long merging takes here, from the operations of its eigenproblems.
         warnings: what the user should know.
+        unchanged: the weights that no expert changes, which stay the base's: from headers, those that no adapter
+            touches where all experts are adapters; all of them once `check_values` has seen them.
     """
 
     base: Checkpoint
@@ -56,6 +58,7 @@ class MergePlan:
     learning_bytes: int
     seconds: float
     warnings: list[str] = field(default_factory=list)
+    unchanged: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         lines = [f"{self.method.name} merge of {len(self.experts)} experts into {self.base.title}", ""]
@@ -69,7 +72,7 @@ class MergePlan:
         lines += [
             "",
             f"  merged     {kinds}",
-            f"  untouched  {len(self.heads.kept_from_base)} weights of the base",
+            f"  untouched  {len(self.heads.kept_from_base) + len(self.unchanged)} weights of the base",
             "  licences   " + "; ".join(f"{name}: {licence}" for name, licence in self.licences.items()),
             f"  disk       {readable(self.output_bytes)} for the model, {readable(self.scratch_bytes)} scratch",
             f"  memory     {self._memory()}",
@@ -127,27 +130,32 @@ def plan_merge(
     known = {licence for licence in licences.values() if licence != "not stated"}
     if len(known) > 1:
         warnings.append(f"the licences differ ({', '.join(sorted(known))}): check that they allow one merged model.")
+    adapters_alone = all(isinstance(expert, LoraCheckpoint) for expert in experts.values())
+    unchanged = {
+        name for name in head_plan.shared if adapters_alone and not any(e.changes(name) for e in experts.values())
+    }
+    merged = [name for name in head_plan.shared if name not in unchanged]
     elements = {name: math.prod(base.shape(name)) for name in head_plan.shared}
     output = sum(
         math.prod(base.shape(n)) * (dtype if dtype and base.dtype(n).is_floating_point else base.dtype(n)).itemsize
         for n in base.names
     )
-    body = 4 * sum(elements.values())
     loaded = [base if isinstance(expert, LoraCheckpoint) else expert for expert in experts.values()]
     return MergePlan(
         base=base,
         experts=experts,
         method=method,
         heads=head_plan,
-        kinds=_kinds(base, head_plan.shared),
+        kinds=_kinds(base, merged),
         licences=licences,
         output_bytes=output,
-        scratch_bytes=body,
-        memory_bytes=merge_bytes(max(elements.values()), len(experts)),
+        scratch_bytes=4 * sum(elements[name] for name in merged),
+        memory_bytes=merge_bytes(max((elements[name] for name in merged), default=0), len(experts)),
         calibration_bytes=max(checkpoint.nbytes for checkpoint in loaded),
-        learning_bytes=body * method.bodies_to_learn(len(experts)),
-        seconds=_estimate_seconds(base, head_plan.shared, len(experts)),
+        learning_bytes=4 * sum(elements.values()) * method.bodies_to_learn(len(experts)),
+        seconds=_estimate_seconds(base, merged, len(experts)),
         warnings=head_plan.warnings + warnings,
+        unchanged=frozenset(unchanged),
     )
 
 
@@ -204,10 +212,10 @@ def check_memory(plan: MergePlan, max_memory: Optional[str | int]) -> None:
 
 
 def check_values(plan: MergePlan, progress: Any = iter) -> None:
-    """Read every weight that will be merged or kept by a task once, and raise if one is not finite or an expert equals
-    the base.
+    """Read every weight that will be merged or kept by a task once, raise if one is not finite or an expert equals the
+    base, and note in the plan which ones no expert changes.
     """
-    changed = dict.fromkeys(plan.experts, False)
+    changed: dict[str, set[str]] = {task: set() for task in plan.experts}
     for name in progress(plan.heads.shared):
         weight = plan.base.tensor(name)
         _check_finite(weight, plan.base, name)
@@ -217,14 +225,15 @@ def check_values(plan: MergePlan, progress: Any = iter) -> None:
                     continue
                 update = expert.update(name, weight)
                 _check_finite(update, expert, name)
-                changed[task] = changed[task] or bool(update.any())
-            else:
-                tuned = expert.tensor(name)
+                if update.any():
+                    changed[task].add(name)
+            elif not torch.equal(tuned := expert.tensor(name), weight):
                 _check_finite(tuned, expert, name)
-                changed[task] = changed[task] or not torch.equal(tuned, weight)
-    for task, differs in changed.items():
-        if not differs:
+                changed[task].add(name)
+    for task, names in changed.items():
+        if not names:
             raise HfEsmError(f"{plan.experts[task].title} equals the base in every merged weight. Leave it out.")
+    plan.unchanged = frozenset(plan.heads.shared) - frozenset.union(*map(frozenset, changed.values()))
     for task, names in plan.heads.own.items():
         for name in names:
             _check_finite(plan.experts[task].tensor(name), plan.experts[task], name)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
@@ -32,6 +33,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 
 from hf_esm.batches import collate
+from hf_esm.calibration import collect_statistics
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Version v4.12.0:FutureWarning")  # on the labels of EncoderDecoderModel
@@ -190,6 +192,17 @@ def test_padding_in_rows_is_no_token(case: str, tmp_path: Path) -> None:
     merge(base_folder, folders, architecture, tmp_path / "padded", calibration=rows)
     for key, tensor in stored_tensors(tmp_path / "plain").items():
         assert relative_error(stored_tensors(tmp_path / "padded")[key], tensor) < 1e-5, key
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta-v3", "llama", "mamba", "convbert", "xlnet", "longformer"])
+def test_texts_of_unlike_length_are_calibrated_together_where_padding_does_not_show(name: str) -> None:
+    model, rows = ARCHITECTURES[name].build(), text_samples(0)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda *args: sizes.append(len(args[2]["input_ids"])), with_kwargs=True)
+    collect_statistics(model, rows, batch_size=5, progress=False)
+    lengths = sorted(Counter(LENGTHS).items(), reverse=True)
+    shows = name in ("convbert", "xlnet", "longformer")  # neighbours, another layout, padding of its own
+    assert sizes[-len(lengths) :] == [count for _, count in lengths] if shows else sizes[-2:] == [5, 2]
 
 
 @pytest.mark.parametrize(("name", "head"), [("bert", "BertForSequenceClassification"), ("t5", None)])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -324,6 +325,27 @@ def test_an_adapter_is_an_update_in_float32_and_writes_no_copy_of_the_model(clas
                 assert not update.any(), name
         assert found.load_model().dtype == torch.bfloat16
     assert (snapshot(tmp_path), snapshot(classifier.base.parent)) == before
+
+
+def test_what_no_adapter_touches_is_planned_and_left_as_it_is(classifier, tmp_path):
+    experts = {"a": classifier.adapter, "b": shutil.copytree(classifier.adapter, tmp_path / "b")}
+    stored = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in stored.items()}, tmp_path / "b" / "adapter_model.safetensors")
+    plan = merge_models(classifier.base, experts, method="tsv-m", dry_run=True)
+    adapted = {name for name in plan.heads.shared if "query.weight" in name or "value.weight" in name}
+    assert plan.unchanged == set(plan.heads.shared) - adapted
+    assert plan.kinds == {"linear maps": len(adapted)}
+    assert plan.scratch_bytes == sum(4 * math.prod(plan.base.shape(name)) for name in adapted)
+    mixed = merge_models(
+        classifier.base, {"a": classifier.adapter, "full": classifier.full}, method="mean", dry_run=True
+    )
+    assert not mixed.unchanged  # what a whole model changes shows in its values alone
+
+    result = merge_models(classifier.base, experts, method="tsv-m", output_dir=tmp_path / "merged")
+    assert {report.name for report in result.weights if report.how == "unchanged"} == plan.unchanged
+    assert f"{len(adapted)} by tsv-m, {len(plan.unchanged)} unchanged" in str(result)
+    before, after = stored_tensors(classifier.base), stored_tensors(tmp_path / "merged")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == adapted
 
 
 def test_a_base_of_another_name_than_the_adapter_was_trained_on_is_mentioned(made):

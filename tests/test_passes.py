@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from problems import random_problem, relative_error, seeds, streamed
+from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -150,12 +151,13 @@ def small_models(seed, dtype):
 
 def planned(base, experts, method=None):
     heads = SimpleNamespace(shared=list(base.tensors), own={})
-    return SimpleNamespace(base=base, experts=experts, method=method, heads=heads)
+    return SimpleNamespace(base=base, experts=experts, method=method, heads=heads, unchanged=frozenset())
 
 
 def merged_weights(folder, method, base, experts, inputs, alpha, world_size):
     """All weights of a merge by `passes`, and the reports."""
     plan = planned(base, experts, method)
+    check_values(plan)
     statistics = dict.fromkeys(experts)
     for task, found in inputs.items():
         keys = {name: f"{name.rpartition('.')[0].rpartition('.')[0]}.q.weight" for name in QKV}
@@ -246,6 +248,32 @@ def test_merged_weights_are_the_formulas(seed, method, rules, dtype, calibrated,
     assert list(reports[BIAS].update_norms) == TASKS
     assert list(reports[BIAS].update_norms.values()) == pytest.approx(updates)
     assert list(reports[UP[0]].energy_kept) == (TASKS if calibrated else [])
+
+
+@seeds
+@pytest.mark.parametrize(("method", "rules"), METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_what_no_expert_changes_stays_the_bases_and_is_not_merged(seed, method, rules, world_size, tmp_path):
+    base, experts, inputs = small_models(seed, torch.float32)
+    frozen = [QKV[0], *QKV[3:], UP[0], EXPERTS, EMBEDDING, BIAS, COUNT]
+    for expert in experts.values():
+        expert.tensors |= {name: base.tensors[name].clone() for name in frozen}
+    experts["a"].tensors[UP[1]] = base.tensors[UP[1]].clone()  # others change it
+    rules = {"stacked": False, "keep_scale": False, "scale_all": False, "exponent": 0.0} | rules
+    settings = {
+        name: getattr(method, name) for name in signature(reference.esm).parameters.keys() - {"deltas", "inputs"}
+    }
+    found, reports = merged_weights(tmp_path, method, base, experts, inputs, 0.7, world_size)
+    expected, _ = expected_weights(settings, base, experts, inputs, 0.7, calibrated=True, **rules)
+    for name, weight in expected.items():
+        assert relative_error(found[name], weight) < 1e-5, name
+    stacked = {QKV[0]} if rules["stacked"] else set()  # read with k and v of its layer, which some expert changes
+    unchanged = {name for name, report in reports.items() if report.how == "unchanged"}
+    assert unchanged == {*frozen} - {COUNT} - stacked
+    assert all(found[name] is base.tensors[name] for name in unchanged)
+    assert all(reports[name].update_norms == dict.fromkeys(TASKS, 0.0) for name in unchanged)
+    written = {key for path in tmp_path.glob("*.safetensors") for key in safe_open(path, "pt").keys()}
+    assert written == reports.keys() - unchanged
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
