@@ -1,8 +1,8 @@
 """Single layers of ESM (default settings), from the experts' files to the scratch file, and what bounds them.
 
 Called by merge_speed.py. Every row is as many matrices as its depth says, of T experts (bfloat16, updates of rank 16
-and noise) with statistics of 2,048 tokens, merged by the package's own first pass. The floor adds up what no exact
-route avoids on this machine:
+and noise; in the rows of adapters, float32 without the noise) with statistics of 2,048 tokens, merged by the package's
+own first pass. The floor adds up what no exact route avoids on this machine, but for adapters:
 
     bytes       the updates and statistics read, the merged update written, at the rates measured for the same files
     products    the operations of the products, symmetric ones counted half, at the measured rate of float64 products
@@ -67,6 +67,13 @@ class Stored(Checkpoint):
         return self.file.get_tensor(name)
 
 
+class Adapters(Stored):
+    """Updates of low rank, as adapters are read."""
+
+    def update(self, name: str, base: Tensor) -> Tensor:
+        return self.file.get_tensor(f"{name}.B") @ self.file.get_tensor(f"{name}.A")
+
+
 def measure_layers() -> None:
     """Print the tables: by shape, and how the time grows with T, width and depth."""
     device = algebra_device(Accelerator())
@@ -81,6 +88,9 @@ def measure_layers() -> None:
     several = torch.get_num_threads()  # small weights are merged side by side, one thread each
     for rows, columns in SHAPES:
         line(rows, columns, 8, several if rows * columns < 4_000_000 else 1, device, literal=rows <= 8192)
+    print("adapters of rank 16")
+    for width in (1024, 4096):
+        line(width, width, 8, several if width == 1024 else 1, device, literal=True, adapters=True)
     print("growth with T, width and depth")
     for tasks in (2, 4, 8, 16):
         line(1024, 1024, tasks, several, device)
@@ -90,9 +100,17 @@ def measure_layers() -> None:
         line(1024, 1024, 4, depth, device)
 
 
-def line(rows: int, columns: int, tasks: int, depth: int, device: torch.device, literal: bool = False) -> None:
+def line(
+    rows: int,
+    columns: int,
+    tasks: int,
+    depth: int,
+    device: torch.device,
+    literal: bool = False,
+    adapters: bool = False,
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        plan, statistics = write_problem(Path(folder), rows, columns, tasks, depth)
+        plan, statistics = write_problem(Path(folder), rows, columns, tasks, depth, adapters)
         rounds = 1 if rows * columns > 8_000_000 else 3
 
         def merge() -> None:
@@ -146,7 +164,7 @@ def best(work: Callable, rounds: int = 2) -> float:
 
 
 def write_problem(
-    folder: Path, rows: int, columns: int, tasks: int, depth: int
+    folder: Path, rows: int, columns: int, tasks: int, depth: int, adapters: bool = False
 ) -> tuple[SimpleNamespace, dict[str, ActivationStatistics]]:
     """What pass one is given: a plan over files, and statistics."""
     draw = torch.Generator().manual_seed(0)
@@ -157,10 +175,11 @@ def write_problem(
     for task in map(str, range(tasks)):
         tuned = {}
         for name, weight in base.items():
-            update = torch.randn(rows, 16, generator=draw) @ torch.randn(16, columns, generator=draw)
-            tuned[name] = (weight + 1e-3 * (update + torch.randn(rows, columns, generator=draw))).bfloat16()
+            b, a = 1e-3 * torch.randn(rows, 16, generator=draw), torch.randn(16, columns, generator=draw)
+            noise = 1e-3 * torch.randn(rows, columns, generator=draw)
+            tuned |= {f"{name}.B": b, f"{name}.A": a} if adapters else {name: (weight + b @ a + noise).bfloat16()}
         save_file(tuned, folder / f"{task}.safetensors")
-        experts[task] = Stored(folder / f"{task}.safetensors", depth)
+        experts[task] = (Adapters if adapters else Stored)(folder / f"{task}.safetensors", depth)
         factor = torch.randn(TOKENS, columns, generator=draw)
         entries = {name: InputStatistics(factor, factor.mean(0), TOKENS) for name in names}
         path = ActivationStatistics(entries, {name: name for name in names}).save(folder / f"{task}.stats.safetensors")
@@ -170,6 +189,7 @@ def write_problem(
         experts=experts,
         method=METHOD,
         heads=SimpleNamespace(shared=names),
+        unchanged=frozenset(),
     )
     return plan, statistics
 

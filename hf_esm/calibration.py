@@ -83,43 +83,45 @@ class InputRecorder:
         self._padded: set[_Call] = set()
         self._seen: dict[int, tuple[weakref.ref, str]] = {}
 
-    def leave_out_constants(self, run: Callable[[int], Any]) -> None:
-        """Learn which inputs are made of no sample, such as DeBERTa's relative positions: those that have one shape
-        in `run(1)`, a pass over one sample, and in `run(2)`, a pass over that sample twice.
-        """
-        shapes: dict[int, dict[_Call, torch.Size]] = {1: {}, 2: {}}
-        for count, found in shapes.items():
-            with self.hooked(lambda call, inputs, found=found: found.update({call: inputs.shape})):
-                run(count)
-        self._left_out = {call for call, shape in shapes[1].items() if shapes[2].get(call) == shape}
-
-    def learn_padding(self, run: Callable[[list[int]], Any], mask: Tensor) -> bool:
-        """Whether two samples of unlike length are read the same in one padded batch as each alone, up to rounding:
-        not so where padding shows, as through convolutions. If so, it is known which inputs hold it.
+    def learn(self, run: Callable[[list[int]], Any], mask: Optional[Tensor]) -> bool:
+        """Learn from passes over two samples which inputs are made of no sample, such as DeBERTa's relative positions:
+        those that have one shape alone and in a batch; and which hold the padding of a batch.
 
         Args:
-            run: passes over the first, the second, or both.
-            mask: `[2, length]`, 0 where the batch of both is padding.
+            run: passes over the first, the second, or both: the second is the longer one, or they are of one shape.
+            mask: `[2, length]`, 0 where the batch of both is padded; None where they are of one shape.
+
+        Returns whether both are read the same in the batch as alone, up to rounding: not so where padding shows, as
+        through convolutions. Of samples of one shape, True.
         """
-        alone: dict[_Call, list[Tensor]] = defaultdict(list)
-        for i in (0, 1):
-            with self.hooked(lambda call, inputs: alone[call].append(_sketch(_rows(inputs)))):
+        alone: dict[_Call, list[tuple[torch.Size, Tensor]]] = defaultdict(list)
+        passes = (0, 1) if mask is not None else (1,)
+        for i in passes:
+            with self.hooked(lambda call, inputs: alone[call].append((inputs.shape, _sketch(_rows(inputs))))):
                 run([i])
         together: dict[_Call, bool] = {}
 
         def compare(call: _Call, inputs: Tensor) -> None:
-            expected = torch.cat(alone[call]) if call in alone else inputs.new_empty(0)
-            padded = inputs.shape[:-1].numel() == mask.numel() != expected.shape[0]
-            found = _sketch(_rows(inputs, mask if padded else None))
-            if padded:
-                self._padded.add(call)
-            tolerance = max(1e-4, 8 * torch.finfo(inputs.dtype).eps)
-            same = found.shape == expected.shape
-            together[call] = same and bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+            rows = [sketch for _, sketch in alone.get(call, []) if len(sketch)]
+            if len(rows) == len(passes) and inputs.shape == alone[call][-1][0]:
+                self._left_out.add(call)
+            elif mask is not None:
+                together[call] = bool(rows) and self._reads_alike(call, inputs, mask, torch.cat(rows))
 
         with self.hooked(compare):
             run([0, 1])
-        return all(together.get(call, False) for call in alone.keys() | together.keys() if call not in self._left_out)
+        alike = mask is None or all(together.get(call, False) for call in alone.keys() - self._left_out)
+        if not alike:
+            self._padded.clear()
+        return alike
+
+    def _reads_alike(self, call: _Call, inputs: Tensor, mask: Tensor, expected: Tensor) -> bool:
+        padded = inputs.shape[:-1].numel() == mask.numel() != expected.shape[0]
+        if padded:
+            self._padded.add(call)
+        found, tolerance = _sketch(_rows(inputs, mask if padded else None)), 8 * torch.finfo(inputs.dtype).eps
+        same = found.shape == expected.shape
+        return same and bool((found - expected).abs().max() <= max(1e-4, tolerance) * expected.abs().max())
 
     @contextmanager
     def recording(self, mask: Optional[Tensor] = None) -> Iterator[None]:
@@ -217,20 +219,15 @@ def _learn_batches(recorder: InputRecorder, samples: list[Sample], batch_size: i
     if not groups:
         return []
     model, shortest = recorder.model, samples[groups[-1][-1]]
-
-    def run(samples: list[Sample]) -> None:
-        model(**batch_for(samples, model))
-
-    recorder.leave_out_constants(lambda count: run([shortest] * count))
     texts = all("input_ids" in sample and len({value.shape for value in sample.values()}) == 1 for sample in samples)
-    if len(groups) < len(padded) + 4 or not texts:  # finding out takes three passes
-        return groups
-    if "attention_mask" not in inspect.signature(model.forward).parameters:
-        return groups
-    longer = [samples[i] for (i, *_) in groups if len(samples[i]["input_ids"]) >= 2 * len(shortest["input_ids"])]
-    pair = [shortest, longer[-1] if longer else samples[groups[0][0]]]
-    mask = batch_for(pair, model)["attention_mask"]
-    return padded if recorder.learn_padding(lambda chosen: run([pair[i] for i in chosen]), mask) else groups
+    masked = "attention_mask" in inspect.signature(model.forward).parameters
+    pair, mask = [shortest, shortest], None
+    if texts and masked and len(groups) > len(padded) + 1:  # finding out takes one pass more
+        longer = [samples[i] for i, *_ in groups if len(samples[i]["input_ids"]) >= 2 * len(shortest["input_ids"])]
+        pair = [shortest, longer[-1] if longer else samples[groups[0][0]]]
+        mask = batch_for(pair, model)["attention_mask"]
+    alike = recorder.learn(lambda chosen: model(**batch_for([pair[i] for i in chosen], model)), mask)
+    return padded if alike and mask is not None else groups
 
 
 def _rows(inputs: Tensor, mask: Optional[Tensor] = None) -> Tensor:

@@ -2,12 +2,14 @@
 
 Everything that is decomposed here is decomposed in float64, whatever the dtype of the input: eigenvalues enter the
 methods with small exponents (`λ^0.15`), and a polar factor gives its weakest direction the weight of its strongest, so
-that rounding noise would become signal. Each decomposition takes the eigenproblem of the smaller side. Only what is
-wanted up to a stated tolerance is computed in float32, and leading directions by randomised iteration.
+that rounding noise would become signal. Each decomposition takes the eigenproblem of the smaller side, or, where that
+is far smaller, of the column space: the update of a LoRA expert costs what its rank does. Only what is wanted up to a
+stated tolerance is computed in float32, and leading directions by randomised iteration.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -26,6 +28,9 @@ _WELL_CONDITIONED = 1e-4
 
 # Random vectors that tell what a map has beside its leading directions, to a few percent of that or better.
 _PROBES = 32
+
+# Dimensions of a column space that is looked for: of use to matrices that take long, and of little cost.
+_NARROWEST, _WIDEST = 64, 256
 
 # Rows of a symmetric product that are computed at a time, as far as its diagonal.
 _BLOCK = 128
@@ -76,6 +81,10 @@ def essential_subspace(
         tolerance: above 0, where few of many directions are wanted, they are found by randomised iteration; see
             `_iterated_directions`.
     """
+    if (basis := column_space(delta, tolerance)) is not None:
+        inside = essential_subspace(factor, basis.T @ delta.to(basis.dtype), rank, shrinkage)
+        directions, squares = inside.directions.to(basis.dtype), inside.squares.to(basis.dtype)
+        return EssentialSubspace(basis @ directions, squares, inside.total)
     if tolerance > 0 and _few(rank, delta):
         factor, delta = factor.float(), delta.float()
         ridge = (shrinkage * norm(factor).square() / factor.shape[1]).float()
@@ -118,6 +127,9 @@ def polar_factor(matrix: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tensor
     arbitrary ones), while the mean runs over all `min(p, q)` values, zeros included. Both come back in float64; with
     a `tolerance`, in float32, and are computed in it where no singular value is below a hundredth of the largest.
     """
+    if tolerance == 0 and (basis := column_space(matrix)) is not None:
+        inside, mean = polar_factor(basis.T @ matrix.double())
+        return basis @ inside, mean * basis.shape[1] / min(matrix.shape)
     wide, dtype = matrix.shape[0] <= matrix.shape[1], working_dtype(tolerance)
     for tried in (dtype, torch.float64):
         held = matrix.to(tried)
@@ -138,6 +150,9 @@ def truncated_svd(matrix: Tensor, rank: int, tolerance: float = 0.0) -> tuple[Te
     they are those of `matrix` on directions that are found by randomised iteration, in float32; see
     `_iterated_directions`.
     """
+    if (basis := column_space(matrix, tolerance)) is not None:
+        left, values, right = (part.to(basis.dtype) for part in truncated_svd(basis.T @ matrix.to(basis.dtype), rank))
+        return basis @ left, values, right
     if tolerance > 0 and _few(rank, matrix):
         if matrix.shape[0] > matrix.shape[1]:
             right, values, left = truncated_svd(matrix.T, rank, tolerance)
@@ -154,6 +169,27 @@ def truncated_svd(matrix: Tensor, rank: int, tolerance: float = 0.0) -> tuple[Te
     squares, right = _leading_eigenpairs(_symmetric(matrix.T, matrix), rank)
     values = squares.sqrt()
     return (matrix @ right) / values, values, right.T
+
+
+def column_space(matrix: Tensor, tolerance: float = 0.0) -> Optional[Tensor]:
+    """An orthonormal basis `[p, k]` of the column space of `matrix` `[p, q]` in float64; in float32, of all but less
+    than `tolerance` of its squares. `k` is at most an eighth of the smaller side; where it would be more, None.
+
+    It is the leading directions of random mixtures of the columns (arXiv 0909.4061), if they hold enough.
+    """
+    most = min(min(matrix.shape) // 8, _WIDEST)
+    if most < _NARROWEST:
+        return None
+    matrix, cutoff = matrix.to(working_dtype(tolerance)), max(0.1 * tolerance**0.5, RELATIVE_CUTOFF)
+    mixtures = torch.randn(matrix.shape[1], most + 8, generator=torch.Generator().manual_seed(0))
+    mixed, triangle = torch.linalg.qr(matrix @ mixtures.to(matrix))
+    squares, turn = torch.linalg.eigh(triangle @ triangle.T)
+    kept = squares > squares[-1] * (10 * cutoff) ** 2
+    if not 0 < kept.sum() <= most:
+        return None
+    rows = torch.linalg.qr(matrix.T @ (mixed @ turn[:, kept])).Q  # a step of iteration, against noise in the mixtures
+    basis = torch.linalg.qr(matrix @ rows).Q
+    return basis if norm(matrix - basis @ (basis.T @ matrix)) <= cutoff * norm(matrix) else None
 
 
 def _symmetric(left: Tensor, right: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from helpers import (
 from problems import relative_error
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from hf_esm.batches import collate
 from hf_esm.calibration import collect_statistics
@@ -203,6 +203,37 @@ def test_texts_of_unlike_length_are_calibrated_together_where_padding_does_not_s
     lengths = sorted(Counter(LENGTHS).items(), reverse=True)
     shows = name in ("convbert", "xlnet", "longformer")  # neighbours, another layout, padding of its own
     assert sizes[-len(lengths) :] == [count for _, count in lengths] if shows else sizes[-2:] == [5, 2]
+
+
+class SomeTokens(PreTrainedModel):
+    """One map reads the even tokens alone, as experts in modules of their own read some."""
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__(config)
+        self.embedding = torch.nn.Embedding(60, 8)
+        self.expert, self.rest = torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, attention_mask: Optional[Tensor] = None) -> None:
+        hidden = self.embedding(input_ids)
+        self.rest(hidden)
+        even = input_ids % 2 == 0
+        if (chosen := even if attention_mask is None else even & attention_mask.bool()).any():
+            self.expert(hidden[chosen])
+
+
+@pytest.mark.parametrize("odd", [4, 12], ids=["the-shortest", "a-longer"])
+def test_a_map_that_reads_some_tokens_is_calibrated_on_all_of_them(odd: int) -> None:
+    """Though one of the texts has none for it."""
+    model = SomeTokens(PretrainedConfig(pad_token_id=0))
+    rows = [{"input_ids": torch.arange(3, 3 + length)} for length in range(4, 16)]
+    rows[odd - 4]["input_ids"] = 2 * rows[odd - 4]["input_ids"] + 1
+    found = collect_statistics(model, rows, batch_size=12, progress=False)
+    ids = torch.cat([row["input_ids"] for row in rows])
+    for name, read in (("rest.weight", ids), ("expert.weight", ids[ids % 2 == 0])):
+        inputs = model.embedding.weight[read].detach()
+        assert found[name].count == len(read)
+        assert relative_error(found[name].factor.T @ found[name].factor, inputs.T @ inputs) < 1e-5
 
 
 @pytest.mark.parametrize(("name", "head"), [("bert", "BertForSequenceClassification"), ("t5", None)])

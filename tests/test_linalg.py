@@ -7,6 +7,7 @@ from problems import ROUTES, random_problem, relative_error, seeds, shapes
 
 from hf_esm.linalg import (
     RELATIVE_CUTOFF,
+    column_space,
     essential_subspace,
     norm,
     polar_factor,
@@ -266,6 +267,47 @@ def test_truncated_svd_is_the_best_approximation_of_its_rank(seed, size, values,
     assert relative_error(u @ vh, expected_u[:, :kept] @ expected_vh[:kept]) < 1e-4
     assert torch.allclose(u.T @ u, torch.eye(kept, dtype=torch.float64), atol=1e-4)
     assert torch.allclose(vh @ vh.T, torch.eye(kept, dtype=torch.float64), atol=1e-4)
+
+
+@seeds
+@pytest.mark.parametrize("size", [(90, 120), (120, 90)])
+@pytest.mark.parametrize("values", [[3.0, 1.0, 0.2], [1.0, 1e-2, 1e-3], [1.0]], ids=["plain", "steep", "one"])
+@pytest.mark.parametrize("shrinkage", [0.0, 0.5])
+def test_updates_of_low_rank_are_decomposed_in_their_column_space(seed, size, values, shrinkage, monkeypatch):
+    """Stored in float32, as the product of an adapter's factors is."""
+    monkeypatch.setattr("hf_esm.linalg._NARROWEST", 2)
+    update = with_singular_values(seed, *size, values).float()
+    inputs = torch.randn(70, size[1], generator=torch.Generator().manual_seed(seed))
+    basis = column_space(update)
+    assert basis.shape == (size[0], len(values)) and orthonormal(basis)
+    ours = essential_subspace(inputs, update, 9, shrinkage), truncated_svd(update, 9), polar_factor(update)
+    monkeypatch.setattr("hf_esm.linalg._NARROWEST", 10**6)
+    assert column_space(update) is None
+    whole = essential_subspace(inputs, update, 9, shrinkage), truncated_svd(update, 9), polar_factor(update)
+    (ours, triplets, (polar, mean)), (whole, expected, (polar_expected, mean_expected)) = ours, whole
+    assert ours.directions.shape == whole.directions.shape == (size[0], len(values))
+    assert relative_error(ours.directions @ ours.directions.T, whole.directions @ whole.directions.T) < 1e-4
+    assert relative_error(ours.squares, whole.squares) < 1e-5
+    assert ours.total == pytest.approx(whole.total, rel=1e-6)
+    assert all(len(found[1]) == len(values) for found in (triplets, expected))
+    assert relative_error(triplets[0] * triplets[1] @ triplets[2], update) < 1e-6
+    assert relative_error(triplets[1], torch.tensor(values)) < 1e-6
+    assert relative_error(polar, polar_expected) < 1e-4
+    assert relative_error(polar, reference.polar(update)[0]) < 1e-4
+    assert float(mean) == pytest.approx(float(mean_expected), rel=1e-6)
+
+
+@seeds
+def test_a_column_space_is_only_what_holds_all(seed, monkeypatch):
+    monkeypatch.setattr("hf_esm.linalg._NARROWEST", 2)
+    for values in ([1.0] * 12, [1.0, 0.5, 3 * RELATIVE_CUTOFF], []):  # too wide, across the cutoff, nothing
+        assert column_space(with_singular_values(seed, 90, 100, values)) is None
+    assert column_space(torch.randn(90, 100, generator=torch.Generator().manual_seed(seed))) is None
+    little = with_singular_values(seed, 90, 100, [1.0, 0.5, 1e-3])
+    assert column_space(little).shape == (90, 3)
+    assert column_space(little, tolerance=0.001).shape == (90, 2)
+    assert column_space(little, tolerance=0.001).dtype == torch.float32
+    assert column_space(little[:, :15]) is None  # not worth looking
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
