@@ -3,8 +3,8 @@
     python benchmarks/routing.py FOLDER [--proxies 32 128] [--ranks 8 32] [--json results.json]
 
 FOLDER is the one that benchmarks/suite.py describes. Rows, proxies and α are chosen as there, from the validation
-split (α for the static model, once per number of proxies); the test rows (400 per task, one fixed sample) are read
-after every choice. Accuracies are normalised by the experts, mean over tasks:
+split (α for the static model, once per number of proxies); the test rows (400 per task, one fixed sample; all of them
+with `--num-test 0`) are read after every choice. Accuracies are normalised by the experts, mean over tasks:
 
     heads given       the router picks the expert, the head is the task's
     found             the router picks expert and head; a sample of a task that was not found counts as wrong
@@ -71,11 +71,7 @@ def main() -> None:
         for count in given.proxies:
             alpha, statistics = None, Path(scratch) / f"statistics-{count}"
             for rank in given.ranks:
-                for router, features in (
-                    ("discriminant", "merged"),
-                    ("discriminant", "base"),
-                    ("prototype", "merged"),
-                ):
+                for router, features in ROUTERS:
                     known = statistics.is_dir()
                     merged = merge_models(
                         given.folder / "base",

@@ -219,7 +219,9 @@ def _learn_batches(recorder: InputRecorder, samples: list[Sample], batch_size: i
     if not groups:
         return []
     model, shortest = recorder.model, samples[groups[-1][-1]]
-    texts = all("input_ids" in sample and len({value.shape for value in sample.values()}) == 1 for sample in samples)
+    texts = "input_ids" in shortest and all(
+        sample.keys() == shortest.keys() and len({value.shape for value in sample.values()}) == 1 for sample in samples
+    )
     masked = "attention_mask" in inspect.signature(model.forward).parameters
     pair, mask = [shortest, shortest], None
     if texts and masked and len(groups) > len(padded) + 1:  # finding out takes one pass more

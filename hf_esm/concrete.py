@@ -101,8 +101,9 @@ class _Learner:
         self.tasks = list(plan.experts)
         self.own = self.tasks[accelerator.process_index :: accelerator.num_processes]
         self.models = models.by_task
-        self.body = {name: held for name, held in models.body.items() if isinstance(held, torch.nn.Parameter)}
-        for name in models.body.keys() - self.body.keys():  # buffers are averaged, whatever is learned
+        parameters = {name: held for name, held in models.body.items() if isinstance(held, torch.nn.Parameter)}
+        self.body = {name: held for name, held in parameters.items() if name not in plan.unchanged}
+        for name in models.body.keys() - parameters.keys():  # buffers are averaged, whatever is learned
             weight = plan.base.tensor(name)
             deltas = [expert.update(name, weight) for expert in plan.experts.values()]
             models.body[name].copy_(weight + torch.stack(deltas).mean(0))

@@ -134,11 +134,9 @@ def torch_dtype(name: Optional[str]) -> Optional[torch.dtype]:
 
 def find_processors(sources: dict[str, ModelSource], given: Any, options: MergeOptions) -> dict[str, Any]:
     """The tokenizer or processor of each expert, and under `"base"` the one that the merged model gets."""
-    everyone = list(sources.values())
-    return {
-        name: given or first_processor([source, *everyone], options.trust_remote_code)
-        for name, source in sources.items()
-    }
+    beside = {name: given or first_processor([source], options.trust_remote_code) for name, source in sources.items()}
+    first = next((processor for processor in beside.values() if processor is not None), None)
+    return {name: first if processor is None else processor for name, processor in beside.items()}
 
 
 def first_processor(sources: list[ModelSource], trust_remote_code: bool = False) -> Any:

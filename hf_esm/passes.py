@@ -93,9 +93,8 @@ def merge_weights(
         device: where the methods compute, as far as its memory goes; the CPU by default.
         resumable: keep a journal beside the scratch file, and leave out what it says was merged before.
     """
-    units = merge_units(plan, statistics)
-    unchanged = [unit for unit in units if plan.unchanged.issuperset(unit)]
-    units = [unit for unit in units if unit not in unchanged][rank::world_size]
+    everything = merge_units(plan, statistics)
+    units = [unit for unit in everything if not plan.unchanged.issuperset(unit)][rank::world_size]
     shapes = {name: torch.empty(plan.base.shape(name), device="meta") for unit in units for name in unit}
     journal = scratch / f"updates-{rank}.journal"
     reports = _read_journal(journal) if resumable else {}
@@ -120,8 +119,9 @@ def merge_weights(
                     file.flush()
                     os.fsync(file.fileno())
     zeros = dict.fromkeys(plan.experts, 0.0)
-    for name in (name for unit in unchanged for name in unit):
-        reports[name] = WeightReport(plan.base.names[name], "unchanged", 0.0, scaled=False, update_norms=zeros)
+    for unit in everything:
+        for name in unit if plan.unchanged.issuperset(unit) else ():
+            reports[name] = WeightReport(plan.base.names[name], "unchanged", 0.0, scaled=False, update_norms=zeros)
     return reports
 
 

@@ -152,7 +152,7 @@ def plan_merge(
         scratch_bytes=4 * sum(elements[name] for name in merged),
         memory_bytes=merge_bytes(max((elements[name] for name in merged), default=0), len(experts)),
         calibration_bytes=max(checkpoint.nbytes for checkpoint in loaded),
-        learning_bytes=4 * sum(elements.values()) * method.bodies_to_learn(len(experts)),
+        learning_bytes=4 * sum(elements[name] for name in merged) * method.bodies_to_learn(len(experts)),
         seconds=_estimate_seconds(base, merged, len(experts)),
         warnings=head_plan.warnings + warnings,
         unchanged=frozenset(unchanged),

@@ -59,7 +59,9 @@ def literal(method, seed, steps):
 
     for step in range(steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        uniform = {name: torch.rand(weight.shape, generator=generator).double() for name, weight in base.items()}
+        changed = [name for name in base if any(update.any() for update in updates[name])]  # nothing else is learned
+        uniform = {name: torch.rand(base[name].shape, generator=generator).double() for name in changed}
+        uniform |= {name: torch.full_like(base[name], 0.5) for name in base.keys() - uniform.keys()}
         coefficients = start()
         if adaptive:
             distinct = list({id(c): c for c in coefficients.values()}.values())
