@@ -340,6 +340,8 @@ def test_what_no_adapter_touches_is_planned_and_left_as_it_is(classifier, tmp_pa
         classifier.base, {"a": classifier.adapter, "full": classifier.full}, method="mean", dry_run=True
     )
     assert not mixed.unchanged  # what a whole model changes shows in its values alone
+    full = merge_models(classifier.base, {"b": classifier.full, "full": classifier.full}, method="mean", dry_run=True)
+    assert plan.seconds < mixed.seconds == pytest.approx(0.55 * full.seconds)  # an adapter takes a tenth
 
     result = merge_models(classifier.base, experts, method="tsv-m", output_dir=tmp_path / "merged")
     assert {report.name for report in result.weights if report.how == "unchanged"} == plan.unchanged
