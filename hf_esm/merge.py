@@ -278,8 +278,7 @@ class MergeResult:
     def __str__(self) -> str:
         how = Counter(report.how for report in self.weights)
         lines = [f"{self.plan.method.name}: {len(self.plan.experts)} experts merged, alpha {self.alpha:g}"]
-        unchanged = how.pop("unchanged", 0)
-        rules = [f"{count} by {rule}" for rule, count in how.items()] + [f"{unchanged} unchanged"] * bool(unchanged)
+        rules = [f"{count} unchanged" if rule == "unchanged" else f"{count} by {rule}" for rule, count in how.items()]
         lines.append("  weights  " + ", ".join(rules))
         energies = [value for report in self.weights for value in report.energy_kept.values()]
         if energies:
