@@ -11,9 +11,10 @@ with `--num-test 0`) are read after every choice. Accuracies are normalised by t
     against static    the difference to the static model the experts stand on, heads given, with a 95 % interval from
                       a paired bootstrap over the test rows
     task found        share of samples whose likeliest task is theirs
-    sure              share of samples that get an expert
-    right if sure     share of those that get their own
-    foreign           with each task's expert taken out in turn: share of that task's rows that get no expert
+    sure              share of samples whose task counts as found
+    right if sure     share of those whose task it is
+    foreign           with each task's expert taken out in turn: share of that task's rows that count as of no task,
+                      and the accuracy with its own head, against the static model's
 """
 
 import argparse
@@ -31,12 +32,19 @@ import transformers
 from torch import Tensor
 
 from hf_esm import RoutedModel, merge_models
+from hf_esm.heads import attach_head
 from hf_esm.labels import LabelledSamples, load_labelled
 from hf_esm.metrics import outputs_of
 from hf_esm.proxies import ProxyOptions
 
 
-ROUTERS = (("discriminant", "merged"), ("discriminant", "base"), ("prototype", "merged"))
+# Name, features, and what the experts' directions are of.
+ROUTERS = (
+    ("discriminant", "merged", "update"),
+    ("discriminant", "merged", "residual"),
+    ("discriminant", "base", "update"),
+    ("prototype", "merged", "residual"),
+)
 
 
 def main() -> None:
@@ -71,12 +79,17 @@ def main() -> None:
         for count in given.proxies:
             alpha, statistics = None, Path(scratch) / f"statistics-{count}"
             for rank in given.ranks:
-                for router, features in ROUTERS:
+                for router, features, directions in ROUTERS:
                     known = statistics.is_dir()
                     merged = merge_models(
                         given.folder / "base",
                         experts,
-                        method={"name": "esm++", "router": router, "router_features": features},
+                        method={
+                            "name": "esm++",
+                            "router": router,
+                            "router_features": features,
+                            "expert_directions": directions,
+                        },
                         rank=rank,
                         # Statistics hold no samples: the router's features on the merged model need them again.
                         calibration=statistics if known and features == "base" else proxies,
@@ -86,20 +99,23 @@ def main() -> None:
                         num_samples=count,
                         seed=given.seed,
                         max_length=96,
-                        output_dir=str(Path(scratch) / f"{count}-{rank}-{router}-{features}"),
+                        output_dir=str(Path(scratch) / f"{count}-{rank}-{router}-{features}-{directions}"),
                         progress=False,
                     )
                     alpha = merged.alpha
                     model = merged.load_routed()
+                    title = f"{router}, {features}, {directions}"
                     if router == "discriminant" and features == "merged":
-                        static = score(model, test, "static")
-                        if rank == given.ranks[0]:
-                            report(results, count, alpha, 0, "static", static, static, own)
-                        report(results, count, alpha, rank, "oracle", score(model, test, "oracle"), static, own)
-                    row = report(results, count, alpha, rank, f"{router}, {features}", score(model, test), static, own)
+                        if directions == "update":
+                            static = score(model, test, "static")
+                            if rank == given.ranks[0]:
+                                report(results, count, alpha, 0, "static", static, static, own)
+                        given_task = score(model, test, "oracle")
+                        report(results, count, alpha, rank, f"oracle, {directions}", given_task, static, own)
+                    row = report(results, count, alpha, rank, title, score(model, test), static, own)
                     row |= routes(model, test, own)
-                    if router == "discriminant" and features == "merged" and rank == given.ranks[0]:
-                        row["foreign"] = foreign(model, test, Path(scratch) / f"without-{count}")
+                    if (router, features, rank) == ("discriminant", "merged", given.ranks[0]):
+                        row["foreign"] = foreign(model, test, Path(scratch) / f"without-{title}-{count}", static)
                     print(row, flush=True)
     print("\n" + markdown(results))
     if given.json:
@@ -173,13 +189,19 @@ def routes(model: RoutedModel, test: dict[str, LabelledSamples], own: dict[str, 
     }
 
 
-def foreign(model: RoutedModel, test: dict[str, LabelledSamples], folder: Path) -> dict[str, float]:
-    """With each task taken out in turn: the share of its rows that get no expert."""
-    shares = {}
-    for task in test:
+def foreign(
+    model: RoutedModel, test: dict[str, LabelledSamples], folder: Path, static: dict[str, Tensor]
+) -> dict[str, tuple[float, float]]:
+    """With each task taken out in turn: the share of its rows that count as of no task, and how much more of them are
+    right than by the static model, with the task's own head.
+    """
+    found = {}
+    for task, data in test.items():
         smaller = model.remove_expert(task, output_dir=folder / task)
-        shares[task] = sum(not e.sure for e in smaller.explain(test[task].samples, 50)) / len(test[task].samples)
-    return shares
+        unsure = sum(not e.sure for e in smaller.explain(data.samples, 50)) / len(data.samples)
+        head = attach_head(smaller.model.get_base_model(), model.folder, task)
+        found[task] = unsure, float(hits(head, data).mean() - static[task].mean())
+    return found
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -197,9 +219,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         lines.append(f"| {row['proxies']} | {row['alpha']:g} | {rank} | {row['router']} | " + " | ".join(cells) + " |")
     for row in rows:
         if "foreign" in row:
-            shares = ", ".join(f"{task} {100 * share:.0f}" for task, share in row["foreign"].items())
-            mean = 100 * sum(row["foreign"].values()) / len(row["foreign"])
-            lines.append(f"\nForeign rows that get no expert, {row['proxies']} proxies: {mean:.0f} % ({shares}).")
+            by_task = ", ".join(f"{task} {100 * n:.0f} and {100 * d:+.1f}" for task, (n, d) in row["foreign"].items())
+            none, difference = (100 * sum(found) / len(found) for found in zip(*row["foreign"].values(), strict=True))
+            lines.append(
+                f"\nForeign rows, {row['proxies']} proxies, {row['router']}: {none:.0f} % count as of no task; "
+                f"accuracy {difference:+.1f} against the static model ({by_task})."
+            )
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig
 from transformers import PreTrainedModel
 
-from .checkpoints import ModelSource, open_checkpoint, publish_folder, resolve_source, staging_folder
+from .checkpoints import Checkpoint, ModelSource, open_checkpoint, publish_folder, resolve_source, staging_folder
 from .errors import HfEsmError
 from .experts import FOLDER, RoutedExperts, expert_factors, load_experts, residual_update
 from .hashes import HASHES_FILE, write_hashes
@@ -21,6 +21,7 @@ from .inputs import name_experts, refuse_foreign
 from .methods import RoutedMerge
 from .options import RECIPE_FILE
 from .planning import check_values, plan_merge
+from .recipes import load_recipe
 from .statistics import ActivationStatistics
 from .tuners import RoutedExpertsConfig
 from .weights import to_matrices
@@ -39,6 +40,7 @@ def add_expert(
     output: Path,
     token: Any = None,
     trust_remote_code: bool = False,
+    base: Any = None,
 ) -> Path:
     """See `RoutedModel.add_expert`; `static` and `config` are those of the model in `folder`."""
     if task in config.tasks:
@@ -54,7 +56,8 @@ def add_expert(
         over = open_checkpoint(resolve_source(spec, f"base of {source.title}", token, **trusted))
     opened = open_checkpoint(source, over)
     keeps = any((folder / HEADS_FOLDER).glob(f"*/{HEAD_WEIGHTS}"))
-    plan = plan_merge(root, {task: opened}, RoutedMerge(), "keep" if keeps else "auto", sources={task: source})
+    heads = "keep" if keeps else "auto"
+    plan = plan_merge(root, {task: opened}, RoutedMerge(), heads, sources={task: source})
     check_values(plan)
     experts = load_experts(folder)
     modules = {root.names[name].removesuffix(".weight"): name for name in root.linear}
@@ -73,10 +76,17 @@ def add_expert(
             f"The statistics of '{task}' do not hold what the base's blocks read, which makes the router. "
             "Calibrate again with the base (`hf-esm calibrate --base`)."
         )
+    tuned_from = None
+    if experts.expert_directions == "update":
+        tuned_from = over or _base(folder, base, token, trusted)
+        check_values(plan_merge(tuned_from, {task: opened}, RoutedMerge(), heads, sources={task: source}))
     for module, (a, b) in experts.factors.items():
-        name = modules[module]
-        (residual,) = to_matrices(residual_update(opened, name, root.tensor(name)), root.linear[name])
-        new_a, new_b = expert_factors(residual, statistics and statistics[name], a.shape[1])
+        name, update = modules[module], None
+        linear = root.linear[name]
+        (residual,) = to_matrices(residual_update(opened, name, root.tensor(name)), linear)
+        if tuned_from is not None:
+            (update,) = to_matrices(opened.update(name, tuned_from.tensor(name)), linear)
+        new_a, new_b = expert_factors(residual, statistics and statistics[name], a.shape[1], update=update)
         experts.factors[module] = torch.cat([a, new_a[None]]), torch.cat([b, new_b[None]])
         if module in experts.prototypes:
             prototype = torch.nn.functional.normalize(statistics[name].mean, dim=0)
@@ -95,6 +105,19 @@ def add_expert(
         f"'{task}' was added, from {opened.source or 'a live model'}"
         f"{f' @ {opened.revision}' if opened.revision else ''} (licence: {plan.licences[task]})",
     )
+
+
+def _base(folder: Path, given: Any, token: Any, trusted: dict[str, bool]) -> Checkpoint:
+    """The base of a merge: as it is given, or as its recipe names it."""
+    spec = given or load_recipe(folder / RECIPE_FILE).get("base")
+    try:
+        return open_checkpoint(resolve_source(spec, "the base", token, **trusted))
+    except HfEsmError as error:
+        if given:
+            raise
+        raise HfEsmError(
+            f"An expert's directions are those of its update over the base. {error} Give `base`."
+        ) from None
 
 
 def _statistics(task: str, source: ModelSource, given: Any) -> ActivationStatistics:

@@ -201,6 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
     add.add_argument("model", help="folder or Hub id of the routed model")
     add.add_argument("--expert", required=True, metavar="TASK=MODEL", help="the new task and its expert")
     add.add_argument("--statistics", help="its statistics (default: the file beside the expert's weights)")
+    add.add_argument("--base", help="what it was tuned from (default: the base that the recipe of the model names)")
     add.add_argument("-o", "--output", required=True, help="folder to write the larger model to")
     _add_trust(add)
 

@@ -198,7 +198,7 @@ def run_export(given: argparse.Namespace) -> None:
 def run_add(given: argparse.Namespace) -> None:
     ((task, expert),) = _pairs([given.expert], "--expert").items()
     model = _load_routed(given)
-    larger = model.add_expert(task, expert, given.statistics, output_dir=given.output)
+    larger = model.add_expert(task, expert, given.statistics, output_dir=given.output, base=given.base)
     _say(f"{larger.folder}: {', '.join(larger.tasks)}")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
@@ -36,21 +36,28 @@ from .weights import is_routable, to_matrices
 
 FOLDER = "routed"
 FEATURES = "router_features.safetensors"
+ROUTER_SETTINGS = ("top_k", "mixing_temperature", "confidence")
 
 
 def expert_factors(
-    residual: Tensor, inputs: Optional[InputStatistics], rank: int, tolerance: float = 0.0
+    residual: Tensor,
+    inputs: Optional[InputStatistics],
+    rank: int,
+    tolerance: float = 0.0,
+    update: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
-    """One task's expert of one linear map: `A [r, d_in]` and `B [d_out, r]`, float32, with `B A ≈ residual`.
+    """One task's expert of one linear map: `A [r, d_in]` and `B [d_out, r]`, float32, with `B A = B Bᵀ residual`.
 
-    `B` are the leading essential directions of the residual `W_t − W_M`, `A` its coordinates; without statistics of
-    the inputs, its leading singular vectors. Directions that are not there are zero, so that the ranks of all tasks
-    agree.
+    `B` are the leading essential directions of the expert's own `update` `W_t − W_0`, so that along them the map gives
+    what the expert's does; without one, of the residual `W_t − W_M` itself, which `B A` then comes nearest to. Without
+    statistics of the inputs, they are leading singular vectors. Directions that are not there are zero, so that the
+    ranks of all tasks agree.
     """
+    shift = residual if update is None else update
     if inputs is None:
-        directions, _, _ = truncated_svd(residual, rank, tolerance)
+        directions, _, _ = truncated_svd(shift, rank, tolerance)
     else:
-        directions = essential_subspace(inputs.factor, residual, rank, tolerance=tolerance).directions
+        directions = essential_subspace(inputs.factor, shift, rank, tolerance=tolerance).directions
     a, b = torch.zeros(rank, residual.shape[1]), torch.zeros(residual.shape[0], rank)
     found = directions.shape[1]
     a[:found], b[:, :found] = directions.T @ residual.to(directions.dtype), directions
@@ -76,7 +83,8 @@ class RoutedExperts:
         features: per task, what every block reads: `[N_t, d_in]` by the module's name, in the order in which they run.
         router: name of the router.
         depth: share of the blocks that run before the router decides.
-        confidence: probability that a task needs for a sample to get its expert.
+        settings: of the router: `top_k`, `mixing_temperature`, `confidence`.
+        expert_directions: what the directions of `factors` were taken of, for an expert that comes later.
         shift: by module, how much farther the merged model's mean feature is than the base's, which brings near what
             statistics say of another task; empty where the features are the base's own.
     """
@@ -87,7 +95,8 @@ class RoutedExperts:
     features: dict[str, dict[str, Tensor]]
     router: str = "discriminant"
     depth: float = 1 / 3
-    confidence: float = 0.85
+    settings: dict[str, Any] = field(default_factory=dict)
+    expert_directions: str = "residual"
     shift: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, folder: Path, model: PreTrainedModel, base_fingerprint: Optional[dict[str, str]] = None) -> None:
@@ -103,9 +112,9 @@ class RoutedExperts:
             target_modules=list(ranks),
             router=self.router,
             readers=readers,
-            confidence=self.confidence,
             base_fingerprint=base_fingerprint or fingerprint(model, ranks),
             inference_mode=True,
+            **self.settings,
             **settings,
         )
         tensors |= {f"{module}.routed_experts_A": a for module, (a, _) in self.factors.items()}
@@ -113,10 +122,11 @@ class RoutedExperts:
         write_adapter(folder, config, tensors, type(model))
         rows = {f"{task}/{module}": rows for task, found in self.features.items() for module, rows in found.items()}
         rows |= {f"/{module}": shift for module, shift in self.shift.items()}
+        header = {"modules": self.modules, "depth": self.depth, "expert_directions": self.expert_directions}
         save_file(
             {name: tensor.contiguous() for name, tensor in rows.items()},
             folder / FEATURES,
-            {"header": json.dumps({"modules": self.modules, "depth": self.depth})},  # two keys have no order
+            {"header": json.dumps(header)},  # one key: several have no order
         )
 
     @property
@@ -151,7 +161,7 @@ def load_experts(folder: Path) -> RoutedExperts:
     config = PeftConfig.from_pretrained(str(folder / FOLDER))
     with safe_open(folder / FOLDER / FEATURES, "pt") as file:
         header = json.loads(file.metadata()["header"])
-        modules, depth = header["modules"], header["depth"]
+        modules = header["modules"]
         features = {task: {module: file.get_tensor(f"{task}/{module}") for module in modules} for task in config.tasks}
         shift = {key[1:]: file.get_tensor(key) for key in file.keys() if key.startswith("/")}
     held: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -160,7 +170,17 @@ def load_experts(folder: Path) -> RoutedExperts:
         held[name][module] = tensor
     factors = {module: (a, held["routed_experts_B"][module]) for module, a in held["routed_experts_A"].items()}
     prototypes = held["routed_experts_prototypes"]
-    return RoutedExperts(config.tasks, factors, prototypes, features, config.router, depth, config.confidence, shift)
+    return RoutedExperts(
+        config.tasks,
+        factors,
+        prototypes,
+        features,
+        config.router,
+        header["depth"],
+        {name: getattr(config, name) for name in ROUTER_SETTINGS},
+        header["expert_directions"],
+        shift,
+    )
 
 
 def decompose_experts(
@@ -188,9 +208,12 @@ def decompose_experts(
         found, means = [], []
         for task, expert in plan.experts.items():
             (residual,) = to_matrices(residual_update(expert, name, weight).to(device), linear)
+            update = None
+            if method.directions == "update":
+                (update,) = to_matrices(expert.update(name, base.tensor(name)).to(device), linear)
             inputs = statistics[task][name].to(device) if method.needs_statistics else None
             kept = method.expert_rank(residual.shape, len(plan.experts))
-            found.append(expert_factors(residual, inputs, kept, method.tolerance))
+            found.append(expert_factors(residual, inputs, kept, method.tolerance, update))
             if inputs is not None:
                 means.append(torch.nn.functional.normalize(inputs.mean, dim=0).cpu())
         module = base.names[name].removesuffix(".weight")
@@ -215,8 +238,10 @@ def _assemble(
     modules = {name: base.names[name].removesuffix(".weight") for found in features.values() for name in found}
     by_module = {task: {modules[name]: rows for name, rows in found.items()} for task, found in features.items()}
     experts = RoutedExperts(list(plan.experts), factors, prototypes, by_module, method.router)
+    experts.expert_directions = method.directions
     if method.router == "discriminant":
-        experts.depth, experts.confidence = method.depth, method.confidence
+        experts.depth = method.depth
+        experts.settings = {name: getattr(method, name) for name in ROUTER_SETTINGS}
         experts.shift = {modules[name]: rows for name, rows in shift.items()}
     return experts
 

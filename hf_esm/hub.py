@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -46,7 +46,7 @@ class Prediction:
         label: that task's label.
         score: the label's probability; of a task with several labels per sample, the likeliest one's own; of a task
             with one value, the value.
-        sure: whether the task's expert was added; False where the router was not sure enough.
+        sure: whether the task was given, or is likely enough to count as found.
     """
 
     task: str
@@ -64,7 +64,9 @@ class Explanation:
         probabilities: by task; for a prototype router, the share of layers that voted for it.
         distance: in units of what is still believed to be one of the tasks; None if the router knows none.
         layers: the task that every deciding module chose.
-        sure: whether the expert of `likeliest` was added.
+        sure: whether `likeliest` is likely enough to count as found, and the sample near enough to the tasks.
+        weights: by task, in steps of 1/256, how much of its expert is added; what is left to one is the static model's. A prototype
+            router's experts are in `layers`.
     """
 
     task: str
@@ -72,6 +74,7 @@ class Explanation:
     distance: Optional[float]
     layers: dict[str, str]
     sure: bool = True
+    weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def likeliest(self) -> str:
@@ -238,7 +241,7 @@ class RoutedModel:
                 config = self.task_model(task).config
                 scores, labels = _probabilities(logits.float(), config).max(-1), config.id2label
                 for at, row in enumerate(rows):
-                    sure = decision is None or decision.route.weights is None or bool(decision.route.weights[row])
+                    sure = decision is None or self._is_sure(decision, row)
                     label = labels[int(scores.indices[at])]
                     found[chosen[row]] = Prediction(task, label, float(scores.values[at]), sure)
         return found
@@ -279,7 +282,7 @@ class RoutedModel:
         return None, [self.tasks[i] for i in votes]
 
     def _explain(self, records: list[tuple[str, str, Decision]], row: int) -> Explanation:
-        layers = {module: self.tasks[int(found.route.experts[row])] for _, module, found in records}
+        layers = {module: self.tasks[int(found.probabilities[row].argmax())] for _, module, found in records}
         if self.config.router == "prototype":
             counts = {task: list(layers.values()).count(task) / len(layers) for task in self.tasks}
             return Explanation(max(counts, key=counts.get), counts, None, layers)
@@ -287,7 +290,14 @@ class RoutedModel:
         likely = dict(zip(self.tasks, decision.probabilities[row].tolist(), strict=True))
         distance = None if decision.distance is None else float(decision.distance[row])
         task = "none" if distance is not None and distance > 1 else max(likely, key=likely.get)
-        return Explanation(task, likely, distance, layers, bool(decision.route.weights[row]))
+        added = zip(decision.route.experts[row].tolist(), decision.route.weights[row].tolist(), strict=True)
+        weights = {self.tasks[expert]: weight for expert, weight in added if weight}
+        return Explanation(task, likely, distance, layers, self._is_sure(decision, row), weights)
+
+    def _is_sure(self, decision: Decision, row: int) -> bool:
+        """Whether a discriminant router found the sample's task."""
+        near = decision.distance is None or bool(decision.distance[row] <= 1)
+        return near and bool(decision.probabilities[row].max() >= self.config.confidence)
 
     def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
         """Write the whole model, with its experts as they are now, to a folder that appears when it is whole."""
@@ -360,20 +370,29 @@ class RoutedModel:
         }
 
     def add_expert(
-        self, task: str, expert: Any, statistics: Any = None, *, output_dir: str | os.PathLike, token: Any = None
+        self,
+        task: str,
+        expert: Any,
+        statistics: Any = None,
+        *,
+        output_dir: str | os.PathLike,
+        base: Any = None,
+        token: Any = None,
     ) -> "RoutedModel":
-        """One more task, from its expert and its statistics alone; the static model stays as it is.
+        """One more task, from its expert, its statistics and the base; the static model stays as it is.
 
         Args:
             expert: as `merge_models` takes it; of the same architecture as the merged model.
             statistics: `ActivationStatistics`, or a path of such, collected with `base=`; by default what stands
                 beside the expert's weights. Not needed by a model of method `tsv-c`.
             output_dir: folder to write the larger model to.
+            base: what the expert was tuned from, by default the base that the recipe names; of a LoRA adapter, its
+                own. Read where the experts' directions are of their updates (`expert_directions`).
         """
         self._refuse_trained("add_expert")
         static, trusted = self.model.get_base_model(), self._loading.get("trust_remote_code", False)
         folder = add_expert(
-            self.folder, static, self.config, task, expert, statistics, Path(output_dir), token, trusted
+            self.folder, static, self.config, task, expert, statistics, Path(output_dir), token, trusted, base
         )
         return type(self).from_pretrained(folder, **self._loading)
 

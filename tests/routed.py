@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_esm import HfEsmError
 from hf_esm.calibration import pooled_inputs
 from hf_esm.experts import RoutedExperts
-from hf_esm.tuners.routed import Decision, RoutedExpertsLayer, recording
+from hf_esm.tuners.routed import Decision, Route, RoutedExpertsLayer, recording
 from hf_esm.weights import canonical_names
 
 
@@ -64,6 +64,7 @@ def save_adapter(
     router: str,
     base_name: Optional[str] = None,
     seed: int = 0,
+    depth: float = 1 / 3,
     **settings: Any,
 ) -> RoutedExperts:
     """Write an adapter of random experts; its router is made from the tasks' samples. Returns what was written."""
@@ -84,8 +85,7 @@ def save_adapter(
         a = torch.randn(len(TASKS), RANK, width, generator=generator) * width**-0.5
         factors[name] = a, torch.randn(len(TASKS), height, RANK, generator=generator) * 0.3
         prototypes[name] = torch.stack([F.normalize(x[f"{name}.weight"].mean(0), dim=0).float() for x in inputs])
-    settings = {"confidence": 0.5, **settings}
-    experts = RoutedExperts(list(TASKS), factors, prototypes, features, router, **settings)
+    experts = RoutedExperts(list(TASKS), factors, prototypes, features, router, depth, settings)
     experts.save(folder, model)
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base_name}))
@@ -128,13 +128,16 @@ def recorded(model: nn.Module, **inputs: Any) -> tuple[Any, dict[tuple[str, str]
 
 
 def chosen(decisions: dict[tuple[str, str], Decision]) -> dict[tuple[str, str], list]:
-    """Per decision, every sample's expert, None for those that get none."""
-    found = {}
-    for key, decision in decisions.items():
-        experts, weights = decision.route
-        weights = torch.ones(len(experts)) if weights is None else weights
-        found[key] = [expert if weight else None for expert, weight in zip(experts.tolist(), weights.tolist())]
-    return found
+    """Per decision, every sample's likeliest expert, None for those that get none."""
+    return {key: [next(iter(given), None) for given in shares(decision.route)] for key, decision in decisions.items()}
+
+
+def shares(route: Route) -> list[dict[int, float]]:
+    """Every sample's experts, the likeliest first, and how much of each is added."""
+    experts = route.experts.reshape(len(route.experts), -1)
+    weights = torch.ones(experts.shape) if route.weights is None else route.weights.reshape(experts.shape)
+    rows = zip(experts.tolist(), weights.tolist(), strict=True)
+    return [{e: w for e, w in zip(*row, strict=True) if w} for row in rows]
 
 
 def rebuilt(architecture: Architecture, **settings: Any) -> PreTrainedModel:
@@ -159,7 +162,7 @@ def write_cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleNam
         folder, base = tmp_path_factory.mktemp(name), rebuilt(architecture)
         at = save(base, folder / "base")
         written = {
-            router: save_adapter(base, architecture, folder / router, router, at, i, depth=0.4, confidence=0.95)
+            router: save_adapter(base, architecture, folder / router, router, at, i, depth=0.4)
             for i, router in enumerate(ROUTERS)
         }
         samples = [task_samples(architecture, (TASKS * 2)[i], seed=3)[i] for i in range(5)]

@@ -5,7 +5,7 @@ texts that tell the tasks apart; and the ESM++ models made of them.
 import copy
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import reference
 import torch
@@ -27,7 +27,9 @@ GPT2 = Architecture(
 )
 VIT = Architecture("ViTModel", SMALL | {"image_size": 16, "patch_size": 4})
 FULL = 64  # a rank above all widths
-quiet = functools.partial(merge_models, progress=False, method="esm++")
+# Of full rank, such experts give what they gave as models.
+EXACT = {"name": "esm++", "expert_directions": "residual"}
+quiet = functools.partial(merge_models, progress=False, method=EXACT)
 
 
 def task_texts(task: str, seed: int = 0, count: int = 16) -> list[str]:
@@ -101,11 +103,13 @@ def logits(model: PreTrainedModel, samples: list[dict[str, Tensor]]) -> Tensor:
     return torch.cat([model(**{name: value[None] for name, value in s.items()}).logits for s in samples])
 
 
-def assert_expert(a: Tensor, b: Tensor, x: Tensor, residual: Tensor, rank: int) -> None:
-    """`B` are the leading essential directions of the residual, and `A` its coordinates."""
-    directions, _, coordinates = reference.esd(x, residual, rank)
+def assert_expert(
+    a: Tensor, b: Tensor, x: Tensor, residual: Tensor, rank: int, update: Optional[Tensor] = None
+) -> None:
+    """`B` are leading essential directions, of the update or the residual, and `A` the residual's coordinates."""
+    directions, *_ = reference.esd(x, residual if update is None else update, rank)
     assert a.shape[0] == b.shape[1] == rank
-    assert relative_error(b.double() @ a.double(), directions @ coordinates) < 1e-4
+    assert relative_error(b.double() @ a.double(), directions @ directions.T @ residual) < 1e-4
     kept = b.norm(dim=0) > 0
     assert int(kept.sum()) == directions.shape[1]
     assert torch.allclose(b.T @ b, torch.diag(kept.float()), atol=1e-5)

@@ -60,6 +60,30 @@ def test_an_added_expert_is_found_and_has_its_head(larger):
         assert torch.allclose(logits(larger.task_model("c"), samples), logits(expert("c"), samples), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["update", "residual"])
+def test_an_added_experts_directions_are_as_the_others(models, statistics, tmp_path, kind):
+    base = shutil.copytree(models / "base", tmp_path / "base")
+    experts, calibration = {task: models / task for task in "ab"}, {task: task_texts(task) for task in "ab"}
+    method = {"name": "esm++", "rank": 4, "expert_directions": kind}
+    quiet(base, experts, calibration=calibration, method=method, output_dir=tmp_path / "out")
+    shutil.rmtree(base)  # another machine has it elsewhere
+    model, given = RoutedModel.from_pretrained(tmp_path / "out"), {}
+    if kind == "update":
+        for wrong, says in ((None, "Give `base`"), (models / "c", "equals the base")):
+            with pytest.raises(HfEsmError, match=says):
+                model.add_expert("c", models / "c", statistics["c"], output_dir=tmp_path / "no", base=wrong)
+            assert not (tmp_path / "no").exists()
+        given = {"base": models / "base"}
+    larger = model.add_expert("c", models / "c", statistics["c"], output_dir=tmp_path / "larger", **given)
+    own, before = expert("c").state_dict(), base_model().state_dict()
+    static, found = AutoModel.from_pretrained(larger.folder).state_dict(), adapter(larger.folder)
+    for module in CHECKED:
+        weight = own[f"bert.{module}.weight"].double()
+        update = weight - before[f"{module}.weight"] if kind == "update" else None
+        a, b = (found[f"{module}.routed_experts_{part}"][2] for part in "AB")
+        assert_expert(a, b, inputs("c")[f"bert.{module}.weight"], weight - static[f"{module}.weight"], 4, update)
+
+
 def test_an_added_lora_expert_stands_on_its_own_base(models, routed, tmp_path):
     adapted = lora_adapter(base_model(), "c", str(models / "base"))
     adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=False)

@@ -23,6 +23,7 @@ from routed import (
     passed,
     pooled,
     recorded,
+    shares,
     write_cases,
 )
 from torch import Tensor
@@ -44,24 +45,24 @@ def test_every_module_gives_the_formula(cases, kind, router):
     case = cases[kind]
     model = loaded(case, router)
     _, decisions = recorded(model, **case.batch)
-    routes = chosen(decisions)
+    routes = {key: shares(decision.route) for key, decision in decisions.items()}
     experts = case.written[router]
     seen = passed(model.get_base_model(), case, list(experts.factors))
     assert len(seen) == len(experts.factors) > 7 and len({str(found) for found in routes.values()}) > len(routes) // 4
-    tasks: list = [None] * len(case.samples)
+    tasks: list = [{}] * len(case.samples)
     for name, (x, found) in seen.items():  # in the order in which they ran
         base, (a, b) = case.base.get_submodule(name), experts.factors[name]
         weight = base.weight.double().T if isinstance(base, Conv1D) else base.weight.double()
         if router == "prototype":
             prototypes, means = experts.prototypes[name].double(), pooled(x, case.batch["attention_mask"])
             cosines = (means @ prototypes.T) / means.norm(dim=1, keepdim=True) / prototypes.norm(dim=1)
-            assert routes[router, name] == cosines.argmax(1).tolist()
+            assert routes[router, name] == [{expert: 1.0} for expert in cosines.argmax(1).tolist()]
             torch.testing.assert_close(decisions[router, name].probabilities.double(), cosines, rtol=1e-4, atol=1e-5)
         tasks = routes.get((router, name), tasks)  # a discriminant's, from where it decided on
-        for i, task in enumerate(tasks):
+        for i, given in enumerate(tasks):
             expected = x[i] @ weight.T + (0 if base.bias is None else base.bias.double())
-            if task is not None:
-                expected = expected + (x[i] @ a[task].double().T) @ b[task].double().T
+            for task, weighted in given.items():
+                expected = expected + weighted * (x[i] @ a[task].double().T) @ b[task].double().T
             assert relative_error(found[i], expected) < 1e-5, (name, i)
 
 
@@ -83,10 +84,13 @@ def test_the_discriminant_decides_by_its_distances(cases, kind):
     assert key == ("discriminant", config.readers[-1])
     torch.testing.assert_close(decision.probabilities.double(), probabilities, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(decision.distance.double() * fitted.threshold, distance, rtol=1e-3, atol=1e-3)
-    sure, known = probabilities.max(1).values >= config.confidence, distance <= fitted.threshold
-    assert not known[-1] and sure[-1] and known[:-1].all() and not sure.all() and sure[:-1].any()
-    expected = [task if good else None for task, good in zip(near.argmin(1).tolist(), sure & known)]
-    assert chosen(decisions)[key] == expected and len({*expected}) > 2
+    known, weights = distance <= fitted.threshold, torch.softmax(-near / 2 / fitted.temperature / 2, dim=1)
+    assert not known[-1] and known[:-1].all()
+    for weight, near_enough, given in zip(weights, known, shares(decision.route), strict=True):
+        expected = weight.topk(2).indices.tolist() if near_enough else []
+        assert list(given) == expected
+        assert list(given.values()) == pytest.approx((256 * weight[expected]).round().div(256).tolist(), abs=1e-6)
+    assert len({*chosen(decisions)[key]}) > 2
 
 
 def literal_lda(x: Tensor, y: Tensor, shrinkage: float, queries: Tensor) -> Tensor:
@@ -202,6 +206,21 @@ def test_factors_are_the_essential_directions_of_the_residual(seed, shape, rank)
     assert relative_error(b.double() @ a.double(), directions @ coordinates) < 1e-4
     assert relative_error(b[:, :there].T.double() @ b[:, :there].double(), torch.eye(there)) < 1e-5
     assert not a[there:].any() and not b[:, there:].any() and (rank < 40 or there < 40)
+
+
+@seeds
+@shapes
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("rank", [1, 4, 40])
+def test_factors_give_along_the_updates_directions_what_the_expert_gives(seed, shape, calibrated, rank):
+    (update, residual, *_), (x, *_) = random_problem(seed, shape)
+    a, b = expert_factors(residual, exact(x) if calibrated else None, rank, update=update)
+    seen = x.double() if calibrated else torch.eye(update.shape[1], dtype=torch.float64)
+    directions, *_ = reference.esd(seen, update, rank)
+    expected = directions @ directions.T @ residual.double()
+    assert relative_error(b.double() @ a.double(), expected) < 1e-4
+    unchanged, _ = expert_factors(residual, exact(x), rank, update=torch.zeros_like(update))
+    assert unchanged.shape == a.shape and not unchanged.any()
 
 
 @seeds

@@ -16,6 +16,7 @@ from datasets import Dataset
 from helpers import image_samples, save, token_inputs
 from peft import PeftModel
 from routed_toys import (
+    EXACT,
     FULL,
     GPT2,
     VIT,
@@ -93,15 +94,16 @@ def test_factors_and_prototypes_are_the_literal_formulas(small):
 def test_adapters_of_lora_experts_hold_what_the_merge_lost_of_them(models, tmp_path):
     adapted = lora_adapter(base_model(), "b", str(models / "base"))
     adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
-    given = {"calibration": {task: task_texts(task) for task in "ab"}, "rank": 4}
+    given = {"calibration": {task: task_texts(task) for task in "ab"}, "rank": 4, "method": "esm++"}
     quiet(models / "base", {"a": models / "a", "b": tmp_path / "lora"}, output_dir=tmp_path / "out", **given)
     static, found, own = AutoModel.from_pretrained(tmp_path / "out").state_dict(), adapter(tmp_path / "out"), adapted
     own = own.merge_and_unload()
     x = token_inputs(own, encoded(task_texts("b")), BERT)
     for module in CHECKED:
         residual = own.state_dict()[f"bert.{module}.weight"].double() - static[f"{module}.weight"].double()
+        update = own.state_dict()[f"bert.{module}.weight"].double() - base_model().state_dict()[f"{module}.weight"]
         a, b = (found[f"{module}.routed_experts_{kind}"][1] for kind in "AB")
-        assert_expert(a, b, x[f"bert.{module}.weight"], residual, 4)
+        assert_expert(a, b, x[f"bert.{module}.weight"], residual, 4, update)
 
 
 def test_the_recipe_repeats_the_merge(merged, tmp_path):
@@ -124,7 +126,7 @@ def test_a_merge_in_bfloat16_has_experts_in_float32(models, tmp_path):
 
 def test_a_router_of_the_base_needs_no_samples(models, statistics, tmp_path):
     """From samples, with the base run over them; from statistics alone that hold what the base read."""
-    by_hand = {"name": "esm++", "router_features": "base"}
+    by_hand = {**EXACT, "router_features": "base"}
     merge_bert(models, tmp_path / "samples", method=by_hand)
     merge_bert(models, tmp_path / "statistics", calibration={t: statistics[t] for t in "ab"})
     assert equal(adapter(tmp_path / "samples"), adapter(tmp_path / "statistics"))
@@ -471,7 +473,15 @@ def test_explanations(models, routed, small, tmp_path):
         assert e.layers == {reader: e.likeliest}
         assert (e.task == "none") == (e.distance > 1)
     assert [e.task for e in found[32:]].count("none") > 12  # of a task that nobody knows
-    assert not any(e.sure for e in found if e.task == "none")
+    assert not any(e.sure or e.weights for e in found if e.task == "none")
+    assert {e.sure for e in found} == {True, False}
+    for e in found:
+        if e.task != "none":
+            assert e.sure == (e.probabilities[e.task] >= routed.config.confidence)
+            flatter = {task: probability**0.5 for task, probability in e.probabilities.items()}
+            expected = {task: part / sum(flatter.values()) for task, part in flatter.items()}
+            expected = {task: part for task, part in expected.items() if part > 1 / 512}
+            assert next(iter(e.weights)) == e.task and e.weights == pytest.approx(expected, abs=1 / 500)
     votes = RoutedModel.from_pretrained(small).explain(MIXED)
     assert [e.task for e in votes] == ["a", "b"] * 16
     for e in votes:

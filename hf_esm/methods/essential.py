@@ -150,7 +150,11 @@ class EssentialMerge(MergeMethod):
 class RoutedMerge(EssentialMerge):
     """ESM++: the static ESM model, beside it an expert per task and linear map, and a router (arXiv 2606.19164).
 
-    Settings are those of ESM, for the static model, and the following.
+    Settings are those of ESM, for the static model, and the following. Beside the published router there is one that
+    decides once per sample and adds the experts of the likeliest tasks, each by how likely its task is. For it, an
+    expert's directions are those of the expert's own update: within them the routed model answers as the expert does,
+    outside of them as the merged model, so that an expert of the wrong task does a quarter of the harm. The published
+    directions, of what the merged model lacks (`residual`), are half a point better where the task is known.
     """
 
     name: ClassVar[str] = "esm++"
@@ -166,8 +170,23 @@ class RoutedMerge(EssentialMerge):
     depth: float = field(
         default=1 / 3, metadata={"help": "share of the blocks that run before the discriminant router decides"}
     )
+    top_k: int = field(
+        default=2,
+        metadata={"help": "experts that the discriminant router adds to a sample at most"},
+    )
+    mixing_temperature: float = field(
+        default=2.0,
+        metadata={"help": "temperature of the weights that they are added with, over that of the probabilities"},
+    )
     confidence: float = field(
-        default=0.85, metadata={"help": "probability that a task needs for its expert to be added"}
+        default=0.85, metadata={"help": "probability from which on a sample's task counts as found"}
+    )
+    expert_directions: str = field(
+        default="",
+        metadata={
+            "help": "what an expert's directions are taken of: update, of the expert's own; residual, of what the "
+            "merged model lacks, as published; by default, update for the discriminant router, else residual"
+        },
     )
     router_features: str = field(
         default="merged",
@@ -177,14 +196,27 @@ class RoutedMerge(EssentialMerge):
     def __post_init__(self) -> None:
         super().__post_init__()
         routers = ("discriminant", "prototype", "oracle", "static")
-        for setting, allowed in (("router", routers), ("router_features", ("merged", "base"))):
+        for setting, allowed in (
+            ("router", routers),
+            ("router_features", ("merged", "base")),
+            ("expert_directions", ("update", "residual", "")),
+        ):
             if getattr(self, setting) not in allowed:
-                raise HfEsmError(f"esm++: {setting} is {', '.join(allowed)}, not {getattr(self, setting)!r}.")
-        if self.rank < 1:
-            raise HfEsmError(f"esm++: rank must be 1 or more, not {self.rank}.")
+                listed = ", ".join(filter(None, allowed))
+                raise HfEsmError(f"esm++: {setting} is {listed}, not {getattr(self, setting)!r}.")
+        for setting in ("rank", "top_k"):
+            if getattr(self, setting) < 1:
+                raise HfEsmError(f"esm++: {setting} must be 1 or more, not {getattr(self, setting)}.")
+        if not self.mixing_temperature > 0:
+            raise HfEsmError(f"esm++: mixing_temperature must be above 0, not {self.mixing_temperature}.")
         for setting in ("depth", "confidence"):
             if not 0 <= getattr(self, setting) <= 1:
                 raise HfEsmError(f"esm++: {setting} must be between 0 and 1, not {getattr(self, setting)}.")
+
+    @property
+    def directions(self) -> str:
+        """`expert_directions`, or what they are by default."""
+        return self.expert_directions or ("update" if self.router == "discriminant" else "residual")
 
     def expert_rank(self, shape: torch.Size, tasks: int) -> int:
         """Rank of one expert of a map `[d_out, d_in]`."""

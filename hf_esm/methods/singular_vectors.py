@@ -75,6 +75,7 @@ class TSVC(MergeMethod):
     name: ClassVar[str] = "tsv-c"
     tunable: ClassVar[bool] = False
     router: ClassVar[str] = "static"
+    directions: ClassVar[str] = "residual"
 
     rank: int = field(default=0, metadata={"help": "triplets kept per expert and linear map; 0: min(d) / T"})
     tolerance: float = field(default=0.0, metadata={"help": TOLERANCE})

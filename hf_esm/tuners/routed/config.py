@@ -11,7 +11,7 @@ from ..registration import HfEsmPeftType
 
 DECIDING = ("prototype", "discriminant")
 ROUTERS = (*DECIDING, "oracle", "static")
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass
@@ -29,8 +29,11 @@ class RoutedExpertsConfig(PeftConfig):
             names the task of every sample, and it is an error if not. `"static"`: no expert where none is named.
         readers: the modules that the discriminant router reads, in the order in which they run; the last decides.
         directions: number `K` of directions that it reads along.
-        confidence: probability that a task needs for a sample to get its expert; the static model serves the others.
+        top_k: experts that a discriminant router adds to a sample at most: those of the likeliest tasks.
         temperature: of the probabilities.
+        mixing_temperature: what `temperature` is multiplied by for the weights that experts are added with; what the
+            weights lack to one is the static model's share.
+        confidence: probability from which on a task counts as found.
         threshold: distance beyond which a sample is taken for none of the tasks and gets no expert.
         base_fingerprint: of the weights below the experts, by dtype; see `fingerprint`.
         format_version: of the adapter.
@@ -44,8 +47,10 @@ class RoutedExpertsConfig(PeftConfig):
     router: str = field(default="discriminant", metadata={"help": f"how experts are chosen: {', '.join(ROUTERS)}"})
     readers: list[str] = field(default_factory=list, metadata={"help": "modules that the router reads"})
     directions: int = field(default=0, metadata={"help": "directions that the router reads along"})
-    confidence: float = field(default=0.85, metadata={"help": "probability that a task needs for its expert"})
+    top_k: int = field(default=2, metadata={"help": "experts that a sample gets at most"})
     temperature: float = field(default=1.0, metadata={"help": "of the tasks' probabilities"})
+    mixing_temperature: float = field(default=2.0, metadata={"help": "of the experts' weights, over that one"})
+    confidence: float = field(default=0.85, metadata={"help": "probability from which on a task counts as found"})
     threshold: Optional[float] = field(default=None, metadata={"help": "distance from which a sample is of no task"})
     base_fingerprint: Optional[dict[str, str]] = field(
         default=None, metadata={"help": "of the weights below the experts"}
@@ -60,7 +65,8 @@ class RoutedExpertsConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         if self.format_version != FORMAT_VERSION:
             raise HfEsmError(
-                f"Routed experts of format version {self.format_version}; this hf_esm reads {FORMAT_VERSION}. Upgrade."
+                f"Routed experts of format version {self.format_version}; this hf_esm reads {FORMAT_VERSION}. "
+                f"{'Upgrade' if self.format_version > FORMAT_VERSION else 'Merge again'}."
             )
         if self.router not in ROUTERS:
             raise HfEsmError(f"There is no router {self.router!r}; there are {', '.join(ROUTERS)}.")

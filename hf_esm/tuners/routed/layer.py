@@ -100,7 +100,7 @@ class RoutedExpertsLayer(BaseTunerLayer):
 
 
 class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
-    """`y = x Wᵀ + b + w (x A_tᵀ) B_tᵀ` with each sample's own `t` and `w`, for `nn.Linear` and `Conv1D`, in the
+    """`y = x Wᵀ + b + Σ w (x A_tᵀ) B_tᵀ` over each sample's own `t` and `w`, for `nn.Linear` and `Conv1D`, in the
     precision of `y`.
     """
 
@@ -150,11 +150,13 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         rows, (experts, weights) = rows.to(result.dtype), route.for_batch(rows.shape[0]).to(rows.device)
         if grouping_pays(experts, a, b):
             return result + add_by_expert(rows, a, b, experts, weights).reshape(result.shape)
-        hidden = torch.bmm(rows, a[experts].to(rows.dtype).mT)
-        if weights is not None:
-            hidden = hidden * weights.to(hidden.dtype)[:, None, None]
-        beside = result.reshape(*hidden.shape[:2], -1)
-        return torch.baddbmm(beside, hidden, b[experts].to(rows.dtype).mT).reshape(result.shape).to(result.dtype)
+        added = result.reshape(*rows.shape[:2], -1)
+        for nth, expert in enumerate(_listed(experts).unbind(1)):
+            hidden = torch.bmm(rows, a[expert].to(rows.dtype).mT)
+            if weights is not None:
+                hidden = hidden * _listed(weights)[:, nth, None, None].to(hidden.dtype)
+            added = torch.baddbmm(added, hidden, b[expert].to(rows.dtype).mT)
+        return added.reshape(result.shape).to(result.dtype)
 
     def _route(self, adapter: str, frame: Frame, rows: Tensor, x: Tensor) -> Optional[Route]:
         config, local = self.configs[adapter], self.state.local
@@ -207,7 +209,9 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
             frame.decisions[adapter] = self._decide(adapter, found)
 
     def _decide(self, adapter: str, found: Tensor) -> Decision:
-        """Probabilities of the tasks under normal distributions of one covariance, and the distance from all."""
+        """Probabilities of the tasks under normal distributions of one covariance, and the distance from all; the
+        likeliest tasks' experts, each by a flatter probability, so that what is left is the static model's.
+        """
         config = self.configs[adapter]
         precision, offset = self.routed_experts_precision[adapter].float()
         along = found[:, :-2] - offset[:-1]
@@ -215,12 +219,13 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         apart = along[:, None] - self.routed_experts_classes[adapter].float()
         distances = apart.square() @ precision[:-1]
         probabilities = torch.softmax(distances / (-2 * config.temperature), dim=-1)
-        likeliest, experts = probabilities.max(-1)
-        sure, distance = likeliest >= config.confidence, None
+        flatter = torch.softmax(distances / (-2 * config.temperature * config.mixing_temperature), dim=-1)
+        weights, experts = flatter.topk(min(config.top_k, len(config.tasks)), dim=-1)
+        weights, distance = (256 * weights).round() / 256, None  # the same whatever the last bits, and in bfloat16
         if config.threshold is not None:
             distance = (distances.min(-1).values + beside * precision[-1]) / config.threshold
-            sure = sure & (distance <= 1)
-        return Decision(Route(experts, sure.float()), probabilities, distance)
+            weights = weights * (distance <= 1)[:, None]
+        return Decision(Route(experts, weights), probabilities, distance)
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         raise HfEsmError(NOT_MERGEABLE)
@@ -235,23 +240,30 @@ def grouping_pays(experts: Tensor, a: Tensor, b: Tensor) -> bool:
     """
     if experts.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    copied = len(experts) * (a[0].nbytes + b[0].nbytes)
-    return copied > _COPIED or len(experts) > _SHARED * len(experts.unique())
+    copied = experts.numel() * (a[0].nbytes + b[0].nbytes)
+    return copied > _COPIED or experts.numel() > _SHARED * len(experts.unique())
 
 
 def add_by_expert(rows: Tensor, a: Tensor, b: Tensor, experts: Tensor, weights: Optional[Tensor]) -> Tensor:
-    """`w (x A_tᵀ) B_tᵀ` `[B, L, d_out]` of every sample of `rows` `[B, L, d_in]`, one expert after the other, without
-    the samples that get none (`w = 0`).
+    """`Σ w (x A_tᵀ) B_tᵀ` `[B, L, d_out]` of every sample of `rows` `[B, L, d_in]`, one expert after another,
+    without the samples that it is not added to.
     """
     added = rows.new_zeros(*rows.shape[:2], b.shape[1])
     for expert in experts.unique().tolist():
-        of_it = experts == expert
-        own = (of_it if weights is None else of_it & (weights != 0)).nonzero()[:, 0]
+        of_it = _listed(experts) == expert
+        shares = (of_it if weights is None else of_it * _listed(weights)).sum(1)
+        own = shares.nonzero()[:, 0]
         hidden = rows[own] @ a[expert].to(rows.dtype).mT
         if weights is not None:
-            hidden = hidden * weights[own].to(hidden.dtype)[:, None, None]
-        added[own] = (hidden @ b[expert].to(rows.dtype).mT).to(added.dtype)  # autocast computes in another
+            hidden = hidden * shares[own].to(hidden.dtype)[:, None, None]
+        hidden = (hidden @ b[expert].to(rows.dtype).mT).to(added.dtype)  # autocast computes in another
+        added.index_add_(0, own, hidden)
     return added
+
+
+def _listed(part: Tensor) -> Tensor:
+    """A route's experts or weights as `[B, k]`."""
+    return part.reshape(len(part), -1)
 
 
 # Where going through a batch by expert was faster on a CPU: bytes that gathering would copy, samples per expert.

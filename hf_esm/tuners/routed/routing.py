@@ -25,11 +25,11 @@ ONE_PER_SAMPLE = "Give one task per sample."
 
 
 class Route(NamedTuple):
-    """The expert of every sample of a batch, and how much of it is added.
+    """The experts of every sample of a batch, and how much of each is added.
 
     Attributes:
-        experts: `[B]` int64.
-        weights: `[B]` float32, 0 for the static model alone; None where every expert counts wholly.
+        experts: `[B]` int64, or `[B, k]` where a sample gets several.
+        weights: float32 of the same shape, 0 for the static model alone; None where every expert counts wholly.
     """
 
     experts: Tensor
