@@ -65,8 +65,8 @@ class Explanation:
         distance: in units of what is still believed to be one of the tasks; None if the router knows none.
         layers: the task that every deciding module chose.
         sure: whether `likeliest` is likely enough to count as found, and the sample near enough to the tasks.
-        weights: by task, in steps of 1/256, how much of its expert is added; what is left to one is the static model's. A prototype
-            router's experts are in `layers`.
+        weights: by task, in steps of 1/256, how much of its expert is added; the rest to one is the static model's.
+            A prototype router's experts are in `layers`.
     """
 
     task: str

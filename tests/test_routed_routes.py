@@ -173,7 +173,7 @@ def test_a_compiled_model_gives_the_same(cases, kind, router):
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for _ in range(2):
-        torch.testing.assert_close(logits(compiled, case), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(logits(compiled, case), expected, rtol=1e-4, atol=1e-5)
         assert not routing_state(model).local.frames
 
 
