@@ -28,7 +28,7 @@ merge_models(
 model = RoutedModel.from_pretrained("routed")
 texts = ["a deep and meaningful film .", "The more we study , the more discover ."]
 for text, found in zip(texts, model.predict(texts), strict=True):
-    print(f"{text!r}: {found.task}, {found.label} ({found.score:.0%}){'' if found.sure else ', static model'}")
+    print(f"{text!r}: {found.task}, {found.label} ({found.score:.0%}){'' if found.sure else ', unsure'}")
 print(model.explain(texts)[0])
 print(model.predict(texts, tasks="cola"))  # the task is known
 

@@ -109,11 +109,11 @@ def add_expert(
 
 def _base(folder: Path, given: Any, token: Any, trusted: dict[str, bool]) -> Checkpoint:
     """The base of a merge: as it is given, or as its recipe names it."""
-    spec = given or load_recipe(folder / RECIPE_FILE).get("base")
     try:
+        spec = load_recipe(folder / RECIPE_FILE)["base"] if given is None else given
         return open_checkpoint(resolve_source(spec, "the base", token, **trusted))
     except HfEsmError as error:
-        if given:
+        if given is not None:
             raise
         raise HfEsmError(
             f"An expert's directions are those of its update over the base. {error} Give `base`."
