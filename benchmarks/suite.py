@@ -38,6 +38,7 @@ from hf_esm import METHODS, Comparison, compare
 
 # What learns takes long: name it, as in `--methods "{name: concrete-task-arithmetic, steps: 200}"`.
 QUICK = ["esm", *(name for name in METHODS if name != "esm" and not name.startswith("concrete"))]
+QUICK.append("{name: esm++, router: oracle}")
 
 
 def main() -> None:
