@@ -287,7 +287,7 @@ CONFIG = {"tasks": TASKS, "router": "prototype"}
         ({"router": "discriminant"}, "needs the modules that it reads"),
         ({"tasks": []}, "tasks of different names"),
         ({"tasks": ["a", "a"]}, "tasks of different names"),
-        ({"format_version": 1}, "format version 1; this hf_esm reads 2"),
+        ({"format_version": 1}, "format version 1; this hf_esm reads 3"),
         ({"target_modules": ["query"]}, "query: adapter 'default' has no routed_experts_prototypes"),
     ],
 )
