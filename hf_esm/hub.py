@@ -83,7 +83,7 @@ class Explanation:
 
 
 class RoutedModel:
-    """A merged model that adds to each sample the expert of the task that it belongs to (ESM++, arXiv 2606.19164).
+    """A merged model that adds to each sample the experts of its likeliest tasks (ESM++, arXiv 2606.19164).
 
     Attributes:
         model: the `PeftModel`; call it, or this object, as any Transformers model.

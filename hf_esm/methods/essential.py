@@ -154,7 +154,7 @@ class RoutedMerge(EssentialMerge):
     decides once per sample and adds the experts of the likeliest tasks, each by how likely its task is. For it, an
     expert's directions are those of the expert's own update: within them the routed model answers as the expert does,
     outside of them as the merged model, so that an expert of the wrong task does a quarter of the harm. The published
-    directions, of what the merged model lacks (`residual`), are as good where the task is known.
+    directions, of what the merged model lacks (`residual`), are as good or better where the task is known.
     """
 
     name: ClassVar[str] = "esm++"
