@@ -61,10 +61,13 @@ def test_an_added_expert_is_found_and_has_its_head(larger):
 
 
 @pytest.mark.parametrize("kind", ["update", "residual"])
-def test_an_added_experts_directions_are_as_the_others(models, statistics, tmp_path, kind):
+def test_an_added_experts_directions_are_as_the_others_and_the_routers_settings_stay(
+    models, statistics, tmp_path, kind
+):
     base = shutil.copytree(models / "base", tmp_path / "base")
     experts, calibration = {task: models / task for task in "ab"}, {task: task_texts(task) for task in "ab"}
-    method = {"name": "esm++", "rank": 4, "expert_directions": kind}
+    settings = {"top_k": 1, "mixing_temperature": 1.5, "confidence": 0.9}
+    method = {"name": "esm++", "rank": 4, "expert_directions": kind, **settings}
     quiet(base, experts, calibration=calibration, method=method, output_dir=tmp_path / "out")
     shutil.rmtree(base)  # another machine has it elsewhere
     model, given = RoutedModel.from_pretrained(tmp_path / "out"), {}
@@ -75,6 +78,9 @@ def test_an_added_experts_directions_are_as_the_others(models, statistics, tmp_p
             assert not (tmp_path / "no").exists()
         given = {"base": models / "base"}
     larger = model.add_expert("c", models / "c", statistics["c"], output_dir=tmp_path / "larger", **given)
+    for routed in (model, larger):
+        config = json.loads((routed.folder / "routed/adapter_config.json").read_text())
+        assert {name: config[name] for name in settings} == settings
     own, before = expert("c").state_dict(), base_model().state_dict()
     static, found = AutoModel.from_pretrained(larger.folder).state_dict(), adapter(larger.folder)
     for module in CHECKED:
