@@ -47,8 +47,7 @@ def with_expert(case: SimpleNamespace, router: str, task: str) -> PreTrainedMode
 @pytest.fixture(params=[True, False], ids=["by-expert", "gathered"])
 def way(request, monkeypatch):
     """Every batch expert by expert, and every batch with each sample's own expert gathered."""
-    monkeypatch.setattr("hf_esm.tuners.routed.layer._COPIED", -1 if request.param else float("inf"))
-    monkeypatch.setattr("hf_esm.tuners.routed.layer._SHARED", float("inf"))
+    monkeypatch.setattr("hf_esm.tuners.routed.layer.grouping_pays", lambda *_: request.param)
 
 
 @kinds
@@ -229,14 +228,14 @@ def test_a_route_is_of_whatever_adapter_is_active(cases):
         model.set_adapter("prototype")
 
 
-def test_a_batch_goes_by_expert_where_many_share_one_or_the_copies_are_large(monkeypatch):
+def test_a_batch_goes_by_expert_where_many_short_samples_share_one(monkeypatch):
     a, b = torch.zeros(3, 2, 8), torch.zeros(3, 8, 2)
-    assert not grouping_pays(torch.tensor([0, 1, 2] * 4), a, b)
-    assert grouping_pays(torch.tensor([0, 1, 2] * 4 + [0]), a, b)
-    assert not grouping_pays(torch.tensor([0]), a, b)
-    monkeypatch.setattr("hf_esm.tuners.routed.layer._COPIED", 12 * 4 * (16 + 16) - 1)
-    assert grouping_pays(torch.tensor([0, 1, 2] * 4), a, b)
-    assert not grouping_pays(torch.tensor([0, 1, 2] * 3), a, b)
+    monkeypatch.setattr("hf_esm.tuners.routed.layer._TURN", 3 * 4 * (16 + 16))  # three samples spared per expert
+    assert not grouping_pays(torch.tensor([0, 1, 2] * 4), a, b, 1)
+    assert grouping_pays(torch.tensor([0, 1, 2] * 4 + [0]), a, b, 1)
+    assert grouping_pays(torch.tensor([[0, 1], [2, 0]] * 4), a, b, 1)
+    assert not grouping_pays(torch.tensor([0, 1, 2] * 4 + [0]), a, b, 2)  # of as many tokens as an expert has rows
+    assert not grouping_pays(torch.tensor([0]), a, b, 1)
 
 
 @kinds

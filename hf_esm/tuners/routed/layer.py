@@ -148,7 +148,7 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
     def _add_experts(self, result: Tensor, adapter: str, rows: Tensor, route: Route) -> Tensor:
         a, b = self.routed_experts_A[adapter], self.routed_experts_B[adapter]
         rows, (experts, weights) = rows.to(result.dtype), route.for_batch(rows.shape[0]).to(rows.device)
-        if grouping_pays(experts, a, b):
+        if grouping_pays(experts, a, b, rows.shape[1]):
             return result + add_by_expert(rows, a, b, experts, weights).reshape(result.shape)
         added = result.reshape(*rows.shape[:2], -1)
         for nth, expert in enumerate(_listed(experts).unbind(1)):
@@ -234,14 +234,15 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         """Nothing was merged."""
 
 
-def grouping_pays(experts: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether to go through a batch expert by expert, rather than to gather every sample's own: where many samples
-    share one, or the copies would be large. Not while compiling, nor on other devices, which would have to wait.
+def grouping_pays(experts: Tensor, a: Tensor, b: Tensor, tokens: int) -> bool:
+    """Whether to go through a batch expert by expert, which copies samples, rather than to gather every sample's own
+    experts, which copies these: where samples of few tokens, as in generation, share experts. Not while compiling, nor
+    on other devices, which would have to wait.
     """
-    if experts.device.type != "cpu" or torch.compiler.is_compiling():
+    if tokens >= a.shape[1] or experts.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    copied = experts.numel() * (a[0].nbytes + b[0].nbytes)
-    return copied > _COPIED or experts.numel() > _SHARED * len(experts.unique())
+    distinct = len(experts.unique())
+    return (experts.numel() - distinct) * (a[0].nbytes + b[0].nbytes) > distinct * _TURN
 
 
 def add_by_expert(rows: Tensor, a: Tensor, b: Tensor, experts: Tensor, weights: Optional[Tensor]) -> Tensor:
@@ -266,6 +267,5 @@ def _listed(part: Tensor) -> Tensor:
     return part.reshape(len(part), -1)
 
 
-# Where going through a batch by expert was faster on a CPU: bytes that gathering would copy, samples per expert.
-_COPIED = 16_000_000
-_SHARED = 4
+# Bytes that a CPU copies in about the time that a turn for one more expert takes.
+_TURN = 1_000_000
