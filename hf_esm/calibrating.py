@@ -11,7 +11,7 @@ from typing import Any, Optional
 import torch
 from accelerate import Accelerator
 
-from .calibration import collect_statistics, pooled_inputs
+from .calibration import Reading, collect_statistics, pooled_inputs
 from .checkpoints import Checkpoint, open_checkpoint, resolve_source
 from .errors import HfEsmError
 from .inputs import first_processor
@@ -94,8 +94,9 @@ def calibrate_experts(
     done = {task for task, path in paths.items() if options.resume_dir and path.is_file()}
     waiting = {task: rows for task, rows in samples.items() if task not in done}
     pooled = pool_inputs(plan.base, waiting if with_base else {}, options, accelerator, scratch)
+    readings: dict[Any, Reading] = {}
     for task, rows in progress(waiting.items()):
-        found = calibrate_checkpoint(plan.experts[task], rows, options, accelerator, scratch, task)
+        found = calibrate_checkpoint(plan.experts[task], rows, options, accelerator, scratch, task, readings)
         found.pooled = pooled.get(task, {})
         with together(accelerator):
             if accelerator.is_main_process:
@@ -143,6 +144,7 @@ def calibrate_checkpoint(
     accelerator: Accelerator,
     folder: Path,
     title: str,
+    readings: Optional[dict[Any, Reading]] = None,
 ) -> ActivationStatistics:
     """Load an expert, run it over its samples, and let it go.
 
@@ -164,6 +166,7 @@ def calibrate_checkpoint(
             provenance=provenance,
             progress=options.progress,
             folder=Path(spill) if crowded else None,
+            readings=readings,
         )
     for name in expert.names:  # from the first layer on: what it spoils comes after it
         if name in statistics.entries and not statistics.entries[name].factor.isfinite().all():

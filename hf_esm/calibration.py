@@ -6,6 +6,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,7 +23,7 @@ from .placement import reserve
 from .processes import default_accelerator, gather, together
 from .proxies import Sample, text_config
 from .statistics import ActivationStatistics, InputStatistics, Provenance
-from .weights import canonical_names, layer_type, linear_maps
+from .weights import body_key, canonical_names, layer_type, linear_maps
 
 
 # A linear map by its weight, and which of its calls within one pass.
@@ -62,6 +63,22 @@ class _Accumulator:
         self._held[start : self._rows] = rows
 
 
+@dataclass
+class Reading:
+    """How a model reads samples that share a batch: the same for all models of one class and one body.
+
+    Attributes:
+        left_out: inputs that are made of no sample, such as DeBERTa's relative positions.
+        padded: inputs that hold the padding of a batch.
+        alike: whether samples are read the same in a padded batch as alone, up to rounding: not so where padding
+            shows, as through convolutions.
+    """
+
+    left_out: set[_Call] = field(default_factory=set)
+    padded: set[_Call] = field(default_factory=set)
+    alike: bool = True
+
+
 class InputRecorder:
     """Hooks on a model's linear maps that add every row they read to an accumulator.
 
@@ -79,21 +96,18 @@ class InputRecorder:
         }
         self.accumulators: dict[str, _Accumulator] = {}
         self.leaders: dict[str, set[str]] = defaultdict(set)
-        self._left_out: set[_Call] = set()
-        self._padded: set[_Call] = set()
+        self.reading = Reading()
         self._seen: dict[int, tuple[weakref.ref, str]] = {}
 
-    def learn(self, run: Callable[[list[int]], Any], mask: Optional[Tensor]) -> bool:
-        """Learn from passes over two samples which inputs are made of no sample, such as DeBERTa's relative positions:
-        those that have one shape alone and in a batch; and which hold the padding of a batch.
+    def learn(self, run: Callable[[list[int]], Any], mask: Optional[Tensor]) -> None:
+        """Learn the model's `reading` from passes over two samples. An input that has one shape alone and in a batch
+        is made of no sample.
 
         Args:
             run: passes over the first, the second, or both: the second is the longer one, or they are of one shape.
             mask: `[2, length]`, 0 where the batch of both is padded; None where they are of one shape.
-
-        Returns whether both are read the same in the batch as alone, up to rounding: not so where padding shows, as
-        through convolutions. Of samples of one shape, True.
         """
+        reading = self.reading = Reading()
         alone: dict[_Call, list[tuple[torch.Size, Tensor]]] = defaultdict(list)
         passes = (0, 1) if mask is not None else (1,)
         for i in passes:
@@ -104,21 +118,20 @@ class InputRecorder:
         def compare(call: _Call, inputs: Tensor) -> None:
             rows = [sketch for _, sketch in alone.get(call, []) if len(sketch)]
             if len(rows) == len(passes) and inputs.shape == alone[call][-1][0]:
-                self._left_out.add(call)
+                reading.left_out.add(call)
             elif mask is not None:
                 together[call] = bool(rows) and self._reads_alike(call, inputs, mask, torch.cat(rows))
 
         with self.hooked(compare):
             run([0, 1])
-        alike = mask is None or all(together.get(call, False) for call in alone.keys() - self._left_out)
-        if not alike:
-            self._padded.clear()
-        return alike
+        reading.alike = mask is None or all(together.get(call, False) for call in alone.keys() - reading.left_out)
+        if not reading.alike:
+            reading.padded.clear()
 
     def _reads_alike(self, call: _Call, inputs: Tensor, mask: Tensor, expected: Tensor) -> bool:
         padded = inputs.shape[:-1].numel() == mask.numel() != expected.shape[0]
         if padded:
-            self._padded.add(call)
+            self.reading.padded.add(call)
         found, tolerance = _sketch(_rows(inputs, mask if padded else None)), 8 * torch.finfo(inputs.dtype).eps
         same = found.shape == expected.shape
         return same and bool((found - expected).abs().max() <= max(1e-4, tolerance) * expected.abs().max())
@@ -132,7 +145,7 @@ class InputRecorder:
 
     def _take(self, call: _Call, inputs: Tensor, mask: Optional[Tensor]) -> None:
         weight, _ = call
-        if call in self._left_out:
+        if call in self.reading.left_out:
             return
         known = self._seen.get(id(inputs))
         if known is not None and known[0]() is inputs:
@@ -143,7 +156,7 @@ class InputRecorder:
         if weight not in self.accumulators:
             file = self.folder / f"{weight}.factor" if self.folder else None
             self.accumulators[weight] = _Accumulator(inputs.shape[-1], file)
-        self.accumulators[weight].add(_rows(inputs, mask if call in self._padded else None))
+        self.accumulators[weight].add(_rows(inputs, mask if call in self.reading.padded else None))
 
     @contextmanager
     def hooked(self, act: Callable[[_Call, Tensor], Any]) -> Iterator[None]:
@@ -179,6 +192,7 @@ def collect_statistics(
     provenance: Optional[Provenance] = None,
     progress: bool = True,
     folder: Optional[Path] = None,
+    readings: Optional[dict[Any, Reading]] = None,
 ) -> ActivationStatistics:
     """One forward pass over the samples, shared out over processes.
 
@@ -190,6 +204,8 @@ def collect_statistics(
         batch_size: samples per batch and process.
         title: name on the progress bar.
         folder: an empty one, to hold the factors on disk rather than in memory; the statistics stand there, too.
+        readings: what calls on fine-tunes of the same checkpoint learned of how they read batches, to which this one
+            adds; without, it takes up to three passes over two samples to learn.
 
     Returns statistics of every linear map that ran, the same on every process.
     """
@@ -203,7 +219,7 @@ def collect_statistics(
         accelerator.split_between_processes(samples) as own,
     ):
         own = _with_decoder_inputs(model, own, batch_size)
-        groups = _learn_batches(recorder, own, batch_size)
+        groups = _learn_batches(recorder, own, batch_size, {} if readings is None else readings)
         for group in tqdm(groups, desc=f"Calibrating {title}", disable=not progress or not groups, leave=False):
             batch = batch_for([own[i] for i in group], model)
             with recorder.recording(batch.get("attention_mask")):
@@ -213,7 +229,9 @@ def collect_statistics(
     return ActivationStatistics(entries, keys_of, provenance)
 
 
-def _learn_batches(recorder: InputRecorder, samples: list[Sample], batch_size: int) -> list[list[int]]:
+def _learn_batches(
+    recorder: InputRecorder, samples: list[Sample], batch_size: int, readings: dict[Any, Reading]
+) -> list[list[int]]:
     """Which samples run together; and what of their inputs is no sample's, or padding."""
     groups, padded = batch_indices(samples, batch_size), batch_indices(samples, batch_size, padded=True)
     if not groups:
@@ -228,8 +246,13 @@ def _learn_batches(recorder: InputRecorder, samples: list[Sample], batch_size: i
         longer = [samples[i] for i, *_ in groups if len(samples[i]["input_ids"]) >= 2 * len(shortest["input_ids"])]
         pair = [shortest, longer[-1] if longer else samples[groups[0][0]]]
         mask = batch_for(pair, model)["attention_mask"]
-    alike = recorder.learn(lambda chosen: model(**batch_for([pair[i] for i in chosen], model)), mask)
-    return padded if alike and mask is not None else groups
+    key = body_key(model), mask is not None, *sorted(shortest)
+    if key in readings:
+        recorder.reading = readings[key]
+    else:
+        recorder.learn(lambda chosen: model(**batch_for([pair[i] for i in chosen], model)), mask)
+        readings[key] = recorder.reading
+    return padded if recorder.reading.alike and mask is not None else groups
 
 
 def _rows(inputs: Tensor, mask: Optional[Tensor] = None) -> Tensor:

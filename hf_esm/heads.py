@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from .checkpoints import Checkpoint, ModelSource, resolve_class, whole_folder
 from .checkpoints.reader import quiet_loading
 from .errors import HfEsmError
-from .weights import body_prefix
+from .weights import body_key, body_prefix
 
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def plan_heads(base: Checkpoint, experts: dict[str, Checkpoint], heads: str | It
             own = [name for name in head if not (agree and name in common and _one_shape(name, base, experts))]
             kept.update(own)
             if own:
-                body = repr((type(expert.skeleton), _without_labels(expert.config)))
+                body = body_key(expert.skeleton)
                 found = known[body] if body in known else known.setdefault(body, readouts(expert.skeleton))
                 if found is None:
                     warnings.append(
@@ -153,12 +153,6 @@ def _dummy_inputs(body: PreTrainedModel) -> dict[str, Tensor]:
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.zeros(1, 4, dtype=torch.long)
     return inputs
-
-
-def _without_labels(config: PretrainedConfig) -> dict[str, Any]:
-    """All settings but those of the head and of where the model comes from: what the body is built from."""
-    dropped = ("id2label", "label2id", "problem_type", "_name_or_path")
-    return {name: value for name, value in config.to_dict().items() if name not in dropped}
 
 
 def _in_body(checkpoint: Checkpoint, name: str) -> bool:

@@ -1,5 +1,7 @@
 """What the caller of a merge gave: checked early, found, read and encoded."""
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -26,8 +28,10 @@ from .proxies import (
 )
 from .resuming import FOLDER as WORK
 from .statistics import FILE_NAME, ActivationStatistics
+from .weights import without_labels
 
 
+_PROCESSOR_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py")
 TAKEN = ("base", "static", "none")  # what stands beside the tasks: the base, no expert, none of the tasks
 
 
@@ -133,10 +137,30 @@ def torch_dtype(name: Optional[str]) -> Optional[torch.dtype]:
 
 
 def find_processors(sources: dict[str, ModelSource], given: Any, options: MergeOptions) -> dict[str, Any]:
-    """The tokenizer or processor of each expert, and under `"base"` the one that the merged model gets."""
-    beside = {name: given or first_processor([source], options.trust_remote_code) for name, source in sources.items()}
+    """The tokenizer or processor of each expert, and under `"base"` the one that the merged model gets. It is read
+    once where the same files stand beside several models.
+    """
+    read: dict[Any, Any] = {}
+    beside = {}
+    for name, source in sources.items():
+        key = None if given else _processor_files(source)
+        if key not in read:
+            read[key] = given or first_processor([source], options.trust_remote_code)
+        beside[name] = read[key]
     first = next((processor for processor in beside.values() if processor is not None), None)
     return {name: first if processor is None else processor for name, processor in beside.items()}
+
+
+def _processor_files(source: ModelSource) -> Any:
+    """The same for folders with the same of what a processor may be made from; labels make no difference. Where there
+    are folders in the folder, it is like no other.
+    """
+    paths = sorted(source.folder.iterdir()) if source.folder else []
+    if not paths or any(path.is_dir() for path in paths):
+        return source.title
+    found = {path.name: path.read_bytes() for path in paths if path.suffix in _PROCESSOR_SUFFIXES}
+    config = without_labels(json.loads(found.pop("config.json", "{}")))
+    return repr(config), *((name, hashlib.sha256(content).digest()) for name, content in found.items())
 
 
 def first_processor(sources: list[ModelSource], trust_remote_code: bool = False) -> Any:

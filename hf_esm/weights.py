@@ -1,7 +1,9 @@
 """The linear maps of a live model: names, orientation, slices, types. Works on the meta device, reads no values."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,17 @@ def linear_maps(model: nn.Module) -> dict[str, LinearMap]:
 def _holds_experts(module: nn.Module, parameter: Tensor) -> bool:
     """Whether a three-dimensional parameter is a stack of matrices, by what its module says of itself."""
     return hasattr(module, "is_transposed") or getattr(module, "num_experts", None) == parameter.shape[0]
+
+
+def without_labels(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's settings but those of the head and of where the model comes from."""
+    dropped = ("id2label", "label2id", "problem_type", "_name_or_path")
+    return {name: value for name, value in settings.items() if name not in dropped}
+
+
+def body_key(model: PreTrainedModel) -> str:
+    """The same for models of one class on bodies that are built alike."""
+    return repr((type(model), without_labels(model.config.to_dict())))
 
 
 def is_routable(name: str, linear: LinearMap | None) -> bool:

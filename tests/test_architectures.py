@@ -34,6 +34,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from hf_esm.batches import collate
 from hf_esm.calibration import collect_statistics
+from hf_esm.statistics import ActivationStatistics
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Version v4.12.0:FutureWarning")  # on the labels of EncoderDecoderModel
@@ -203,6 +204,34 @@ def test_texts_of_unlike_length_are_calibrated_together_where_padding_does_not_s
     lengths = sorted(Counter(LENGTHS).items(), reverse=True)
     shows = name in ("convbert", "xlnet", "longformer")  # neighbours, another layout, padding of its own
     assert sizes[-len(lengths) :] == [count for _, count in lengths] if shows else sizes[-2:] == [5, 2]
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta-v3", "convbert"])
+def test_how_a_body_reads_batches_is_learned_once(name: str) -> None:
+    """Of its fine-tunes, the next ones take it over; of another body, or of samples of one shape, it is learned."""
+    architecture, rows, readings = ARCHITECTURES[name], text_samples(0), {}
+    passes: list[int] = []
+
+    def collect(model: PreTrainedModel, rows: list[dict[str, Tensor]], **known: Any) -> ActivationStatistics:
+        passes.append(0)
+        handle = model.register_forward_pre_hook(lambda *_: passes.append(passes.pop() + 1))
+        found = collect_statistics(model, rows, batch_size=5, progress=False, **known)
+        handle.remove()
+        return found
+
+    first, second = architecture.build(), architecture.build()
+    alone = collect(second, rows)
+    collect(first, rows, readings=readings)
+    shared = collect(second, rows, readings=readings)
+    assert passes == [passes[0], passes[0], passes[0] - 3]
+    assert shared.keys_of == alone.keys_of
+    for weight in alone:
+        assert torch.equal(shared[weight].factor, alone[weight].factor)
+    other = architecture.build()
+    other.config.hidden_dropout_prob = 0.7
+    collect(other, rows, readings=readings)
+    collect(second, [rows[0], rows[0]], readings=readings)
+    assert passes[3:] == [passes[0], 3]
 
 
 class SomeTokens(PreTrainedModel):

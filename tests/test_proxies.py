@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor, Wav2Vec2FeatureExtractor
 
 from hf_esm import ActivationStatistics, HfEsmError, MergePlan, calibrate, merge_models
-from hf_esm.checkpoints import reader
+from hf_esm.checkpoints import ModelSource, reader
+from hf_esm.inputs import find_processors
 from hf_esm.labels import LabelledSamples
+from hf_esm.options import MergeOptions
 from hf_esm.output import RECIPE_FILE
 from hf_esm.proxies import ProxyOptions, encode, read_rows, save_samples
 from hf_esm.scores import run
@@ -301,6 +303,26 @@ def test_a_decoder_that_knows_no_padding_classifies_all_the_same():
     with torch.no_grad():
         alone = [int(model(input_ids=s["input_ids"][None]).logits.argmax()) for s in samples]
     assert run(model.eval(), data).outputs.tolist() == alone
+
+
+def test_a_tokenizer_that_stands_beside_several_models_is_read_once(tmp_path):
+    """Labels make no difference; any other file that a tokenizer reads does, and so do folders in the folder."""
+    for name, settings in (("a", {"label2id": {"x": 0}}), ("b", {}), ("cased", {}), ("typed", {"model_type": "x"})):
+        (tmp_path / name).mkdir()
+        save_tokenizer(tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "bert", **settings}))
+    (tmp_path / "cased" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "BertTokenizer", "pad_token": "[X]"}'
+    )
+    shutil.copytree(tmp_path / "a", tmp_path / "deep")
+    (tmp_path / "deep" / "additional_chat_templates").mkdir()
+    names = ("base", "a", "b", "cased", "typed", "deep")
+    sources = {name: ModelSource(title=name, folder=tmp_path / name) for name in names if name != "base"}
+    sources["base"] = ModelSource(title="base", folder=shutil.copytree(tmp_path / "a", tmp_path / "base"))
+    found = find_processors(sources, None, MergeOptions())
+    assert found["a"] is found["b"] is found["base"]
+    assert len({id(found[name]) for name in ("a", "cased", "typed", "deep")}) == 4
+    assert found["cased"].pad_token == "[X]" != found["a"].pad_token
 
 
 def test_code_of_a_processor_is_not_run_unasked(models, tmp_path):

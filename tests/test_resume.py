@@ -59,7 +59,7 @@ def test_an_interrupted_merge_goes_on(models, whole, tmp_path, monkeypatch, stag
     calibrated, merged = [], []
     collect, merge = __import__("hf_esm.calibrating").calibrating.calibrate_checkpoint, EssentialMerge.merge
     monkeypatch.setattr(
-        "hf_esm.calibrating.calibrate_checkpoint", lambda *args: calibrated.append(args[-1]) or collect(*args)
+        "hf_esm.calibrating.calibrate_checkpoint", lambda *args: calibrated.append(args[5]) or collect(*args)
     )
     monkeypatch.setattr(EssentialMerge, "merge", lambda self, stack: merged.append(stack.name) or merge(self, stack))
     merge_models(**given(models), **options)

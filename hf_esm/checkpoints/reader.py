@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.initialization import no_init_weights
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..errors import HfEsmError
@@ -40,7 +41,7 @@ def quiet_loading() -> Iterator[None]:
 
 def build_skeleton(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """The model without its weights: modules, names, shapes and ties, on the meta device."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         return model_class(copy.deepcopy(config)).eval()
 
 
