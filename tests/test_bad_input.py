@@ -19,7 +19,8 @@ from tiny import BERT, SENTENCES, assert_refused, forbid_calibration, save_model
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModel, DistilBertConfig, DistilBertModel
 
-from hf_esm import ActivationStatistics, calibrate, load_recipe, load_task_model, merge_models
+from hf_esm import ActivationStatistics, HfEsmError, calibrate, load_recipe, load_task_model, merge_models
+from hf_esm.methods import TIES, EssentialMerge, RoutedMerge, resolve_method
 from hf_esm.options import RECIPE_FILE
 from hf_esm.statistics import InputStatistics
 
@@ -431,6 +432,28 @@ def test_settings_that_make_no_other_function_are_merged(models, settings):
         setattr(right.config, name, value)
     experts = {"left": models.left, "right": right}
     merge_models(**arguments(models, experts=experts, method="mean", calibration=None), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (EssentialMerge, {"rank_share": "0.5"}),
+        (EssentialMerge, {"gamma": None}),
+        (EssentialMerge, {"scale_all": 1}),
+        (EssentialMerge, {"uncalibrated": "query"}),
+        (RoutedMerge, {"rank": 8.0}),
+        (RoutedMerge, {"top_k": True}),
+        (RoutedMerge, {"router": None}),
+        (TIES, {"density": True}),
+    ],
+)
+def test_settings_of_another_kind_are_refused(method, settings):
+    with pytest.raises(HfEsmError, match=f"{method.name}: {next(iter(settings))} must be like".replace("+", r"\+")):
+        method(**settings)
+    made = method()
+    setattr(made, *next(iter(settings.items())))
+    with pytest.raises(HfEsmError, match="must be like"):
+        resolve_method(made)
 
 
 def test_more_tasks_than_directions_are_merged(saved):

@@ -47,6 +47,7 @@ class ConcreteTaskArithmetic(MergeMethod):
     expected_mask: bool = field(default=False, metadata={"help": "end with its expectation, not logits > 0"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for setting in ("learning_rate", "temperature"):
             if getattr(self, setting) <= 0:
                 raise HfEsmError(f"{self.name}: {setting} must be above 0, not {getattr(self, setting)}.")

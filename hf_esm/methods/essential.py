@@ -85,6 +85,7 @@ class EssentialMerge(MergeMethod):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.rank_share <= 1:
             raise HfEsmError(f"{self.name}: rank_share must be above 0 and at most 1, not {self.rank_share}.")
         check_tolerance(self)

@@ -73,6 +73,7 @@ class IsoCTS(MergeMethod):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.common_space_fraction <= 1:
             raise HfEsmError(
                 f"iso-cts: common_space_fraction must be between 0 and 1, not {self.common_space_fraction}."

@@ -61,6 +61,7 @@ class RegMean(MergeMethod):
     ridge: float = field(default=0.0, metadata={"help": "added to the Gram matrices, in units of their mean diagonal"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.off_diagonal <= 1:
             raise HfEsmError(f"regmean: off_diagonal must be between 0 and 1, not {self.off_diagonal}.")
         if self.ridge < 0:

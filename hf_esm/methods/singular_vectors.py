@@ -56,6 +56,7 @@ class TSVM(MergeMethod):
     tolerance: float = field(default=0.0, metadata={"help": TOLERANCE})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_tolerance(self)
 
     def merge(self, stack: Stack) -> Merged:
@@ -81,6 +82,7 @@ class TSVC(MergeMethod):
     tolerance: float = field(default=0.0, metadata={"help": TOLERANCE})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 0:
             raise HfEsmError(f"tsv-c: rank must be 0 or more, not {self.rank}.")
         check_tolerance(self)

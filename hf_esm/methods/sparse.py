@@ -58,6 +58,7 @@ class TIES(MergeMethod):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_density(self.name, self.density)
 
     def merge(self, stack: Stack) -> Merged:
@@ -81,6 +82,7 @@ class DARE(MergeMethod):
     drop_seed: int = field(default=0, metadata={"help": "seed of the choice of entries"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_density(self.name, self.density)
 
     def merge(self, stack: Stack) -> Merged:

@@ -1,11 +1,13 @@
 """What a merge method sees: one weight of every expert. And what it gives back."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar, Optional
 
 import torch
 from torch import Tensor
 
+from ..errors import HfEsmError
 from ..statistics import InputStatistics
 
 
@@ -79,6 +81,15 @@ class MergeMethod:
     needs_statistics: ClassVar[bool] = False
     needs_samples: ClassVar[bool] = False
     layer_exponent: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse settings of another kind than their defaults."""
+        kinds = {bool: bool, int: Integral, float: Real, str: str, tuple: (tuple, list)}
+        for setting in fields(self):
+            value, default = getattr(self, setting.name), setting.default
+            kind = kinds.get(type(default), object)
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind in (Integral, Real)):
+                raise HfEsmError(f"{self.name}: {setting.name} must be like {default!r}, not {value!r}.")
 
     def merge(self, stack: Stack) -> Merged:
         """Merge one weight of all experts."""
