@@ -169,7 +169,7 @@ def calibrate_checkpoint(
             readings=readings,
         )
     for name in expert.names:  # from the first layer on: what it spoils comes after it
-        if name in statistics.entries and not statistics.entries[name].factor.isfinite().all():
+        if name in statistics.entries and not statistics.entries[name].mean.isfinite().all():
             raise HfEsmError(
                 f"{expert.title}: on its samples, '{name}' reads NaN or infinite values. If the model is stored in "
                 "float16, save it in float32 and merge that; else it is broken."

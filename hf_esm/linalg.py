@@ -26,6 +26,9 @@ _SINGLE_CUTOFF = 1e-5
 # Smallest share of its largest eigenvalue above which a Gram matrix in float32 has a root to three digits.
 _WELL_CONDITIONED = 1e-4
 
+# How often a map is applied, at least, until its leading directions are found.
+_APPLICATIONS = 4
+
 # Random vectors that tell what a map has beside its leading directions, to a few percent of that or better.
 _PROBES = 32
 
@@ -78,44 +81,52 @@ def essential_subspace(
         rank: directions to keep; fewer come back where the shift's numerical rank is lower.
         shrinkage: draw the Gram matrix `G` of the inputs towards the identity, `G + shrinkage · mean(diag G) · I`:
             between the directions of the output shift (0) and the singular vectors of the update itself (large).
-        tolerance: above 0, where few of many directions are wanted, they are found by randomised iteration; see
-            `_iterated_directions`.
+        tolerance: above 0, where few of many directions are wanted, they are found by randomised iteration, in
+            float32; see `_iterated_directions`.
     """
     if (basis := column_space(delta, tolerance)) is not None:
         inside = essential_subspace(factor, basis.T @ delta.to(basis.dtype), rank, shrinkage)
         directions, squares = inside.directions.to(basis.dtype), inside.squares.to(basis.dtype)
         return EssentialSubspace(basis @ directions, squares, inside.total)
-    if tolerance > 0 and _few(rank, delta):
-        factor, delta = factor.float(), delta.float()
-        ridge = (shrinkage * norm(factor).square() / factor.shape[1]).float()
+    few = tolerance > 0 and _few(rank, delta)
+    dtype = working_dtype(tolerance) if few else torch.float64
+    factor, delta = factor.to(dtype), delta.to(dtype)
+    ridge = shrinkage * norm(factor).square() / factor.shape[1]
+    (rows, columns), tokens = delta.shape, factor.shape[0]
+    tall = rows > columns
+    # Multiplications on the ways to a Gram matrix, by the output shift or by the inputs' second moments, beside those
+    # that both take; and on the whole way.
+    by_shift, by_moments = tokens * rows * (columns + rows / 2), columns**2 * (tokens / 2 + rows)
+    if tall:
+        making = columns**2 * (tokens + rows + 3 * columns) / 2
+    else:
+        making = min(by_shift, by_moments) + rows**2 * columns / 2
+    if few and (not ridge or making > _APPLICATIONS * 2 * _drawn(rank) * columns * (rows + tokens)):
 
         def apply(x: Tensor) -> Tensor:
             seen = delta.T @ x
             return delta @ (factor.T @ (factor @ seen) + ridge * seen)
 
         return EssentialSubspace(*_iterated_directions(apply, delta, rank, tolerance))
-    factor, delta = factor.double(), delta.double()
-    ridge = shrinkage * factor.square().sum() / factor.shape[1]
-    (rows, columns), tokens = delta.shape, factor.shape[0]
-    tall = rows > columns
-    if ridge > 0 and (tall or tokens * rows * (columns + rows / 2) > columns**2 * (tokens / 2 + rows)):
-        # With fewer operations by the inputs' second moments; tall updates on the inputs' side, the smaller one.
+    if ridge > 0 and (tall or by_shift > by_moments):
+        # By the inputs' second moments; tall updates on the inputs' side, the smaller one.
         moments = _symmetric(factor.T, factor)
         moments.diagonal().add_(ridge)
         if not tall:
             gram = _symmetric(delta @ _mirrored(moments), delta.T)
-            squares, directions = _leading_eigenpairs(gram, rank)
+            squares, directions = _leading_eigenpairs(gram, rank, tolerance)
             return EssentialSubspace(directions, squares, float(gram.trace()))
         root = torch.linalg.cholesky(moments)
         gram = _symmetric(root.T, _mirrored(_symmetric(delta.T, delta)) @ root)
-        squares, vectors = _leading_eigenpairs(gram, rank)
-        return EssentialSubspace(delta @ (root @ vectors) / squares.sqrt(), squares, float(gram.trace()))
+        squares, vectors = _leading_eigenpairs(gram, rank, tolerance)
+        directions = torch.linalg.qr(delta @ (root @ vectors)).Q
+        return EssentialSubspace(directions, squares, float(gram.trace()))
     shift = (triangular_factor(factor) if tall else factor) @ delta.T
     wide = shift.shape[0] < shift.shape[1] and ridge == 0
     gram = _symmetric(shift, shift.T) if wide else _symmetric(shift.T, shift)
     if ridge > 0:
         gram += ridge * _symmetric(delta, delta.T)
-    squares, vectors = _leading_eigenpairs(gram, rank)
+    squares, vectors = _leading_eigenpairs(gram, rank, tolerance)
     directions = (shift.T @ vectors) / squares.sqrt() if wide else vectors
     return EssentialSubspace(directions, squares, float(gram.trace()))
 
@@ -209,10 +220,13 @@ def _mirrored(lower: Tensor) -> Tensor:
     return lower.tril() + lower.tril(-1).T
 
 
-def _leading_eigenpairs(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _leading_eigenpairs(gram: Tensor, rank: int, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
     """The `rank` largest eigenvalues of a Gram matrix (its lower triangle), descending, with their vectors; zero ones
-    are dropped.
+    are dropped. With a `tolerance`, where they are few, by randomised iteration.
     """
+    if tolerance > 0 and _few(rank, gram):
+        vectors, values, _ = _iterated_directions(_mirrored(gram).matmul, gram, rank, tolerance)
+        return values, vectors
     values, vectors = largest_eigenpairs(gram, rank)
     kept = significant(values)
     return values[kept], vectors[:, kept]
@@ -234,6 +248,11 @@ def _few(rank: int, matrix: Tensor) -> bool:
     return 4 * rank <= min(matrix.shape)
 
 
+def _drawn(rank: int) -> int:
+    """Random columns to iterate from for so many directions."""
+    return rank + max(rank // 8, 16)
+
+
 def _iterated_directions(
     apply: Callable[[Tensor], Tensor], matrix: Tensor, rank: int, tolerance: float
 ) -> tuple[Tensor, Tensor, float]:
@@ -250,8 +269,8 @@ def _iterated_directions(
         matrix: `[d_out, d_in]`, float32, whose dtype and device it takes.
     """
     draw = torch.Generator().manual_seed(0)
-    start = torch.randn(matrix.shape[0], rank + max(rank // 8, 16), generator=draw)
-    following = torch.linalg.qr(start.to(matrix)).Q
+    start = torch.randn(matrix.shape[0], _drawn(rank), generator=draw)
+    following = torch.linalg.qr(apply(start.to(matrix))).Q
     while True:
         image = apply(following)
         values, turn = torch.linalg.eigh(following.T @ image)
