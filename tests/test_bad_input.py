@@ -502,3 +502,9 @@ def test_a_killed_merge_leaves_nothing_under_the_outputs_name(models):
     assert {path.name for path in old.iterdir()} == {"old.txt", RECIPE_FILE}
     merge_models(**given, progress=False)
     assert Path(given["output_dir"], "model.safetensors").is_file()
+
+
+def test_an_expert_that_overflows_on_its_samples_is_named(models):
+    tensors("right", lambda stored: stored["bert.encoder.layer.0.intermediate.dense.weight"].fill_(3e38))(models)
+    says = [str(models.right), "on its samples", BODY_WEIGHT, "NaN or infinite", "float32"]
+    assert_refused(models.folder, says, arguments(models))
