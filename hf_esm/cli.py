@@ -124,7 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--data", action="append", required=True, metavar="TASK=FILE", help="labelled rows")
     evaluation.add_argument("--expert", action="append", metavar="TASK=MODEL", help="compare with this expert")
     evaluation.add_argument(
-        "--metric", default="accuracy", help="accuracy, perplexity, or a metric of the evaluate library"
+        "--metric",
+        default="accuracy",
+        help="accuracy, perplexity, exact-match, word-f1, or a metric of the evaluate library",
     )
     evaluation.add_argument("--json", metavar="FILE", help="write the scores there too")
     evaluation.add_argument("--card", action="store_true", help="write the scores into the model's card, too")

@@ -45,11 +45,12 @@ def evaluate(
     Args:
         model: folder or Hub id that `merge_models` wrote, or any sequence or image classifier, or language model.
         data: by task, labelled rows (column `label`: class index or label name, or a number for a head of one label)
-            in any form that `merge_models` takes. Perplexity needs no labels.
+            in any form that `merge_models` takes. Perplexity needs no labels; where answers are words, the label is
+            the right text, a list of them, or SQuAD's `answers`.
         experts: by task, the expert to measure beside it, as `merge_models` takes it; a LoRA adapter stands on the
             base that it names.
-        metric: `"accuracy"`, `"perplexity"`, the name of a metric of the `evaluate` library, or a function of
-            predictions and references; see `metrics.resolve_metric`.
+        metric: `"accuracy"`, `"perplexity"`, `"exact-match"`, `"word-f1"`, the name of a metric of the `evaluate`
+            library, or a function of predictions and references; see `metrics.resolve_metric`.
         processor: tokenizer or processor, where none stands beside the model.
         route: of a model with experts: `"routed"`, `"oracle"` (each task's expert for its rows; what a model without
             a router gets in any case), or `"static"`.
@@ -68,7 +69,7 @@ def evaluate(
     processor = processor or load_processor(folder, trust_remote_code)
 
     def outcome(model: PreTrainedModel, task: str) -> Outcome:
-        rows = load_labelled(data[task], processor, model.config, f"data of '{task}'", options, metric.needs_labels)
+        rows = load_labelled(data[task], processor, model.config, f"data of '{task}'", options, metric)
         return run(model.to(device), rows, metric, batch_size)
 
     if route not in ("routed", "oracle", "static"):
@@ -84,7 +85,7 @@ def evaluate(
                 merged[task] = outcome(routed.task_model(task), task)
             if not forced:
                 config = routed.task_model(task).config
-                rows = load_labelled(data[task], processor, config, task, options, metric.needs_labels)
+                rows = load_labelled(data[task], processor, config, task, options, metric)
                 merged[task].routed_to = [e.likeliest for e in routed.explain(rows.samples, batch_size)]
     else:
         has_heads = (folder / HEADS_FOLDER).is_dir()
@@ -142,7 +143,7 @@ def expert_outcomes(
         sources += [resolve_source(base, "base", **opened)] if base is not None else []
         own = processor or first_processor(sources, opened.get("trust_remote_code", False))
         model = _load(spec, f"expert '{task}'", base, opened).to(device)
-        rows = load_labelled(data[task], own, model.config, f"data of '{task}'", options, metric.needs_labels)
+        rows = load_labelled(data[task], own, model.config, f"data of '{task}'", options, metric)
         found[task] = run(model, rows, metric, batch_size)
     return found
 

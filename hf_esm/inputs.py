@@ -230,10 +230,10 @@ def _is_statistics_file(given: Any) -> bool:
 def read_validation(
     plan: MergePlan, validation: Any, processors: dict, options: MergeOptions
 ) -> dict[str, LabelledSamples]:
-    everything, labelled = replace(options, num_samples=0), resolve_metric(options.metric).needs_labels
+    everything, metric = replace(options, num_samples=0), resolve_metric(options.metric)
     return {
         task: load_labelled(
-            rows, processors[task], plan.experts[task].config, f"validation of '{task}'", everything, labelled
+            rows, processors[task], plan.experts[task].config, f"validation of '{task}'", everything, metric
         )
         for task, rows in (validation or {}).items()
     }

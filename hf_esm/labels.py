@@ -1,7 +1,7 @@
 """Labelled rows: samples, and what is right of each."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig
 
 from .errors import HfEsmError
+from .metrics import ACCURACY, Metric
 from .proxies import ProxyOptions, Sample, encode, is_words, read_rows
 
 
@@ -20,11 +21,22 @@ class LabelledSamples:
     Attributes:
         samples: `N` model inputs.
         labels: `[N]` classes, int64, or values, float32, where the model has one label; `[N, C]` bool, which of a head
-            of several labels hold; `[N, L]` int64, the class of each token, -100 where none is asked for.
+            of several labels hold; `[N, L]` int64, the class of each token, -100 where none is asked for; `[N]` of 1
+            where answers are texts.
+        texts: the right answers to each row, where they are texts; an unanswerable question's is empty.
+        contexts: which tokens of each sample, `[L]` bool, are of its second text, where it has one.
+        tokenizer: what reads answers in tokens.
     """
 
     samples: list[Sample]
     labels: Tensor
+    texts: list[list[str]] = field(default_factory=list)
+    contexts: list[Tensor] = field(default_factory=list)
+    tokenizer: Any = None
+
+    def read(self, tokens: Tensor) -> str:
+        """The text of an answer's tokens, `[L]` int64."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 def load_labelled(
@@ -33,7 +45,7 @@ def load_labelled(
     config: PretrainedConfig,
     title: str,
     options: ProxyOptions,
-    labelled: bool = True,
+    metric: Metric = ACCURACY,
 ) -> LabelledSamples:
     """Read, select and encode labelled rows.
 
@@ -41,13 +53,17 @@ def load_labelled(
     label names; as a number where the model has one label; as a list of either, or of a 0 or 1 for every label, where
     `config.problem_type` says that several may hold; as a list with one of each word where the text is a list of
     words, or of each token beside ready `input_ids` (`labels`, -100 where none is asked for).
-    `options.num_samples` 0 takes all rows. Without `labelled`, the rows need none.
+    Where `metric` is one of texts, it is a right answer, a list of them, or SQuAD's `{"text": [...]}` (empty where
+    there is none); by default the `text_target`. `options.num_samples` 0 takes all rows. Of perplexity, the rows need
+    no label.
 
     Raises:
         HfEsmError: if a row has no label, or one that the model does not know.
     """
     rows = read_rows(data, title, options)
-    if not labelled:
+    if metric.of_texts is not None:
+        return _with_texts(rows, processor, config, title, options, metric)
+    if not metric.needs_labels:
         samples = encode(rows, processor, config, title, options, with_targets=True)
         return LabelledSamples(samples, torch.zeros(len(rows), dtype=torch.int64))
     found = [_label_in(row, f"{title}: row {i}", options) for i, row in enumerate(rows)]
@@ -65,9 +81,41 @@ def load_labelled(
     return LabelledSamples(encode(rows, processor, config, title, options), torch.tensor(labels))
 
 
-def _label_in(row: Any, title: str, options: ProxyOptions) -> Any:
-    column = options.columns.get("label", "label")
-    found = row.get(column, row.get("labels")) if isinstance(row, Mapping) else None
+def _with_texts(
+    rows: list[Any], processor: Any, config: PretrainedConfig, title: str, options: ProxyOptions, metric: Metric
+) -> LabelledSamples:
+    """Rows whose right answers are texts. These are read as the model's are, from their tokens."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not hasattr(tokenizer, "decode"):
+        raise HfEsmError(f"{title}: {metric.name} reads texts, and there is no tokenizer. Pass `processor=`.")
+    columns = [options.columns.get(name, name) for name in ("label", "text_target")]
+    found = []
+    for i, row in enumerate(rows):
+        label = _label_in(row, f"{title}: row {i}", options, columns[1])
+        label = label["text"] if isinstance(label, Mapping) and "text" in label else label
+        texts = [label] if isinstance(label, str) else label
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise HfEsmError(
+                f"{title}: row {i}: {metric.name} needs the right text, or a list of them, not {label!r}."
+            )
+        found.append(list(texts) or [""])
+    rows = [{name: value for name, value in row.items() if name not in columns} for row in rows]
+    samples = encode(rows, processor, config, title, options, with_contexts=True)
+    for sample in samples:
+        sample.pop("labels", None)  # of ready inputs: not for it to see
+    contexts = [sample.pop("context") for sample in samples if "context" in sample]
+    labelled = LabelledSamples(samples, torch.ones(len(rows)), [], contexts, tokenizer)
+    tokens = [tokenizer(texts, add_special_tokens=False).input_ids for texts in found]
+    labelled.texts = [[labelled.read(torch.tensor(ids, dtype=torch.int64)) for ids in row] for row in tokens]
+    return labelled
+
+
+def _label_in(row: Any, title: str, options: ProxyOptions, *others: str) -> Any:
+    """What stands in the column of labels, or else in one of `others`."""
+    columns = (options.columns.get("label", "label"), "labels", *others)
+    found = None
+    if isinstance(row, Mapping):
+        found = next((row[column] for column in columns if row.get(column) is not None), None)
     if found is None:
         raise HfEsmError(f"{title} needs a label; name its column with columns={{'label': …}}.")
     return found.tolist() if hasattr(found, "tolist") else found

@@ -1,8 +1,11 @@
 """What a score is: accuracy, perplexity, a metric of the `evaluate` library, or a function of the caller's."""
 
-from collections.abc import Callable
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -24,15 +27,17 @@ class Metric:
         score: outputs and labels of `N` samples to one number; labels as in `labels.LabelledSamples`. Outputs are
             `[N]`: the class of highest logit, or the value of a head of one label; `[N, C]` bool: the labels whose
             logits are positive, where several may hold; `[N, L]`: each token's class; for perplexity `[N, 2]`: summed
-            negative log-likelihood, and tokens.
+            negative log-likelihood, and tokens; of texts `[N]`: `of_texts` of each, the labels 1.
         higher_is_better: False for perplexity.
         is_share: whether it is the share of samples (of tokens) that are right, so that its standard error is known.
+        of_texts: of a metric of texts, in [0, 1], how good an answer is beside the right ones. Its mean is the score.
     """
 
     name: str
     score: Callable[[Tensor, Tensor], float]
     higher_is_better: bool = True
     is_share: bool = False
+    of_texts: Optional[Callable[[str, Sequence[str]], float]] = None
 
     @property
     def needs_labels(self) -> bool:
@@ -62,18 +67,46 @@ def _perplexity(outputs: Tensor, labels: Tensor) -> float:
     return float((total / tokens).exp())
 
 
+def _words(text: str) -> list[str]:
+    """The words that count, as SQuAD's evaluation has it: in lower case, without punctuation and English articles."""
+    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def _is_among(answer: str, accepted: Sequence[str]) -> float:
+    return float(any(_words(answer) == _words(text) for text in accepted))
+
+
+def _word_overlap(answer: str, accepted: Sequence[str]) -> float:
+    """The best F1 of an answer's words beside those of a right one."""
+    return max(_f1(_words(answer), _words(text)) for text in accepted)
+
+
+def _f1(answer: list[str], right: list[str]) -> float:
+    common = sum((Counter(answer) & Counter(right)).values())
+    return 2 * common / (len(answer) + len(right)) if answer and right else float(answer == right)
+
+
+def _mean(outputs: Tensor, labels: Tensor) -> float:
+    return float(outputs.mean())
+
+
 ACCURACY = Metric("accuracy", _share_right, is_share=True)
 PERPLEXITY = Metric("perplexity", _perplexity, higher_is_better=False)
+EXACT_MATCH = Metric("exact-match", _share_right, is_share=True, of_texts=_is_among)
+WORD_F1 = Metric("word-f1", _mean, of_texts=_word_overlap)
+BUILT_IN = {metric.name: metric for metric in (ACCURACY, PERPLEXITY, EXACT_MATCH, WORD_F1)}
 
 
 def resolve_metric(metric: Any) -> Metric:
     """A metric from its name or from a function `(predictions, references) -> float`; higher is better.
 
-    `"accuracy"` (of tokens, where they have classes; of all labels together, where several may hold) and
-    `"perplexity"` (of causal and sequence-to-sequence language models) are built in. Any other name is loaded by the
-    `evaluate` library, from the Hub or a folder; the first number that it computes counts. A function is called with
-    tensors, see `Metric.score`; as in Transformers' Trainer, classes of tokens are padded, and references are -100
-    where none counts.
+    Built in are `"accuracy"` (of tokens, where they have classes; of all labels together, where several may hold),
+    `"perplexity"` (of causal and sequence-to-sequence language models), and of models that answer in words (extractive
+    question answering, generation) `"exact-match"` and `"word-f1"`, which count words as SQuAD (Rajpurkar et al.,
+    2016) does. Any other name is loaded by the `evaluate` library, from the Hub or a folder; the first number that it
+    computes counts. A function is called with tensors, see `Metric.score`; as in Transformers' Trainer, classes of
+    tokens are padded, and references are -100 where none counts.
 
     Raises:
         HfEsmError: if there is no such metric.
@@ -82,16 +115,15 @@ def resolve_metric(metric: Any) -> Metric:
         return metric
     if callable(metric):
         return Metric(getattr(metric, "__name__", "score"), lambda found, labels: float(metric(found, labels)))
-    for known in (ACCURACY, PERPLEXITY):
-        if metric == known.name:
-            return known
+    if metric in BUILT_IN:
+        return BUILT_IN[metric]
     try:
         import evaluate
 
         loaded = evaluate.load(str(metric))
     except ImportError:
         raise HfEsmError(
-            f"There is no metric {metric!r}: there are accuracy and perplexity, functions, and, with `pip install "
+            f"There is no metric {metric!r}: there are {', '.join(BUILT_IN)}, functions, and, with `pip install "
             "evaluate`, what `evaluate.load` knows."
         ) from None
     except (OSError, ValueError, RuntimeError) as error:
@@ -147,7 +179,10 @@ def _answer(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     if logits is not None and logits.dim() == 3 and kind.endswith("ForTokenClassification"):
         return logits.argmax(-1)
     if logits is None or logits.dim() != 2:
-        raise HfEsmError(f"{kind} gives no class per sample or token; accuracy needs a classifier.")
+        raise HfEsmError(
+            f"{kind} gives no class per sample or token; accuracy needs a classifier. Of answers in words there are "
+            "exact-match and word-f1."
+        )
     if model.config.problem_type == "multi_label_classification":
         return logits > 0
     return logits[:, 0].float() if logits.shape[1] == 1 else logits.argmax(-1)

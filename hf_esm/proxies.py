@@ -180,9 +180,11 @@ def encode(
     title: str,
     options: ProxyOptions,
     with_targets: bool = False,
+    with_contexts: bool = False,
 ) -> list[Sample]:
     """Rows as unbatched, unpadded model inputs, labels left out; those of an encoder-decoder stay, as its targets, and
-    `with_targets` those of any tokens: of ready ones, or of words that have one each.
+    `with_targets` those of any tokens: of ready ones, or of words that have one each. `with_contexts`, samples of two
+    texts say in `context`, `[L]` bool, which tokens are of the second.
     """
     first = rows[0]
     if isinstance(first, Mapping) and any(name in first for name in READY_INPUTS):
@@ -195,7 +197,7 @@ def encode(
                 "model's folder, pass `processor=`, or give ready model inputs (`input_ids`, `pixel_values`, …)."
             )
         samples = [
-            _encode_row(row, processor, config, f"{title}: sample {i}", options, with_targets)
+            _encode_row(row, processor, config, f"{title}: sample {i}", options, with_targets, with_contexts)
             for i, row in enumerate(rows)
         ]
     samples = [_unpadded(sample, config) for sample in samples]
@@ -267,7 +269,13 @@ def _ready(row: Any, config: PretrainedConfig, with_targets: bool, title: str) -
 
 
 def _encode_row(
-    row: Any, processor: Any, config: PretrainedConfig, title: str, options: ProxyOptions, with_targets: bool
+    row: Any,
+    processor: Any,
+    config: PretrainedConfig,
+    title: str,
+    options: ProxyOptions,
+    with_targets: bool,
+    with_contexts: bool,
 ) -> Sample:
     fields = row_fields(row, title, options)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -287,6 +295,8 @@ def _encode_row(
             found |= encoded
             if words and with_targets:
                 found["labels"] = _labels_of_tokens(encoded.word_ids(), fields["label"])
+            if with_contexts and "text_pair" in fields:
+                found["context"] = [part == 1 for part in encoded.sequence_ids()]
         if "text_target" in fields and config.is_encoder_decoder:
             limit = text_limit(tokenizer, config, options)
             found["labels"] = tokenizer(text_target=fields["text_target"], truncation=True, max_length=limit).input_ids

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .answers import texts_of
 from .errors import HfEsmError
 from .labels import LabelledSamples
 from .metrics import ACCURACY, Metric, check_answers, outputs_of
@@ -39,6 +41,10 @@ class Outcome:
 
 def run(model: PreTrainedModel, data: LabelledSamples, metric: Metric = ACCURACY, batch_size: int = 32) -> Outcome:
     """A model's outputs on labelled samples, if the metric can read them."""
+    if metric.of_texts is not None:
+        answers = texts_of(model, data, batch_size)
+        rated = [metric.of_texts(answer, right) for answer, right in zip(answers, data.texts, strict=True)]
+        return Outcome(metric, torch.tensor(rated), data.labels)
     check_answers(model, metric)
     outputs = outputs_of(model, data.samples, metric, batch_size)
     if metric.needs_labels and outputs.shape != data.labels.shape:

@@ -67,7 +67,7 @@ def test_perplexity_of_answers_alone_and_of_encoder_decoders():
 def test_perplexity_is_of_the_labels_that_rows_come_with():
     model = GPT2.build().eval()
     rows = [{**s, "labels": [-100, -100, *s["input_ids"][2:-1].tolist(), -100]} for s in token_samples(4)]
-    found = load_labelled(rows, None, model.config, "rows", ProxyOptions(num_samples=0), labelled=False)
+    found = load_labelled(rows, None, model.config, "rows", ProxyOptions(num_samples=0), PERPLEXITY)
     samples = [{name: torch.as_tensor(value) for name, value in row.items()} for row in rows]
     expected = run(model, LabelledSamples(samples, NONE), PERPLEXITY).score
     assert run(model, found, PERPLEXITY).score == pytest.approx(expected)
