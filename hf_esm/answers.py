@@ -12,7 +12,7 @@ from .labels import LabelledSamples
 from .proxies import Sample
 
 
-LONGEST_SPAN = 30  # tokens, as in SQuAD's own evaluation by Transformers
+LONGEST_SPAN = 30  # tokens, as in Transformers' example of question answering
 
 
 @torch.no_grad()

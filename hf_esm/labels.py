@@ -106,7 +106,10 @@ def _with_texts(
     contexts = [sample.pop("context") for sample in samples if "context" in sample]
     labelled = LabelledSamples(samples, torch.ones(len(rows)), [], contexts, tokenizer)
     tokens = [tokenizer(texts, add_special_tokens=False).input_ids for texts in found]
-    labelled.texts = [[labelled.read(torch.tensor(ids, dtype=torch.int64)) for ids in row] for row in tokens]
+    labelled.texts = [  # what the tokenizer does not know stays as it is: no text means that there is no answer
+        [labelled.read(torch.tensor(ids, dtype=torch.int64)) or text for text, ids in zip(*row, strict=True)]
+        for row in zip(found, tokens, strict=True)
+    ]
     return labelled
 
 

@@ -115,7 +115,7 @@ def resolve_metric(metric: Any) -> Metric:
         return metric
     if callable(metric):
         return Metric(getattr(metric, "__name__", "score"), lambda found, labels: float(metric(found, labels)))
-    if metric in BUILT_IN:
+    if isinstance(metric, str) and metric in BUILT_IN:
         return BUILT_IN[metric]
     try:
         import evaluate

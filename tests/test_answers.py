@@ -7,8 +7,8 @@ import torch
 from helpers import perturbed, save
 from routed_toys import GPT2, quiet, tuned
 from test_metrics import T5
-from tiny import BERT, SPECIAL, WORDS
-from transformers import AutoModel, BertTokenizerFast
+from tiny import BERT, SPECIAL, WORDS, save_tokenizer
+from transformers import AutoModel
 
 from hf_esm import HfEsmError, evaluate, merge_models
 from hf_esm.answers import LONGEST_SPAN, texts_of
@@ -27,9 +27,7 @@ KIND = "BertForQuestionAnswering"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    vocabulary = tmp_path_factory.mktemp("words") / "vocab.txt"
-    vocabulary.write_text("\n".join([*SPECIAL, *WORDS]))
-    return BertTokenizerFast(str(vocabulary))
+    return save_tokenizer(tmp_path_factory.mktemp("words"))
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +115,10 @@ def test_spans_are_of_thirty_tokens_at_most_and_never_of_the_question(tokenizer)
 def test_no_answer_is_one_where_some_questions_have_none(tokenizer):
     model, rows = reader(0), questions(7, 12, longest=8)
     data = load_labelled(rows, tokenizer, model.config, "rows", SQUAD, EXACT_MATCH)
+    assert "" not in texts_of(model, data)
+    rows[3]["answers"] = "☃"  # is an answer, if none that the tokenizer knows
+    data = load_labelled(rows, tokenizer, model.config, "rows", SQUAD, EXACT_MATCH)
+    assert data.texts[3] == ["☃"]
     assert "" not in texts_of(model, data)
     rows[3]["answers"] = {"text": [], "answer_start": []}
     data = load_labelled(rows, tokenizer, model.config, "rows", SQUAD, EXACT_MATCH)

@@ -194,6 +194,8 @@ def test_unknown_metrics_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluate", None)
     with pytest.raises(HfEsmError, match=r"no metric 'f7'.*pip install evaluate"):
         resolve_metric("f7")
+    with pytest.raises(HfEsmError, match="no metric"):
+        resolve_metric(["accuracy"])
 
 
 def test_scores_where_less_is_better_are_normalised_the_other_way_round():
