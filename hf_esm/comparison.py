@@ -333,17 +333,15 @@ def _named(methods: Sequence[Any]) -> list[tuple[str, MergeMethod]]:
 
 
 def _outcome_out(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "outputs": outcome.outputs.tolist(),
-        "labels": outcome.labels.tolist(),
-        **({"routed_to": outcome.routed_to} if outcome.routed_to else {}),
-    }
+    parts = {"outputs": outcome.outputs, "labels": outcome.labels}
+    stored = {name: part.tolist() if isinstance(part, torch.Tensor) else part for name, part in parts.items()}
+    return {**stored, **({"routed_to": outcome.routed_to} if outcome.routed_to else {})}
 
 
 def _outcome_in(stored: Mapping[str, Any], metric: Metric) -> Outcome:
-    return Outcome(
-        metric, torch.tensor(stored["outputs"]), torch.tensor(stored["labels"]), stored.get("routed_to", [])
-    )
+    parts = [stored["outputs"], stored["labels"]]
+    parts = parts if metric.reads_texts else map(torch.tensor, parts)
+    return Outcome(metric, *parts, stored.get("routed_to", []))
 
 
 @contextmanager

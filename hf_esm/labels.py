@@ -21,8 +21,8 @@ class LabelledSamples:
     Attributes:
         samples: `N` model inputs.
         labels: `[N]` classes, int64, or values, float32, where the model has one label; `[N, C]` bool, which of a head
-            of several labels hold; `[N, L]` int64, the class of each token, -100 where none is asked for; `[N]` of 1
-            where answers are texts.
+            of several labels hold; `[N, L]` int64, the class of each token, -100 where none is asked for; `[N]` of 0
+            where there are none, or they are texts.
         texts: the right answers to each row, where they are texts; an unanswerable question's is empty.
         contexts: which tokens of each sample, `[L]` bool, are of its second text, where it has one.
         tokenizer: what reads answers in tokens.
@@ -61,7 +61,7 @@ def load_labelled(
         HfEsmError: if a row has no label, or one that the model does not know.
     """
     rows = read_rows(data, title, options)
-    if metric.of_texts is not None:
+    if metric.reads_texts:
         return _with_texts(rows, processor, config, title, options, metric)
     if not metric.needs_labels:
         samples = encode(rows, processor, config, title, options, with_targets=True)
@@ -98,13 +98,15 @@ def _with_texts(
             raise HfEsmError(
                 f"{title}: row {i}: {metric.name} needs the right text, or a list of them, not {label!r}."
             )
+        if metric.of_one_text and len(texts) > 1:
+            raise HfEsmError(f"{title}: row {i}: {metric.name} compares with one right text, not {label!r}. Give one.")
         found.append(list(texts) or [""])
     rows = [{name: value for name, value in row.items() if name not in columns} for row in rows]
     samples = encode(rows, processor, config, title, options, with_contexts=True)
     for sample in samples:
         sample.pop("labels", None)  # of ready inputs: not for it to see
     contexts = [sample.pop("context") for sample in samples if "context" in sample]
-    labelled = LabelledSamples(samples, torch.ones(len(rows)), [], contexts, tokenizer)
+    labelled = LabelledSamples(samples, torch.zeros(len(rows)), [], contexts, tokenizer)
     tokens = [tokenizer(texts, add_special_tokens=False).input_ids for texts in found]
     labelled.texts = [  # what the tokenizer does not know stays as it is: no text means that there is no answer
         [labelled.read(torch.tensor(ids, dtype=torch.int64)) or text for text, ids in zip(*row, strict=True)]

@@ -3,8 +3,9 @@
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Optional
 
 import torch
@@ -27,17 +28,30 @@ class Metric:
         score: outputs and labels of `N` samples to one number; labels as in `labels.LabelledSamples`. Outputs are
             `[N]`: the class of highest logit, or the value of a head of one label; `[N, C]` bool: the labels whose
             logits are positive, where several may hold; `[N, L]`: each token's class; for perplexity `[N, 2]`: summed
-            negative log-likelihood, and tokens; of texts `[N]`: `of_texts` of each, the labels 1.
+            negative log-likelihood, and tokens. Of texts, `N` answers and lists of right ones.
         higher_is_better: False for perplexity.
         is_share: whether it is the share of samples (of tokens) that are right, so that its standard error is known.
-        of_texts: of a metric of texts, in [0, 1], how good an answer is beside the right ones. Its mean is the score.
+        reads_texts: whether it is of answers in words.
+        of_one_text: whether it compares an answer with one right text alone.
+        of_each: of one answer and the right ones, where the score is the mean of it.
     """
 
     name: str
-    score: Callable[[Tensor, Tensor], float]
+    score: Callable[[Any, Any], float]
     higher_is_better: bool = True
     is_share: bool = False
-    of_texts: Optional[Callable[[str, Sequence[str]], float]] = None
+    reads_texts: bool = False
+    of_one_text: bool = False
+    of_each: Optional[Callable[[str, Sequence[str]], float]] = None
+
+    @classmethod
+    def mean_of(cls, name: str, of_each: Callable[[str, Sequence[str]], float], is_share: bool = False) -> "Metric":
+        """A metric of texts that is the mean over them."""
+
+        def score(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
+            return sum(map(of_each, answers, accepted)) / len(answers)
+
+        return cls(name, score, is_share=is_share, reads_texts=True, of_each=of_each)
 
     @property
     def needs_labels(self) -> bool:
@@ -87,14 +101,10 @@ def _f1(answer: list[str], right: list[str]) -> float:
     return 2 * common / (len(answer) + len(right)) if answer and right else float(answer == right)
 
 
-def _mean(outputs: Tensor, labels: Tensor) -> float:
-    return float(outputs.mean())
-
-
 ACCURACY = Metric("accuracy", _share_right, is_share=True)
 PERPLEXITY = Metric("perplexity", _perplexity, higher_is_better=False)
-EXACT_MATCH = Metric("exact-match", _share_right, is_share=True, of_texts=_is_among)
-WORD_F1 = Metric("word-f1", _mean, of_texts=_word_overlap)
+EXACT_MATCH = Metric.mean_of("exact-match", _is_among, is_share=True)
+WORD_F1 = Metric.mean_of("word-f1", _word_overlap)
 BUILT_IN = {metric.name: metric for metric in (ACCURACY, PERPLEXITY, EXACT_MATCH, WORD_F1)}
 
 
@@ -105,8 +115,9 @@ def resolve_metric(metric: Any) -> Metric:
     `"perplexity"` (of causal and sequence-to-sequence language models), and of models that answer in words (extractive
     question answering, generation) `"exact-match"` and `"word-f1"`, which count words as SQuAD (Rajpurkar et al.,
     2016) does. Any other name is loaded by the `evaluate` library, from the Hub or a folder; the first number that it
-    computes counts. A function is called with tensors, see `Metric.score`; as in Transformers' Trainer, classes of
-    tokens are padded, and references are -100 where none counts.
+    computes counts. One whose predictions are strings (ROUGE, BLEU, word error rate) is given the model's answers in
+    words. A function is called with tensors, see `Metric.score`; as in Transformers' Trainer, classes of tokens are
+    padded, and references are -100 where none counts.
 
     Raises:
         HfEsmError: if there is no such metric.
@@ -119,23 +130,42 @@ def resolve_metric(metric: Any) -> Metric:
         return BUILT_IN[metric]
     try:
         import evaluate
-
-        loaded = evaluate.load(str(metric))
     except ImportError:
         raise HfEsmError(
             f"There is no metric {metric!r}: there are {', '.join(BUILT_IN)}, functions, and, with `pip install "
             "evaluate`, what `evaluate.load` knows."
         ) from None
-    except (OSError, ValueError, RuntimeError) as error:
+    try:
+        loaded = evaluate.load(str(metric))
+    except (ImportError, OSError, ValueError, RuntimeError) as error:  # one may need a package of its own
         raise HfEsmError(f"The evaluate library cannot load the metric {metric!r}: {error}") from None
+
+    def compute(found: list, labels: list) -> float:
+        computed = loaded.compute(predictions=found, references=labels)
+        if isinstance(computed, Mapping):
+            computed = computed.get(loaded.name, next(iter(computed.values())))
+        if not isinstance(computed, Real):
+            raise HfEsmError(f"The metric {metric!r} gives no number but {computed!r:.80}. Choose one that does.")
+        return float(computed)
 
     def score(found: Tensor, labels: Tensor) -> float:
         if labels.dim() == 2 and labels.dtype != torch.bool:  # of tokens
             found, labels = found[labels != -100], labels[labels != -100]
-        computed = loaded.compute(predictions=found.tolist(), references=labels.tolist())
-        return float(computed.get(loaded.name, next(iter(computed.values()))))
+        return compute(found.tolist(), labels.tolist())
 
-    return Metric(str(metric), score, higher_is_better=str(metric) not in _ERRORS)
+    def score_texts(found: list[str], accepted: list[list[str]]) -> float:
+        if of_one_text:
+            return compute(found, [text for (text,) in accepted])
+        most = max(map(len, accepted))  # some want as many of each
+        return compute(found, [[*texts, *texts[:1] * (most - len(texts))] for texts in accepted])
+
+    kinds = loaded.features if isinstance(loaded.features, list) else [loaded.features]
+    kinds = [kind for kind in kinds if getattr(kind["predictions"], "dtype", "") == "string"]
+    of_one_text = all(getattr(kind["references"], "dtype", "") == "string" for kind in kinds)
+    higher = str(metric) not in _ERRORS
+    if kinds:
+        return Metric(str(metric), score_texts, higher, reads_texts=True, of_one_text=of_one_text)
+    return Metric(str(metric), score, higher)
 
 
 # Metrics of the `evaluate` library of which less is better; it does not say so itself.

@@ -182,6 +182,9 @@ def _lengths(outcomes: Mapping[str, Outcome]) -> dict[str, int]:
 
 def _drawn(outcome: Outcome, draws: Tensor) -> Tensor:
     """`[DRAWS]` float64: the score on each draw of rows."""
+    if outcome.metric.of_each is not None:
+        each = torch.tensor(list(map(outcome.metric.of_each, outcome.outputs, outcome.labels)), dtype=torch.float64)
+        return each[draws].mean(1)
     if outcome.metric.is_share:
         right, asked = right_answers(outcome.outputs, outcome.labels)
         return right[draws].sum(1) / asked[draws].sum(1)

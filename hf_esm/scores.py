@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,13 +20,13 @@ class Outcome:
     Attributes:
         metric: what makes a score of it.
         outputs: as the metric reads them; see `metrics.Metric`.
-        labels: as in `labels.LabelledSamples`.
+        labels: as in `labels.LabelledSamples`; of texts, the right ones of each row.
         routed_to: `[N]` names, of a routed model: the task that each row was likeliest taken for.
     """
 
     metric: Metric
-    outputs: Tensor
-    labels: Tensor
+    outputs: Tensor | list[str]
+    labels: Tensor | list[list[str]]
     routed_to: list[str] = field(default_factory=list)
 
     @property
@@ -36,15 +35,15 @@ class Outcome:
 
     def resampled(self, rows: Tensor) -> float:
         """The score on other rows (`[N]` int64, with repetition)."""
+        if self.metric.reads_texts:
+            return self.metric.score([self.outputs[i] for i in rows], [self.labels[i] for i in rows])
         return self.metric.score(self.outputs[rows], self.labels[rows])
 
 
 def run(model: PreTrainedModel, data: LabelledSamples, metric: Metric = ACCURACY, batch_size: int = 32) -> Outcome:
     """A model's outputs on labelled samples, if the metric can read them."""
-    if metric.of_texts is not None:
-        answers = texts_of(model, data, batch_size)
-        rated = [metric.of_texts(answer, right) for answer, right in zip(answers, data.texts, strict=True)]
-        return Outcome(metric, torch.tensor(rated), data.labels)
+    if metric.reads_texts:
+        return Outcome(metric, texts_of(model, data, batch_size), data.texts)
     check_answers(model, metric)
     outputs = outputs_of(model, data.samples, metric, batch_size)
     if metric.needs_labels and outputs.shape != data.labels.shape:

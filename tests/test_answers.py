@@ -1,6 +1,9 @@
 """Answers in words: spans that a model points at, texts that it writes, and how they are rated."""
 
 import copy
+import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +15,12 @@ from transformers import AutoModel
 
 from hf_esm import HfEsmError, evaluate, merge_models
 from hf_esm.answers import LONGEST_SPAN, texts_of
+from hf_esm.comparison import _outcome_in, _outcome_out
 from hf_esm.labels import load_labelled
-from hf_esm.metrics import ACCURACY, EXACT_MATCH, WORD_F1
+from hf_esm.metrics import ACCURACY, EXACT_MATCH, WORD_F1, resolve_metric
 from hf_esm.proxies import ProxyOptions
-from hf_esm.scores import run
+from hf_esm.reports import _drawn
+from hf_esm.scores import Outcome, run
 
 
 COLUMNS = {"text": "question", "text_pair": "context", "label": "answers"}
@@ -129,7 +134,7 @@ def test_no_answer_is_one_where_some_questions_have_none(tokenizer):
 
 
 def test_words_count_as_in_squad():
-    exact, overlap = EXACT_MATCH.of_texts, WORD_F1.of_texts
+    exact, overlap = EXACT_MATCH.of_each, WORD_F1.of_each
     assert exact("The  Film!", ["plot", "film"]) == 1
     assert exact("theatre", ["atre"]) == 0
     assert exact("a good film", ["good"]) == 0
@@ -182,6 +187,61 @@ def test_what_is_to_be_written_may_stand_in_the_column_of_targets(writers):
     assert again.texts == data.texts
     assert "labels" not in again.samples[0]
     assert texts_of(model, again) == texts_of(model, data)
+
+
+class LibraryMetric:
+    """A metric of the evaluate library, of texts: lengths' difference over all rows by their right length."""
+
+    name, text = "off", SimpleNamespace(dtype="string")
+
+    def __init__(self, several=False):
+        one = {"predictions": self.text, "references": self.text}
+        self.features = [{**one, "references": SimpleNamespace(feature=self.text)}, one] if several else one
+        self.read = []
+
+    def compute(self, predictions, references):
+        self.read.append(references)
+        right = [text if isinstance(text, str) else text[-1] for text in references]
+        off = sum(abs(len(text) - len(found)) for found, text in zip(predictions, right)) / len("".join(right))
+        return {"other": -1.0, "off": off} if isinstance(self.features, list) else off
+
+
+def test_metrics_of_texts_of_the_evaluate_library_read_all_answers_together(writers, monkeypatch):
+    metrics = {"wer": LibraryMetric(), "rouge": LibraryMetric(several=True)}
+    monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=metrics.get))
+    model, generator = tuned(GPT2.build(vocab_size=SIZE), 1, scale=0.15).eval(), torch.Generator().manual_seed(8)
+    rows = [{"text": text(generator, 2, 9), "label": text(generator, 2, 7)} for _ in range(6)]
+    for name in metrics:
+        metric = resolve_metric(name)
+        assert metric.higher_is_better == (name == "rouge")
+        data = load_labelled(rows, writers, model.config, "rows", PLAIN, metric)
+        outcome, answers = run(model, data, metric, 4), texts_of(model, data)
+        lengths = [(len(answer), len(row["label"])) for answer, row in zip(answers, rows)]
+        assert any(a != b for a, b in lengths)
+        assert outcome.score == pytest.approx(sum(abs(a - b) for a, b in lengths) / sum(b for _, b in lengths))
+        labels = [row["label"] for row in rows]
+        assert metrics[name].read[-1] == (labels if name == "wer" else [[label] for label in labels])
+        drawn = torch.tensor([0, 0, 3])
+        of_these = [lengths[i] for i in drawn]
+        expected = sum(abs(a - b) for a, b in of_these) / sum(b for _, b in of_these)
+        assert outcome.resampled(drawn) == pytest.approx(expected)
+    rows[4]["label"] = ["film", "good film"]
+    outcome = run(model, load_labelled(rows, writers, model.config, "rows", PLAIN, metric), metric)
+    assert outcome.score != expected
+    assert metrics["rouge"].read[-1][3:5] == [[rows[3]["label"]] * 2, ["film", "good film"]]
+    with pytest.raises(HfEsmError, match=r"row 4: wer compares with one right text, not .*'good film'.*Give one"):
+        load_labelled(rows, writers, model.config, "rows", PLAIN, resolve_metric("wer"))
+
+
+def test_answers_are_kept_between_comparisons_and_drawn_row_by_row():
+    answers, right = ["good film", "plot", "dull so"], [["film"], ["plot", "so"], [""]]
+    for metric in (EXACT_MATCH, WORD_F1):
+        outcome = Outcome(metric, answers, right, ["a", "b", "a"])
+        assert _outcome_in(json.loads(json.dumps(_outcome_out(outcome))), metric) == outcome
+        draws = torch.randint(3, (20, 3), generator=torch.Generator().manual_seed(2))
+        expected = [outcome.resampled(rows) for rows in draws]
+        assert len(set(expected)) > 2
+        assert _drawn(outcome, draws).tolist() == pytest.approx(expected)
 
 
 def test_rows_and_models_without_answers_in_words_are_refused(tokenizer):

@@ -31,6 +31,19 @@ T5 = Architecture(
 )
 
 
+class Numbers:
+    """A metric of the evaluate library, of classes."""
+
+    features = {"predictions": SimpleNamespace(dtype="int32"), "references": SimpleNamespace(dtype="int32")}
+
+    def __init__(self, name):
+        self.name = name
+
+    def compute(self, predictions, references):
+        wrong = sum(x != y for x, y in zip(predictions, references))
+        return {"first": 7.0, self.name: -wrong}
+
+
 NONE = torch.zeros(7, dtype=torch.int64)  # labels where none is read
 
 
@@ -107,7 +120,7 @@ def test_models_whose_answers_a_metric_cannot_read_are_refused():
 
 
 def test_of_errors_less_is_better(monkeypatch):
-    monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=lambda name: SimpleNamespace(name=name)))
+    monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=lambda name: Numbers(name)))
     assert [resolve_metric(name).higher_is_better for name in ("mse", "wer", "f1", "matthews_correlation")] == [
         False,
         False,
@@ -146,14 +159,7 @@ def rows(task):
 
 
 def test_any_metric_scores_a_merged_model_and_chooses_alpha(models, tmp_path, monkeypatch):
-    class Loaded:
-        name = "second"
-
-        def compute(self, predictions, references):
-            wrong = sum(x != y for x, y in zip(predictions, references))
-            return {"first": 7.0, "second": -wrong}
-
-    monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=lambda name: Loaded()))
+    monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=lambda name: Numbers("second")))
     given = {task: models / task for task in "ab"}
     data = {task: rows(task) for task in "ab"}
     options = {"calibration": {task: task_texts(task) for task in "ab"}, "progress": False, "alpha": "auto"}
@@ -184,6 +190,14 @@ def test_alpha_goes_by_the_lowest_perplexity(tmp_path):
     assert f"{scores.model['a']:.3f}" in str(scores)
 
 
+def test_metrics_that_give_no_number_are_named(monkeypatch):
+    loaded = Numbers("many")
+    loaded.compute = lambda predictions, references: {"f1": [0.5] * len(predictions)}
+    monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=lambda name: loaded))
+    with pytest.raises(HfEsmError, match=r"'many' gives no number but \[0.5, 0.5\]"):
+        resolve_metric("many").score(torch.zeros(2), torch.zeros(2))
+
+
 def test_unknown_metrics_are_named(monkeypatch):
     def load(name):
         raise FileNotFoundError("nothing there")
@@ -191,6 +205,10 @@ def test_unknown_metrics_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=load))
     with pytest.raises(HfEsmError, match="cannot load the metric 'f7': nothing there"):
         resolve_metric("f7")
+    missing = SimpleNamespace(load=lambda name: __import__("a_package_that_is_not_there"))
+    monkeypatch.setitem(sys.modules, "evaluate", missing)
+    with pytest.raises(HfEsmError, match="cannot load the metric 'wer': No module named 'a_package"):
+        resolve_metric("wer")
     monkeypatch.setitem(sys.modules, "evaluate", None)
     with pytest.raises(HfEsmError, match=r"no metric 'f7'.*pip install evaluate"):
         resolve_metric("f7")
