@@ -149,11 +149,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_models(comparison)
     comparison.add_argument(
         "--methods",
+        action="extend",
         nargs="+",
         help="methods, by name or as {name: esm, gamma: 0.2} (default: the recipe's, and the usual ones)",
     )
     comparison.add_argument("--test", action="append", metavar="TASK=FILE", help="labelled rows to measure on")
-    comparison.add_argument("--seeds", nargs="+", type=int, help="of the choice of proxies (default: 0)")
+    comparison.add_argument(
+        "--seeds", action="extend", nargs="+", type=int, help="of the choice of proxies (default: 0)"
+    )
     comparison.add_argument("--num-test", type=int, help="test rows per task, chosen at random (default: all)")
     comparison.add_argument("--card", metavar="FOLDER", help="put the report into this merged model's card, too")
     _add_flags(comparison, MergeOptions, leave_out=NOT_COMPARED)
@@ -274,9 +277,9 @@ def _add_flags(
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is Mapping:
-            how |= {"nargs": "+", "metavar": "NAME=VALUE"}
+            how |= {"action": "extend", "nargs": "+", "metavar": "NAME=VALUE"}
         elif field.name == "heads":
-            how |= {"nargs": "+", "metavar": "MODULE"}
+            how |= {"action": "extend", "nargs": "+", "metavar": "MODULE"}
         elif field.name not in ("method", "metric"):
             how |= {"type": _scalar(kind), "metavar": "VALUE"}
         parser_ = group.add_argument(flag, **how)

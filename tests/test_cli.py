@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_esm import METHODS, ActivationStatistics, __version__, evaluate, load_task_model, merge_models
 from hf_esm.calibration import collect_statistics
-from hf_esm.cli import main
+from hf_esm.cli import build_parser, main
 from hf_esm.options import MergeOptions
 from hf_esm.proxies import ProxyOptions
 
@@ -92,6 +92,10 @@ MERGES = {  # flags beside the recipe, and what they change in its arguments
     ),
     "heads": (["--heads", "merge"], {"heads": "merge"}),
     "heads by name": (["--heads", "pooler", "encoder.layer.1"], {"heads": ["pooler", "encoder.layer.1"]}),
+    "heads one by one": (
+        ["--heads", "pooler", "--heads", "encoder.layer.1"],
+        {"heads": ["pooler", "encoder.layer.1"]},
+    ),
     "dtype": (["--dtype", "float16"], {"dtype": "float16"}),
     "columns": (["--columns", "text=other", "--max-length", "4"], {"columns": {"text": "other"}, "max_length": 4}),
     "another expert": (["--expert", "c={}/c", "--calibration", "c={}/c.jsonl"], {"tasks": "abc"}),
@@ -418,3 +422,24 @@ def test_the_console_script_is_this_command_line(capsys):
     assert script.load() is main
     assert run("--version") == 0
     assert capsys.readouterr().out == f"hf_esm {__version__}\n"
+
+
+def test_flags_that_take_several_may_be_repeated():
+    given = [
+        "compare",
+        "recipe.yaml",
+        "--methods",
+        "esm",
+        "--methods",
+        "tsv-m",
+        "mean",
+        "--seeds",
+        "0",
+        "--seeds",
+        "1",
+    ]
+    given += ["--columns", "text=a", "--columns", "label=b"]
+    found = build_parser().parse_args(given)
+    assert found.methods == ["esm", "tsv-m", "mean"]
+    assert found.seeds == [0, 1]
+    assert found.columns == ["text=a", "label=b"]
