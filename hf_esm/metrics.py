@@ -162,7 +162,7 @@ def resolve_metric(metric: Any) -> Metric:
     kinds = loaded.features if isinstance(loaded.features, list) else [loaded.features]
     kinds = [kind for kind in kinds if getattr(kind["predictions"], "dtype", "") == "string"]
     of_one_text = all(getattr(kind["references"], "dtype", "") == "string" for kind in kinds)
-    higher = str(metric) not in _ERRORS
+    higher = not {str(metric), loaded.name}.intersection(_ERRORS)
     if kinds:
         return Metric(str(metric), score_texts, higher, reads_texts=True, of_one_text=of_one_text)
     return Metric(str(metric), score, higher)

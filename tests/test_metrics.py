@@ -120,13 +120,9 @@ def test_models_whose_answers_a_metric_cannot_read_are_refused():
 
 
 def test_of_errors_less_is_better(monkeypatch):
-    monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=lambda name: Numbers(name)))
-    assert [resolve_metric(name).higher_is_better for name in ("mse", "wer", "f1", "matthews_correlation")] == [
-        False,
-        False,
-        True,
-        True,
-    ]
+    monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=lambda name: Numbers(name.rpartition("/")[2])))
+    expected = {"mse": False, "wer": False, "a/folder/wer": False, "f1": True, "matthews_correlation": True}
+    assert {name: resolve_metric(name).higher_is_better for name in expected} == expected
 
 
 def test_perplexity_needs_a_language_model_and_accuracy_a_classifier():
