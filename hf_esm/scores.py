@@ -85,8 +85,8 @@ class Scores:
 
     @property
     def normalised(self) -> Optional[float]:
-        """Mean over tasks of the score divided by the expert's (the other way round where less is better); None unless
-        every expert has a score above 0.
+        """Mean over tasks of the score divided by the expert's (the other way round where less is better); None where
+        what it is divided by is not above 0 in every task.
         """
         return normalised(self.model, self.expert, self.higher_is_better)
 
@@ -128,7 +128,7 @@ def normalised(
     model: Mapping[str, float], expert: Mapping[str, float], higher_is_better: bool = True
 ) -> Optional[float]:
     """See `Scores.normalised`."""
-    if not all(expert.get(task, 0) > 0 for task in model):
+    if not all(expert.get(task, 0) > 0 and (higher_is_better or score > 0) for task, score in model.items()):
         return None
     if higher_is_better:
         return sum(score / expert[task] for task, score in model.items()) / len(model)

@@ -216,3 +216,5 @@ def test_scores_where_less_is_better_are_normalised_the_other_way_round():
     assert Scores({"a": 4.0}, {"a": 2.0}, metric="perplexity", higher_is_better=False).normalised == 0.5
     assert Scores({"a": 4.0}, {"a": 2.0}).normalised == 2.0
     assert Scores({"a": 4.0}, {}).normalised is None
+    assert Scores({"a": 0.0, "b": 0.5}, {"a": 0.2, "b": 0.5}, metric="wer", higher_is_better=False).normalised is None
+    assert Scores({"a": 0.0}, {"a": 0.2}).normalised == 0.0
