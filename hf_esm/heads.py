@@ -115,12 +115,17 @@ def _unread(body: PreTrainedModel) -> set[str]:
     with torch.enable_grad():
         outputs = [t for t in body(**_dummy_inputs(body), return_dict=True).values() if isinstance(t, Tensor)]
 
-    def reaching(outputs: list[Tensor]) -> set[str]:
-        total = sum(t.float().sum() for t in outputs if t.requires_grad)
-        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, retain_graph=True)
-        return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    def reached(outputs: list[Tensor]) -> set[str]:
+        waiting, seen = [t.grad_fn for t in outputs], {None}
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                waiting += [below for below, _ in node.next_functions]
+        leaves = {id(node.variable) for node in seen if hasattr(node, "variable")}
+        return {name for name, parameter in parameters.items() if id(parameter) in leaves}
 
-    return reaching(outputs) - reaching(outputs[:1])
+    return reached(outputs) - reached(outputs[:1])
 
 
 def _shallow(config: PretrainedConfig) -> PretrainedConfig:
