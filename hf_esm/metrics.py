@@ -160,6 +160,8 @@ def resolve_metric(metric: Any) -> Metric:
         return compute(found, [[*texts, *texts[:1] * (most - len(texts))] for texts in accepted])
 
     kinds = loaded.features if isinstance(loaded.features, list) else [loaded.features]
+    if any(not {"predictions", "references"} <= kind.keys() for kind in kinds):
+        raise HfEsmError(f"{metric!r} does not compare predictions with references: it is no metric of a model.")
     kinds = [kind for kind in kinds if getattr(kind["predictions"], "dtype", "") == "string"]
     of_one_text = all(getattr(kind["references"], "dtype", "") == "string" for kind in kinds)
     higher = not {str(metric), loaded.name}.intersection(_ERRORS)

@@ -34,7 +34,7 @@ T5 = Architecture(
 class Numbers:
     """A metric of the evaluate library, of classes."""
 
-    features = {"predictions": SimpleNamespace(dtype="int32"), "references": SimpleNamespace(dtype="int32")}
+    features = dict.fromkeys(("predictions", "references"), SimpleNamespace(dtype="int32"))
 
     def __init__(self, name):
         self.name = name
@@ -192,6 +192,14 @@ def test_metrics_that_give_no_number_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=lambda name: loaded))
     with pytest.raises(HfEsmError, match=r"'many' gives no number but \[0.5, 0.5\]"):
         resolve_metric("many").score(torch.zeros(2), torch.zeros(2))
+
+
+def test_measurements_that_compare_nothing_are_refused(monkeypatch):
+    loaded = Numbers("length")
+    loaded.features = {"predictions": SimpleNamespace(dtype="string")}
+    monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=lambda name: loaded))
+    with pytest.raises(HfEsmError, match="'length' does not compare predictions with references"):
+        resolve_metric("length")
 
 
 def test_unknown_metrics_are_named(monkeypatch):
