@@ -114,10 +114,10 @@ def resolve_metric(metric: Any) -> Metric:
     Built in are `"accuracy"` (of tokens, where they have classes; of all labels together, where several may hold),
     `"perplexity"` (of causal and sequence-to-sequence language models), and of models that answer in words (extractive
     question answering, generation) `"exact-match"` and `"word-f1"`, which count words as SQuAD (Rajpurkar et al.,
-    2016) does. Any other name is loaded by the `evaluate` library, from the Hub or a folder; the first number that it
-    computes counts. One whose predictions are strings (ROUGE, BLEU, word error rate) is given the model's answers in
-    words. A function is called with tensors, see `Metric.score`; as in Transformers' Trainer, classes of tokens are
-    padded, and references are -100 where none counts.
+    2016) does. Any other name is loaded by the `evaluate` library, from the Hub or a folder; of several numbers, the
+    one of its name counts, or else the first. One whose predictions are strings (ROUGE, BLEU, word error rate) is given
+    the model's answers in words. A function is called with tensors, see `Metric.score`; as in Transformers' Trainer,
+    classes of tokens are padded, and references are -100 where none counts.
 
     Raises:
         HfEsmError: if there is no such metric.
@@ -128,6 +128,11 @@ def resolve_metric(metric: Any) -> Metric:
         return Metric(getattr(metric, "__name__", "score"), lambda found, labels: float(metric(found, labels)))
     if isinstance(metric, str) and metric in BUILT_IN:
         return BUILT_IN[metric]
+    return _of_library(metric)
+
+
+def _of_library(metric: Any) -> Metric:
+    """A metric of the `evaluate` library; what it reads is told by its features."""
     try:
         import evaluate
     except ImportError:

@@ -425,21 +425,8 @@ def test_the_console_script_is_this_command_line(capsys):
 
 
 def test_flags_that_take_several_may_be_repeated():
-    given = [
-        "compare",
-        "recipe.yaml",
-        "--methods",
-        "esm",
-        "--methods",
-        "tsv-m",
-        "mean",
-        "--seeds",
-        "0",
-        "--seeds",
-        "1",
-    ]
-    given += ["--columns", "text=a", "--columns", "label=b"]
-    found = build_parser().parse_args(given)
+    given = "compare recipe.yaml --methods esm --methods tsv-m mean --seeds 0 --seeds 1"
+    found = build_parser().parse_args([*given.split(), "--columns", "text=a", "--columns", "label=b"])
     assert found.methods == ["esm", "tsv-m", "mean"]
     assert found.seeds == [0, 1]
     assert found.columns == ["text=a", "label=b"]
