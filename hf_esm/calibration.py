@@ -23,7 +23,7 @@ from .placement import reserve
 from .processes import default_accelerator, gather, together
 from .proxies import Sample, text_config
 from .statistics import ActivationStatistics, InputStatistics, Provenance
-from .weights import body_key, canonical_names, layer_type, linear_maps
+from .weights import body_key, canonical_names, layer_type, linear_maps, tower_of, towers
 
 
 # A linear map by its weight, and which of its calls within one pass.
@@ -278,11 +278,12 @@ def pooled_inputs(
 ) -> dict[str, Tensor]:
     """What every block reads: the mean input row of its first linear map, for each sample.
 
-    Blocks are told by their names: the linear maps that stand where the first one to run stands in its own block.
+    Blocks are told by their names: the linear maps that stand where the first one to run stands in its own block. Of a
+    model with two towers, those of each; what is projected from them is no block.
 
     Returns `[N, d_in]` float32 by the weight's canonical name, in the order in which they run.
     """
-    recorder = InputRecorder(model)
+    recorder, apart = InputRecorder(model), towers(model)
     found: dict[str, Tensor] = {}
     with _in_evaluation(model, accelerator or default_accelerator()), torch.no_grad():
         samples = _with_decoder_inputs(model, samples, batch_size)
@@ -290,9 +291,11 @@ def pooled_inputs(
             first: dict[str, Tensor] = {}
 
             def act(call: _Call, inputs: Tensor, size: int = len(group), first: dict[str, Tensor] = first) -> None:
-                kind = layer_type(next(iter(first), call[0]))
-                if layer_type(call[0]) == kind and call[1] == 1 and inputs.shape[0] % size == 0:
-                    first[call[0]] = inputs.detach().float().reshape(size, -1, inputs.shape[-1]).mean(1).cpu()
+                weight, tower = call[0], tower_of(call[0], apart)
+                kind = layer_type(next((name for name in first if name.startswith(tower)), weight))
+                of_block = weight.startswith(tower) and layer_type(weight) == kind
+                if of_block and call[1] == 1 and inputs.shape[0] % size == 0:
+                    first[weight] = inputs.detach().float().reshape(size, -1, inputs.shape[-1]).mean(1).cpu()
 
             with recorder.hooked(act):
                 model(**batch_for([samples[i] for i in group], model))

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from .routers import fit_discriminant
 from .statistics import ActivationStatistics, InputStatistics
 from .tuners.lora_export import rank_settings, write_adapter
 from .tuners.routed import RoutedExpertsConfig, fingerprint
-from .weights import is_routable, to_matrices
+from .weights import is_routable, to_matrices, towers
 
 
 FOLDER = "routed"
@@ -101,7 +101,7 @@ class RoutedExperts:
 
     def save(self, folder: Path, model: PreTrainedModel, base_fingerprint: Optional[dict[str, str]] = None) -> None:
         """Write the adapter for a merged model, and beside it the features that its router is made from."""
-        readers, tensors, settings = self._route()
+        readers, tensors, settings = self._route(towers(model))
         ranks = {module: a.shape[1] for module, (a, _) in self.factors.items()}
         ranks |= {module: 0 for module in readers if module not in ranks}
         largest, _ = rank_settings(ranks)
@@ -134,12 +134,21 @@ class RoutedExperts:
         """The first modules of the blocks, which a router may read."""
         return list(next(iter(self.features.values())))
 
-    def _route(self) -> tuple[list[str], dict[str, Tensor], dict]:
-        """The router's readers, tensors and settings."""
+    def _route(self, apart: Sequence[str]) -> tuple[list[str], dict[str, Tensor], dict]:
+        """The router's readers, tensors and settings; of two towers, each has its own."""
         if self.router != "discriminant":
             prototypes = self.prototypes if self.router == "prototype" else {}
             return [], {f"{m}.routed_experts_prototypes": p for m, p in prototypes.items()}, {}
-        readers = self.modules[: min(int(self.depth * len(self.modules)), len(self.modules) - 1) + 1]
+        if not apart:
+            return self._discriminant(self.modules)
+        found = {name: self._discriminant([m for m in self.modules if m.startswith(f"{name}.")]) for name in apart}
+        readers = [module for own, _, _ in found.values() for module in own]
+        tensors = {name: tensor for _, own, _ in found.values() for name, tensor in own.items()}
+        return readers, tensors, {"towers": {name: settings for name, (_, _, settings) in found.items()}}
+
+    def _discriminant(self, blocks: list[str]) -> tuple[list[str], dict[str, Tensor], dict]:
+        """Readers, tensors and settings of one that reads the first of these blocks."""
+        readers = blocks[: min(int(self.depth * len(blocks)), len(blocks) - 1) + 1]
         found = fit_discriminant({t: torch.cat([self.features[t][m] for m in readers], dim=1) for t in self.tasks})
         widths = [self.features[self.tasks[0]][m].shape[1] for m in readers]
         stacked = torch.cat([found.directions, found.center[None]]).float()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from .proxies import ProxyOptions, encode, load_processor, read_rows
 from .pushing import check_routed, push_folder
 from .tuners.lora_export import write_lora_adapter
 from .tuners.routed import Decision, Named, Route, decide, route, routing_state
+from .weights import towers
 
 
 @dataclass
@@ -63,7 +65,8 @@ class Explanation:
         task: the likeliest task, or "none" where the sample is too far from all.
         probabilities: by task; for a prototype router, the share of layers that voted for it.
         distance: in units of what is still believed to be one of the tasks; None if the router knows none.
-        layers: the task that every deciding module chose.
+        layers: the task that every deciding module chose. Where these are two, in the towers of a model such as CLIP,
+            `probabilities` and `weights` are means over both, and `distance` is the larger.
         sure: whether `likeliest` is likely enough to count as found, and the sample near enough to the tasks.
         weights: by task, in steps of 1/256, how much of its expert is added; the rest to one is the static model's.
             A prototype router's experts are in `layers`.
@@ -222,6 +225,11 @@ class RoutedModel:
             raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {', '.join(self.tasks)}.")
         if given is not None and len(given) != len(inputs):
             raise HfEsmError(f"{len(given)} tasks are given for {len(inputs)} inputs. Give one each.")
+        if towers(whole := self.model.get_base_model()):
+            raise HfEsmError(
+                f"A {type(whole).__name__} compares its inputs, and has no class per sample: call the model itself. "
+                "`explain` says which tasks its inputs are taken for."
+            )
         if given is None:
             self._need_router("predict")
         found: list[Optional[Prediction]] = [None] * len(inputs)
@@ -286,13 +294,20 @@ class RoutedModel:
         if self.config.router == "prototype":
             counts = {task: list(layers.values()).count(task) / len(layers) for task in self.tasks}
             return Explanation(max(counts, key=counts.get), counts, None, layers)
-        (decision,) = (found for _, _, found in records)
-        likely = dict(zip(self.tasks, decision.probabilities[row].tolist(), strict=True))
-        distance = None if decision.distance is None else float(decision.distance[row])
+        decisions = [found for _, _, found in records]
+        probabilities = torch.stack([found.probabilities[row] for found in decisions]).mean(0)
+        likely = dict(zip(self.tasks, probabilities.tolist(), strict=True))
+        known = [float(found.distance[row]) for found in decisions if found.distance is not None]
+        distance = max(known, default=None)
         task = "none" if distance is not None and distance > 1 else max(likely, key=likely.get)
-        added = zip(decision.route.experts[row].tolist(), decision.route.weights[row].tolist(), strict=True)
-        weights = {self.tasks[expert]: weight for expert, weight in added if weight}
-        return Explanation(task, likely, distance, layers, self._is_sure(decision, row), weights)
+        weights: Counter[str] = Counter()
+        for experts, shares in (found.route for found in decisions):
+            for expert, weight in zip(experts[row].tolist(), shares[row].tolist(), strict=True):
+                weights[self.tasks[expert]] += weight / len(decisions)
+        sure = all(self._is_sure(found, row) for found in decisions)
+        return Explanation(
+            task, likely, distance, layers, sure, {t: weight for t, weight in weights.items() if weight}
+        )
 
     def _is_sure(self, decision: Decision, row: int) -> bool:
         """Whether a discriminant router found the sample's task."""

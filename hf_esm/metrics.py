@@ -115,9 +115,9 @@ def resolve_metric(metric: Any) -> Metric:
     `"perplexity"` (of causal and sequence-to-sequence language models), and of models that answer in words (extractive
     question answering, generation) `"exact-match"` and `"word-f1"`, which count words as SQuAD (Rajpurkar et al.,
     2016) does. Any other name is loaded by the `evaluate` library, from the Hub or a folder; of several numbers, the
-    one of its name counts, or else the first. One whose predictions are strings (ROUGE, BLEU, word error rate) is given
-    the model's answers in words. A function is called with tensors, see `Metric.score`; as in Transformers' Trainer,
-    classes of tokens are padded, and references are -100 where none counts.
+    one of its name counts, or else the first. One whose predictions are strings (ROUGE, BLEU, word error rate) is
+    given the model's answers in words. A function is called with tensors, see `Metric.score`; as in Transformers'
+    Trainer, classes of tokens are padded, and references are -100 where none counts.
 
     Raises:
         HfEsmError: if there is no such metric.

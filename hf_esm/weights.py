@@ -1,7 +1,7 @@
 """The linear maps of a live model: names, orientation, slices, types. Works on the meta device, reads no values."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,25 @@ def body_prefix(model: PreTrainedModel) -> str:
     """What stands before the names of the shared body's weights, as `"bert."` in a task model; empty for a body."""
     prefix = model.base_model_prefix
     return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def towers(model: nn.Module) -> tuple[str, ...]:
+    """The two encoders of a model that compares texts with something else, such as CLIP, by name, that of texts first:
+    each reads samples of its own, and nothing but a projection stands behind it. None of any other model.
+    """
+    parts = {name: part for name, part in model.named_children() if next(part.parameters(), None) is not None}
+    found = [name for name, part in parts.items() if isinstance(part, PreTrainedModel)]
+    beside = all(name in found or name.endswith("_projection") for name in parts)
+    if not hasattr(model, "get_text_features") or len(found) != 2 or "text_model" not in found or not beside:
+        return ()
+    return tuple(sorted(found, key=lambda name: name != "text_model"))
+
+
+def tower_of(module: str, names: Sequence[str]) -> str:
+    """The tower that a module is in, or projects from; empty without towers."""
+    if not names:
+        return ""
+    return next((name for name in names if module.startswith(f"{name}.")), names[not module.startswith("text_")])
 
 
 def canonical_names(model: PreTrainedModel) -> dict[str, str]:

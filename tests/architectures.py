@@ -111,6 +111,15 @@ ARCHITECTURES = {
     "siglip": Architecture(
         "SiglipModel", {**CLIP, "text_config": {**CLIP["text_config"], "projection_size": 32}}, captioned_images
     ),
+    "dual-encoder": Architecture(
+        "VisionTextDualEncoderModel",
+        {
+            "text_config": {**ENCODER, "model_type": "bert"},
+            "vision_config": {**VISION, "model_type": "vit"},
+            "projection_dim": 24,
+        },
+        captioned_images,
+    ),
     "dinov2": Architecture("Dinov2Model", VISION, image_samples),
     "swin": Architecture(
         "SwinModel",

@@ -305,7 +305,7 @@ def test_bad_settings_are_refused(cases, settings, message):
         ("switch", "wi", ".mlp.experts.expert_0.wi' reads some of each sample's tokens"),
         ("xlnet", "layer_1", "XLNetModel read tokens first"),
         ("longformer", "query", "LongformerModel read tokens first"),
-        ("clip", "q_proj", "CLIPModel reads text beside something else"),
+        ("llava", "q_proj", "LlavaForConditionalGeneration reads text beside something else"),
     ],
 )
 def test_modules_and_models_that_cannot_be_routed_are_refused(name, module, message):

@@ -1,7 +1,8 @@
 """What an adapter of routed experts is made of."""
 
+import copy
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 from peft import PeftConfig
 
@@ -35,6 +36,8 @@ class RoutedExpertsConfig(PeftConfig):
             weights lack to one is the static model's share.
         confidence: probability from which on a task counts as found.
         threshold: distance beyond which a sample is taken for none of the tasks and gets no expert.
+        towers: `directions`, `temperature` and `threshold` by tower of a model with two, as CLIP's `text_model` and
+            `vision_model`: each has readers of its own, and decides for its own samples.
         base_fingerprint: of the weights below the experts, by dtype; see `fingerprint`.
         format_version: of the adapter.
     """
@@ -52,6 +55,9 @@ class RoutedExpertsConfig(PeftConfig):
     mixing_temperature: float = field(default=2.0, metadata={"help": "of the experts' weights, over that one"})
     confidence: float = field(default=0.85, metadata={"help": "probability from which on a task counts as found"})
     threshold: Optional[float] = field(default=None, metadata={"help": "distance from which a sample is of no task"})
+    towers: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "directions, temperature and threshold by tower"}
+    )
     base_fingerprint: Optional[dict[str, str]] = field(
         default=None, metadata={"help": "of the weights below the experts"}
     )
@@ -79,6 +85,15 @@ class RoutedExpertsConfig(PeftConfig):
     def decides(self) -> bool:
         """Whether it finds tasks by itself."""
         return self.router in DECIDING
+
+    def of_tower(self, tower: str) -> "RoutedExpertsConfig":
+        """The settings that hold in one of two towers."""
+        if tower not in self.towers:
+            return self
+        found = copy.copy(self)
+        found.readers = [name for name in self.readers if name.startswith(f"{tower}.")]
+        vars(found).update(self.towers[tower])
+        return found
 
     @property
     def modules(self) -> list[str]:

@@ -42,9 +42,9 @@ class RoutedExpertsLayer(BaseTunerLayer):
         "routed_experts_precision",
     )
 
-    def __init__(self, base_layer: nn.Module, state: RoutingState, name: str, reads_once: bool):
+    def __init__(self, base_layer: nn.Module, state: RoutingState, name: str, tower: str, reads_once: bool):
         self.base_layer = base_layer
-        self.state, self.name, self.reads_once = state, name, reads_once
+        self.state, self.name, self.tower, self.reads_once = state, name, tower, reads_once
         self.configs: dict[str, RoutedExpertsConfig] = {}
         self.known_loaded: set[str] = set()
         self.routed_experts_A, self.routed_experts_B = nn.ParameterDict(), nn.ParameterDict()
@@ -56,7 +56,7 @@ class RoutedExpertsLayer(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: RoutedExpertsConfig, rank: int) -> None:
         """Make room for an adapter; what has to come from its file is NaN until it is loaded."""
-        self.configs[adapter_name] = config
+        self.configs[adapter_name] = config = config.of_tower(self.tower)
         self.known_loaded.discard(adapter_name)
         count, width, directions = len(config.tasks), self.in_features, config.directions
         if rank:
@@ -104,9 +104,11 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
     precision of `y`.
     """
 
-    def __init__(self, base_layer: nn.Module, state: RoutingState, name: str, adapter_name: str, reads_once: bool):
+    def __init__(
+        self, base_layer: nn.Module, state: RoutingState, name: str, tower: str, adapter_name: str, reads_once: bool
+    ):
         super().__init__()
-        RoutedExpertsLayer.__init__(self, base_layer, state, name, reads_once)
+        RoutedExpertsLayer.__init__(self, base_layer, state, name, tower, reads_once)
         self._active_adapter = adapter_name
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoutedExpertsLinear":
@@ -124,14 +126,14 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
-        frames = self.state.local.frames
-        if not frames and self.state.local.forced is None:
+        frame = self._frame()
+        if frame is None and self.state.local.forced is None:
             raise HfEsmError(
                 f"{self.name} was run outside of its model's forward pass, so that there is no route. Call the model, "
                 "or name the task: `with route(model, task)`. To checkpoint activations, call "
                 "`gradient_checkpointing_enable` of Transformers."
             )
-        frame = frames[-1] if frames else Frame(x.shape[0])
+        frame = frame or Frame(x.shape[0])
         rows = sample_rows(x, frame.batch)
         if rows is None or (self.reads_once and self.name in frame.read):
             return result
@@ -144,6 +146,13 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
                 if route is not None and adapter in self.routed_experts_A:
                     result = self._add_experts(result, adapter, rows, route)
         return result
+
+    def _frame(self) -> Optional[Frame]:
+        """What is known of the samples of this pass; of what was projected from a tower, that tower's."""
+        local = self.state.local
+        if self.tower and not self.name.startswith(f"{self.tower}."):
+            return local.towers.get(self.tower)
+        return local.frames[-1] if local.frames else None
 
     def _add_experts(self, result: Tensor, adapter: str, rows: Tensor, route: Route) -> Tensor:
         a, b = self.routed_experts_A[adapter], self.routed_experts_B[adapter]

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import HfEsmError
+from ...weights import tower_of, towers
 from .config import RoutedExpertsConfig
 from .layer import NOT_MERGEABLE, RoutedExpertsLayer, RoutedExpertsLinear
 from .routing import (
@@ -94,7 +95,8 @@ class RoutedExpertsModel(BaseTuner):
             state = routing_state(self.model) or self._state
             # DeBERTa's shared projections read its relative positions, too, which are of no sample.
             reads_once = bool(getattr(parent, "share_att_key", False))
-            target = RoutedExpertsLinear(target, state, current_key, adapter_name, reads_once)
+            tower = tower_of(current_key, towers(self.model))
+            target = RoutedExpertsLinear(target, state, current_key, tower, adapter_name, reads_once)
             if adapter_name not in self.active_adapters:
                 target.requires_grad_(False)
             self._replace_module(parent, target_name, target, None)
@@ -208,21 +210,37 @@ def fingerprint(model: nn.Module, modules: Iterable[str]) -> Optional[dict[str, 
 
 
 def decide(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, str, Decision]]:
-    """The decisions on a batch; with a discriminant router, no block after the deciding one is run, and of an
-    encoder-decoder the encoder alone.
+    """The decisions on a batch; with a discriminant router, no block after the deciding one is run, of an
+    encoder-decoder the encoder alone, and of two towers those that have something to read.
     """
-    local, reader = _state_of(model).local, model
-    if model.config.is_encoder_decoder:
-        reader = model.get_encoder()
-        read = inspect.signature(reader.forward).parameters
-        inputs = {name: value for name, value in inputs.items() if name in read}
+    local = _state_of(model).local
     with recording(model) as records:
-        local.deciding = True
-        try:
-            reader(**inputs)
-        except Decided:
-            pass
-        finally:
-            local.deciding = False
-            local.frames.clear()
+        for reader, read in _readers(model, inputs):
+            local.deciding = True
+            try:
+                reader(**read)
+            except Decided:
+                pass
+            finally:
+                local.deciding = False
+                local.frames.clear()
     return records
+
+
+def _readers(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[Callable, dict[str, Any]]]:
+    """The parts of a model that decide, and what of a batch each reads."""
+    whole = getattr(model, "get_base_model", lambda: model)()
+    if whole.config.is_encoder_decoder:
+        encoder = whole.get_encoder()
+        return [(encoder, _known(encoder.forward, inputs))]
+    if not towers(whole):
+        return [(model, inputs)]
+    names = ("get_text_features", "get_image_features", "get_audio_features")
+    parts = [getattr(whole, name) for name in names if hasattr(whole, name)]
+    read = [(part, _known(part, inputs)) for part in parts]
+    return [(part, own) for part, own in read if next(iter(inspect.signature(part).parameters)) in own]
+
+
+def _known(function: Callable, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs that a function takes."""
+    return {name: value for name, value in inputs.items() if name in inspect.signature(function).parameters}

@@ -3,6 +3,7 @@
 A layer sees its input and nothing else: not which rows are padding, nor what other layers decided. Hooks on the model
 (and on every model nested in it) therefore keep a stack of frames, one stack per thread, in which the layers find the
 mask and leave their decisions. With a KV cache, the decisions stay on the cache: the prompt decides, decoding reuses.
+The towers of a model that compares two kinds of input, as CLIP does, read samples of their own, and decide for them.
 """
 
 import functools
@@ -16,8 +17,10 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from ...errors import HfEsmError
+from ...weights import towers
 from .checkpointing import keep_routes
 
 
@@ -122,6 +125,7 @@ class SoundMask(NamedTuple):
 class _Local(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
+        self.towers: dict[str, Frame] = {}  # those that have run, for what is projected from them
         self.forced: Any = None
         self.deciding = False
         self.records: Optional[list[tuple[str, str, Decision]]] = None
@@ -156,10 +160,12 @@ class RoutingState:
 
 
 class OpenFrame:
-    """Forward pre-hook of a model: opens its frame; where samples cannot be told apart, of all as one."""
+    """Forward pre-hook of a model: opens its frame; where samples cannot be told apart, of all as one. A `tower`
+    shares none with what it is a part of.
+    """
 
-    def __init__(self, state: RoutingState, model: nn.Module, outermost: bool, together: bool):
-        self.state, self.outermost, self.together = state, outermost, together
+    def __init__(self, state: RoutingState, model: PreTrainedModel, outermost: bool, together: bool, tower: str):
+        self.state, self.outermost, self.together, self.tower = state, outermost, together, tower
         self.answers = model.can_generate() and not model.config.is_encoder_decoder
         self.names = tuple(inspect.signature(model.forward).parameters)
         self.main_input = model.main_input_name
@@ -170,9 +176,10 @@ class OpenFrame:
         frames = self.state.local.frames
         if self.outermost:
             frames.clear()  # an interrupt leaves what was open
-            if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                keep_routes(model, self.state.hold)
-        parent = frames[-1] if frames else None
+            self.state.local.towers.clear()
+        if not frames and model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            keep_routes(model, self.state.hold)
+        parent = frames[-1] if frames and not self.tower else None
         cache = given.get("past_key_values")
         first = given.get(self.main_input)
         for name in ("inputs_embeds", "decoder_input_ids", "input_ids", "encoder_outputs", "decoder_inputs_embeds"):
@@ -235,14 +242,16 @@ def _prompt(given: dict[str, Any]) -> Optional[Tensor]:
 class CloseFrame:
     """Forward hook of a model: closes its frame, and leaves the decisions with what the next pass is given."""
 
-    def __init__(self, state: RoutingState):
-        self.state = state
+    def __init__(self, state: RoutingState, tower: str):
+        self.state, self.tower = state, tower
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         frames = self.state.local.frames
         if not frames:
             return
         frame = frames.pop()
+        if self.tower:
+            self.state.local.towers[self.tower] = Frame(frame.batch, decisions=frame.decisions)
         cache = getattr(output, "past_key_values", None)
         if cache is not None and not isinstance(cache, tuple):
             setattr(cache, _KEPT, frame.decisions)
@@ -256,17 +265,17 @@ class CloseFrame:
 TOKENS_FIRST = ("fsmt", "led", "longformer", "xlnet")
 
 
-def _nested_models(model: nn.Module) -> list[nn.Module]:
-    """A Transformers model and all those nested in it."""
-    return [module for module in model.modules() if hasattr(module, "main_input_name")]
+def _nested_models(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """A Transformers model and all those nested in it, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
 
 
 def inseparable(model: nn.Module) -> Optional[str]:
     """Why the samples that a model's layers read cannot be told apart; None if they can. One expert for all samples
     of a batch can be added all the same.
     """
-    for module in _nested_models(model):
-        parts = module.config.sub_configs
+    for module in _nested_models(model).values():
+        parts = {} if towers(module) else module.config.sub_configs
         if "text_config" in parts and len(parts) > 1:
             return f"A {type(module).__name__} reads text beside something else, of which there may be more or less"
         if module.config.model_type in TOKENS_FIRST:
@@ -285,12 +294,13 @@ def check_separable(model: nn.Module) -> None:
 
 def install(model: nn.Module, state: RoutingState) -> None:
     """Hooks on a model and on all models nested in it."""
-    nested, together = _nested_models(model), inseparable(model) is not None
-    if model not in nested:
+    nested, together, apart = _nested_models(model), inseparable(model) is not None, towers(model)
+    if "" not in nested:
         raise HfEsmError(f"Routed experts need a Transformers model, not a {type(model).__name__}.")
-    for module in nested:
-        module.register_forward_pre_hook(OpenFrame(state, module, module is model, together), with_kwargs=True)
-        module.register_forward_hook(CloseFrame(state), with_kwargs=True, always_call=True)
+    for name, module in nested.items():
+        tower = name if name in apart else ""
+        module.register_forward_pre_hook(OpenFrame(state, module, module is model, together, tower), with_kwargs=True)
+        module.register_forward_hook(CloseFrame(state, tower), with_kwargs=True, always_call=True)
 
 
 def uninstall(model: nn.Module) -> None:
