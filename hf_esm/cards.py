@@ -57,6 +57,7 @@ def write_card(
         method=plan.method.name,
         routed=(routed := isinstance(plan.method, ROUTED)),
         decides=routed and plan.method.router in DECIDING,
+        predicts=all("classification" in _pipeline(type(e.skeleton).__name__) for e in plan.experts.values()),
         keeps_features=routed and plan.method.router == "discriminant",
         alpha=alpha,
         licences=sorted(set(plan.licences.values()) - {"not stated"}),
@@ -179,10 +180,13 @@ _PIPELINES = {
 }
 
 
-def _pipeline(folder: Path, task: str) -> str:
+def _pipeline(model_class: str) -> str:
+    return next((kind for ending, kind in _PIPELINES.items() if model_class.endswith(ending)), "other")
+
+
+def _class_of(folder: Path, task: str) -> str:
     own = folder / HEADS_FOLDER / task
-    names = AutoConfig.from_pretrained(own if own.is_dir() else folder).architectures or [""]
-    return next((kind for ending, kind in _PIPELINES.items() if names[0].endswith(ending)), "other")
+    return (AutoConfig.from_pretrained(own if own.is_dir() else folder).architectures or [""])[0]
 
 
 def _template(name: str) -> str:

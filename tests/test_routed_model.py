@@ -132,6 +132,7 @@ def test_a_router_of_the_base_needs_no_samples(models, statistics, tmp_path):
     assert equal(adapter(tmp_path / "samples"), adapter(tmp_path / "statistics"))
     found = RoutedModel.from_pretrained(tmp_path / "statistics")
     assert [p.task for p in found.predict(MIXED)] == ["a", "b"] * 16
+    assert "model.predict(" in (found.folder / "README.md").read_text()
 
 
 def test_a_router_never_mixes_features_of_two_models(models, statistics, tmp_path):

@@ -291,6 +291,9 @@ def test_given_tasks_are_those_of_each_tower_s_samples(merged, tmp_path):
 
 
 def test_labels_are_not_to_be_had(merged):
+    """Nor does the card say so."""
+    card = (merged().folder / "README.md").read_text()
+    assert "model(**inputs)  # with the experts that the router chooses" in card and "predict" not in card
     with pytest.raises(HfEsmError, match="A CLIPModel compares its inputs, and has no class per sample"):
         merged().predict(task_rows("a")[:2])
 

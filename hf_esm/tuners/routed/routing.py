@@ -176,7 +176,6 @@ class OpenFrame:
         frames = self.state.local.frames
         if self.outermost:
             frames.clear()  # an interrupt leaves what was open
-            self.state.local.towers.clear()
         if not frames and model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             keep_routes(model, self.state.hold)
         parent = frames[-1] if frames and not self.tower else None
@@ -185,7 +184,7 @@ class OpenFrame:
         for name in ("inputs_embeds", "decoder_input_ids", "input_ids", "encoder_outputs", "decoder_inputs_embeds"):
             first = given.get(name) if first is None else first
         first = first if first is None or isinstance(first, Tensor) else first[0]
-        batch = parent.batch if first is None else first.shape[0]
+        batch = first.shape[0] if first is not None else parent.batch if parent else 1  # which the model refuses
         frame = Frame(
             1 if self.together else batch,
             given.get("attention_mask"),
