@@ -293,8 +293,7 @@ def pooled_inputs(
             def act(call: _Call, inputs: Tensor, size: int = len(group), first: dict[str, Tensor] = first) -> None:
                 weight, tower = call[0], tower_of(call[0], apart)
                 kind = layer_type(next((name for name in first if name.startswith(tower)), weight))
-                of_block = weight.startswith(tower) and layer_type(weight) == kind
-                if of_block and call[1] == 1 and inputs.shape[0] % size == 0:
+                if layer_type(weight) == kind and call[1] == 1 and inputs.shape[0] % size == 0:
                     first[weight] = inputs.detach().float().reshape(size, -1, inputs.shape[-1]).mean(1).cpu()
 
             with recorder.hooked(act):

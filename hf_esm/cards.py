@@ -114,7 +114,7 @@ def update_card(folder: str | os.PathLike, scores: Scores, data: Mapping[str, An
     card.data.model_name = Path(folder).expanduser().resolve().name
     card.data.eval_results = [
         EvalResult(
-            task_type=_pipeline(path.parent, task),
+            task_type=_pipeline(_class_of(path.parent, task)),
             dataset_type=str(spec.get("path", task)) if isinstance(spec := data[task], Mapping) else task,
             dataset_name=task,
             dataset_config=spec.get("name") if isinstance(spec, Mapping) else None,
@@ -175,6 +175,7 @@ _PIPELINES = {
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",
     "ForAudioClassification": "audio-classification",
+    "ForSemanticSegmentation": "image-segmentation",
     "LMHeadModel": "text-generation",
     "ForCausalLM": "text-generation",
 }

@@ -126,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--metric",
         default="accuracy",
-        help="accuracy, perplexity, exact-match, word-f1, or a metric of the evaluate library",
+        help="accuracy, perplexity, mean-iou, exact-match, word-f1, or a metric of the evaluate library",
     )
     evaluation.add_argument("--json", metavar="FILE", help="write the scores there too")
     evaluation.add_argument("--card", action="store_true", help="write the scores into the model's card, too")

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig
 
 from .errors import HfEsmError
+from .maps import read_map
 from .metrics import ACCURACY, Metric
 from .proxies import ProxyOptions, Sample, encode, is_words, read_rows
 
@@ -24,6 +25,7 @@ class LabelledSamples:
             of several labels hold; `[N, L]` int64, the class of each token, -100 where none is asked for; `[N]` of 0
             where there are none, or they are texts.
         texts: the right answers to each row, where they are texts; an unanswerable question's is empty.
+        maps: the class of each pixel, `[H, W]` int64 and -100 where none is asked for, of each row where it has one.
         contexts: which tokens of each sample, `[L]` bool, are of its second text, where it has one.
         tokenizer: what reads answers in tokens.
     """
@@ -31,6 +33,7 @@ class LabelledSamples:
     samples: list[Sample]
     labels: Tensor
     texts: list[list[str]] = field(default_factory=list)
+    maps: list[Tensor] = field(default_factory=list)
     contexts: list[Tensor] = field(default_factory=list)
     tokenizer: Any = None
 
@@ -55,7 +58,7 @@ def load_labelled(
     words, or of each token beside ready `input_ids` (`labels`, -100 where none is asked for).
     Where `metric` is one of texts, it is a right answer, a list of them, or SQuAD's `{"text": [...]}` (empty where
     there is none); by default the `text_target`. `options.num_samples` 0 takes all rows. Of perplexity, the rows need
-    no label.
+    no label; of mean-iou, it is a map of classes, as a picture or an array, of any size.
 
     Raises:
         HfEsmError: if a row has no label, or one that the model does not know.
@@ -63,6 +66,8 @@ def load_labelled(
     rows = read_rows(data, title, options)
     if metric.reads_texts:
         return _with_texts(rows, processor, config, title, options, metric)
+    if metric.reads_maps:
+        return _with_maps(rows, processor, config, title, options)
     if not metric.needs_labels:
         samples = encode(rows, processor, config, title, options, with_targets=True)
         return LabelledSamples(samples, torch.zeros(len(rows), dtype=torch.int64))
@@ -106,13 +111,28 @@ def _with_texts(
     for sample in samples:
         sample.pop("labels", None)  # of ready inputs: not for it to see
     contexts = [sample.pop("context") for sample in samples if "context" in sample]
-    labelled = LabelledSamples(samples, torch.zeros(len(rows)), [], contexts, tokenizer)
+    labelled = LabelledSamples(samples, torch.zeros(len(rows)), contexts=contexts, tokenizer=tokenizer)
     tokens = [tokenizer(texts, add_special_tokens=False).input_ids for texts in found]
     labelled.texts = [  # what the tokenizer does not know stays as it is: no text means that there is no answer
         [labelled.read(torch.tensor(ids, dtype=torch.int64)) or text for text, ids in zip(*row, strict=True)]
         for row in zip(found, tokens, strict=True)
     ]
     return labelled
+
+
+def _with_maps(
+    rows: list[Any], processor: Any, config: PretrainedConfig, title: str, options: ProxyOptions
+) -> LabelledSamples:
+    """Rows that say of each pixel which class it has."""
+    images = getattr(processor, "image_processor", processor)
+    columns, maps, bare = (options.columns.get("label", "label"), "labels"), [], []
+    for i, row in enumerate(rows):
+        label = _label_in(row, f"{title}: row {i}", options)
+        # What a processor made of a map, beside pixels, it has reduced already.
+        reduced = bool(getattr(images, "do_reduce_labels", False)) and "pixel_values" not in row
+        maps.append(read_map(label, config, f"{title}: row {i}", reduced))
+        bare.append({name: value for name, value in row.items() if name not in columns})
+    return LabelledSamples(encode(bare, processor, config, title, options), torch.zeros(len(rows)), maps=maps)
 
 
 def _label_in(row: Any, title: str, options: ProxyOptions, *others: str) -> Any:
@@ -159,8 +179,8 @@ def _label(found: Any, config: Any, title: str) -> float:
         found = float(found)
     except (TypeError, ValueError, RuntimeError):
         raise HfEsmError(
-            f"{title}: a label is {found!r}, but the expert gives one class, or one value, per row. If several may "
-            "hold, set problem_type to 'multi_label_classification' in its config."
+            f"{title}: a label is {found!r:.80}, but the expert gives one class, or one value, per row. If several "
+            "may hold, set problem_type to 'multi_label_classification' in its config; of pixels, there is mean-iou."
         ) from None
     if config.num_labels == 1:
         return found

@@ -28,9 +28,11 @@ class Metric:
         score: outputs and labels of `N` samples to one number; labels as in `labels.LabelledSamples`. Outputs are
             `[N]`: the class of highest logit, or the value of a head of one label; `[N, C]` bool: the labels whose
             logits are positive, where several may hold; `[N, L]`: each token's class; for perplexity `[N, 2]`: summed
-            negative log-likelihood, and tokens. Of texts, `N` answers and lists of right ones.
+            negative log-likelihood, and tokens; of maps `[N, 3, C]`, see `maps.overlaps_of`. Of texts, `N` answers and
+            lists of right ones.
         higher_is_better: False for perplexity.
         is_share: whether it is the share of samples (of tokens) that are right, so that its standard error is known.
+        reads_maps: whether it is of a class for each pixel.
         reads_texts: whether it is of answers in words.
         of_one_text: whether it compares an answer with one right text alone.
         of_each: of one answer and the right ones, where the score is the mean of it.
@@ -40,6 +42,7 @@ class Metric:
     score: Callable[[Any, Any], float]
     higher_is_better: bool = True
     is_share: bool = False
+    reads_maps: bool = False
     reads_texts: bool = False
     of_one_text: bool = False
     of_each: Optional[Callable[[str, Sequence[str]], float]] = None
@@ -81,6 +84,15 @@ def _perplexity(outputs: Tensor, labels: Tensor) -> float:
     return float((total / tokens).exp())
 
 
+def _mean_iou(overlaps: Tensor, _: Tensor) -> float:
+    """Over all samples together, and the classes that are found or labelled in any."""
+    both, found, labelled = overlaps.double().sum(0)
+    either = found + labelled - both
+    if not either.any():
+        raise HfEsmError("mean-iou: no pixel has a class. Give maps of classes that the model knows.")
+    return float((both / either)[either > 0].mean())
+
+
 def _words(text: str) -> list[str]:
     """The words that count, as SQuAD's evaluation has it: in lower case, without punctuation and English articles."""
     bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
@@ -103,21 +115,23 @@ def _f1(answer: list[str], right: list[str]) -> float:
 
 ACCURACY = Metric("accuracy", _share_right, is_share=True)
 PERPLEXITY = Metric("perplexity", _perplexity, higher_is_better=False)
+MEAN_IOU = Metric("mean-iou", _mean_iou, reads_maps=True)
 EXACT_MATCH = Metric.mean_of("exact-match", _is_among, is_share=True)
 WORD_F1 = Metric.mean_of("word-f1", _word_overlap)
-BUILT_IN = {metric.name: metric for metric in (ACCURACY, PERPLEXITY, EXACT_MATCH, WORD_F1)}
+BUILT_IN = {metric.name: metric for metric in (ACCURACY, PERPLEXITY, MEAN_IOU, EXACT_MATCH, WORD_F1)}
 
 
 def resolve_metric(metric: Any) -> Metric:
     """A metric from its name or from a function `(predictions, references) -> float`; higher is better.
 
     Built in are `"accuracy"` (of tokens, where they have classes; of all labels together, where several may hold),
-    `"perplexity"` (of causal and sequence-to-sequence language models), and of models that answer in words (extractive
-    question answering, generation) `"exact-match"` and `"word-f1"`, which count words as SQuAD (Rajpurkar et al.,
-    2016) does. Any other name is loaded by the `evaluate` library, from the Hub or a folder; of several numbers, the
-    one of its name counts, or else the first. One whose predictions are strings (ROUGE, BLEU, word error rate) is
-    given the model's answers in words. A function is called with tensors, see `Metric.score`; as in Transformers'
-    Trainer, classes of tokens are padded, and references are -100 where none counts.
+    `"perplexity"` (of causal and sequence-to-sequence language models), `"mean-iou"` (of semantic segmentation: pixels
+    of a class that are rightly found over all that are found or labelled, mean over classes), and of models that
+    answer in words (extractive question answering, generation) `"exact-match"` and `"word-f1"`, which count words as
+    SQuAD (Rajpurkar et al., 2016) does. Any other name is loaded by the `evaluate` library, from the Hub or a folder;
+    of several numbers, the one of its name counts, or else the first. One whose predictions are strings (ROUGE, BLEU,
+    word error rate) is given the model's answers in words. A function is called with tensors, see `Metric.score`; as
+    in Transformers' Trainer, classes of tokens are padded, and references are -100 where none counts.
 
     Raises:
         HfEsmError: if there is no such metric.

@@ -54,7 +54,8 @@ class MergeOptions(ProxyOptions):
     metric: Any = field(
         default="accuracy",
         metadata={
-            "help": "what 'auto' goes by: accuracy, perplexity, exact-match, word-f1, or one of the evaluate library"
+            "help": "what 'auto' goes by: accuracy, perplexity, mean-iou, exact-match, word-f1, or one of the "
+            "evaluate library"
         },
     )
     rank: Optional[int] = field(default=None, metadata={"help": "rank of the experts of esm++ and tsv-c", "least": 1})

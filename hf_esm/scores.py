@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from .answers import texts_of
 from .errors import HfEsmError
 from .labels import LabelledSamples
+from .maps import overlaps_of
 from .metrics import ACCURACY, Metric, check_answers, outputs_of
 
 
@@ -44,6 +45,8 @@ def run(model: PreTrainedModel, data: LabelledSamples, metric: Metric = ACCURACY
     """A model's outputs on labelled samples, if the metric can read them."""
     if metric.reads_texts:
         return Outcome(metric, texts_of(model, data, batch_size), data.texts)
+    if metric.reads_maps:
+        return Outcome(metric, overlaps_of(model, data.samples, data.maps, batch_size), data.labels)
     check_answers(model, metric)
     outputs = outputs_of(model, data.samples, metric, batch_size)
     if metric.needs_labels and outputs.shape != data.labels.shape:

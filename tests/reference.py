@@ -266,3 +266,19 @@ def layer_scales(norms: list[float], exponent: float) -> list[float]:
 def recombine(base: Tensor, delta: Tensor, alpha: float, layer_scale: float = 1.0) -> Tensor:
     """`W_M = W0 + α · β · Δ_M`."""
     return base.double() + alpha * layer_scale * delta.double()
+
+
+def mean_iou(answers: list[Tensor], labels: list[Tensor], classes: int) -> float:
+    """Of maps `[H, W]`, -100 where no class is asked for: per class the intersection over the union of its pixels in
+    all maps, mean over the classes that are in one.
+    """
+    found = []
+    for k in range(classes):
+        intersection = union = 0
+        for answer, label in zip(answers, labels, strict=True):
+            for a, b in zip(answer.flatten().tolist(), label.flatten().tolist(), strict=True):
+                intersection += a == k == b
+                union += b != -100 and k in (a, b)
+        if union:
+            found.append(intersection / union)
+    return sum(found) / len(found)

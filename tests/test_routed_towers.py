@@ -12,7 +12,7 @@ from helpers import Samples
 from peft import PeftModel
 from routed import ROUTERS, TASKS, chosen, padded, rebuilt, recorded, save_adapter, shares, task_samples
 from routed_toys import tuned
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_esm import HfEsmError, RoutedModel, calibrate, merge_models
 from hf_esm.tuners.routed import decide, recording, route
@@ -64,6 +64,9 @@ def test_towers_are_told_by_what_a_model_is_made_of():
     told = {"text_projection": TEXT, "visual_projection": VISION, "vision_model.head": VISION, "text_model.head": TEXT}
     assert {module: tower_of(module, found["clip"]) for module in told} == told
     assert tower_of("text_projection", ()) == ""
+    clip = ARCHITECTURES["clip"].build()
+    clip.fusion = nn.Linear(2, 2)  # which may read both
+    assert towers(clip) == ()
 
 
 @routers
@@ -144,6 +147,18 @@ def test_what_decides_is_run_alone_and_what_is_not_given_not_at_all(load, router
         assert chosen(found) == chosen(expected)
 
 
+def test_a_mask_alone_is_nothing_to_read(load, monkeypatch):
+    """One that the other tower would take, too."""
+    model = load("clip", "discriminant")
+
+    def get_image_features(pixel_values, attention_mask=None):
+        raise AssertionError
+
+    monkeypatch.setattr(model.get_base_model(), "get_image_features", get_image_features)
+    batch = padded(model, texts_of("clip", TASKS))
+    assert "attention_mask" in batch and len(decide(model, batch)) == 1
+
+
 @names
 def test_a_compiled_model_gives_the_same(load, name):
     model = load(name, "discriminant")
@@ -155,7 +170,7 @@ def test_a_compiled_model_gives_the_same(load, name):
 
 
 def test_gradient_checkpointing_trains_the_same(load):
-    """Through the whole model, and one tower at a time."""
+    """One tower at a time, and through the whole model, which readies both."""
     model = copy.deepcopy(load("clip", "discriminant")).train()
     model.requires_grad_(True)
     texts, pictures = padded(model, texts_of("clip", TASKS)), padded(model, pictures_of("clip", TASKS))
@@ -163,9 +178,9 @@ def test_gradient_checkpointing_trains_the_same(load):
     def gradients() -> list[dict[str, Tensor]]:
         found = []
         for run in (
-            lambda: model(**texts, **pictures)[0],
             lambda: model.get_text_features(**texts).pooler_output,
             lambda: model.get_image_features(**pictures).pooler_output,
+            lambda: model(**texts, **pictures)[0],
         ):
             model.zero_grad()
             run().square().mean().backward()
@@ -262,7 +277,11 @@ def test_an_explanation_of_two_decisions_is_their_mean(merged):
         mean = (one.weights.get(task, 0) + other.weights.get(task, 0)) / 2
         assert both.weights.get(task, 0) == pytest.approx(mean)
     assert both.distance == max(one.distance, other.distance)
-    assert both.sure == (one.sure and other.sure)
+    assert one.sure and other.sure and both.sure
+    foreign = {"pixel_values": 50 * torch.randn(3, 16, 16)}
+    (none,), (half,) = routed.explain([foreign]), routed.explain([foreign | text])
+    assert (none.task, none.sure) == (half.task, half.sure) == ("none", False)
+    assert half.weights == {"a": one.weights["a"] / 2}
 
 
 @torch.no_grad()
