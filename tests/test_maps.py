@@ -200,3 +200,15 @@ def test_segmenters_merge_and_are_compared(tmp_path):
     assert (report.metric, report.experts) == ("mean-iou", scores.expert)
     (row,) = report.rows
     assert all(0 < row.tasks[task] < 1 for task in "ab")
+    calibration = {task: rows.remove_columns("label") for task, rows in data.items()}
+    merge_models(
+        tmp_path / "base",
+        experts,
+        calibration=calibration,
+        method={"name": "esm++", "rank": 16},
+        output_dir=tmp_path / "routed",
+        progress=False,
+    )
+    given = evaluate(tmp_path / "routed", data, metric="mean-iou", processor=PROCESSOR, route="oracle")
+    static = evaluate(tmp_path / "routed", data, metric="mean-iou", processor=PROCESSOR, route="static")
+    assert given.average > static.average

@@ -573,3 +573,17 @@ def test_exported_experts_are_lora_adapters_that_peft_alone_loads(routed, langua
         assert torch.allclose(found, expected, atol=1e-5)
     with pytest.raises(HfEsmError, match="exists"):
         routed.export_lora(tmp_path / "bert", ["b"])
+
+
+@torch.no_grad()
+def test_task_models_have_the_hidden_states_of_one_pass(merged):
+    """Whichever ran before, though they share their blocks."""
+    routed = RoutedModel.from_pretrained(merged)
+    whole, samples = routed.model.get_base_model(), encoded(task_texts("a", 3))
+    batch = collate(samples, whole.config)
+    with routed.route("a"):
+        for model in (routed.task_model("a"), whole, routed.task_model("b"), routed.task_model("a")):
+            found = model(**batch, output_hidden_states=True)
+            assert len(found.hidden_states) == whole.config.num_hidden_layers + 1
+            torch.testing.assert_close(found.hidden_states[-1], whole(**batch).last_hidden_state)
+        assert whole(**batch).hidden_states is None

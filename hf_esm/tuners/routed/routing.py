@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ...errors import HfEsmError
 from ...weights import towers
+from .capturing import capture_once
 from .checkpointing import keep_routes
 
 
@@ -178,6 +179,8 @@ class OpenFrame:
             frames.clear()  # an interrupt leaves what was open
         if not frames and model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             keep_routes(model, self.state.hold)
+        if not torch.compiler.is_compiling() and _asks_for_more(model, given):
+            capture_once(model)
         parent = frames[-1] if frames and not self.tower else None
         cache = given.get("past_key_values")
         first = given.get(self.main_input)
@@ -202,6 +205,12 @@ class OpenFrame:
             if self.answers:
                 frame.prompt = _prompt(given)
         frames.append(frame)
+
+
+def _asks_for_more(model: PreTrainedModel, given: dict[str, Any]) -> bool:
+    """Whether hidden states or attentions are wanted beside a model's output."""
+    names = ("output_hidden_states", "output_attentions")
+    return any(given.get(name, getattr(model.config, name, False)) for name in names)
 
 
 def _take_up(frame: Frame, given: dict[str, Any], cache: Any) -> None:
