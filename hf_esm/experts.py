@@ -141,7 +141,8 @@ class RoutedExperts:
             return [], {f"{m}.routed_experts_prototypes": p for m, p in prototypes.items()}, {}
         if not apart:
             return self._discriminant(self.modules)
-        found = {name: self._discriminant([m for m in self.modules if m.startswith(f"{name}.")]) for name in apart}
+        blocks = {name: [module for module in self.modules if module.startswith(f"{name}.")] for name in apart}
+        found = {name: self._discriminant(own) for name, own in blocks.items() if own}  # one may be all convolutions
         readers = [module for own, _, _ in found.values() for module in own]
         tensors = {name: tensor for _, own, _ in found.values() for name, tensor in own.items()}
         return readers, tensors, {"towers": {name: settings for name, (_, _, settings) in found.items()}}

@@ -196,6 +196,8 @@ class RoutedModel:
         prompts = self.model.get_base_model().can_generate()  # labels say where one ends
         for chosen, batch in self._batches(inputs, batch_size, options, with_targets=prompts):
             records = decide(self.model, batch)
+            if not records:
+                raise HfEsmError(f"explain: no router reads {', '.join(batch)}: there is no linear map on their way.")
             for row, i in enumerate(chosen):
                 found[i] = self._explain(records, row)
         return found

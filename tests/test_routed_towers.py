@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, captioned_images
+from architectures import ARCHITECTURES, ENCODER, captioned_images
 from helpers import Samples
 from peft import PeftModel
 from routed import ROUTERS, TASKS, chosen, padded, rebuilt, recorded, save_adapter, shares, task_samples
 from routed_toys import tuned
 from torch import Tensor, nn
+from transformers import AlignConfig, AlignModel
 
 from hf_esm import HfEsmError, RoutedModel, calibrate, merge_models
 from hf_esm.tuners.routed import decide, recording, route
@@ -326,3 +327,39 @@ def test_experts_come_and_go(merged, tmp_path):
     assert [said.likeliest for said in more.explain(rows)] == list("aabbcc")
     less = more.remove_expert("a", output_dir=tmp_path / "less")
     assert [said.likeliest for said in less.explain(rows[2:])] == list("bbcc")
+
+
+@torch.no_grad()
+def test_a_tower_of_convolutions_has_nothing_to_route(tmp_path):
+    """Its pictures are the static model's; the texts have experts."""
+    vision = {
+        "hidden_dim": 24,
+        "image_size": 16,
+        "kernel_sizes": [3, 3],
+        "in_channels": [32, 8],
+        "out_channels": [8, 24],
+        "strides": [1, 2],
+        "num_block_repeats": [1, 1],
+        "expand_ratios": [1, 2],
+        "width_coefficient": 1.0,
+        "depth_coefficient": 1.0,
+    }
+    config = AlignConfig(text_config=ENCODER, vision_config=vision, projection_dim=24)
+    torch.manual_seed(0)
+    base = AlignModel(config).eval()
+    assert towers(base) == (TEXT, VISION)
+    rows = {task: task_rows(task) for task in "ab"}
+    experts = {"a": tuned(base, 1), "b": tuned(base, 2)}
+    settings = {"name": "esm++", "rank": 4}
+    merge_models(base, experts, calibration=rows, method=settings, output_dir=tmp_path / "out", progress=False)
+    routed = RoutedModel.from_pretrained(tmp_path / "out")
+    assert routed.config.towers.keys() == {TEXT}
+    batch = padded(routed.model, rows["a"][:2])
+    output = routed(**batch)
+    with routed.route("static"):
+        static = routed(**batch)
+    assert torch.equal(output.image_embeds, static.image_embeds)
+    assert not torch.allclose(output.text_embeds, static.text_embeds, atol=1e-3)
+    assert [said.likeliest for said in routed.explain(rows["a"][:2])] == ["a", "a"]
+    with pytest.raises(HfEsmError, match="no router reads pixel_values"):
+        routed.explain([{"pixel_values": rows["a"][0]["pixel_values"]}])
