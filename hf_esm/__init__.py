@@ -6,8 +6,9 @@ from .cards import add_comparison, update_card
 from .comparison import Comparison, compare
 from .errors import HfEsmError
 from .evaluation import evaluate
+from .explanations import Explanation, Prediction
 from .heads import load_task_model
-from .hub import Explanation, Prediction, RoutedModel
+from .hub import RoutedModel
 from .interference import Interference, measure_interference
 from .merge import MergeResult, merge_models
 from .methods import (

@@ -2,10 +2,8 @@
 
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -29,60 +27,15 @@ from .checkpoints import (
 )
 from .errors import HfEsmError
 from .experts import FOLDER, load_experts
+from .explanations import Explanation, Prediction, explanation, is_sure, probabilities, take, vote
 from .hashes import verify_hashes, write_hashes
 from .heads import FOLDER as HEADS_FOLDER
 from .heads import attach_head
 from .proxies import ProxyOptions, encode, load_processor, read_rows
 from .pushing import check_routed, push_folder
 from .tuners.lora_export import write_lora_adapter
-from .tuners.routed import Decision, Named, Route, decide, route, routing_state
+from .tuners.routed import Named, decide, route, routing_state
 from .weights import towers
-
-
-@dataclass
-class Prediction:
-    """What a routed model says of one sample.
-
-    Attributes:
-        task: the task that it was taken for, or that was given.
-        label: that task's label.
-        score: the label's probability; of a task with several labels per sample, the likeliest one's own; of a task
-            with one value, the value.
-        sure: whether the task was given, or is likely enough to count as found.
-    """
-
-    task: str
-    label: str
-    score: float
-    sure: bool
-
-
-@dataclass
-class Explanation:
-    """Why a sample was routed as it was.
-
-    Attributes:
-        task: the likeliest task, or "none" where the sample is too far from all.
-        probabilities: by task; for a prototype router, the share of layers that voted for it.
-        distance: in units of what is still believed to be one of the tasks; None if the router knows none.
-        layers: the task that every deciding module chose. Where these are two, in the towers of a model such as CLIP,
-            `probabilities` and `weights` are means over both, and `distance` is the larger.
-        sure: whether `likeliest` is likely enough to count as found, and the sample near enough to the tasks.
-        weights: by task, in steps of 1/256, how much of its expert is added; the rest to one is the static model's.
-            A prototype router's experts are in `layers`.
-    """
-
-    task: str
-    probabilities: dict[str, float]
-    distance: Optional[float]
-    layers: dict[str, str]
-    sure: bool = True
-    weights: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def likeliest(self) -> str:
-        """The likeliest task, even if none is likely."""
-        return max(self.probabilities, key=self.probabilities.get)
 
 
 class RoutedModel:
@@ -199,7 +152,7 @@ class RoutedModel:
             if not records:
                 raise HfEsmError(f"explain: no router reads {', '.join(batch)}: there is no linear map on their way.")
             for row, i in enumerate(chosen):
-                found[i] = self._explain(records, row)
+                found[i] = explanation(self.config, records, row)
         return found
 
     @torch.no_grad()
@@ -239,19 +192,19 @@ class RoutedModel:
             if given is not None:
                 names, decision = [given[i] for i in chosen], None
             else:
-                decision, names = self._vote(decide(self.model, batch))
+                decision, names = vote(self.config, decide(self.model, batch))
             for task in dict.fromkeys(names):
                 rows = [row for row, name in enumerate(names) if name == task]
                 part = {name: value[rows] for name, value in batch.items()}
-                forced = task if decision is None else _take(decision, rows)
+                forced = task if decision is None else take(decision, rows)
                 with route(self.model, forced):
                     logits = getattr(self.task_model(task)(**part), "logits", None)
                 if logits is None or logits.dim() != 2:
                     raise HfEsmError(f"{task!r} has no class per sample; run `task_model({task!r})` yourself.")
                 config = self.task_model(task).config
-                scores, labels = _probabilities(logits.float(), config).max(-1), config.id2label
+                scores, labels = probabilities(logits.float(), config).max(-1), config.id2label
                 for at, row in enumerate(rows):
-                    sure = decision is None or self._is_sure(decision, row)
+                    sure = decision is None or is_sure(self.config, decision, row)
                     label = labels[int(scores.indices[at])]
                     found[chosen[row]] = Prediction(task, label, float(scores.values[at]), sure)
         return found
@@ -282,39 +235,6 @@ class RoutedModel:
             groups = batch_indices(samples, batch_size)  # pictures of one size, sound of one length
         for chosen in groups:
             yield chosen, batch_for([samples[i] for i in chosen], self.model.get_base_model())
-
-    def _vote(self, records: list[tuple[str, str, Decision]]) -> tuple[Optional[Decision], list[str]]:
-        """The one decision of a discriminant router, or, of a prototype router's many, the task of most layers."""
-        if self.config.router == "discriminant":
-            (decision,) = (found for _, _, found in records)
-            return decision, [self.tasks[i] for i in decision.probabilities.argmax(-1)]
-        votes = torch.stack([found.route.experts for _, _, found in records]).mode(0).values
-        return None, [self.tasks[i] for i in votes]
-
-    def _explain(self, records: list[tuple[str, str, Decision]], row: int) -> Explanation:
-        layers = {module: self.tasks[int(found.probabilities[row].argmax())] for _, module, found in records}
-        if self.config.router == "prototype":
-            counts = {task: list(layers.values()).count(task) / len(layers) for task in self.tasks}
-            return Explanation(max(counts, key=counts.get), counts, None, layers)
-        decisions = [found for _, _, found in records]
-        probabilities = torch.stack([found.probabilities[row] for found in decisions]).mean(0)
-        likely = dict(zip(self.tasks, probabilities.tolist(), strict=True))
-        known = [float(found.distance[row]) for found in decisions if found.distance is not None]
-        distance = max(known, default=None)
-        task = "none" if distance is not None and distance > 1 else max(likely, key=likely.get)
-        weights: Counter[str] = Counter()
-        for experts, shares in (found.route for found in decisions):
-            for expert, weight in zip(experts[row].tolist(), shares[row].tolist(), strict=True):
-                weights[self.tasks[expert]] += weight / len(decisions)
-        sure = all(self._is_sure(found, row) for found in decisions)
-        return Explanation(
-            task, likely, distance, layers, sure, {t: weight for t, weight in weights.items() if weight}
-        )
-
-    def _is_sure(self, decision: Decision, row: int) -> bool:
-        """Whether a discriminant router found the sample's task."""
-        near = decision.distance is None or bool(decision.distance[row] <= 1)
-        return near and bool(decision.probabilities[row].max() >= self.config.confidence)
 
     def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
         """Write the whole model, with its experts as they are now, to a folder that appears when it is whole."""
@@ -430,13 +350,6 @@ def _rows(inputs: Any) -> list[Any]:
     return read_rows(inputs, "inputs", ProxyOptions(num_samples=0)) if isinstance(inputs, Mapping) else list(inputs)
 
 
-def _probabilities(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """What a head says of its labels `[B, labels]`, as Transformers' own pipeline takes it."""
-    if logits.shape[1] == 1:
-        return logits
-    return logits.sigmoid() if config.problem_type == "multi_label_classification" else logits.softmax(-1)
-
-
 def _refuse_ragged(task: str, model: PeftModel, head: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a task's model: one loss is of one head."""
     forced = routing_state(model).local.forced
@@ -456,10 +369,3 @@ def _refuse_saving(task: str, *args: Any, **kwargs: Any) -> None:
         f"task's head (`load_task_model(folder, {task!r})`), the task's expert (`export_lora`), or all of it "
         "(`RoutedModel.save_pretrained`)."
     )
-
-
-def _take(decision: Decision, rows: list[int]) -> Decision:
-    """The decision on some of a batch's samples."""
-    weights = None if decision.route.weights is None else decision.route.weights[rows]
-    distance = None if decision.distance is None else decision.distance[rows]
-    return Decision(Route(decision.route.experts[rows], weights), decision.probabilities[rows], distance)

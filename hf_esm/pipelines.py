@@ -7,7 +7,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import Pipeline
 
-from .hub import Prediction, RoutedModel
+from .explanations import Prediction
+from .hub import RoutedModel
 
 
 class RoutedPipeline(Pipeline):
