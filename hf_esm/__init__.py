@@ -27,6 +27,7 @@ from .methods import (
     RoutedMerge,
     TaskArithmetic,
 )
+from .metrics import Metric
 from .pipelines import RoutedPipeline
 from .planning import MergePlan
 from .recipes import load_recipe
@@ -65,6 +66,7 @@ __all__ = [
     "Mean",
     "MergePlan",
     "MergeResult",
+    "Metric",
     "Prediction",
     "RegMean",
     "RoutedExpertsConfig",

@@ -189,12 +189,17 @@ class _Comparing:
         path = self.folder / CACHE / f"{kind}-{fingerprint(CELL_VERSION, __version__, self.identity, key)}.json"
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
-        found = make()
+        try:
+            found = json.dumps(make())
+        except TypeError as error:
+            raise HfEsmError(
+                f"What the metric {self.metric.name!r} reads of a row, or a label, cannot be kept: {error}."
+            ) from error
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(found), encoding="utf-8")
+        partial.write_text(found, encoding="utf-8")
         os.replace(partial, path)
-        return found
+        return json.loads(found)
 
     def _test_key(self) -> list[Any]:
         rows = {task: data_identity(data) for task, data in self.test.items()}
@@ -340,7 +345,7 @@ def _outcome_out(outcome: Outcome) -> dict[str, Any]:
 
 def _outcome_in(stored: Mapping[str, Any], metric: Metric) -> Outcome:
     parts = [stored["outputs"], stored["labels"]]
-    parts = parts if metric.reads_texts else map(torch.tensor, parts)
+    parts = parts if metric.compares_lists else map(torch.tensor, parts)
     return Outcome(metric, *parts, stored.get("routed_to", []))
 
 

@@ -50,7 +50,7 @@ def evaluate(
         experts: by task, the expert to measure beside it, as `merge_models` takes it; a LoRA adapter stands on the
             base that it names.
         metric: `"accuracy"`, `"perplexity"`, `"mean-iou"`, `"exact-match"`, `"word-f1"`, the name of a metric of the
-            `evaluate` library, or a function of predictions and references; see `metrics.resolve_metric`.
+            `evaluate` library, a function of predictions and references, or a `Metric`; see `metrics.resolve_metric`.
         processor: tokenizer or processor, where none stands beside the model.
         route: of a model with experts: `"routed"`, `"oracle"` (each task's expert for its rows; what a model without
             a router gets in any case), or `"static"`.

@@ -26,6 +26,7 @@ class LabelledSamples:
             where there are none, or they are texts.
         texts: the right answers to each row, where they are texts; an unanswerable question's is empty.
         maps: the class of each pixel, `[H, W]` int64 and -100 where none is asked for, of each row where it has one.
+        references: what stands in the column of labels, as it is, for a metric with `read`.
         contexts: which tokens of each sample, `[L]` bool, are of its second text, where it has one.
         tokenizer: what reads answers in tokens.
     """
@@ -34,6 +35,7 @@ class LabelledSamples:
     labels: Tensor
     texts: list[list[str]] = field(default_factory=list)
     maps: list[Tensor] = field(default_factory=list)
+    references: list[Any] = field(default_factory=list)
     contexts: list[Tensor] = field(default_factory=list)
     tokenizer: Any = None
 
@@ -68,6 +70,10 @@ def load_labelled(
         return _with_texts(rows, processor, config, title, options, metric)
     if metric.reads_maps:
         return _with_maps(rows, processor, config, title, options)
+    if metric.read is not None:
+        references = [_label_in(row, f"{title}: row {i}", options) for i, row in enumerate(rows)]
+        samples = encode(_unlabelled(rows, options), processor, config, title, options)
+        return LabelledSamples(samples, torch.zeros(len(rows)), references=references)
     if not metric.needs_labels:
         samples = encode(rows, processor, config, title, options, with_targets=True)
         return LabelledSamples(samples, torch.zeros(len(rows), dtype=torch.int64))
@@ -125,14 +131,19 @@ def _with_maps(
 ) -> LabelledSamples:
     """Rows that say of each pixel which class it has."""
     images = getattr(processor, "image_processor", processor)
-    columns, maps, bare = (options.columns.get("label", "label"), "labels"), [], []
+    maps = []
     for i, row in enumerate(rows):
         label = _label_in(row, f"{title}: row {i}", options)
         # What a processor made of a map, beside pixels, it has reduced already.
         reduced = bool(getattr(images, "do_reduce_labels", False)) and "pixel_values" not in row
         maps.append(read_map(label, config, f"{title}: row {i}", reduced))
-        bare.append({name: value for name, value in row.items() if name not in columns})
-    return LabelledSamples(encode(bare, processor, config, title, options), torch.zeros(len(rows)), maps=maps)
+    samples = encode(_unlabelled(rows, options), processor, config, title, options)
+    return LabelledSamples(samples, torch.zeros(len(rows)), maps=maps)
+
+
+def _unlabelled(rows: list[Any], options: ProxyOptions) -> list[dict[str, Any]]:
+    columns = (options.columns.get("label", "label"), "labels")
+    return [{name: value for name, value in row.items() if name not in columns} for row in rows]
 
 
 def _label_in(row: Any, title: str, options: ProxyOptions, *others: str) -> Any:

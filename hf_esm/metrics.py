@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from .batches import batch_for, reads_singly
+from .batches import batch_for, batch_indices, reads_singly
 from .errors import HfEsmError
 from .proxies import Sample
 
@@ -29,13 +29,16 @@ class Metric:
             `[N]`: the class of highest logit, or the value of a head of one label; `[N, C]` bool: the labels whose
             logits are positive, where several may hold; `[N, L]`: each token's class; for perplexity `[N, 2]`: summed
             negative log-likelihood, and tokens; of maps `[N, 3, C]`, see `maps.overlaps_of`. Of texts, `N` answers and
-            lists of right ones.
+            lists of right ones. With `read`, `N` of what it gives, and of what rows have as their label.
         higher_is_better: False for perplexity.
         is_share: whether it is the share of samples (of tokens) that are right, so that its standard error is known.
         reads_maps: whether it is of a class for each pixel.
         reads_texts: whether it is of answers in words.
         of_one_text: whether it compares an answer with one right text alone.
         of_each: of one answer and the right ones, where the score is the mean of it.
+        read: for a head of any other kind, such as one that finds objects: what `score` wants to know of a sample,
+            made of the tensors that the model put out for it, by name and on the CPU (`logits`, `pred_boxes`, …).
+            Numbers, texts, lists and dictionaries, which JSON can hold.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Metric:
     reads_texts: bool = False
     of_one_text: bool = False
     of_each: Optional[Callable[[str, Sequence[str]], float]] = None
+    read: Optional[Callable[[dict[str, Tensor]], Any]] = None
 
     @classmethod
     def mean_of(cls, name: str, of_each: Callable[[str, Sequence[str]], float], is_share: bool = False) -> "Metric":
@@ -59,6 +63,11 @@ class Metric:
     @property
     def needs_labels(self) -> bool:
         return self is not PERPLEXITY
+
+    @property
+    def compares_lists(self) -> bool:
+        """Whether outputs and labels are lists, rather than tensors."""
+        return self.reads_texts or self.read is not None
 
 
 def right_answers(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +140,8 @@ def resolve_metric(metric: Any) -> Metric:
     SQuAD (Rajpurkar et al., 2016) does. Any other name is loaded by the `evaluate` library, from the Hub or a folder;
     of several numbers, the one of its name counts, or else the first. One whose predictions are strings (ROUGE, BLEU,
     word error rate) is given the model's answers in words. A function is called with tensors, see `Metric.score`; as
-    in Transformers' Trainer, classes of tokens are padded, and references are -100 where none counts.
+    in Transformers' Trainer, classes of tokens are padded, and references are -100 where none counts. For heads of
+    other kinds, give a `Metric` with `read`.
 
     Raises:
         HfEsmError: if there is no such metric.
@@ -212,6 +222,23 @@ def outputs_of(
     return pad_sequence(rows, True, -100) if rows[0].dim() else torch.stack(rows)
 
 
+@torch.no_grad()
+def read_outputs(model: PreTrainedModel, samples: list[Sample], metric: Metric, batch_size: int = 32) -> list[Any]:
+    """What `metric.read` makes of a model's outputs, in the samples' order. Samples of one shape share a batch, so
+    that nothing in them is of padding.
+    """
+    found: dict[int, Any] = {}
+    for chosen in batch_indices(samples, batch_size):
+        outputs = model(**batch_for([samples[i] for i in chosen], model), return_dict=True)
+        parts = {
+            name: value.cpu()
+            for name, value in outputs.items()
+            if isinstance(value, Tensor) and value.dim() and len(value) == len(chosen)
+        }
+        found |= {i: metric.read({name: value[row] for name, value in parts.items()}) for row, i in enumerate(chosen)}
+    return [found[i] for i in range(len(samples))]
+
+
 def check_answers(model: PreTrainedModel, metric: Metric) -> None:
     """Refuse a model whose answers the metric cannot read."""
     kind = type(model).__name__
@@ -232,7 +259,7 @@ def _answer(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     if logits is None or logits.dim() != 2:
         raise HfEsmError(
             f"{kind} gives no class per sample or token; accuracy needs a classifier. Of answers in words there are "
-            "exact-match and word-f1."
+            "exact-match and word-f1; of anything else, give a Metric with `read`."
         )
     if model.config.problem_type == "multi_label_classification":
         return logits > 0

@@ -11,7 +11,7 @@ from .answers import texts_of
 from .errors import HfEsmError
 from .labels import LabelledSamples
 from .maps import overlaps_of
-from .metrics import ACCURACY, Metric, check_answers, outputs_of
+from .metrics import ACCURACY, Metric, check_answers, outputs_of, read_outputs
 
 
 @dataclass
@@ -21,24 +21,24 @@ class Outcome:
     Attributes:
         metric: what makes a score of it.
         outputs: as the metric reads them; see `metrics.Metric`.
-        labels: as in `labels.LabelledSamples`; of texts, the right ones of each row.
+        labels: as in `labels.LabelledSamples`; of texts, the right ones of each row; with `metric.read`, references.
         routed_to: `[N]` names, of a routed model: the task that each row was likeliest taken for.
     """
 
     metric: Metric
-    outputs: Tensor | list[str]
-    labels: Tensor | list[list[str]]
+    outputs: Tensor | list[Any]
+    labels: Tensor | list[Any]
     routed_to: list[str] = field(default_factory=list)
 
     @property
     def score(self) -> float:
-        return self.metric.score(self.outputs, self.labels)
+        return float(self.metric.score(self.outputs, self.labels))
 
     def resampled(self, rows: Tensor) -> float:
         """The score on other rows (`[N]` int64, with repetition)."""
-        if self.metric.reads_texts:
-            return self.metric.score([self.outputs[i] for i in rows], [self.labels[i] for i in rows])
-        return self.metric.score(self.outputs[rows], self.labels[rows])
+        if self.metric.compares_lists:
+            return float(self.metric.score([self.outputs[i] for i in rows], [self.labels[i] for i in rows]))
+        return float(self.metric.score(self.outputs[rows], self.labels[rows]))
 
 
 def run(model: PreTrainedModel, data: LabelledSamples, metric: Metric = ACCURACY, batch_size: int = 32) -> Outcome:
@@ -47,6 +47,8 @@ def run(model: PreTrainedModel, data: LabelledSamples, metric: Metric = ACCURACY
         return Outcome(metric, texts_of(model, data, batch_size), data.texts)
     if metric.reads_maps:
         return Outcome(metric, overlaps_of(model, data.samples, data.maps, batch_size), data.labels)
+    if metric.read is not None:
+        return Outcome(metric, read_outputs(model, data.samples, metric, batch_size), data.references)
     check_answers(model, metric)
     outputs = outputs_of(model, data.samples, metric, batch_size)
     if metric.needs_labels and outputs.shape != data.labels.shape:
