@@ -19,6 +19,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from .batches import batch_for, batch_indices
 from .errors import HfEsmError
 from .linalg import triangular_factor
+from .mixtures import mixtures
 from .placement import reserve
 from .processes import default_accelerator, gather, together
 from .proxies import Sample, text_config
@@ -82,18 +83,22 @@ class Reading:
 class InputRecorder:
     """Hooks on a model's linear maps that add every row they read to an accumulator.
 
-    Maps that read the same tensor share one. Nothing here knows of padding: the model has to be run without.
+    Maps that read the same tensor share one. A mixture whose experts one module holds counts as a map, by the name of
+    its first matrices, until its rows are told apart by expert.
     """
 
     def __init__(self, model: PreTrainedModel, folder: Optional[Path] = None):
         """`folder` is where factors stand while they grow, if not in memory."""
         self.model, self.folder = model, folder
-        live = {name: canonical for canonical, name in canonical_names(model).items()}
+        live, maps = {name: canonical for canonical, name in canonical_names(model).items()}, linear_maps(model)
         self.weight_of = {
             linear.module: live[linear.weight]
-            for linear in linear_maps(model).values()
+            for linear in maps.values()
             if not linear.slices and linear.weight in live
         }
+        by_module = mixtures(model, maps, live)
+        self.weight_of |= {module: mixture.first for module, mixture in by_module.items()}
+        self.mixtures = {mixture.first: mixture for mixture in by_module.values()}
         self.accumulators: dict[str, _Accumulator] = {}
         self.leaders: dict[str, set[str]] = defaultdict(set)
         self.reading = Reading()
@@ -147,16 +152,26 @@ class InputRecorder:
         weight, _ = call
         if call in self.reading.left_out:
             return
+        mask = mask if call in self.reading.padded else None
+        if weight in self.mixtures:
+            real = None if mask is None else mask.reshape(-1).bool()
+            for matrix, rows in self.mixtures[weight].reads(inputs, real):
+                self._add(matrix, rows)
+            return
         known = self._seen.get(id(inputs))
         if known is not None and known[0]() is inputs:
             self.leaders[weight].add(known[1])
             return
         self._seen[id(inputs)] = (weakref.ref(inputs), weight)
+        self._add(weight, _rows(inputs, mask))
+
+    def _add(self, weight: str, rows: Tensor) -> None:
+        """Add what a map reads by itself, or the first of those that read it."""
         self.leaders[weight].add(weight)
         if weight not in self.accumulators:
             file = self.folder / f"{weight}.factor" if self.folder else None
-            self.accumulators[weight] = _Accumulator(inputs.shape[-1], file)
-        self.accumulators[weight].add(_rows(inputs, mask if call in self.reading.padded else None))
+            self.accumulators[weight] = _Accumulator(rows.shape[-1], file)
+        self.accumulators[weight].add(rows)
 
     @contextmanager
     def hooked(self, act: Callable[[_Call, Tensor], Any]) -> Iterator[None]:
@@ -166,7 +181,11 @@ class InputRecorder:
         def reader(weight: str) -> Callable:
             def read(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
                 calls[weight] += 1
-                act((weight, calls[weight]), args[0] if args else next(iter(kwargs.values())))
+                if weight in self.mixtures:
+                    inputs = self.mixtures[weight].open(args, kwargs)
+                else:
+                    inputs = args[0] if args else next(iter(kwargs.values()))
+                act((weight, calls[weight]), inputs)
 
             return read
 

@@ -28,7 +28,7 @@ from .proxies import (
 )
 from .resuming import FOLDER as WORK
 from .statistics import FILE_NAME, ActivationStatistics
-from .weights import without_labels
+from .weights import matrix_names, width_of, without_labels
 
 
 _PROCESSOR_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py")
@@ -244,10 +244,17 @@ def check_statistics(
 ) -> None:
     """Name the linear maps that have no statistics."""
     for task, found in statistics.items():
-        lacking = [name for name in _calibrated_widths(plan) if found is not None and name not in found]
-        if lacking:
+        widths = _calibrated_widths(plan)
+        lacking = [name for name in widths if found is not None and name not in found]
+        unread = [name for name in lacking if name not in plan.base.linear]  # matrices of mixtures
+        if unread:
+            warn(
+                f"'{task}': no statistics for {len(unread)} of {len(widths.keys() - plan.base.linear)} matrices of "
+                "mixtures' experts, as where no token came to them; they are merged without. More samples reach more."
+            )
+        if lacking := [name for name in lacking if name in plan.base.linear]:
             some = ", ".join(lacking[:3])
-            warn(f"'{task}': no statistics for {len(lacking)} linear maps ({some}); they are merged by TSV-M.")
+            warn(f"'{task}': no statistics for {len(lacking)} linear maps ({some}); they are merged without.")
 
 
 def refuse_foreign(plan: MergePlan, task: str, found: ActivationStatistics) -> None:
@@ -267,9 +274,10 @@ def refuse_foreign(plan: MergePlan, task: str, found: ActivationStatistics) -> N
 
 
 def _calibrated_widths(plan: MergePlan) -> dict[str, int]:
-    """The linear maps that are merged with statistics, and how many inputs each has."""
+    """The linear maps that are merged with statistics, each of a mixture by itself, and how many inputs each has."""
     return {
-        name: plan.base.shape(name)[0 if linear.transposed else 1]
+        matrix: width_of(plan.base.shape(name), linear)
         for name, linear in plan.base.linear.items()
-        if name in plan.heads.shared and not linear.slices
+        if name in plan.heads.shared
+        for matrix in matrix_names(name, linear)
     }

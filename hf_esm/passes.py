@@ -24,7 +24,7 @@ from .placement import fast_products, roomy
 from .planning import MergePlan, merge_bytes
 from .shards import ShardedWriter
 from .statistics import ActivationStatistics
-from .weights import from_matrices, is_routable, layer_type, to_matrices
+from .weights import from_matrices, is_routable, layer_type, matrix_names, to_matrices
 
 
 # Elements of a weight below which several are merged side by side.
@@ -37,13 +37,14 @@ class WeightReport:
 
     Attributes:
         name: its name in the base model.
-        how: the rule that merged it (`"esm"`, `"tsv-m"`, `"mean"`, `"sum"`, …); `"unchanged"` where no expert differs
-            from the base.
+        how: the rule that merged it (`"esm"`, `"tsv-m"`, `"mean"`, `"sum"`, …; of a mixture's experts, several:
+            `"esm and tsv-m"`); `"unchanged"` where no expert differs from the base.
         norm: Frobenius norm of the merged update, before α and the scale between layers.
         scaled: whether α multiplies it.
         layer_scale: its scale between layers of one type; 1 where the method has none.
         update_norms: Frobenius norm of each expert's update, by task.
-        energy_kept: share of each expert's output shift that its kept directions carry, by task (ESM).
+        energy_kept: share of each expert's output shift that its kept directions carry, by task (ESM); of a mixture,
+            the mean over its experts.
     """
 
     name: str
@@ -245,29 +246,27 @@ def _merge_unit(
     for task, *found in zip(plan.experts, *updates, strict=True):
         parts = [to_matrices(update.to(device), linear) for update in found]
         matrices[task] = [torch.cat([part for (part,) in parts])] if len(unit) > 1 else parts[0]
-    inputs = [
-        found[unit[0]].to(device) if found is not None and linear and not linear.slices and unit[0] in found else None
-        for found in statistics.values()
-    ]
+    names = matrix_names(unit[0], linear) if linear else unit[:1]
     merged = [
         plan.method.merge(
             Stack(
                 name=plan.base.names[unit[0]],
                 part=part,
                 layer_type=layer_type(unit[0]),
-                deltas=list(deltas),
+                deltas=deltas,
                 is_linear=linear is not None,
                 routable=is_routable(unit[0], linear),
-                statistics=inputs,
+                statistics=[found[name].to(device) if found and name in found else None for found in statistics.values()],
                 thresholds=thresholds,
             )
         )
-        for part, deltas in enumerate(zip(*matrices.values(), strict=True))
+        for part, (name, *deltas) in enumerate(zip(names, *matrices.values(), strict=True))
     ]
-    energy = merged[0].info.get("energy_kept")
+    energies = [part.info["energy_kept"] for part in merged if "energy_kept" in part.info]
+    energy = [sum(found) / len(energies) for found in zip(*energies, strict=True)]
     report = WeightReport(
         name="",
-        how=merged[0].how,
+        how=" and ".join(sorted({part.how for part in merged})),
         norm=_norm([part.delta for part in merged]),
         scaled=merged[0].scaled,
         update_norms={task: _norm(parts) for task, parts in matrices.items()},

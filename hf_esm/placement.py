@@ -17,6 +17,7 @@ from .checkpoints import Checkpoint
 from .errors import HfEsmError
 from .proxies import Sample
 from .sizes import bytes_of, readable
+from .weights import width_of
 
 
 # The smallest tolerance that the rounding of factors to bfloat16 disappears in.
@@ -109,12 +110,13 @@ def factor_bytes(checkpoint: Checkpoint, samples: list[Sample], shared: bool) ->
 
     A factor has as many rows as there were tokens (where samples say how many), and at most twice as many as the map
     has inputs. Maps that read the same tensor share one, which is not known before they run: `shared` takes all maps
-    of one module that have as many inputs to do so, for a low guess; else none does, for a high one.
+    of one module that have as many inputs to do so, for a low guess; else none does, for a high one. The experts of a
+    mixture share out the tokens among them, or, high, each of them reads all.
     """
-    lengths = [sample["input_ids"].numel() if "input_ids" in sample else math.inf for sample in samples]
-    widths = {}
+    tokens = sum(sample["input_ids"].numel() if "input_ids" in sample else math.inf for sample in samples)
+    sizes = {}
     for name, linear in checkpoint.linear.items():
-        if not linear.slices:
-            width = checkpoint.shape(name)[0 if linear.transposed else 1]
-            widths[(linear.module.rpartition(".")[0], width) if shared else name] = width
-    return sum(int(4 * width * min(sum(lengths), 2 * width)) for width in widths.values())
+        width, most = width_of(checkpoint.shape(name), linear), max(linear.slices, 1)
+        rows = min(tokens, 2 * width * most) if shared else most * min(tokens, 2 * width)
+        sizes[(linear.module.rpartition(".")[0], width) if shared and not linear.slices else name] = 4 * width * rows
+    return int(sum(sizes.values()))

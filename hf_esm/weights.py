@@ -64,6 +64,16 @@ def body_key(model: PreTrainedModel) -> str:
     return repr((type(model), without_labels(model.config.to_dict())))
 
 
+def matrix_names(weight: str, linear: LinearMap) -> list[str]:
+    """Names of the matrices that a weight holds, as `to_matrices` lists them: its own, or one for every slice."""
+    return [f"{weight}.{i}" for i in range(linear.slices)] if linear.slices else [weight]
+
+
+def width_of(shape: torch.Size, linear: LinearMap) -> int:
+    """`d_in` of a linear map, or of each in a stack, whose weight is of this shape."""
+    return shape[-2 if linear.transposed else -1]
+
+
 def is_routable(name: str, linear: LinearMap | None) -> bool:
     """Whether experts can be routed beside a linear map: not where it reads only some of a sample's tokens, as the
     experts of a mixture do.

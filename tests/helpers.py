@@ -103,7 +103,9 @@ def perturbed(model: PreTrainedModel, scale: float, seed: int) -> PreTrainedMode
 
 @torch.no_grad()
 def token_inputs(model: PreTrainedModel, samples: Samples, architecture: Architecture) -> dict[str, Tensor]:
-    """`X` of every linear map that runs, by its weight's name, from one sample at a time."""
+    """`X` of every linear map that runs, by its weight's name, from one sample at a time; of stacked matrices, of each
+    by its index behind that.
+    """
     rows: dict[str, list[Tensor]] = defaultdict(list)
     called: set[str] = set()
 
@@ -121,12 +123,49 @@ def token_inputs(model: PreTrainedModel, samples: Samples, architecture: Archite
         if isinstance(module, (nn.Linear, Conv1D))
         and not (architecture.not_tokens and re.search(architecture.not_tokens, name))
     ]
+    if architecture.stacked:
+        handles += [
+            module.register_forward_hook(token_reader(name, rows))
+            for name, module in model.named_modules()
+            if re.search(architecture.stacked, f"{name}.down_proj")
+        ]
     for sample in samples:
         called.clear()
         model(**{name: value[None] for name, value in sample.items()})
     for handle in handles:
         handle.remove()
     return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def token_reader(name: str, rows: dict[str, list[Tensor]]) -> Callable:
+    """A forward hook of a mixture's experts: each token through each of its experts by itself, which has to give what
+    the module gave.
+    """
+
+    def read(module: nn.Module, args: tuple, output: Tensor) -> None:
+        expected = torch.zeros_like(output, dtype=torch.float64)
+        held = {key: value.double() for key, value in module.named_parameters()}
+        for at, (token, chosen, weights) in enumerate(zip(*args)):
+            for expert, weight in zip(chosen.tolist(), weights.double()):
+                between, after = token.double(), expected[at].clone()
+                for key in ("gate_up_proj", "down_proj"):
+                    rows[f"{name}.{key}.{expert}"].append(between[None])
+                    matrix, bias = held[key][expert], held.get(f"{key}_bias")
+                    between = between @ (matrix if module.is_transposed else matrix.T)
+                    between = between + (0 if bias is None else bias[expert])
+                    between = gated(module, between) if key == "gate_up_proj" else between
+                expected[at] = after + weight * between
+        assert relative_error(output.double(), expected) < 1e-5
+
+    return read
+
+
+def gated(module: nn.Module, values: Tensor) -> Tensor:
+    if module.is_concatenated:
+        gate, up = values.chunk(2)
+        return gate * gate.sigmoid() * up
+    gate, up = values[::2].clamp(max=module.limit), values[1::2].clamp(-module.limit, module.limit)
+    return (up + 1) * gate * (gate * module.alpha).sigmoid()
 
 
 @dataclass(frozen=True)
@@ -206,6 +245,12 @@ def expected_updates(
             rows = token_inputs(expert, architecture.samples(seed), architecture)
             inputs.append({inside(expert, name): x for name, x in rows.items()})
     linear = {f"{name}.weight": m for name, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    transposed = {
+        f"{name}.{key}"
+        for name, m in base.named_modules()
+        for key, _ in m.named_parameters(recurse=False)
+        if getattr(m, "is_transposed", False)
+    }
     updates: dict[str, Tensor] = {}
     norms: dict[str, dict[str, float]] = defaultdict(dict)
     for name, weight in weights.items():
@@ -225,7 +270,17 @@ def expected_updates(
         elif weight.dim() == 2:
             merged = rules.matrix(deltas)
         elif stacked:
-            merged = torch.stack([rules.matrix(list(matrices)) for matrices in zip(*deltas)])
+            turned = rules.esm is not None and name in transposed
+            merged = []
+            for i, matrices in enumerate(zip(*deltas)):
+                read = [found.get(f"{inside(base, name)}.{i}") for found in inputs]
+                if rules.esm is None or any(x is None for x in read):
+                    merged.append(rules.matrix(list(matrices)))
+                    continue
+                matrices = [matrix.T if turned else matrix for matrix in matrices]
+                found = reference.esm(matrices, read, **rules.esm)
+                merged.append(found.T if turned else found)
+            merged = torch.stack(merged)
         else:
             merged = rules.rest(deltas)
         parts = merged.split([len(weights[s]) for s in sisters]) if len(sisters) > 1 else [merged]

@@ -48,6 +48,7 @@ CASES = [(name, "esm") for name in ARCHITECTURES] + [
     ("bert", "tsv-m"),
     ("t5", "tsv-m"),
     ("mixtral", "tsv-m"),
+    ("mixtral", "esm-roberta"),
     ("swin", "mean"),
     ("wav2vec2", "mean"),
     ("gpt-oss", "mean"),

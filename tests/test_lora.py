@@ -87,7 +87,7 @@ CASES = {
             "target_modules": ["q_proj"],
             "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
         },
-        methods=("tsv-m",),
+        methods=("esm", "tsv-m"),
     ),
     "patterns": Case(
         BERT,
