@@ -34,9 +34,12 @@ def read_hashes(folder: Path, title: str) -> dict[str, str]:
     if not (folder / HASHES_FILE).is_file():
         raise HfEsmError(f"{title}: {HASHES_FILE} is missing, so that its files cannot be checked. Download it again.")
     try:
-        return dict(json.loads((folder / HASHES_FILE).read_text(encoding="utf-8")))
+        found = dict(json.loads((folder / HASHES_FILE).read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise HfEsmError(f"{title}: {HASHES_FILE} is damaged. Download it again.") from None
+        found = {}
+    if not found:
+        raise HfEsmError(f"{title}: {HASHES_FILE} is damaged. Download it again.")
+    return found
 
 
 def verify_hashes(folder: Path, title: str) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from .checkpoints import Checkpoint, ModelSource, resolve_class, whole_folder
+from .checkpoints import Checkpoint, LoraCheckpoint, ModelSource, resolve_class, whole_folder
 from .checkpoints.reader import quiet_loading
 from .errors import HfEsmError
 from .weights import body_key, body_prefix
@@ -170,12 +170,14 @@ def _one_shape(name: str, base: Checkpoint, experts: dict[str, Checkpoint]) -> b
 
 
 def _labels_agree(base: Checkpoint, experts: Iterable[Checkpoint]) -> bool:
-    """Whether base and experts, where they have labels at all, have the same ones. Transformers' defaults do not say
-    that two experts are of one task, and matter to no model that predicts something else, such as tokens.
+    """Whether base and experts, where they have labels at all, have the same ones. Neither Transformers' defaults say
+    that two experts are of one task, nor does an adapter, which names none: they matter to no model that predicts
+    something else, such as tokens.
     """
     checkpoints = [base, *experts]
+    adapted = any(isinstance(checkpoint, LoraCheckpoint) for checkpoint in checkpoints)
     maps = {tuple(sorted((c.config.id2label or {}).items())) for c in checkpoints}
-    unnamed = len(checkpoints) > 2 and all(name == f"LABEL_{i}" for i, name in next(iter(maps)))
+    unnamed = len(checkpoints) > 2 and (adapted or all(name == f"LABEL_{i}" for i, name in next(iter(maps))))
     classifies = any(word in type(base.skeleton).__name__ for word in ("Classification", "MultipleChoice"))
     return len(maps) == 1 and not (unnamed and classifies)
 
@@ -267,6 +269,7 @@ def attach_head(model: PreTrainedModel, folder: Path, task: str) -> PreTrainedMo
     if type(fresh) is type(model):
         found = _graft(model, fresh, list(head))
         settings = {name: value for name, value in vars(fresh).items() if not name.startswith("_")}
+        settings.pop("generation_config", None)  # the merged model's own, as its folder has it
         vars(found).update(settings)  # config, num_labels
     else:
         prefix, found = body_prefix(fresh), fresh

@@ -1,9 +1,10 @@
 """`RoutedModel`: a merged model with its experts, router, heads and processor, from a folder or the Hub."""
 
+import inspect
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -30,11 +31,13 @@ from .experts import FOLDER, load_experts
 from .explanations import Explanation, Prediction, explanation, is_sure, probabilities, take, vote
 from .hashes import verify_hashes, write_hashes
 from .heads import FOLDER as HEADS_FOLDER
+from .heads import WEIGHTS as HEAD_WEIGHTS
 from .heads import attach_head
+from .inputs import check_replaceable
 from .proxies import ProxyOptions, encode, load_processor, read_rows
 from .pushing import check_routed, push_folder
-from .tuners.lora_export import write_lora_adapter
-from .tuners.routed import Named, decide, route, routing_state
+from .tuners.lora_export import new_folder, write_lora_adapter
+from .tuners.routed import ONE_PER_SAMPLE, Named, Route, decide, route, routing_state
 from .weights import towers
 
 
@@ -103,8 +106,26 @@ class RoutedModel:
         return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As `generate` of the static model; the prompt decides the route."""
-        return self.model.generate(*args, **kwargs)
+        """As `generate` of the static model; the prompt decides the route.
+
+        Where the first pass reads something else than the whole prompt (assisted decoding, prompt lookup, prefilling
+        in chunks), or every pass reads more (no cache), a discriminant router reads the prompt by itself before.
+        """
+        base, forced = self.model.get_base_model(), routing_state(self.model).local.forced
+        prompt = {base.main_input_name: args[0] if args else kwargs.get("inputs"), **kwargs}
+        known = inspect.signature(base.forward).parameters
+        prompt = {name: value for name, value in prompt.items() if name in known and isinstance(value, torch.Tensor)}
+        size = next((len(value) for value in prompt.values() if value.dim()), None)
+        if isinstance(forced, Named) and not isinstance(forced.names, str) and size not in (None, len(forced.names)):
+            raise HfEsmError(f"{len(forced.names)} tasks are named for {size} samples. {ONE_PER_SAMPLE}")
+        decided = nullcontext()
+        if forced is None and self.config.router == "discriminant" and prompt and _reads_otherwise(base, kwargs):
+            if size > 1 and "input_ids" in prompt and "attention_mask" not in prompt:
+                raise HfEsmError("generate: give attention_mask, too, so that the router sees which tokens are real.")
+            with torch.no_grad():
+                decided = route(self.model, vote(self.config, decide(self.model, prompt))[0])
+        with decided:
+            return self.model.generate(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> "RoutedModel":
         self.model.to(*args, **kwargs)
@@ -116,18 +137,19 @@ class RoutedModel:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def route(self, tasks: str | Sequence[str]) -> AbstractContextManager[None]:
-        """Within `with model.route(…)`: a task for all samples, one per sample, or `"static"` for no expert.
+    def route(self, tasks: str | Sequence[str] | Route) -> AbstractContextManager[None]:
+        """Within `with model.route(…)`: a task for all samples, one per sample, `"static"` for none, or a `Route`.
 
         It holds for the thread that opens it: one that is started inside (a streamer's) has to open its own.
         """
-        return route(self.model, tasks if isinstance(tasks, str) else list(tasks))
+        return route(self.model, tasks)
 
     def task_model(self, task: str) -> PreTrainedModel:
         """The task's model (`…ForSequenceClassification`, …) around the routed body, which all of them share.
 
-        It is to run and to train, not to save: `load_task_model` and `export_lora` give what can be saved, and this
-        object's `save_pretrained` saves experts that were trained.
+        It is to run and to train, not to save (give a `Trainer` `save_strategy="no"`): `load_task_model` and
+        `export_lora` give what can be saved, and this object's `save_pretrained` saves experts and heads that were
+        trained.
         """
         if task not in self.tasks:
             raise HfEsmError(f"There is no expert for {task!r}; there are {', '.join(self.tasks)}.")
@@ -175,7 +197,11 @@ class RoutedModel:
         forced = routing_state(self.model).local.forced
         if tasks is None and isinstance(forced, Named):
             tasks = forced.names
-        given = [tasks] * len(inputs) if isinstance(tasks, str) else tasks
+            if "static" in ([tasks] if isinstance(tasks, str) else tasks):
+                raise HfEsmError(
+                    "predict: the route 'static' names no head. Give tasks=, whose experts are added, too."
+                )
+        given = [tasks] * len(inputs) if isinstance(tasks, str) else None if tasks is None else list(tasks)
         if unknown := [task for task in given or () if task not in self.tasks]:
             raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {', '.join(self.tasks)}.")
         if given is not None and len(given) != len(inputs):
@@ -196,6 +222,8 @@ class RoutedModel:
             for task in dict.fromkeys(names):
                 rows = [row for row, name in enumerate(names) if name == task]
                 part = {name: value[rows] for name, value in batch.items()}
+                if self.task_model(task).can_generate():
+                    raise HfEsmError(f"{task!r} has no class per sample: it writes. Call `generate`.")
                 forced = task if decision is None else take(decision, rows)
                 with route(self.model, forced):
                     logits = getattr(self.task_model(task)(**part), "logits", None)
@@ -220,7 +248,7 @@ class RoutedModel:
     def _batches(
         self, inputs: list[Any], batch_size: int, options: Mapping[str, Any], with_targets: bool = False
     ) -> Iterable[tuple[list[int], dict]]:
-        if batch_size < 1:
+        if not isinstance(batch_size, int) or batch_size < 1:
             raise HfEsmError(f"batch_size must be 1 or more, not {batch_size}.")
         if not inputs:
             return
@@ -237,29 +265,40 @@ class RoutedModel:
             yield chosen, batch_for([samples[i] for i in chosen], self.model.get_base_model())
 
     def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
-        """Write the whole model, with its experts as they are now, to a folder that appears when it is whole."""
+        """Write the whole model, experts and heads as they are now, to a folder that appears when it is whole.
+
+        `overwrite` replaces what a merge wrote, and nothing else.
+        """
         folder = Path(folder).expanduser()
-        if folder.exists() and not overwrite:
-            raise HfEsmError(f"{folder} exists. Choose another folder, or pass overwrite=True.")
+        check_replaceable(folder, overwrite)
         with staging_folder(folder) as staging:
             shutil.copytree(self.folder, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
             if trained := self._trained():
-                save_file(trained, staging / FOLDER / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+                for path, tensors in trained.items():
+                    save_file(tensors, staging / path, {"format": "pt"})
                 write_hashes(staging)
             publish_folder(staging, folder, overwrite)
         return folder
 
-    def _trained(self) -> Optional[dict[str, torch.Tensor]]:
-        """The adapter's tensors, if they are others than those in the folder; else None."""
-        held = {n: t.cpu().contiguous() for n, t in get_peft_model_state_dict(self.model).items()}
-        stored = load_file(self.folder / FOLDER / SAFETENSORS_WEIGHTS_NAME)
-        return held if any(not torch.equal(tensor, stored[name]) for name, tensor in held.items()) else None
+    def _trained(self) -> dict[str, dict[str, torch.Tensor]]:
+        """By their file in the folder, the adapter's and the heads' tensors that are others than stand there."""
+        held = {f"{FOLDER}/{SAFETENSORS_WEIGHTS_NAME}": get_peft_model_state_dict(self.model)}
+        held |= {
+            f"{HEADS_FOLDER}/{task}/{HEAD_WEIGHTS}": model.state_dict() for task, model in self._task_models.items()
+        }
+        found = {}
+        for path, tensors in held.items():
+            stored = load_file(self.folder / path) if (self.folder / path).is_file() else {}
+            own = {name: tensors[name].cpu().contiguous() for name in stored}
+            if any(not torch.equal(tensor, stored[name].to(tensor.dtype)) for name, tensor in own.items()):
+                found[path] = own
+        return found
 
     def _refuse_trained(self, what: str) -> None:
         if self._trained():
             raise HfEsmError(
-                f"{what}: experts were trained since they were loaded. Call save_pretrained, and {what} of what "
-                "RoutedModel.from_pretrained loads from there."
+                f"{what}: experts or heads were trained since they were loaded. Call save_pretrained, and {what} of "
+                "what RoutedModel.from_pretrained loads from there."
             )
 
     def push_to_hub(
@@ -288,9 +327,11 @@ class RoutedModel:
         experts = load_experts(self.folder)
         base = self.model.get_base_model()
         transposed = any(isinstance(base.get_submodule(m).get_base_layer(), Conv1D) for m in experts.factors)
-        wanted = list(self.tasks if tasks is None else tasks)
+        wanted = list(dict.fromkeys(self.tasks if tasks is None else tasks))
         if unknown := [task for task in wanted if task not in self.tasks]:
             raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {', '.join(self.tasks)}.")
+        for task in wanted:
+            new_folder(Path(folder) / task)
         return {
             task: write_lora_adapter(
                 Path(folder).expanduser() / task,
@@ -339,6 +380,17 @@ class RoutedModel:
         static = self.model.get_base_model()
         folder = remove_expert(self.folder, static, self.config, task, Path(output_dir))
         return type(self).from_pretrained(folder, **self._loading)
+
+
+def _reads_otherwise(model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
+    """Whether `generate`, given this, reads something else in its first pass than the prompt, or reads that again."""
+    settings = given.get("generation_config") or model.generation_config
+    asked = {name: given.get(name, getattr(settings, name, None)) for name in (*_OTHER_FIRST_PASS, "use_cache")}
+    return asked["use_cache"] is False or any(asked[name] is not None for name in _OTHER_FIRST_PASS)
+
+
+# Settings of `generate` by which its first pass does not read the whole prompt and nothing more.
+_OTHER_FIRST_PASS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "prefill_chunk_size")
 
 
 def _rows(inputs: Any) -> list[Any]:

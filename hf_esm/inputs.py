@@ -109,13 +109,7 @@ def _check_output(options: MergeOptions, data: dict[str, Any]) -> None:
         raise HfEsmError(f"output_dir {output} stands in the work of resume_dir, which goes away. Choose another.")
     if Path.cwd().is_relative_to(whole):
         raise HfEsmError(f"output_dir {output} is, or holds, the current folder. Choose another.")
-    if output.exists():
-        if not options.overwrite:
-            raise HfEsmError(f"{output} exists. Choose another output_dir, or pass overwrite=True (--overwrite).")
-        if not output.is_dir() or (any(output.iterdir()) and not (output / RECIPE_FILE).is_file()):
-            raise HfEsmError(
-                f"{output} is not what a merge wrote, so it is not overwritten. Choose another output_dir."
-            )
+    check_replaceable(output, options.overwrite)
     inside = {"statistics_dir": options.statistics_dir, "resume_dir": options.resume_dir}
     for what, given in data.items():
         by_task = given if isinstance(given, Mapping) else {"all": given}
@@ -127,6 +121,18 @@ def _check_output(options: MergeOptions, data: dict[str, Any]) -> None:
             raise HfEsmError(
                 f"{what} ({path}) stands in output_dir {output}, which would be replaced. Choose another output_dir."
             )
+
+
+def check_replaceable(output: Path, overwrite: bool) -> None:
+    """Refuse to write where something stands, unless a merge wrote it and it is to be overwritten."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if not overwrite:
+        raise HfEsmError(f"{output} exists. Choose another output_dir, or pass overwrite=True (--overwrite).")
+    if output.is_symlink():
+        raise HfEsmError(f"{output} is a link, so it is not overwritten. Name the folder that it leads to.")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / RECIPE_FILE).is_file()):
+        raise HfEsmError(f"{output} is not what a merge wrote, so it is not overwritten. Choose another output_dir.")
 
 
 def torch_dtype(name: Optional[str]) -> Optional[torch.dtype]:

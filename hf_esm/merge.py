@@ -120,9 +120,10 @@ def merge_models(
         sources = {"base": resolve_source(base, "base", **open_options)}
         sources |= {task: resolve_source(spec, f"expert '{task}'", **open_options) for task, spec in experts.items()}
         opened = open_checkpoint(sources["base"], headers_only=dry_run)
-        if isinstance(method, ROUTED) and method.router in DECIDING:
-            check_separable(opened.skeleton)
         checkpoints = {task: open_checkpoint(sources[task], opened, dry_run) for task in experts}
+        if isinstance(method, ROUTED) and method.router in DECIDING:
+            for checkpoint in (opened, *checkpoints.values()):
+                check_separable(checkpoint.skeleton)
         return sources, plan_merge(opened, checkpoints, method, options.heads, torch_dtype(options.dtype), sources)
 
     with run.stage("reading headers", joined=False):

@@ -256,7 +256,9 @@ def _merge_unit(
                 deltas=deltas,
                 is_linear=linear is not None,
                 routable=is_routable(unit[0], linear),
-                statistics=[found[name].to(device) if found and name in found else None for found in statistics.values()],
+                statistics=[
+                    found[name].to(device) if found and name in found else None for found in statistics.values()
+                ],
                 thresholds=thresholds,
             )
         )

@@ -18,8 +18,8 @@ class RoutedPipeline(Pipeline):
     `datasets` column, and its options (`tasks="sst2"` where the task is known, `batch_size`).
     """
 
-    def __init__(self, model: RoutedModel, **kwargs: Any):
-        self.routed = model
+    def __init__(self, model: RoutedModel, device: Any = None, **kwargs: Any):
+        self.routed = model if device is None else model.to(device)
         super().__init__(model=model.model.get_base_model(), device=model.device, **kwargs)
 
     def __call__(self, inputs: Any, **options: Any) -> Any:

@@ -14,6 +14,7 @@ from .checkpoints import staging_folder
 from .errors import HfEsmError
 from .experts import FEATURES, FOLDER
 from .hashes import read_hashes
+from .heads import FOLDER as HEADS_FOLDER
 from .proxies import PROXIES_FOLDER
 
 
@@ -50,8 +51,9 @@ def push_folder(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         upload = partial(api.upload_folder, repo_id=repo_id, revision=revision, **kwargs)
-        if base_model is None:
-            return upload(folder_path=folder, ignore_patterns=[f"{PROXIES_FOLDER}/*"])
+        if base_model is None:  # tasks that have gone go there, too
+            gone = [f"{HEADS_FOLDER}/*", f"{FOLDER}/*"]
+            return upload(folder_path=folder, ignore_patterns=[f"{PROXIES_FOLDER}/*"], delete_patterns=gone)
         with staging_folder(folder.parent / f"{folder.name}-adapter") as staging:
             shutil.copytree(folder / FOLDER, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FEATURES))
             config = PeftConfig.from_pretrained(str(staging))
@@ -59,8 +61,12 @@ def push_folder(
             config.save_pretrained(str(staging))
             write_adapter_card(staging, config)
             return upload(folder_path=staging)
+    except (HfEsmError, TypeError):
+        raise
     except (HfHubHTTPError, HFValidationError) as error:
         raise HfEsmError(f"{repo_id}: the Hub refuses it: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the HTTP library's own, after the client's retries
+        raise HfEsmError(f"{repo_id}: the connection to the Hub broke ({error}). Push again.") from error
 
 
 def _check_same_weights(api: HfApi, base_model: str, folder: Path) -> None:
@@ -69,6 +75,10 @@ def _check_same_weights(api: HfApi, base_model: str, folder: Path) -> None:
         files = api.model_info(base_model, files_metadata=True).siblings
     except RepositoryNotFoundError:
         raise HfEsmError(f"{base_model}: not on the Hub, or private. Push the static model there first.") from None
+    except HFValidationError:
+        raise HfEsmError(
+            f"{base_model}: no id of a model on the Hub. Name it as owner/name, without a revision."
+        ) from None
     hosted = {file.rfilename: file.lfs and file.lfs.sha256 for file in files}
     for name, digest in read_hashes(folder, str(folder)).items():
         if name.startswith("model") and hosted.get(name, "none") not in (None, digest):

@@ -271,6 +271,10 @@ REFUSED = {
         on_base(GPT2, "GPT2LMHeadModel", {**CONV1D, "target_modules": ["lm_head"]}),
         ["'lm_head.weight'", "tied to 'transformer.wte.weight'", UNLOAD],
     ),
+    "embedding-without-its-head": (
+        on_base(GPT2, "GPT2LMHeadModel", {**CONV1D, "modules_to_save": ["wte"]}),
+        ["replaces 'transformer.wte.weight', but 'lm_head.weight'", UNLOAD, "ensure_weight_tying=True"],
+    ),
     "head-nowhere": (on_base(LLAMA, "LlamaModel", GENERATE), ["lm_head.weight", "the adapter was trained on"]),
     "quantised-base": (lambda made: rewrite(made.base / "config.json", **QUANTISED), ["base (", "dequantize()"]),
     "quantised-expert": (lambda made: rewrite(made.full / "config.json", **QUANTISED), ["'full'", "dequantize()"]),

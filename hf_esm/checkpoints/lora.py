@@ -184,6 +184,13 @@ class LoraCheckpoint(Checkpoint):
             if live in self._additions or kept is None or not torch.equal(kept, self._replaced[live]):
                 why = f"which is tied to '{tied[live]}'" if live in tied else "which is no weight of the model alone"
                 raise HfEsmError(f"{self.title} changes '{live}', {why}. {_REMEDY}")
+        if left := [live for live, kept in tied.items() if kept in self._replaced and live not in self._replaced]:
+            raise HfEsmError(
+                f"{self.title} replaces '{tied[left[0]]}', but '{left[0]}', which is tied to it in the base, stayed "
+                "as it was. Call `merge_and_unload()` on the loaded model, untie its weights "
+                "(`model.config.tie_word_embeddings = False`), save that, and merge it instead; or train with "
+                "`ensure_weight_tying=True`."
+            )
 
     def changes(self, name: str) -> bool:
         """Whether the adapter touches this weight."""

@@ -4,11 +4,12 @@ from ..registration import HfEsmPeftType, register
 from .config import DECIDING, RoutedExpertsConfig
 from .layer import RoutedExpertsLayer, RoutedExpertsLinear
 from .model import RoutedExpertsModel, decide, fingerprint, recording, route, routing_state
-from .routing import Decision, Named, Route, check_separable
+from .routing import ONE_PER_SAMPLE, Decision, Named, Route, check_separable
 
 
 __all__ = [
     "DECIDING",
+    "ONE_PER_SAMPLE",
     "Decision",
     "Named",
     "Route",

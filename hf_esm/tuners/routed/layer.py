@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ...errors import HfEsmError
 from .config import RoutedExpertsConfig
-from .routing import Decided, Decision, Frame, Route, RoutingState, forced_route, pool, sample_rows, vote
+from .routing import Decided, Decision, Frame, Named, Route, RoutingState, forced_route, pool, sample_rows, vote
 
 
 NOT_MERGEABLE = (
@@ -59,9 +59,10 @@ class RoutedExpertsLayer(BaseTunerLayer):
         self.configs[adapter_name] = config = config.of_tower(self.tower)
         self.known_loaded.discard(adapter_name)
         count, width, directions = len(config.tasks), self.in_features, config.directions
+        from_file = config.inference_mode or config.base_fingerprint is not None  # the latter, to train on
         if rank:
             a, b = torch.randn(count, rank, width) * width**-0.5, torch.zeros(count, self.out_features, rank)
-            if config.inference_mode:
+            if from_file:
                 a, b = torch.full_like(a, torch.nan), torch.full_like(b, torch.nan)
             self.routed_experts_A[adapter_name], self.routed_experts_B[adapter_name] = nn.Parameter(a), nn.Parameter(b)
         if config.router == "prototype":
@@ -136,7 +137,7 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         frame = frame or Frame(x.shape[0])
         rows = sample_rows(x, frame.batch)
         if rows is None or (self.reads_once and self.name in frame.read):
-            return result
+            return self._add_to_all(result, x)
         frame.read.add(self.name)
         for adapter in self.active_adapters:
             if adapter in self.configs:
@@ -146,6 +147,17 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
                 if route is not None and adapter in self.routed_experts_A:
                     result = self._add_experts(result, adapter, rows, route)
         return result
+
+    def _add_to_all(self, result: Tensor, x: Tensor) -> Tensor:
+        """To what is made of no sample (relative positions), the expert that the caller named for all of them."""
+        named = self.state.local.forced
+        for adapter in self.active_adapters:
+            if isinstance(named, Named) and isinstance(named.names, str) and adapter in self.routed_experts_A:
+                route = named.routes[tuple(self.configs[adapter].tasks)]
+                if route is not None:
+                    rows = x.reshape(1, -1, x.shape[-1])
+                    result = self._add_experts(result.reshape(1, -1, result.shape[-1]), adapter, rows, route)
+        return result.reshape(*x.shape[:-1], -1)
 
     def _frame(self) -> Optional[Frame]:
         """What is known of the samples of this pass; of what was projected from a tower, that tower's."""
@@ -188,6 +200,13 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
                 local.records.append((adapter, self.name, frame.decisions[key]))
                 if local.deciding and config.router == "discriminant":
                     raise Decided
+        answers = frame.encoder_states is not None and not frame.decoding and local.forced is None
+        if answers and config.router == "discriminant" and adapter not in {**frame.decisions, **frame.evidence}:
+            raise HfEsmError(
+                f"{self.name} answers states of an encoder that has decided nothing about them: they were copied, or "
+                "come from elsewhere. Give what the encoder of this model returned, or name the tasks: `with "
+                "route(model, tasks)`."
+            )
         return frame.decisions[key].route if key in frame.decisions else None
 
     def _find(self, adapter: str, frame: Frame, rows: Tensor, x: Tensor) -> None:

@@ -133,7 +133,9 @@ def route(model: nn.Module, tasks: str | Sequence[str] | Any) -> Iterator[None]:
 
     Args:
         model: a model with a routed adapter.
-        tasks: a task for all samples, one per sample, a `Route`, or `"static"` for no expert.
+        tasks: a task for all samples, one per sample, a `Route`, what a discriminant router decided (a `Decision`), or
+            `"static"` for no expert. A task for all samples is added to what is made of no sample, too, such as
+            DeBERTa's relative positions.
 
     Raises:
         HfEsmError: if there is no such task, or several over a model whose samples cannot be told apart; in the
@@ -218,7 +220,8 @@ def decide(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, str, Dec
         for reader, read in _readers(model, inputs):
             local.deciding = True
             try:
-                reader(**read)
+                with torch.compiler.set_stance("force_eager"):  # a pass that is broken off cannot be compiled
+                    reader(**read)
             except Decided:
                 pass
             finally:

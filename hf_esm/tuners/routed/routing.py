@@ -74,6 +74,9 @@ class Decided(Exception):
 # Where the decisions stay between the passes of one generation: on the cache, or on the encoder's output.
 _KEPT = "_hf_esm_decisions"
 
+# What models call their cache; the latter, those that keep a state of fixed size.
+_CACHES = ("past_key_values", "cache_params")
+
 
 @dataclass
 class Frame:
@@ -182,7 +185,7 @@ class OpenFrame:
         if not torch.compiler.is_compiling() and _asks_for_more(model, given):
             capture_once(model)
         parent = frames[-1] if frames and not self.tower else None
-        cache = given.get("past_key_values")
+        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
         first = given.get(self.main_input)
         for name in ("inputs_embeds", "decoder_input_ids", "input_ids", "encoder_outputs", "decoder_inputs_embeds"):
             first = given.get(name) if first is None else first
@@ -225,15 +228,25 @@ def _take_up(frame: Frame, given: dict[str, Any], cache: Any) -> None:
             ids = given.get(name) if ids is None else ids
         found = getattr(cache, _KEPT, None)
         compiling = torch.compiler.is_compiling()  # then no tensor is read: a cache that was emptied is not noticed
-        if found and ids is not None and ids.shape[1] == 1 and (compiling or int(cache.get_seq_length())):
+        if found and ids is not None and ids.shape[1] == 1 and (compiling or _tokens_in(cache)):
             kept, frame.decoding = found, True
         elif hasattr(cache, "get_seq_length"):
-            frame.past = int(cache.get_seq_length())
+            frame.past = _tokens_in(cache)
             if frame.past and found:
                 kept, frame.decoding = found, True
     frame.decisions = {} if kept is None else kept
     if cache is not None:
         setattr(cache, _KEPT, frame.decisions)
+
+
+def _tokens_in(cache: Any) -> int:
+    """How many tokens a cache has read; where it does not count them, 1 if it has any."""
+    if not hasattr(cache, "get_seq_length"):
+        return 1
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # its layers keep a state alone
+        return int(cache.has_previous_state())
 
 
 def _prompt(given: dict[str, Any]) -> Optional[Tensor]:
@@ -260,9 +273,9 @@ class CloseFrame:
         frame = frames.pop()
         if self.tower:
             self.state.local.towers[self.tower] = Frame(frame.batch, decisions=frame.decisions)
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None and not isinstance(cache, tuple):
-            setattr(cache, _KEPT, frame.decisions)
+        caches = [getattr(output, name, None) for name in _CACHES]
+        if found := [cache for cache in caches if cache is not None and not isinstance(cache, tuple)]:
+            setattr(found[0], _KEPT, frame.decisions)
         elif not frames and hasattr(output, "last_hidden_state"):  # an encoder that `generate` calls by itself
             setattr(output, _KEPT, frame.decisions)
             if not torch.compiler.is_compiling():
@@ -283,6 +296,8 @@ def inseparable(model: nn.Module) -> Optional[str]:
     of a batch can be added all the same.
     """
     for module in _nested_models(model).values():
+        if type(module).__name__.endswith("ForMultipleChoice"):
+            return f"A {type(module).__name__} reads several texts for each sample"
         parts = {} if towers(module) else module.config.sub_configs
         if "text_config" in parts and len(parts) > 1:
             return f"A {type(module).__name__} reads text beside something else, of which there may be more or less"
@@ -328,7 +343,7 @@ def uninstall(model: nn.Module) -> None:
 
 def sample_rows(x: Tensor, batch: int) -> Optional[Tensor]:
     """A layer's input as `[B, rows, d]`, or None if it is made of no sample (relative positions)."""
-    if x.dim() < 2 or x.shape[0] % batch:
+    if x.dim() < 2 or not batch or x.shape[0] % batch:
         return None
     return x if x.dim() == 3 and x.shape[0] == batch else x.reshape(batch, -1, x.shape[-1])
 
