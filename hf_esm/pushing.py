@@ -50,17 +50,17 @@ def push_folder(
             raise HfEsmError(f"{repo_id} is there already, and public. Make it private, or choose another name.")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        upload = partial(api.upload_folder, repo_id=repo_id, revision=revision, **kwargs)
-        if base_model is None:  # tasks that have gone go there, too
-            gone = [f"{HEADS_FOLDER}/*", f"{FOLDER}/*"]
-            return upload(folder_path=folder, ignore_patterns=[f"{PROXIES_FOLDER}/*"], delete_patterns=gone)
+        upload = partial(api.upload_folder, repo_id=repo_id, revision=revision)
+        if base_model is None:
+            gone = {"delete_patterns": [f"{HEADS_FOLDER}/*", f"{FOLDER}/*"]}  # of tasks that are here no more
+            return upload(folder_path=folder, ignore_patterns=[f"{PROXIES_FOLDER}/*"], **gone | kwargs)
         with staging_folder(folder.parent / f"{folder.name}-adapter") as staging:
             shutil.copytree(folder / FOLDER, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FEATURES))
             config = PeftConfig.from_pretrained(str(staging))
             config.base_model_name_or_path = base_model
             config.save_pretrained(str(staging))
             write_adapter_card(staging, config)
-            return upload(folder_path=staging)
+            return upload(folder_path=staging, **kwargs)
     except (HfEsmError, TypeError):
         raise
     except (HfHubHTTPError, HFValidationError) as error:

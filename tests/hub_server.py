@@ -209,6 +209,8 @@ class Handler(BaseHTTPRequestHandler):
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif key == "lfsFile":
                     files[value["path"]] = self.hub.blobs[value["oid"]]
+                elif key == "deletedFile":
+                    files.pop(value["path"], None)
                 elif key != "header":
                     raise Refusal(400, f"Unknown operation {key!r}")
             sha = repo.commit(files, rev)

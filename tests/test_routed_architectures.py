@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_esm.tuners.routed import recording, route, routing_state
+from hf_esm import HfEsmError
+from hf_esm.tuners.routed import RoutedExpertsLayer, recording, route, routing_state
 
 
 ENCODERS = ["bert", "roberta", "distilbert", "deberta-v2", "deberta-v3", "mpnet", "albert"]
@@ -147,6 +148,29 @@ def test_what_is_generated_in_a_batch_is_what_is_generated_alone(load, name, mod
 
 
 @routers
+@torch.no_grad()
+def test_a_state_keeps_the_route_as_a_cache_does(load, router):
+    """Of models that hand on `cache_params`."""
+    model, samples = load("mamba", router), prompts(mixed(ARCHITECTURES["mamba"]))
+    samples = [{"input_ids": sample["input_ids"][:3]} for sample in samples]  # of one length: padding changes a state
+    for options in ({}, {"num_beams": 3}):
+        tokens, _, routes = generate(model, samples, **options)
+        with route(model, "static"):
+            assert not torch.equal(generate(model, samples, **options)[0], tokens)
+        for i, sample in enumerate(samples):
+            own_tokens, _, own_routes = generate(model, [sample], **options)
+            assert torch.equal(tokens[i], own_tokens[0])
+            assert all(
+                found[0] == routes[key][i * len(routes[key]) // len(samples)] for key, found in own_routes.items()
+            )
+    with route(model, names := [TASKS[i % 3] for i in range(len(samples))]):
+        tokens, _, _ = generate(model, samples, num_beams=2)
+    for name, sample, expected in zip(names, samples, tokens):
+        with route(model, name):
+            assert torch.equal(generate(model, [sample], num_beams=2)[0][0], expected)
+
+
+@routers
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
 @torch.no_grad()
 def test_scores_of_given_answers_are_those_of_generating_them(load, name, router):
@@ -223,6 +247,47 @@ def test_a_decoder_follows_its_encoder(load, name, router):
         assert len(set(of_tokens[0])) > 1
     else:
         assert not tasks and all("encoder." in module for _, module in routes)
+
+
+@torch.no_grad()
+def test_states_that_nothing_was_decided_about_are_refused(load):
+    """A copy has lost the decision of its encoder, and experts would be left out without a word."""
+    for name in ("t5", "bart"):
+        model, samples = load(name, "discriminant"), prompts(mixed(ARCHITECTURES[name]))
+        batch = padded(model, samples)
+        states = model.get_base_model().get_encoder()(**batch)
+        copied = BaseModelOutput(last_hidden_state=states[0].clone())
+        given = {"attention_mask": batch["attention_mask"], "max_new_tokens": 2}
+        with pytest.raises(HfEsmError, match=r"answers states of an encoder that has decided nothing"):
+            model.generate(encoder_outputs=copied, **given)
+        with route(model, "static"):
+            model.generate(encoder_outputs=copied, **given)
+        with model.disable_adapter():
+            model.generate(encoder_outputs=copied, **given)
+
+
+@pytest.mark.parametrize("name", ["deberta-v3", "deberta-v2"])
+@torch.no_grad()
+def test_a_task_named_for_all_reaches_what_is_of_no_sample(load, name):
+    """DeBERTa's projections of relative positions: the model is the base with the expert in its weights."""
+    model, samples = load(name, "discriminant"), mixed(ARCHITECTURES[name])
+    batch = padded(model, samples)
+    for expert, task in enumerate(TASKS):
+        expected = copy.deepcopy(model.get_base_model())
+        for module_name, layer in list(expected.named_modules()):
+            if isinstance(layer, RoutedExpertsLayer):
+                if "default" in layer.routed_experts_A:
+                    delta = layer.routed_experts_B["default"][expert] @ layer.routed_experts_A["default"][expert]
+                    layer.get_base_layer().weight.add_(delta)
+                parent, _, leaf = module_name.rpartition(".")
+                setattr(expected.get_submodule(parent), leaf, layer.get_base_layer())
+        expected = expected(**batch)[0]
+        with route(model, task):
+            close(model(**batch)[0], expected)
+            close(model(**alone(samples[0]))[0][0], expected[0][: len(samples[0]["input_ids"])])
+        if name == "deberta-v3":
+            with route(model, [task] * len(samples)):  # of each by itself: positions are of none
+                assert (model(**batch)[0] - expected).abs().max() > 1e-3
 
 
 def is_cross_attention(module: str) -> bool:

@@ -91,6 +91,7 @@ DAMAGES = {
     ),
     "no head": ("heads/a/head.safetensors", Path.unlink, "heads/a/head.safetensors is missing"),
     "no hashes": ("hashes.json", Path.unlink, "hashes.json is missing"),
+    "hashes of nothing": ("hashes.json", lambda path: path.write_text("{}"), "hashes.json is damaged"),
     "half the hashes": ("hashes.json", lambda path: path.write_text(path.read_text()[:40]), "hashes.json is damaged"),
     "no experts": ("routed/adapter_config.json", Path.unlink, "no experts in routed/"),
 }
@@ -258,6 +259,27 @@ def test_a_corrupt_download_is_named_until_it_is_deleted(hub, online, merged):
     assert same(online(answers, name), answers(merged))
 
 
+@pytest.mark.parametrize("asked", ["POST .*/repos/create", "PUT .*/lfs/"])
+def test_a_push_whose_connection_breaks_is_one_clear_error(hub, online, merged, asked):
+    hub.faults[asked] = ["drop"] * 1000
+    hub.blobs.clear()
+    try:
+        said = error_of(online, push, merged, "me/static", {})
+    finally:
+        hub.faults.clear()
+    assert said.startswith("me/static: the connection to the Hub broke")
+    online(push, merged, "me/static", {})
+
+
+def test_a_task_that_has_gone_goes_from_the_hub_too(hub, online, merged, larger):
+    online(push, larger, "me/changing", {})
+    assert "heads/c/config.json" in files(hub, "me/changing")
+    online(push, merged, "me/changing", {})
+    assert {name for name in files(hub, "me/changing") if name.startswith("heads/")} == {
+        name for name in files(hub, "me/static") if name.startswith("heads/")
+    }
+
+
 def test_a_push_survives_a_busy_hub(hub, online, merged):
     hub.faults["PUT .*/lfs/"] = ["503"]
     hub.blobs.clear()
@@ -315,6 +337,7 @@ def push(folder: Path, repo_id: str, options: dict) -> None:
         ("me/static", {"private": True}, "me/static is there already, and public"),
         ("me/a b", {}, "me/a b: the Hub refuses it"),
         ("me/new", {"base_model": "me/nope"}, "me/nope: not on the Hub, or private"),
+        ("me/new", {"base_model": "me/static@main"}, "me/static@main: no id of a model on the Hub"),
         ("me/new", {"base_model": "me/other"}, "me/other: its model.safetensors is not that of"),
     ],
 )

@@ -3,11 +3,13 @@
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -35,7 +37,14 @@ from routed_toys import (
 )
 from tiny import BERT, forbid_calibration
 from toys import LABELS, base_model, classifier, lora_adapter
-from transformers import AutoModel, BertModel, GPT2LMHeadModel, ViTForImageClassification, ViTModel
+from transformers import (
+    AutoModel,
+    BertModel,
+    GenerationConfig,
+    GPT2LMHeadModel,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 from hf_esm import (
     HfEsmError,
@@ -47,6 +56,7 @@ from hf_esm import (
     merge_models,
 )
 from hf_esm.batches import collate
+from hf_esm.tuners.routed import recording
 
 
 QUERY = "encoder.layer.1.attention.self.query"
@@ -160,6 +170,17 @@ def test_a_merge_that_cannot_be_routed_is_refused(models, statistics, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_router_over_several_texts_per_sample_is_refused(models, monkeypatch):
+    forbid_calibration(monkeypatch)
+    experts = {task: tuned(BERT.build("BertForMultipleChoice"), seed) for seed, task in enumerate("ab")}
+    calibration = dict.fromkeys(experts, [{"input_ids": torch.randint(5, 20, (2, 6))}] * 8)
+    for base in (BERT.build("BertModel"), experts["a"]):
+        for dry_run in (True, False):
+            arguments = {"calibration": calibration, "dry_run": dry_run, "heads": "keep", "method": "esm++"}
+            with pytest.raises(HfEsmError, match="BertForMultipleChoice reads several texts for each sample"):
+                merge_models(base, experts, progress=False, **arguments)
+
+
 @pytest.mark.parametrize(("name", "says"), [("xlnet", "read tokens first"), ("llava", "reads text beside something")])
 @pytest.mark.parametrize("router", ["discriminant", "prototype"])
 def test_a_router_over_samples_that_cannot_be_told_apart_is_refused_early(monkeypatch, name, says, router):
@@ -242,6 +263,39 @@ def test_trained_experts_are_saved_and_nothing_else_is_made_of_the_old_ones(merg
             before = logits(model.task_model("a"), samples)
         with again.route("a"):
             assert torch.equal(logits(again.task_model("a"), samples), before) == same
+
+
+def test_heads_that_were_trained_are_saved(merged, tmp_path):
+    routed, samples = RoutedModel.from_pretrained(merged), encoded(task_texts("a", 3))
+    before = routed.predict(MIXED, tasks="b")
+    with torch.no_grad():
+        routed.task_model("a").classifier.bias.add_(torch.tensor([3.0, -1.0]))
+    with pytest.raises(HfEsmError, match="experts or heads were trained since"):
+        routed.export_lora(tmp_path / "lora")
+    again = RoutedModel.from_pretrained(routed.save_pretrained(tmp_path / "trained"))
+    with routed.route("a"), again.route("a"):
+        assert torch.equal(logits(again.task_model("a"), samples), logits(routed.task_model("a"), samples))
+    assert again.predict(MIXED, tasks="b") == before
+    assert not again._trained()
+    changed = {
+        p.relative_to(merged)
+        for p in merged.rglob("*.safetensors")
+        if p.read_bytes() != (tmp_path / "trained" / p.relative_to(merged)).read_bytes()
+    }
+    assert [str(path) for path in changed] == ["heads/a/head.safetensors"]
+
+
+def test_saving_replaces_what_a_merge_wrote_and_nothing_else(merged, routed, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("…")
+    with pytest.raises(HfEsmError, match="is not what a merge wrote"):
+        routed.save_pretrained(tmp_path / "mine", overwrite=True)
+    (tmp_path / "link").symlink_to(merged)
+    with pytest.raises(HfEsmError, match="is a link"):
+        routed.save_pretrained(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists() and (tmp_path / "link").is_symlink()
+    copied = routed.save_pretrained(tmp_path / "copy")
+    assert routed.save_pretrained(copied, overwrite=True) == copied
 
 
 def test_a_decoder_without_a_padding_token_reads_texts_singly(tmp_path):
@@ -416,6 +470,10 @@ def test_a_given_route_is_the_task_of_predictions(routed):
             routed.explain(MIXED[:4])
     with routed.route(["b", "a"]):
         assert routed.predict(MIXED[:2]) == routed.predict(MIXED[:2], ["b", "a"])
+    for names in ("static", ["static", "a"]):
+        with routed.route(names), pytest.raises(HfEsmError, match="the route 'static' names no head"):
+            routed.predict(MIXED[:2])
+    assert routed.predict(MIXED[:2], np.array(["b", "a"])) == routed.predict(MIXED[:2], (t for t in "ba"))
     with routed.model.disable_adapter(), pytest.raises(HfEsmError, match="the experts are disabled"):
         routed.predict(MIXED[:2])
 
@@ -538,8 +596,55 @@ def test_language_models_are_routed_by_their_prompt(language):
         with routed.route(task):
             expected = routed.generate(input_ids=prompt, max_new_tokens=6, do_sample=False)
         assert torch.equal(routed.generate(input_ids=prompt, max_new_tokens=6, do_sample=False), expected)
-    with pytest.raises(HfEsmError, match="has no class per sample"):
+    with pytest.raises(HfEsmError, match="has no class per sample: it writes"):
         routed.predict(task_ids("a"))
+
+
+def test_the_prompt_decides_however_it_is_read(language):
+    """With drafts of the answer behind it, in chunks, or again and again."""
+    routed = language.routed
+    prompts = [{"input_ids": row["input_ids"][:4]} for row in [*task_ids("a", 3, 6), *task_ids("b", 3, 6)]]
+    greedy = {"max_new_tokens": 8, "do_sample": False}
+    ways = [
+        {"assistant_model": GPT2LMHeadModel.from_pretrained(language.folder)},
+        {"prompt_lookup_num_tokens": 3},
+        {"prefill_chunk_size": 2},
+        {"use_cache": False},
+    ]
+    for prompt in prompts:
+        ids = prompt["input_ids"][None]
+        given = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, **greedy}
+        expected = routed.generate(ids, **given)
+        for way in ways:
+            with recording(routed.model) as records:
+                assert torch.equal(routed.generate(ids, **given, **way), expected), way
+            assert torch.equal(routed.generate(input_ids=ids, **given, **way), expected)
+            assert len({tuple(found.probabilities.flatten().tolist()) for _, _, found in records}) == 1
+    batch = torch.stack([prompt["input_ids"] for prompt in prompts])
+    mask = torch.ones_like(batch)
+    together = routed.generate(batch, attention_mask=mask, pad_token_id=0, **greedy)
+    assert torch.equal(
+        routed.generate(batch, attention_mask=mask, pad_token_id=0, use_cache=False, **greedy), together
+    )
+    with pytest.raises(HfEsmError, match="give attention_mask, too"):
+        routed.generate(batch, use_cache=False, **greedy)
+    with routed.route(["a", "b"]), pytest.raises(HfEsmError, match="2 tasks are named for 12 samples"):
+        routed.generate(batch, attention_mask=mask, **greedy)
+
+
+def test_task_models_generate_as_the_merged_model_is_set(language, tmp_path):
+    shutil.copytree(language.folder, tmp_path / "model")
+    settings = GenerationConfig(max_new_tokens=3, repetition_penalty=1.7)
+    settings.save_pretrained(tmp_path / "model")
+    found = RoutedModel.from_pretrained(tmp_path / "model").task_model("a").generation_config
+    assert (found.max_new_tokens, found.repetition_penalty) == (3, 1.7)
+
+
+def test_compiled_models_predict_and_explain(merged, routed):
+    compiled = RoutedModel.from_pretrained(merged)
+    compiled.model.compile(fullgraph=True, backend="eager")
+    assert compiled.predict(MIXED[:4]) == routed.predict(MIXED[:4])
+    assert compiled.explain(MIXED[:4]) == routed.explain(MIXED[:4])
 
 
 ALONE = """

@@ -49,7 +49,9 @@ def load_into(case: SimpleNamespace, adapter: Path, **options: Any) -> PreTraine
 
 
 LOADERS: dict[str, Callable] = {
-    "PeftModel": lambda case, adapter, **options: PeftModel.from_pretrained(fresh(case, **options), adapter).eval(),
+    "PeftModel": lambda case, adapter, is_trainable=False, **options: PeftModel.from_pretrained(
+        fresh(case, **options), adapter, is_trainable=is_trainable
+    ).eval(),
     "low_cpu_mem_usage": lambda case, adapter, **options: PeftModel.from_pretrained(
         fresh(case, **options), adapter, low_cpu_mem_usage=True
     ).eval(),
@@ -332,3 +334,5 @@ def test_files_that_lack_tensors_are_refused(cases, lacks, loader, tmp_path):
     module, _, name = gone[-1].removeprefix("base_model.model.").rpartition(".")
     says = "has no routed_experts_" if lacks == "everything" else f"{module}: adapter 'default' has no {name}"
     refused(says, lambda: logits(LOADERS[loader](case, tmp_path / "adapter"), case))
+    if loader == "PeftModel":  # to train on it, where new tensors would have values of their own
+        refused(says, lambda: logits(LOADERS[loader](case, tmp_path / "adapter", is_trainable=True), case))
