@@ -35,6 +35,7 @@ setup(
         "datasets>=5.2",
         "huggingface_hub>=2.4",
         "jinja2",
+        "pandas",
         "psutil",
         "pyyaml",
         "scipy>=1.11",

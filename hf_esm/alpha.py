@@ -98,8 +98,15 @@ def score_candidates(
 ) -> dict[str, float]:
     """One score per task, higher is better: the metric on its rows, or what `score_fn` says."""
     if models.whole is not None:
-        return {"merged": float(score_fn(models.whole))}
+        return {"merged": _number(score_fn(models.whole))}
     if score_fn is not None:
-        return {task: float(score(models.by_task[task])) for task, score in score_fn.items()}
+        return {task: _number(score(models.by_task[task])) for task, score in score_fn.items()}
     sign = 1 if metric.higher_is_better else -1
     return {t: sign * run(models.by_task[t], data, metric, batch_size).score for t, data in validation.items()}
+
+
+def _number(found: Any) -> float:
+    try:
+        return float(found)
+    except (TypeError, ValueError):
+        raise HfEsmError(f"score_fn gave {found!r:.80}; it has to give a number, of which more is better.") from None

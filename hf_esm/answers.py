@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .batches import batch_for, batch_indices
+from .batches import batch_for, batch_indices, to_generate_from
 from .errors import HfEsmError
 from .labels import LabelledSamples
 from .proxies import Sample
@@ -79,10 +79,10 @@ def _length_limit(model: PreTrainedModel, data: LabelledSamples) -> dict[str, in
 def _written(model: PreTrainedModel, samples: list[Sample], limit: dict[str, int]) -> list[Tensor]:
     """The tokens that a model writes for each sample; a prompt is left out."""
     if model.config.is_encoder_decoder:
-        return list(model.generate(**batch_for(samples, model), do_sample=False, **limit).cpu())
+        return list(model.generate(**to_generate_from(samples, model), do_sample=False, **limit).cpu())
     # Padding belongs before a prompt: what follows it is what is written.
     turned = [{name: _turned(value, sample) for name, value in sample.items()} for sample in samples]
-    batch = batch_for(turned, model)
+    batch = to_generate_from(turned, model)
     batch = {name: _turned(value, batch) for name, value in batch.items()}
     return list(model.generate(**batch, do_sample=False, **limit).cpu()[:, batch["input_ids"].shape[1] :])
 

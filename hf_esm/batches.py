@@ -1,5 +1,6 @@
 """Samples side by side: which of them share a batch, and the batch itself."""
 
+import inspect
 from collections import defaultdict
 
 import torch
@@ -45,6 +46,12 @@ def batch_for(samples: list[Sample], model: PreTrainedModel) -> dict[str, Tensor
     # Accelerate itself brings inputs to where a model runs that stands partly elsewhere.
     batch = send_to_device(collate(samples, model.config), "cpu" if device.type == "meta" else device)
     return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in batch.items()}
+
+
+def to_generate_from(samples: list[Sample], model: PreTrainedModel) -> dict[str, Tensor]:
+    """A batch without what `generate` would refuse, such as a BERT tokenizer's `token_type_ids` beside a T5."""
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in batch_for(samples, model).items() if name in known}
 
 
 def reads_singly(config: PretrainedConfig) -> bool:

@@ -16,7 +16,7 @@ from accelerate.utils import tqdm
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from .batches import batch_for, batch_indices
+from .batches import batch_for, batch_indices, to_generate_from
 from .errors import HfEsmError
 from .linalg import triangular_factor
 from .mixtures import mixtures
@@ -387,7 +387,7 @@ def _with_decoder_inputs(model: PreTrainedModel, samples: list[Sample], batch_si
         greedy.update(max_new_tokens=32, max_length=None, do_sample=False, num_beams=1)
     for group in batch_indices([samples[i] for i in generating], batch_size):
         chosen = [generating[i] for i in group]
-        batch = batch_for([samples[i] for i in chosen], model)
+        batch = to_generate_from([samples[i] for i in chosen], model)
         # Not the class's own `generate`: Whisper's gives back the text alone, not what its decoder read.
         ids = GenerationMixin.generate(model, **batch, generation_config=greedy).cpu()
         ends = torch.isin(ids, torch.tensor(_token_ids(model, "eos_token_id"), dtype=ids.dtype))

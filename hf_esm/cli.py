@@ -110,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     calibration.add_argument("--batch-size", type=_count, default=8, help="samples per batch and process (default: 8)")
     calibration.add_argument("--max-memory", help="memory to calibrate in, such as 16GB; what does not fit is on disk")
+    calibration.add_argument("--no-progress", action="store_true", help="show no progress bars")
     _add_trust(calibration, pickle=True)
     _add_flags(calibration, ProxyOptions)
 
@@ -123,6 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation.add_argument("model", help="folder or Hub id of the merged model")
     evaluation.add_argument("--data", action="append", required=True, metavar="TASK=FILE", help="labelled rows")
     evaluation.add_argument("--expert", action="append", metavar="TASK=MODEL", help="compare with this expert")
+    evaluation.add_argument("--base", help="what experts that are LoRA adapters stand on (default: what they name)")
     evaluation.add_argument(
         "--metric",
         default="accuracy",

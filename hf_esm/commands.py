@@ -139,7 +139,7 @@ def run_inspect(given: argparse.Namespace) -> None:
 
 def run_calibrate(given: argparse.Namespace) -> None:
     options = _options(given, ProxyOptions)
-    options |= {"batch_size": given.batch_size, "max_memory": given.max_memory}
+    options |= {"batch_size": given.batch_size, "max_memory": given.max_memory, "progress": not given.no_progress}
     options |= {"allow_pickle": given.allow_pickle, "trust_remote_code": given.trust_remote_code}
     statistics = calibrate(given.model, given.data, base=given.base, **options)
     if given.compress_rank:
@@ -158,7 +158,7 @@ def run_evaluate(given: argparse.Namespace) -> None:
     if given.json and not Path(given.json).absolute().parent.is_dir():
         raise HfEsmError(f"--json {given.json}: there is no such folder.")
     options = _options(given, ProxyOptions)
-    options |= {name: getattr(given, name) for name in ("metric", "route", "batch_size")}
+    options |= {name: getattr(given, name) for name in ("base", "metric", "route", "batch_size")}
     options |= {name: getattr(given, name) for name in ("allow_pickle", "trust_remote_code")}
     scores = evaluate(given.model, data, experts=experts, **options)
     _say(scores)

@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import fields
 from typing import Any, Optional
 
 from peft import PeftConfig
@@ -28,6 +29,7 @@ def evaluate(
     data: Mapping[str, Any],
     *,
     experts: Optional[Mapping[str, Any]] = None,
+    base: Any = None,
     metric: Any = "accuracy",
     processor: Any = None,
     route: str = "routed",
@@ -47,8 +49,9 @@ def evaluate(
         data: by task, labelled rows (column `label`: class index or label name, or a number for a head of one label)
             in any form that `merge_models` takes. Perplexity needs no labels; where answers are words, the label is
             the right text, a list of them, or SQuAD's `answers`.
-        experts: by task, the expert to measure beside it, as `merge_models` takes it; a LoRA adapter stands on the
-            base that it names.
+        experts: by task, the expert to measure beside it, as `merge_models` takes it, each with what reads its rows
+            beside it.
+        base: what experts that are LoRA adapters stand on; by default, the base that they name.
         metric: `"accuracy"`, `"perplexity"`, `"mean-iou"`, `"exact-match"`, `"word-f1"`, the name of a metric of the
             `evaluate` library, a function of predictions and references, or a `Metric`; see `metrics.resolve_metric`.
         processor: tokenizer or processor, where none stands beside the model.
@@ -57,7 +60,13 @@ def evaluate(
         token, allow_pickle, trust_remote_code: as for `merge_models`.
         options: fields of `ProxyOptions`; all rows are used unless `num_samples` says otherwise.
     """
+    if unknown := options.keys() - {f.name for f in fields(ProxyOptions)}:
+        raise TypeError(f"evaluate has no argument {sorted(unknown)[0]!r}")
     options = ProxyOptions(**{"num_samples": 0, **options})
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise HfEsmError(f"batch_size must be a whole number, 1 or more, not {batch_size!r}.")
+    if not isinstance(model, (str, os.PathLike)):
+        raise HfEsmError(f"evaluate takes a folder or a Hub id, not a {type(model).__name__}.")
     metric = resolve_metric(metric)
     device = default_accelerator().device
     experts = experts or {}
@@ -66,6 +75,17 @@ def evaluate(
         raise HfEsmError(f"There are no rows to measure the expert {sorted(lacking)[0]!r} on.")
     opened = {"token": token, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     folder = whole_folder(model, str(model), token=token)
+    own = expert_outcomes(
+        experts,
+        data,
+        base=base,
+        metric=metric,
+        processor=processor,
+        fallback=None if processor else load_processor(folder, trust_remote_code),
+        batch_size=batch_size,
+        opened=opened,
+        options=options,
+    )
     processor = processor or load_processor(folder, trust_remote_code)
 
     def outcome(model: PreTrainedModel, task: str) -> Outcome:
@@ -95,9 +115,6 @@ def evaluate(
             return load_task_model(folder, task, **trusted) if has_heads else _load(folder, str(model), None, opened)
 
         merged = {task: outcome(load(task), task) for task in data}
-    own = expert_outcomes(
-        experts, data, metric=metric, processor=processor, batch_size=batch_size, opened=opened, options=options
-    )
     return Scores(
         {task: found.score for task, found in merged.items()},
         {task: found.score for task, found in own.items()},
@@ -125,6 +142,7 @@ def expert_outcomes(
     base: Any = None,
     metric: Metric = ACCURACY,
     processor: Any = None,
+    fallback: Any = None,
     batch_size: int = 32,
     opened: Optional[Mapping[str, Any]] = None,
     options: ProxyOptions,
@@ -133,7 +151,7 @@ def expert_outcomes(
 
     Args:
         experts, data, processor: as `evaluate` takes them; a processor is looked for beside each expert, then beside
-            the base.
+            the base; `fallback` is what there is where none is found.
         base: what LoRA adapters stand on; by default, the base that they name.
         opened: how models are opened: `token`, `allow_pickle`, `trust_remote_code`.
     """
@@ -141,7 +159,7 @@ def expert_outcomes(
     for task, spec in experts.items():
         sources = [resolve_source(spec, f"expert '{task}'", **opened)]
         sources += [resolve_source(base, "base", **opened)] if base is not None else []
-        own = processor or first_processor(sources, opened.get("trust_remote_code", False))
+        own = processor or first_processor(sources, opened.get("trust_remote_code", False)) or fallback
         model = _load(spec, f"expert '{task}'", base, opened).to(device)
         rows = load_labelled(data[task], own, model.config, f"data of '{task}'", options, metric)
         found[task] = run(model, rows, metric, batch_size)
@@ -155,8 +173,8 @@ def _load(spec: Any, title: str, base: Any, opened: Mapping[str, Any]) -> PreTra
         return copy.deepcopy(source.model).eval()
     if not source.is_adapter:
         return open_checkpoint(source).load_model()
-    if base is None:
-        base = PeftConfig.from_pretrained(source.folder).base_model_name_or_path
+    if base is None and (base := PeftConfig.from_pretrained(source.folder).base_model_name_or_path) is None:
+        raise HfEsmError(f"{title} is a LoRA adapter that names no base. Give `base`.")
     return open_checkpoint(
         source, open_checkpoint(resolve_source(base, f"base of {source.title}", **opened))
     ).load_model()

@@ -57,7 +57,8 @@ def plan_heads(base: Checkpoint, experts: dict[str, Checkpoint], heads: str | It
             keep its head even where heads agree; or the names of the modules that each task keeps
             (`["pooler", "classifier"]`, names as inside the body).
     """
-    if isinstance(heads, str) and heads not in ("auto", "merge", "keep"):
+    listed = not isinstance(heads, str) and isinstance(heads, Iterable)
+    if not listed and heads not in ("auto", "merge", "keep"):
         raise HfEsmError(f"heads must be 'auto', 'merge', 'keep' or a list of module names, not {heads!r}.")
     common = [name for name in base.names if all(name in expert.names for expert in experts.values())]
     warnings: list[str] = []

@@ -32,6 +32,7 @@ from .weights import matrix_names, width_of, without_labels
 
 
 _PROCESSOR_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py")
+_LONGEST_NAME = 100  # of a task, which names files
 TAKEN = ("base", "static", "none")  # what stands beside the tasks: the base, no expert, none of the tasks
 
 
@@ -49,7 +50,10 @@ def name_experts(experts: Any) -> dict[str, Any]:
     for name in experts:
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name) or name in TAKEN:
             taken = ", ".join(TAKEN)
-            raise HfEsmError(f"Task name {name!r}: use letters, digits, '.', '_' and '-' (taken are {taken}).")
+            quoted = "" if isinstance(name, str) else "; in YAML, put it in quotes"
+            raise HfEsmError(f"Task name {name!r}: use letters, digits, '.', '_' and '-'{quoted} (taken are {taken}).")
+        if len(name) > _LONGEST_NAME:
+            raise HfEsmError(f"Task name {name[:20]!r}…: of {len(name)} letters; use {_LONGEST_NAME} at most.")
     if len(experts) < 2:
         raise HfEsmError(f"Merging takes at least two experts; got {list(experts) or 'none'}.")
     return dict(experts)
@@ -66,9 +70,20 @@ def _named(expert: Any) -> tuple[str, Any]:
 
 
 def check_arguments(
-    options: MergeOptions, method: MergeMethod, experts: dict, calibration: Any, validation: Any, score_fn: Any
+    options: MergeOptions,
+    method: MergeMethod,
+    experts: dict,
+    calibration: Any,
+    validation: Any,
+    score_fn: Any,
+    processor: Any = None,
 ) -> None:
     """What can be said before any file is opened."""
+    if isinstance(processor, (str, os.PathLike)):
+        raise HfEsmError(f"processor takes a loaded one, not {processor!r}: AutoProcessor.from_pretrained(…).")
+    for scored in score_fn.values() if isinstance(score_fn, Mapping) else (score_fn,):
+        if scored is not None and not callable(scored):
+            raise HfEsmError(f"score_fn must be a function of a model, or one per task, not {scored!r}.")
     for what, given in (("calibration", calibration), ("validation", validation)):
         folder = what == "calibration" and isinstance(given, (str, os.PathLike))
         if given is not None and not folder and not isinstance(given, Mapping):
@@ -97,6 +112,9 @@ def check_arguments(
         above = whole.parents if what == "output_dir" else (whole, *whole.parents)
         if blocked := [path for path in above if path.exists() and not path.is_dir()]:
             raise HfEsmError(f"{what} {place}: {blocked[0]} is a file. Choose another folder.")
+        work = options.resume_dir and (Path(options.resume_dir).expanduser() / WORK).resolve()
+        if work and what != "resume_dir" and whole.is_relative_to(work):
+            raise HfEsmError(f"{what} {place} stands in the work of resume_dir, which goes away. Choose another.")
     if options.output_dir:
         _check_output(options, {"calibration": calibration, "validation": validation})
 
@@ -105,8 +123,6 @@ def _check_output(options: MergeOptions, data: dict[str, Any]) -> None:
     """Refuse an output folder that cannot be made, or whose replacement would take away something else."""
     output = Path(options.output_dir).expanduser()
     whole = output.resolve()
-    if options.resume_dir and whole.is_relative_to((Path(options.resume_dir).expanduser() / WORK).resolve()):
-        raise HfEsmError(f"output_dir {output} stands in the work of resume_dir, which goes away. Choose another.")
     if Path.cwd().is_relative_to(whole):
         raise HfEsmError(f"output_dir {output} is, or holds, the current folder. Choose another.")
     check_replaceable(output, options.overwrite)
@@ -210,7 +226,7 @@ def gather_statistics(
         elif isinstance(given, ActivationStatistics):
             statistics[task] = given
         elif _is_statistics_file(given):
-            statistics[task] = ActivationStatistics.load(given)
+            statistics[task] = ActivationStatistics.load(Path(given).expanduser())
         else:
             title = f"calibration of '{task}'"
             rows = read_rows(given, title, options)
@@ -228,9 +244,10 @@ def gather_statistics(
 
 
 def _is_statistics_file(given: Any) -> bool:
-    if not isinstance(given, (str, os.PathLike)) or not str(given).endswith(".safetensors"):
-        return isinstance(given, (str, os.PathLike)) and (Path(given) / FILE_NAME).is_file()
-    return not is_samples_file(Path(given))
+    if not isinstance(given, (str, os.PathLike)):
+        return False
+    path = Path(given).expanduser()
+    return not is_samples_file(path) if path.suffix == ".safetensors" else (path / FILE_NAME).is_file()
 
 
 def read_validation(
@@ -243,6 +260,47 @@ def read_validation(
         )
         for task, rows in (validation or {}).items()
     }
+
+
+def taken_of_others(
+    statistics: Mapping[str, Optional[ActivationStatistics]], sources: Mapping[str, ModelSource]
+) -> list[str]:
+    """Which statistics say that they were taken of another of these models than the task's."""
+    names = {task: Path(source.repo_id or source.folder or "").name for task, source in sources.items()}
+    found = []
+    for task, known in statistics.items():
+        of = Path(known.provenance.model).name if known else ""
+        if of and of != names[task] and of in names.values():
+            found.append(f"'{task}': its statistics were taken of {known.provenance.model}, not of {names[task]}.")
+    return found
+
+
+def differing_processors(processors: dict[str, Any], tasks: Iterable[str]) -> list[str]:
+    """What the experts' tokenizers and image processors do otherwise than the one that the merged model gets."""
+    found = []
+    for task in tasks:
+        own, merged = processors.get(task), processors.get("base")
+        if own is None or merged is None or own is merged:
+            continue
+        numbered, base = (getattr(p, "tokenizer", p) for p in (own, merged))
+        if hasattr(numbered, "get_vocab") and hasattr(base, "get_vocab"):
+            places = base.get_vocab()
+            words = {place: word for word, place in places.items()}
+            moved = [w for w, i in numbered.get_vocab().items() if places.get(w, i) != i or words.get(i, w) != w]
+            if moved:
+                found.append(
+                    f"'{task}': its tokenizer numbers {len(moved)} tokens otherwise than the base's, such as "
+                    f"{moved[0]!r}: embeddings of unlike tokens are merged, and the merged model reads as the base."
+                )
+        ours, theirs = (getattr(p, "image_processor", p) for p in (merged, own))
+        names = [name for name in _PICTURE_SETTINGS if getattr(ours, name, None) != getattr(theirs, name, None)]
+        if names:
+            found.append(f"'{task}': its pictures are prepared otherwise than the base's ({', '.join(names)}).")
+    return found
+
+
+# Settings of image processors of which a difference makes other inputs.
+_PICTURE_SETTINGS = ("image_mean", "image_std", "size", "crop_size", "do_normalize", "do_rescale", "rescale_factor")
 
 
 def check_statistics(

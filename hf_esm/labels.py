@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from math import isfinite
 from typing import Any
 
 import torch
@@ -87,7 +89,8 @@ def load_labelled(
         if (labels == -100).all():
             raise HfEsmError(f"{title}: no token has a label other than -100.")
         return LabelledSamples(samples, labels)
-    read = _several_labels if several else _label
+    marked = several and all(_marks_each(label, config) for label in found)
+    read = partial(_several_labels, marked=marked) if several else _label
     labels = [read(label, config, f"{title}: row {i}") for i, label in enumerate(found)]
     return LabelledSamples(encode(rows, processor, config, title, options), torch.tensor(labels))
 
@@ -193,18 +196,34 @@ def _label(found: Any, config: Any, title: str) -> float:
             f"{title}: a label is {found!r:.80}, but the expert gives one class, or one value, per row. If several "
             "may hold, set problem_type to 'multi_label_classification' in its config; of pixels, there is mean-iou."
         ) from None
+    if not isfinite(found):
+        raise HfEsmError(f"{title}: a label is {found}. Leave the row out.")
     if config.num_labels == 1:
         return found
-    if not 0 <= int(found) < config.num_labels:
+    if not found.is_integer():
+        raise HfEsmError(f"{title}: a label is {found}, but the expert gives a class per row. Give its index or name.")
+    chooses = (config.architectures or [""])[0].endswith("ForMultipleChoice")  # among as many as the row has
+    if found < 0 or (found >= config.num_labels and not chooses):
         raise HfEsmError(f"{title}: label {int(found)}, but the expert knows {config.num_labels} classes.")
     return int(found)
 
 
-def _several_labels(found: Any, config: Any, title: str) -> list[bool]:
-    """Which labels hold, of a 0 or 1 for each or a list of those that do."""
+def _marks_each(found: Any, config: Any) -> bool:
+    """Whether a label is a 0 or 1 for every class."""
+    listed = isinstance(found, (list, tuple)) and len(found) == config.num_labels
+    return listed and all(not isinstance(label, str) and label in (0, 1) for label in found)
+
+
+def _several_labels(found: Any, config: Any, title: str, marked: bool) -> list[bool]:
+    """Which labels hold, of a 0 or 1 for each if they are all so `marked`, or a list of those that do."""
     if not isinstance(found, (list, tuple)):
         raise HfEsmError(f"{title}: a label is {found!r}, but the expert gives several per row: give a list of them.")
-    if len(found) == config.num_labels and all(not isinstance(label, str) and label in (0, 1) for label in found):
+    if marked:
         return [bool(label) for label in found]
-    classes = {_label(label, config, title) for label in found}
+    classes = [_label(label, config, title) for label in found]
+    if len(set(classes)) < len(classes):
+        raise HfEsmError(
+            f"{title}: the labels {found!r} name one twice. Give those that hold, or, in all rows, a 0 or 1 for each "
+            f"of the {config.num_labels}."
+        )
     return [i in classes for i in range(config.num_labels)]

@@ -29,10 +29,12 @@ from .identity import model_identity
 from .inputs import (
     check_arguments,
     check_statistics,
+    differing_processors,
     find_processors,
     gather_statistics,
     name_experts,
     read_validation,
+    taken_of_others,
     torch_dtype,
 )
 from .methods import ROUTED, describe_method, resolve_method
@@ -109,7 +111,7 @@ def merge_models(
     accelerator = accelerator or default_accelerator()
     run = _Run(options, accelerator, callback)
     experts = name_experts(experts)
-    check_arguments(options, method, experts, calibration, validation, score_fn)
+    check_arguments(options, method, experts, calibration, validation, score_fn, processor)
     open_options = {
         "token": token,
         "allow_pickle": options.allow_pickle,
@@ -150,6 +152,10 @@ def merge_models(
 
     with run.stage("reading samples", joined=False):
         processors, statistics, samples, labelled = main_first(accelerator, read_samples)
+    for warning in differing_processors(processors, plan.experts):
+        run.warn(warning)
+    for warning in taken_of_others(statistics, sources):
+        run.warn(warning)
     with together(accelerator):
         work = _work(plan, sources, statistics, samples, options, accelerator)
         work.check()

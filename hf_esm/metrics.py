@@ -239,12 +239,20 @@ def read_outputs(model: PreTrainedModel, samples: list[Sample], metric: Metric, 
     return [found[i] for i in range(len(samples))]
 
 
+_NO_CLASS = (
+    "{kind} gives no class per sample or token; accuracy needs a classifier. Of answers in words there are "
+    "exact-match and word-f1; of anything else, give a Metric with `read`."
+)
+
+
 def check_answers(model: PreTrainedModel, metric: Metric) -> None:
     """Refuse a model whose answers the metric cannot read."""
     kind = type(model).__name__
     if metric is PERPLEXITY:
         if kind.endswith("ForMaskedLM"):
             raise HfEsmError(f"{kind} predicts no next token; perplexity needs a model that writes text.")
+    elif model.can_generate():
+        raise HfEsmError(_NO_CLASS.format(kind=kind))
     elif metric is ACCURACY and model.config.num_labels == 1:
         raise HfEsmError(f"{kind} gives one value, not a class. Choose a metric of values, such as 'mse'.")
 
@@ -257,10 +265,7 @@ def _answer(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     if logits is not None and logits.dim() == 3 and kind.endswith("ForTokenClassification"):
         return logits.argmax(-1)
     if logits is None or logits.dim() != 2:
-        raise HfEsmError(
-            f"{kind} gives no class per sample or token; accuracy needs a classifier. Of answers in words there are "
-            "exact-match and word-f1; of anything else, give a Metric with `read`."
-        )
+        raise HfEsmError(_NO_CLASS.format(kind=kind))
     if model.config.problem_type == "multi_label_classification":
         return logits > 0
     return logits[:, 0].float() if logits.shape[1] == 1 else logits.argmax(-1)
@@ -273,8 +278,13 @@ def _likelihood(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     if labels is None and not encoder_decoder and "input_ids" in batch:
         real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         labels = batch["input_ids"].masked_fill(~real, -100)
+    if labels is None:
+        raise HfEsmError(
+            f"{type(model).__name__}: perplexity is of what the model is to write. Give it as `text_target`, or ready "
+            "`labels`."
+        )
     logits = getattr(model(**batch), "logits", None)
-    if labels is None or logits is None or logits.dim() != 3 or logits.shape[:2] != labels.shape:
+    if logits is None or logits.dim() != 3 or logits.shape[:2] != labels.shape:
         raise HfEsmError(f"{type(model).__name__} gives no likelihood of tokens; perplexity needs a language model.")
     if not encoder_decoder:
         logits, labels = logits[:, :-1], labels[:, 1:]

@@ -1,5 +1,6 @@
 """The options of `merge_models` in one place: keyword arguments, recipes and command line flags are read off here."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from numbers import Real
@@ -85,6 +86,9 @@ class MergeOptions(ProxyOptions):
         for option in fields(self):
             if isinstance(option.default, bool) and not isinstance(getattr(self, option.name), bool):
                 raise HfEsmError(f"{option.name} must be true or false, not {getattr(self, option.name)!r}.")
+        if isinstance(self.alpha, str) and self.alpha != "auto":  # YAML takes 1e0 for a text
+            with suppress(ValueError):
+                self.alpha = float(self.alpha)
         if self.alpha not in (None, "auto") and not (isinstance(self.alpha, Real) and isfinite(self.alpha)):
             raise HfEsmError(f"alpha must be a number or 'auto', not {self.alpha!r}.")
         if self.max_memory is not None:

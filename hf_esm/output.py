@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import yaml
+from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from .cards import write_card
-from .checkpoints import ModelSource
+from .checkpoints import Checkpoint, ModelSource
 from .checkpoints.writer import output_dtype, to_stored, write_plan
+from .errors import HfEsmError
 from .heads import save_head
 from .inputs import torch_dtype
 from .methods import describe_method
@@ -55,15 +57,24 @@ def write_model(
         folder, planned, bytes_of(options.max_shard_size, "max_shard_size"), rank=rank, world_size=world_size
     ) as writer:
         for group in progress([group for group in groups if any(map(writer.owns, group.stored))]):
-            tensors = {
-                name: updates.weight(name, alpha).to(output_dtype(base.dtype(name), dtype)) for name in group.names
-            }
+            tensors = {name: _written(name, base, updates.weight(name, alpha), dtype) for name in group.names}
             for key, tensor in to_stored(base, tensors).items():
                 if writer.owns(key):
                     writer.write(key, tensor)
         for key in filter(writer.owns, extra):
             writer.write(key, extra[key])
         writer.sync()  # what is published is whole, whatever happens next
+
+
+def _written(name: str, base: Checkpoint, weight: Tensor, asked: Optional[torch.dtype]) -> Tensor:
+    """A weight in the dtype that it is written in."""
+    found = weight.to(output_dtype(base.dtype(name), asked))
+    if found.dtype == torch.float16 and not found.isfinite().all():
+        raise HfEsmError(
+            f"'{base.names[name]}': values up to {weight.abs().max():.3g} are too large for float16. Write the "
+            "merged model in another dtype: dtype='bfloat16' or 'float32'."
+        )
+    return found
 
 
 def write_files(

@@ -120,6 +120,11 @@ def plan_merge(
                 f"{expert.title}: {_some(sorted(tied))} is tied to its embeddings, but the base has one of its own, "
                 "which stays as it is. Untie the expert's, or tie the base's, if that is not what you want."
             )
+        if untied := set(getattr(base.skeleton, "all_tied_weights_keys", None) or ()) & set(expert.names):
+            warnings.append(
+                f"{expert.title}: {_some(sorted(untied))} is its own, but tied to the embeddings in the base, and so "
+                "in the merged model; the task keeps its own as its head."
+            )
         if expert.extra:
             warnings.append(
                 f"{expert.title}: its file holds weights its model has no place for: {_some(expert.extra)}."

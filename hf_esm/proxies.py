@@ -3,12 +3,13 @@
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain, islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Optional
 
+import pandas as pd
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
@@ -96,15 +97,22 @@ def read_rows(data: Any, title: str, options: ProxyOptions) -> list[Any]:
     """`num_samples` entries of whatever holds data, chosen with `seed`; the first of what can only be gone through.
 
     Args:
-        data: a sequence, a `datasets.Dataset`, a `DataLoader`, a column mapping, the path of a data file (JSON lines,
-            JSON, CSV, Parquet, text) or of saved proxies, or `{"path": …, "name": …, "split": …}` for
-            `datasets.load_dataset`.
+        data: a sequence, a `datasets.Dataset`, a `DataLoader`, a DataFrame of pandas, a column mapping, the path of a
+            data file (JSON lines, JSON, CSV, Parquet, text) or of saved proxies, or `{"path": …, "name": …, "split":
+            …}` for `datasets.load_dataset`. With such a mapping, `"columns"` in it names columns of this data alone,
+            as `options.columns` does those of all.
         title: what messages call it.
     """
+    columns: Mapping[str, str] = {}
     if isinstance(data, (str, os.PathLike)):
-        data = _read_file(Path(data), title)
-    elif isinstance(data, Mapping) and "path" in data:
-        data = _load({"split": "train", **data}, title)
+        data = _read_file(Path(data).expanduser(), title)
+    elif isinstance(data, Mapping) and isinstance(data.get("path"), (str, os.PathLike)):
+        named = {"split": "train", **data}
+        columns, path = named.pop("columns", {}), Path(named["path"]).expanduser()
+        replace(options, columns=columns)  # refuses names that are none
+        data = _read_file(path, title) if path.is_file() else _load(named, title)
+    elif isinstance(data, pd.DataFrame):
+        data = data.astype(object).where(data.notna(), None).to_dict("records")
     elif isinstance(data, (DatasetDict, IterableDatasetDict)):
         raise HfEsmError(f"{title}: these are several splits ({', '.join(map(str, data))}). Give one of them.")
     elif isinstance(data, Mapping):
@@ -113,6 +121,9 @@ def read_rows(data: Any, title: str, options: ProxyOptions) -> list[Any]:
                 f"{title}: '{single[0]}' is one text, not a column of them. Give a list of rows: [{{…}}]."
             )
         length = len(next(iter(data.values()), ()))
+        for name, column in data.items():
+            if not hasattr(column, "__len__") or len(column) != length:
+                raise HfEsmError(f"{title}: the column {name!r} is not as long as {next(iter(data))!r}.")
         data = [{name: column[i] for name, column in data.items()} for i in range(length)]
     if isinstance(data, DataLoader):
         data = list(_split_batches(data, options.num_samples, title))
@@ -125,7 +136,17 @@ def read_rows(data: Any, title: str, options: ProxyOptions) -> list[Any]:
     chosen = range(len(data))
     if options.num_samples and len(data) > options.num_samples:
         chosen = sorted(random.Random(options.seed).sample(chosen, options.num_samples))
-    return [data[i] for i in chosen]
+    rows = [data[i] for i in chosen]
+    return [_renamed(row, columns, f"{title}: row {i}", options) for i, row in enumerate(rows)] if columns else rows
+
+
+def _renamed(row: Any, columns: Mapping[str, str], title: str, options: ProxyOptions) -> dict[str, Any]:
+    """A row with those of its columns that its own data names, under the names that are looked for in all."""
+    if lacking := [column for column in columns.values() if not isinstance(row, Mapping) or column not in row]:
+        there = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
+        raise HfEsmError(f"{title} has no column {lacking[0]!r}; it has {there}.")
+    rest = {name: value for name, value in row.items() if name not in columns.values()}
+    return rest | {options.columns.get(name, name): row[column] for name, column in columns.items()}
 
 
 def _read_file(path: Path, title: str) -> Any:
@@ -134,6 +155,8 @@ def _read_file(path: Path, title: str) -> Any:
         raise HfEsmError(f"{title}: there is no file {path}.")
     if path.suffix == ".safetensors":
         return load_samples(path)
+    if not path.stat().st_size:
+        raise HfEsmError(f"{title}: {path} is empty.")
     if path.suffix not in kinds:
         raise HfEsmError(f"{title}: {path} is none of {', '.join(kinds)} or .safetensors.")
     return _load({"path": kinds[path.suffix], "data_files": str(path), "split": "train"}, title)
@@ -248,6 +271,11 @@ def _ready(row: Any, config: PretrainedConfig, with_targets: bool, title: str) -
             except (TypeError, ValueError, RuntimeError) as error:
                 raise HfEsmError(f"{title}: '{name}' is no array of numbers ({error}). Leave it out.") from None
     ids, pixels = sample.get("input_ids"), sample.get("pixel_values")
+    mask = sample.get("attention_mask")
+    if ids is not None and mask is not None and ids.dim() == mask.dim() == 1 and len(ids) != len(mask):
+        raise HfEsmError(
+            f"{title} has {len(ids)} tokens, but an attention_mask of {len(mask)}. Make them of one length."
+        )
     kind = (config.architectures or [""])[0]
     if ids is not None:
         batched = ids.dim() == 2 and len(ids) == 1 and not kind.endswith("ForMultipleChoice")
@@ -278,6 +306,8 @@ def _encode_row(
     with_contexts: bool,
 ) -> Sample:
     fields = row_fields(row, title, options)
+    if isinstance(fields.get("text"), (list, tuple)) and not fields["text"]:
+        raise HfEsmError(f"{title} has no words. Leave it out.")
     tokenizer = getattr(processor, "tokenizer", processor)
     found: dict[str, Any] = {}
     if "text" in fields and not hasattr(tokenizer, "get_vocab"):
@@ -303,6 +333,8 @@ def _encode_row(
         if "image" in fields:
             images, image = getattr(processor, "image_processor", processor), fields["image"]
             if hasattr(image, "convert") and getattr(config, "num_channels", 3) == 3:  # of PIL: grey, or transparent
+                if image.mode.startswith(("I", "F")):
+                    raise HfEsmError(f"{title}: a picture of mode {image.mode!r}, not of 8 bits. Scale it to 'L'.")
                 image = image.convert("RGB")
             found |= images(image, return_tensors="pt")
         if "audio" in fields:

@@ -22,6 +22,7 @@ from transformers import AutoModel, DistilBertConfig, DistilBertModel
 from hf_esm import ActivationStatistics, HfEsmError, calibrate, load_recipe, load_task_model, merge_models
 from hf_esm.methods import TIES, EssentialMerge, RoutedMerge, resolve_method
 from hf_esm.options import RECIPE_FILE
+from hf_esm.resuming import FOLDER as WORK
 from hf_esm.statistics import InputStatistics
 
 
@@ -252,6 +253,28 @@ REFUSED = {
         )
         for name in ("me/sst2", "", "base", "..", "a b", "a\n")
     },
+    "task-of-no-text": (
+        lambda models: {"experts": {1: models.left, "right": models.right}, "calibration": {}},
+        ["Task name 1", "in YAML, put it in quotes"],
+    ),
+    "task-of-a-long-name": (
+        lambda models: {"experts": {"a" * 200: models.left, "right": models.right}, "calibration": {}},
+        ["of 200 letters", "100 at most"],
+    ),
+    "heads-of-no-kind": (options(heads=3), ["heads must be", "not 3"]),
+    "processor-by-name": (options(processor="me/bert"), ["processor", "'me/bert'", "AutoProcessor.from_pretrained"]),
+    "score-by-name": (options(alpha="auto", score_fn="acc"), ["score_fn must be a function", "'acc'"]),
+    "score-by-name-of-a-task": (
+        options(alpha="auto", score_fn={"left": len, "right": 3}),
+        ["score_fn must be a function", "not 3"],
+    ),
+    "statistics-in-the-work": (
+        lambda models: {
+            "resume_dir": str(models.folder / "work"),
+            "statistics_dir": str(models.folder / "work" / WORK / "kept"),
+        },
+        ["statistics_dir", "stands in the work of resume_dir"],
+    ),
     # The data.
     "calibration-of-an-unknown-task": (options(calibration={"up": text_samples(1)}), ["calibration", "'up'", "left"]),
     "validation-of-an-unknown-task": (options(validation={"up": []}), ["validation", "'up'", "left, right"]),
@@ -384,6 +407,37 @@ def test_an_unknown_argument_is_a_type_error(models):
 def test_activations_that_overflow_name_the_expert(models):
     tensors("right", lambda stored: stored[WEIGHT.replace("output", "attention.output")].fill_(1e38))(models)
     assert_refused(models.folder, [RIGHT, BODY_WEIGHT.replace("output", "intermediate"), "float32"], arguments(models))
+
+
+def test_weights_that_float16_does_not_hold_are_refused(models):
+    for folder in (models.base, models.left, models.right):
+        stored = load_file(f"{folder}/model.safetensors")
+        name = next(name for name in stored if name.endswith(BODY_WEIGHT))
+        save_file(stored | {name: stored[name] + 1e5}, f"{folder}/model.safetensors", {"format": "pt"})
+    says = [BODY_WEIGHT, "too large for float16", "dtype='bfloat16'"]
+    assert_refused(models.folder, says, arguments(models, method="mean", dtype="float16"))
+    merge_models(**arguments(models, method="mean", dtype="bfloat16"), progress=False)
+
+
+def test_a_link_that_leads_nowhere_is_not_written_through(models):
+    (models.folder / "linked").symlink_to(models.folder / "nowhere")
+    for overwrite, says in ((False, "linked exists"), (True, "linked is a link, so it is not overwritten")):
+        with pytest.raises(HfEsmError, match=says):
+            merge_models(**arguments(models, output_dir=models.folder / "linked", overwrite=overwrite), progress=False)
+
+
+def test_a_score_that_is_no_number_is_named(models):
+    scored = {"alpha": "auto", "score_fn": lambda model: None, "method": "tsv-m"}
+    assert_refused(models.folder, ["score_fn gave None", "a number"], arguments(models, **scored))
+
+
+def test_statistics_of_one_expert_given_for_another_are_mentioned(models):
+    given = {task: calibrate(getattr(models, task), text_samples(1), progress=False) for task in ("left", "right")}
+    fitting = merge_models(**arguments(models, calibration=given), progress=False)
+    assert not [warning for warning in fitting.warnings if "were taken of" in warning]
+    swapped = {"left": given["right"], "right": given["left"]}
+    again = merge_models(**arguments(models, calibration=swapped, overwrite=True), progress=False)
+    assert [warning for warning in again.warnings if "'left': its statistics were taken of" in warning]
 
 
 def test_extra_weights_are_mentioned(models):

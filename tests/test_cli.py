@@ -13,10 +13,11 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import save_file
+from tiny import SPECIAL, WORDS
 from toys import LABELS, largest_difference, texts, weights, write_models, write_rows
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
-from hf_esm import METHODS, ActivationStatistics, __version__, evaluate, load_task_model, merge_models
+from hf_esm import METHODS, ActivationStatistics, HfEsmError, __version__, evaluate, load_task_model, merge_models
 from hf_esm.calibration import collect_statistics
 from hf_esm.cli import build_parser, main
 from hf_esm.options import MergeOptions
@@ -284,6 +285,34 @@ def test_evaluate_takes_a_lora_expert_and_a_plain_classifier(models, tmp_path, c
     found = classes(AutoModelForSequenceClassification.from_pretrained(models / "c"), tokenizer, rows)
     share = sum(label == row["label"] for label, row in zip(found, rows)) / len(rows)
     assert capsys.readouterr().out.splitlines()[1].split() == ["c", f"{100 * share:.1f}"]
+
+
+def test_experts_are_scored_with_their_own_tokenizer_over_the_base_that_is_given(models, tmp_path, capsys):
+    """Not with that of the merged model, whose words stand at other places; an adapter may name no base."""
+    merged = merge(models, tmp_path / "merged", "ac", method="mean")
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, *reversed(WORDS)]))
+    other = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    shutil.copytree(models / "c", tmp_path / "c")
+    other.save_pretrained(tmp_path / "c")
+    rows = [{"text": text} for text in texts(4, count=8)]
+    expert = AutoModelForSequenceClassification.from_pretrained(tmp_path / "c")
+    for row, label in zip(rows, classes(expert, other, rows)):
+        row["label"] = label
+    found = evaluate(merged, {"c": rows}, experts={"c": tmp_path / "c"})
+    assert found.expert == {"c": 1.0}
+    shutil.copytree(models / "c-lora", tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(HfEsmError, match=r"is a LoRA adapter that names no base\. Give `base`"):
+        evaluate(merged, {"c": rows}, experts={"c": tmp_path / "lora"})
+    data = ["--data", f"c={write_rows(tmp_path / 'c.jsonl', rows)}"]
+    command = ["evaluate", merged, *data, "--expert", f"c={tmp_path / 'lora'}"]
+    assert run(*command, "--base", models / "base") == 0
+    with pytest.raises(TypeError, match="evaluate has no argument 'metrc'"):
+        evaluate(merged, {"c": rows}, metrc="accuracy")
+    for wrong, says in (({"batch_size": 0}, "batch_size must be"), ({}, "takes a folder or a Hub id, not a dict")):
+        with pytest.raises(HfEsmError, match=says):
+            evaluate(merged if wrong else {}, {"c": rows}, **wrong)
 
 
 REFUSED = {

@@ -180,6 +180,48 @@ def test_labels_that_do_not_fit_are_refused(tokenizer, row, says):
         load_labelled([row], tokenizer, tagger().config, "rows", COLUMNS)
 
 
+@pytest.mark.parametrize(
+    ("label", "config", "says"),
+    [
+        (0.9, {}, "row 0: a label is 0.9, but the expert gives a class"),
+        (-0.5, {}, "a label is -0.5"),
+        (float("nan"), {}, "a label is nan. Leave the row out"),
+        (float("inf"), {"num_labels": 1}, "a label is inf. Leave the row out"),
+        (
+            [0, 1, 0, 1],
+            {"problem_type": "multi_label_classification"},
+            r"\[0, 1, 0, 1\] name one twice.*each of the 3",
+        ),
+        ([0.4, 1.0, 0.9], {"problem_type": "multi_label_classification"}, "a label is 0.4"),
+    ],
+)
+def test_numbers_that_are_no_classes_are_refused(label, config, says):
+    config = classifier(**{"problem_type": None} | config).config
+    with pytest.raises(HfEsmError, match=says):
+        load_labelled([{"input_ids": [5, 6], "label": label}], None, config, "rows", EVERYTHING)
+
+
+def test_marks_and_lists_of_labels_are_told_apart_by_all_rows():
+    """Of two labels, [0, 1] may say that both hold, or the second."""
+    config = classifier(num_labels=2, id2label={0: "x", 1: "y"}, label2id={"x": 0, "y": 1}).config
+    for labels, expected in (([[0, 1], [1, 1]], [[0, 1], [1, 1]]), ([[0, 1], [1]], [[1, 1], [0, 1]])):
+        rows = [{"input_ids": [5, 6], "label": label} for label in labels]
+        assert load_labelled(rows, None, config, "rows", EVERYTHING).labels.int().tolist() == expected
+
+
+@torch.no_grad()
+def test_of_several_choices_any_may_be_right():
+    model = perturbed(BERT.build("BertForMultipleChoice", architectures=["BertForMultipleChoice"]), 0.3, 1).eval()
+    ids = torch.randint(5, 40, (3, 4, 6), generator=torch.Generator().manual_seed(0))
+    right = model(input_ids=ids).logits.argmax(-1).tolist()
+    rows = [{"input_ids": row, "label": label} for row, label in zip(ids, [*right[:2], (right[2] + 1) % 4])]
+    rows += [{"input_ids": ids[0], "label": 3}, {"input_ids": ids[0], "label": 2}]
+    data = load_labelled(rows, None, model.config, "rows", EVERYTHING)
+    assert run(model, data).score == pytest.approx((2 + (right[0] == 3) + (right[0] == 2)) / 5)
+    with pytest.raises(HfEsmError, match="label -1"):
+        load_labelled([{"input_ids": ids[0], "label": -1}], None, model.config, "rows", EVERYTHING)
+
+
 def test_several_labels_are_given_as_a_list():
     with pytest.raises(HfEsmError, match="gives several per row: give a list"):
         load_labelled([{"input_ids": [5, 6], "label": 1}], None, classifier().config, "rows", EVERYTHING)

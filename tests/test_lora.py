@@ -307,6 +307,22 @@ def test_a_pickled_adapter_is_read_where_that_is_allowed(made):
     assert torch.equal(found.tensor("classifier.bias"), stored["base_model.model.classifier.bias"])
 
 
+def test_adapters_name_no_labels_so_that_their_heads_are_their_own(made, tmp_path):
+    """Though the base does, which they were all trained over."""
+    names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    base = BERT.build("BertForSequenceClassification", num_labels=2, **names)
+    save(base, tmp_path / "base")
+    experts = {}
+    for task in "ab":
+        train(base, LoraConfig(**CLASSIFY)).save_pretrained(tmp_path / task)
+        experts[task] = tmp_path / task
+    plan = merge_models(tmp_path / "base", experts, method="mean", dry_run=True)
+    assert all({name.partition(".")[0] for name in own} == {"pooler", "classifier"} for own in plan.heads.own.values())
+    assert not any(
+        merge_models(tmp_path / "base", experts, method="mean", heads="merge", dry_run=True).heads.own.values()
+    )
+
+
 def test_an_adapter_is_an_update_in_float32_and_writes_no_copy_of_the_model(classifier, tmp_path, monkeypatch):
     """Over a base in bfloat16 too, whose precision is far below that of the update."""
     live = BertModel.from_pretrained(classifier.base, dtype=torch.bfloat16)

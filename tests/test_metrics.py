@@ -11,6 +11,8 @@ from routed_toys import GPT2, encoded, expert, task_texts
 from tiny import BERT
 
 from hf_esm import HfEsmError, evaluate, merge_models
+from hf_esm.answers import texts_of
+from hf_esm.calibration import collect_statistics
 from hf_esm.labels import LabelledSamples, load_labelled
 from hf_esm.metrics import ACCURACY, PERPLEXITY, outputs_of, resolve_metric
 from hf_esm.proxies import ProxyOptions
@@ -75,6 +77,37 @@ def test_perplexity_of_answers_alone_and_of_encoder_decoders():
         expected = math.exp(float((torch.stack(losses) * counts).sum() / counts.sum()))
         found = run(model, LabelledSamples(samples, NONE), PERPLEXITY, 3).score
         assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_an_encoder_decoder_is_to_write_is_asked_for():
+    model, samples = T5.build().eval(), token_samples(0)
+    with pytest.raises(HfEsmError, match="perplexity is of what the model is to write"):
+        run(model, LabelledSamples(samples, NONE), PERPLEXITY)
+    with pytest.raises(HfEsmError, match="T5ForConditionalGeneration gives no class per sample"):
+        run(model, LabelledSamples(samples, NONE), ACCURACY)
+
+
+def test_inputs_that_generating_would_refuse_are_left_out():
+    """Such as a BERT tokenizer's beside a T5."""
+    model, samples = T5.build().eval(), token_samples(0, 4)
+    with_types = [{**sample, "token_type_ids": torch.zeros_like(sample["input_ids"])} for sample in samples]
+    found, expected = (collect_statistics(model, rows, progress=False) for rows in (with_types, samples))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].factor, expected[name].factor) for name in expected)
+
+    class Tokens:
+        def decode(self, ids, **_):
+            return " ".join(map(str, ids.tolist()))
+
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[5, 6])
+
+    tokenizer = Tokens()
+    answers = [
+        texts_of(model, LabelledSamples(rows, NONE, texts=[["1 2"]] * 4, tokenizer=tokenizer))
+        for rows in (with_types, samples)
+    ]
+    assert answers[0] == answers[1]
 
 
 def test_perplexity_is_of_the_labels_that_rows_come_with():

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors
 import torch
@@ -15,14 +16,15 @@ import yaml
 from architectures import ARCHITECTURES
 from helpers import perturbed, save, text_samples
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from problems import relative_error
-from tiny import BERT, SENTENCES, save_models, save_tokenizer, snapshot
+from tiny import BERT, SENTENCES, SPECIAL, WORDS, save_models, save_tokenizer, snapshot
 from torch.utils.data import DataLoader
-from transformers import ViTImageProcessor, Wav2Vec2FeatureExtractor
+from transformers import BertTokenizerFast, ViTImageProcessor, Wav2Vec2FeatureExtractor
 
 from hf_esm import ActivationStatistics, HfEsmError, MergePlan, calibrate, merge_models
 from hf_esm.checkpoints import ModelSource, reader
-from hf_esm.inputs import find_processors
+from hf_esm.inputs import differing_processors, find_processors
 from hf_esm.labels import LabelledSamples
 from hf_esm.options import MergeOptions
 from hf_esm.output import RECIPE_FILE
@@ -131,6 +133,15 @@ PAIR_FORMS = {
     "rows-with-named-columns": (lambda t, folder: ROWS, COLUMNS),
     "loader-of-pairs": (lambda t, folder: DataLoader(PAIRS, batch_size=4), {}),
     "dataset": (lambda t, folder: datasets.Dataset.from_list(ROWS), COLUMNS),
+    "data-frame": (lambda t, folder: pd.DataFrame(ROWS), COLUMNS),
+    "json-lines-with-columns-of-their-own": (
+        lambda t, folder: {"path": str(json_lines(folder / "data.jsonl")), "columns": COLUMNS},
+        {},
+    ),
+    "load_dataset-with-columns-of-its-own": (
+        lambda t, folder: {"path": "csv", "data_files": str(csv_file(folder / "data.csv")), "columns": COLUMNS},
+        {"text": "elsewhere", "text_pair": "sentence1"},
+    ),
     "json-lines": (lambda t, folder: json_lines(folder / "data.jsonl"), COLUMNS),
     "json-lines-by-name": (lambda t, folder: str(json_lines(folder / "data.jsonl")), COLUMNS),
     "csv": (lambda t, folder: csv_file(folder / "data.csv"), COLUMNS),
@@ -206,6 +217,69 @@ def test_grey_and_transparent_pictures_are_read_in_colour(tmp_path):
         HfEsmError, match="data: sample 0: this model reads no text; its processor is a ViTImageProcessor"
     ):
         encode(["a"], given.processor, config, "data", ProxyOptions())
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"text": ["a", "b"], "text_pair": ["a"]}, "the column 'text_pair' is not as long as 'text'"),
+        ({"path": ["a", "b"], "text": 3}, "the column 'text' is not as long as 'path'"),
+        ({"path": "csv", "data_files": "{}/data.csv", "columns": {"text": "no"}}, "data: row 0 has no column 'no'"),
+        ({"path": "csv", "data_files": "{}/data.csv", "columns": {"words": "a"}}, "columns must name the columns of"),
+        ("{}/empty.txt", "empty.txt is empty"),
+        ([{"text": ["a"]}, {"text": []}], "data: sample 1 has no words"),
+        ([{"input_ids": [5, 6, 7], "attention_mask": [1] * 5}], "has 3 tokens, but an attention_mask of 5"),
+        ([{"input_ids": [5, 6, 7], "attention_mask": [1]}], "has 3 tokens, but an attention_mask of 1"),
+    ],
+)
+def test_data_that_do_not_hold_together_are_refused(models, tmp_path, data, says):
+    csv_file(tmp_path / "data.csv")
+    (tmp_path / "empty.txt").touch()
+    if isinstance(data, dict) and "data_files" in data:
+        data = {**data, "data_files": data["data_files"].format(tmp_path)}
+    data = data.format(tmp_path) if isinstance(data, str) else data
+    with pytest.raises(HfEsmError, match=says):
+        options = ProxyOptions()
+        encode(read_rows(data, "data", options), models.tokenizer, BERT.build().config, "data", options)
+
+
+def test_what_lacks_in_a_data_frame_is_missing(models):
+    frame = pd.DataFrame([{"text": "so so", "text_pair": "bad"}, {"text": "bad"}])
+    rows = read_rows(frame, "data", ProxyOptions())
+    assert rows == [{"text": "so so", "text_pair": "bad"}, {"text": "bad", "text_pair": None}]
+
+
+def test_files_below_home_are_found(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    written(tmp_path / "data.txt", "so so")
+    assert read_rows("~/data.txt", "data", ProxyOptions()) == [{"text": "so so"}]
+    assert read_rows({"path": "~/data.txt"}, "data", ProxyOptions()) == [{"text": "so so"}]
+
+
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path):
+    given, config = image_forms(tmp_path), ARCHITECTURES["vit"].build().config
+    deep = Image.fromarray(np.full((16, 16), 1000, dtype=np.uint16))
+    with pytest.raises(HfEsmError, match="a picture of mode 'I;16', not of 8 bits"):
+        encode([deep], given.processor, config, "data", ProxyOptions())
+
+
+def test_processors_that_read_otherwise_are_mentioned(tmp_path):
+    """Whose tokens' embeddings would be merged although they are of unlike words."""
+    words = [*SPECIAL, *WORDS]
+    made = save_models(tmp_path)
+    orders = {"base": words, "left": [*words, "new"], "right": [*SPECIAL, *reversed(WORDS)]}
+    for name, order in orders.items():
+        (tmp_path / "vocab.txt").write_text("\n".join(order))
+        BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(made.experts.get(name, made.base))
+    warned = merge_models(**made.arguments, progress=False).warnings
+    (said,) = [warning for warning in warned if "tokenizer" in warning]
+    assert said.startswith("'right': its tokenizer numbers 14 tokens otherwise than the base's, such as")
+    picture = {
+        name: ViTImageProcessor(image_mean=[mean] * 3) for name, mean in (("base", 0.5), ("a", 0.4), ("b", 0.5))
+    }
+    assert differing_processors(picture, "ab") == [
+        "'a': its pictures are prepared otherwise than the base's (image_mean)."
+    ]
 
 
 @pytest.mark.parametrize("make", [image_forms, sound_forms])

@@ -12,6 +12,7 @@ from huggingface_hub import metadata_load
 from toys import LABELS, texts, weights, write_models, write_rows
 
 from hf_esm import EssentialMerge, HfEsmError, calibrate, load_recipe, merge_models
+from hf_esm.options import MergeOptions
 from hf_esm.output import RECIPE_FILE
 from hf_esm.statistics import FILE_NAME
 
@@ -46,6 +47,10 @@ def test_a_bad_recipe_is_refused_with_its_name(tmp_path, text, message):
         load_recipe(tmp_path / "recipe.yaml")
     assert str(tmp_path / "recipe.yaml") in str(error.value)
     assert message in str(error.value)
+
+
+def test_numbers_that_yaml_takes_for_texts_are_numbers():
+    assert MergeOptions(alpha="1e0").alpha == 1.0
 
 
 def test_a_recipe_for_a_comparison_serves_a_merge(tmp_path):
