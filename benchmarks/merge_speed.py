@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from hf_esm import merge_models
 from hf_esm.batches import collate
-from hf_esm.proxies import ProxyOptions, encode, read_rows
+from hf_esm.proxies import ProxyOptions, encode
+from hf_esm.rows import read_rows
 
 
 def main() -> None:

@@ -19,7 +19,8 @@ from .options import MergeOptions
 from .placement import needs_spill, placement
 from .planning import MergePlan
 from .processes import default_accelerator, together
-from .proxies import ProxyOptions, Sample, encode, read_rows
+from .proxies import ProxyOptions, Sample, encode
+from .rows import read_rows
 from .statistics import ActivationStatistics, Provenance
 
 

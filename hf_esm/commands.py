@@ -20,10 +20,11 @@ from .hub import RoutedModel
 from .merge import merge_models
 from .methods import resolve_method
 from .options import RECIPE_FILE, MergeOptions
-from .proxies import ProxyOptions, read_rows
+from .proxies import ProxyOptions
 from .pushing import push_folder
 from .recipes import load_recipe
 from .reports import REPORT
+from .rows import read_rows
 
 
 logger = logging.getLogger(__name__)

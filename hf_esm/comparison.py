@@ -26,8 +26,9 @@ from .methods import ROUTED, MergeMethod, describe_method, resolve_method
 from .metrics import Metric, resolve_metric
 from .options import MergeOptions
 from .planning import plan_merge
-from .proxies import PROXIES_FOLDER, ProxyOptions
+from .proxies import ProxyOptions
 from .reports import DRAWS, Cell, Comparison, summarise, write_report
+from .rows import PROXIES_FOLDER
 from .scores import Outcome
 from .statistics import ActivationStatistics
 from .tuners.routed import DECIDING

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .errors import HfEsmError
 from .options import PICTURES_FOLDER, RECIPE_FILE, REPORT_FILE
-from .proxies import PROXIES_FOLDER
+from .rows import PROXIES_FOLDER
 
 
 HASHES_FILE = "hashes.json"

@@ -34,8 +34,9 @@ from .heads import FOLDER as HEADS_FOLDER
 from .heads import WEIGHTS as HEAD_WEIGHTS
 from .heads import attach_head
 from .inputs import check_replaceable
-from .proxies import ProxyOptions, encode, load_processor, read_rows
+from .proxies import ProxyOptions, encode, load_processor
 from .pushing import check_routed, push_folder
+from .rows import read_rows
 from .tuners.lora_export import new_folder, write_lora_adapter
 from .tuners.routed import ONE_PER_SAMPLE, Named, Route, decide, route, routing_state
 from .weights import towers

@@ -18,15 +18,9 @@ from .methods import MergeMethod
 from .metrics import resolve_metric
 from .options import RECIPE_FILE, MergeOptions
 from .planning import MergePlan
-from .proxies import (
-    PROXIES_FOLDER,
-    Sample,
-    encode,
-    is_samples_file,
-    load_processor,
-    read_rows,
-)
+from .proxies import Sample, encode, load_processor
 from .resuming import FOLDER as WORK
+from .rows import PROXIES_FOLDER, is_samples_file, read_rows
 from .statistics import FILE_NAME, ActivationStatistics
 from .weights import matrix_names, width_of, without_labels
 

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 from .errors import HfEsmError
 from .maps import read_map
 from .metrics import ACCURACY, Metric
-from .proxies import ProxyOptions, Sample, encode, is_words, read_rows
+from .proxies import ProxyOptions, Sample, encode, is_words
+from .rows import read_rows
 
 
 @dataclass

@@ -25,7 +25,8 @@ from .methods import describe_method
 from .options import RECIPE_FILE, REPORT_FILE, MergeOptions
 from .passes import MergedUpdates
 from .planning import MergePlan
-from .proxies import PROXIES_FOLDER, Sample, save_samples
+from .proxies import Sample
+from .rows import PROXIES_FOLDER, save_samples
 from .shards import ShardedWriter
 from .sizes import bytes_of
 from .statistics import ActivationStatistics

@@ -15,7 +15,7 @@ from .errors import HfEsmError
 from .experts import FEATURES, FOLDER
 from .hashes import read_hashes
 from .heads import FOLDER as HEADS_FOLDER
-from .proxies import PROXIES_FOLDER
+from .rows import PROXIES_FOLDER
 
 
 def check_routed(folder: Path, title: str) -> None:

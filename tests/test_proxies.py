@@ -28,7 +28,8 @@ from hf_esm.inputs import differing_processors, find_processors
 from hf_esm.labels import LabelledSamples
 from hf_esm.options import MergeOptions
 from hf_esm.output import RECIPE_FILE
-from hf_esm.proxies import ProxyOptions, encode, read_rows, save_samples
+from hf_esm.proxies import ProxyOptions, encode
+from hf_esm.rows import read_rows, save_samples
 from hf_esm.scores import run
 
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from ...errors import HfEsmError
 from .config import RoutedExpertsConfig
-from .routing import Decided, Decision, Frame, Named, Route, RoutingState, forced_route, pool, sample_rows, vote
+from .pooling import pool, sample_rows
+from .routing import Decided, Decision, Frame, Named, Route, RoutingState, forced_route, vote
 
 
 NOT_MERGEABLE = (

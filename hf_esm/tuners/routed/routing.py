@@ -1,4 +1,4 @@
-"""Which expert each sample gets: a frame around every forward pass, pooling over real tokens, decisions that are kept.
+"""Which expert each sample gets: a frame around every forward pass, and decisions that are kept.
 
 A layer sees its input and nothing else: not which rows are padding, nor what other layers decided. Hooks on the model
 (and on every model nested in it) therefore keep a stack of frames, one stack per thread, in which the layers find the
@@ -339,58 +339,6 @@ def uninstall(model: nn.Module) -> None:
                         module._forward_hooks_always_called,
                     ):
                         table.pop(key, None)
-
-
-def sample_rows(x: Tensor, batch: int) -> Optional[Tensor]:
-    """A layer's input as `[B, rows, d]`, or None if it is made of no sample (relative positions)."""
-    if x.dim() < 2 or not batch or x.shape[0] % batch:
-        return None
-    return x if x.dim() == 3 and x.shape[0] == batch else x.reshape(batch, -1, x.shape[-1])
-
-
-def pool(rows: Tensor, frame: Frame, x: Tensor, module: str) -> Tensor:
-    """The mean over each sample's real tokens, `[B, d]` float32.
-
-    Raises:
-        HfEsmError: if the mask is of another length than the layer's input, or a sample has no real token.
-    """
-    from_encoder = frame.encoder_states is not None and x is frame.encoder_states
-    real = _real_tokens(frame.encoder_mask if from_encoder else frame.mask, rows, frame.past, module)
-    if frame.prompt is not None and frame.prompt.shape == rows.shape[:2]:
-        prompt = frame.prompt.to(rows.device) if real is None else frame.prompt.to(rows.device) & real
-        real = torch.where(prompt.any(1, keepdim=True), prompt, torch.ones_like(prompt) if real is None else real)
-    rows = rows.float()
-    if real is None:
-        return rows.mean(1)
-    count = real.sum(1, keepdim=True)
-    if not torch.compiler.is_compiling() and not bool(count.all()):
-        raise HfEsmError(f"{module}: a sample has no real token. Leave empty inputs out, or check the attention mask.")
-    return torch.einsum("bnd,bn->bd", rows, real.float()) / count
-
-
-def _real_tokens(mask: Any, rows: Tensor, past: int, module: str) -> Optional[Tensor]:
-    """`[B, n]` bool from any mask that a model hands on; None where all tokens are real."""
-    if isinstance(mask, SoundMask):
-        mask = mask.frames(rows.shape[1])
-    if isinstance(mask, dict):  # one per kind of attention
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    if not isinstance(mask, Tensor):
-        return None
-    length = rows.shape[1]
-    if mask.dim() == 4:  # what a query sees of itself: causal and sliding windows let it
-        mask = mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)
-        mask = mask if mask.dtype == torch.bool else mask >= 0
-    mask = mask.bool()
-    if mask.dim() == 2 and mask.shape[1] > length and past:
-        mask = mask[:, past : past + length]
-    if mask.shape == rows.shape[:2]:
-        return mask.to(rows.device)  # the model may be spread over several
-    if length == 1 or bool(mask.all()):  # pooled already, or nothing is padded
-        return None
-    raise HfEsmError(
-        f"{module}: the attention mask has {tuple(mask.shape)} positions and the layer reads {tuple(rows.shape[:2])}, "
-        "so that padding cannot be told from tokens. Run samples of one length together, without a mask."
-    )
 
 
 def vote(adapter: str, frame: Frame) -> Optional[Decision]:
