@@ -336,6 +336,16 @@ def test_what_cannot_write_reads_its_source_again(name: str, model_class: str, t
     check_weights(base, reloaded(base, tmp_path / "merged"), expected_updates(base, experts, explicit, RULES["esm"]))
 
 
+def test_heads_that_the_base_ties_are_mentioned(tmp_path: Path) -> None:
+    """And kept, as the merged model has one of its own no more than the base."""
+    base = ARCHITECTURES["llama"].build(tie_word_embeddings=True)
+    experts = [perturbed(ARCHITECTURES["llama"].build(tie_word_embeddings=False), 0.05, i) for i in range(2)]
+    result = merge(base, experts, ARCHITECTURES["llama"], tmp_path / "merged", "mean")
+    tied = [warning for warning in result.warnings if "tied to the embeddings in the base" in warning]
+    assert len(tied) == 2 and all("'lm_head.weight' is its own" in warning for warning in tied)
+    assert torch.equal(result.load_task_model("t1").lm_head.weight, experts[1].lm_head.weight)
+
+
 def test_old_names_on_disk(tmp_path: Path) -> None:
     base, experts, base_folder, folders = build("bert", tmp_path)
     for folder in (base_folder, folders[1]):

@@ -435,6 +435,11 @@ def test_statistics_of_one_expert_given_for_another_are_mentioned(models):
     given = {task: calibrate(getattr(models, task), text_samples(1), progress=False) for task in ("left", "right")}
     fitting = merge_models(**arguments(models, calibration=given), progress=False)
     assert not [warning for warning in fitting.warnings if "were taken of" in warning]
+    elsewhere = calibrate(
+        shutil.copytree(models.left, models.folder / "checkpoint-7"), text_samples(1), progress=False
+    )
+    moved = merge_models(**arguments(models, calibration=given | {"left": elsewhere}, overwrite=True), progress=False)
+    assert not [warning for warning in moved.warnings if "were taken of" in warning]
     swapped = {"left": given["right"], "right": given["left"]}
     again = merge_models(**arguments(models, calibration=swapped, overwrite=True), progress=False)
     assert [warning for warning in again.warnings if "'left': its statistics were taken of" in warning]

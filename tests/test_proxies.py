@@ -244,6 +244,12 @@ def test_data_that_do_not_hold_together_are_refused(models, tmp_path, data, says
         encode(read_rows(data, "data", options), models.tokenizer, BERT.build().config, "data", options)
 
 
+def test_columns_of_one_source_leave_its_others_alone(tmp_path):
+    named = {"path": str(json_lines(tmp_path / "data.jsonl")), "columns": {"text": "sentence1"}}
+    (row, *_), first = read_rows(named, "data", ProxyOptions()), ROWS[0]
+    assert row == {("text" if name == "sentence1" else name): value for name, value in first.items()}
+
+
 def test_what_lacks_in_a_data_frame_is_missing(models):
     frame = pd.DataFrame([{"text": "so so", "text_pair": "bad"}, {"text": "bad"}])
     rows = read_rows(frame, "data", ProxyOptions())
@@ -262,6 +268,10 @@ def test_pictures_of_more_than_8_bits_are_refused(tmp_path):
     deep = Image.fromarray(np.full((16, 16), 1000, dtype=np.uint16))
     with pytest.raises(HfEsmError, match="a picture of mode 'I;16', not of 8 bits"):
         encode([deep], given.processor, config, "data", ProxyOptions())
+
+
+# One word more is nothing that is merged with another; another word in its place is.
+VOCABULARIES = (("base", ["a", "b", "c"]), ("more", ["a", "b", "c", "d"]), ("other", ["a", "b", "d"]))
 
 
 def test_processors_that_read_otherwise_are_mentioned(tmp_path):
