@@ -285,6 +285,13 @@ def test_processors_that_read_otherwise_are_mentioned(tmp_path):
     warned = merge_models(**made.arguments, progress=False).warnings
     (said,) = [warning for warning in warned if "tokenizer" in warning]
     assert said.startswith("'right': its tokenizer numbers 14 tokens otherwise than the base's, such as")
+    numbered = {
+        name: SimpleNamespace(get_vocab=lambda w=w: {token: i for i, token in enumerate(w)})
+        for name, w in VOCABULARIES
+    }
+    assert [said.partition(",")[0] for said in differing_processors(numbered, ["more", "other"])] == [
+        "'other': its tokenizer numbers 1 tokens otherwise than the base's"
+    ]
     picture = {
         name: ViTImageProcessor(image_mean=[mean] * 3) for name, mean in (("base", 0.5), ("a", 0.4), ("b", 0.5))
     }
