@@ -50,7 +50,9 @@ def batch_for(samples: list[Sample], model: PreTrainedModel) -> dict[str, Tensor
 
 def to_generate_from(samples: list[Sample], model: PreTrainedModel) -> dict[str, Tensor]:
     """A batch without what `generate` would refuse, such as a BERT tokenizer's `token_type_ids` beside a T5."""
-    known = inspect.signature(model.forward).parameters
+    known = set(inspect.signature(model.forward).parameters)
+    if model.config.is_encoder_decoder:
+        known |= set(inspect.signature(model.get_encoder().forward).parameters)
     return {name: value for name, value in batch_for(samples, model).items() if name in known}
 
 

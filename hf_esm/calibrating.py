@@ -22,6 +22,7 @@ from .processes import default_accelerator, together
 from .proxies import ProxyOptions, Sample, encode
 from .rows import read_rows
 from .statistics import ActivationStatistics, Provenance
+from .weights import matrix_names
 
 
 # The options of a merge that mean something here, beside those of `ProxyOptions`.
@@ -169,7 +170,9 @@ def calibrate_checkpoint(
             folder=Path(spill) if crowded else None,
             readings=readings,
         )
-    for name in expert.names:  # from the first layer on: what it spoils comes after it
+    linear = expert.linear
+    matrices = (m for name in expert.names for m in (matrix_names(name, linear[name]) if name in linear else [name]))
+    for name in matrices:  # from the first layer on: what it spoils comes after it
         if name in statistics.entries and not statistics.entries[name].mean.isfinite().all():
             raise HfEsmError(
                 f"{expert.title}: on its samples, '{name}' reads NaN or infinite values. If the model is stored in "

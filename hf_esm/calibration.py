@@ -19,7 +19,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from .batches import batch_for, batch_indices, to_generate_from
 from .errors import HfEsmError
 from .linalg import triangular_factor
-from .mixtures import mixtures
+from .mixtures import mixtures_of
 from .placement import reserve
 from .processes import default_accelerator, gather, together
 from .proxies import Sample, text_config
@@ -96,7 +96,7 @@ class InputRecorder:
             for linear in maps.values()
             if not linear.slices and linear.weight in live
         }
-        by_module = mixtures(model, maps, live)
+        by_module = mixtures_of(model, maps, live)
         self.weight_of |= {module: mixture.first for module, mixture in by_module.items()}
         self.mixtures = {mixture.first: mixture for mixture in by_module.values()}
         self.accumulators: dict[str, _Accumulator] = {}
@@ -282,8 +282,8 @@ def _rows(inputs: Tensor, mask: Optional[Tensor] = None) -> Tensor:
 
 def _sketch(rows: Tensor) -> Tensor:
     """Four fixed random mixtures of each row's features, `[n, 4]`: enough to tell other rows, without keeping them."""
-    mixtures = torch.randn(rows.shape[1], 4, generator=torch.Generator().manual_seed(0))
-    return rows.float() @ mixtures.to(rows.device)
+    mixed = torch.randn(rows.shape[1], 4, generator=torch.Generator().manual_seed(0))
+    return rows.float() @ mixed.to(rows.device)
 
 
 def pooled_inputs(

@@ -75,21 +75,10 @@ def evaluate(
         raise HfEsmError(f"There are no rows to measure the expert {sorted(lacking)[0]!r} on.")
     opened = {"token": token, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     folder = whole_folder(model, str(model), token=token)
-    own = expert_outcomes(
-        experts,
-        data,
-        base=base,
-        metric=metric,
-        processor=processor,
-        fallback=None if processor else load_processor(folder, trust_remote_code),
-        batch_size=batch_size,
-        opened=opened,
-        options=options,
-    )
-    processor = processor or load_processor(folder, trust_remote_code)
+    beside = processor or load_processor(folder, trust_remote_code)
 
     def outcome(model: PreTrainedModel, task: str) -> Outcome:
-        rows = load_labelled(data[task], processor, model.config, f"data of '{task}'", options, metric)
+        rows = load_labelled(data[task], beside, model.config, f"data of '{task}'", options, metric)
         return run(model.to(device), rows, metric, batch_size)
 
     if route not in ("routed", "oracle", "static"):
@@ -105,7 +94,7 @@ def evaluate(
                 merged[task] = outcome(routed.task_model(task), task)
             if not forced:
                 config = routed.task_model(task).config
-                rows = load_labelled(data[task], processor, config, task, options, metric)
+                rows = load_labelled(data[task], beside, config, task, options, metric)
                 merged[task].routed_to = [e.likeliest for e in routed.explain(rows.samples, batch_size)]
     else:
         has_heads = (folder / HEADS_FOLDER).is_dir()
@@ -115,6 +104,17 @@ def evaluate(
             return load_task_model(folder, task, **trusted) if has_heads else _load(folder, str(model), None, opened)
 
         merged = {task: outcome(load(task), task) for task in data}
+    own = expert_outcomes(
+        experts,
+        data,
+        base=base,
+        metric=metric,
+        processor=processor,
+        fallback=beside,
+        batch_size=batch_size,
+        opened=opened,
+        options=options,
+    )
     return Scores(
         {task: found.score for task, found in merged.items()},
         {task: found.score for task, found in own.items()},

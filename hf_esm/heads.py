@@ -48,7 +48,8 @@ def plan_heads(base: Checkpoint, experts: dict[str, Checkpoint], heads: str | It
     """Decide for every weight whether it is merged, kept per task, or left as the base has it.
 
     A weight outside the model's body is merged where the base and all experts have it in one shape and predict the
-    same (tokens of a vocabulary, or labels of the same names; LABEL_0 is no name), and is the task's own otherwise.
+    same (tokens of a vocabulary, or labels of the same names; LABEL_0 is no name, and adapters name none), and is the
+    task's own otherwise.
     With a head of its own, a task also keeps those weights of the body that feed nothing but that head, such as
     BERT's pooler: see `readouts`.
 
@@ -171,12 +172,16 @@ def _one_shape(name: str, base: Checkpoint, experts: dict[str, Checkpoint]) -> b
 
 
 def _labels_agree(base: Checkpoint, experts: Iterable[Checkpoint]) -> bool:
-    """Whether base and experts, where they have labels at all, have the same ones. Neither Transformers' defaults say
-    that two experts are of one task, nor does an adapter, which names none: they matter to no model that predicts
-    something else, such as tokens.
+    """Whether base and experts, where they have labels at all, have the same ones.
+
+    Two experts are not of one task because both have Transformers' default names, nor because an adapter with a head
+    of its own has the base's names, as it stores none; but this matters to classifiers alone.
     """
     checkpoints = [base, *experts]
-    adapted = any(isinstance(checkpoint, LoraCheckpoint) for checkpoint in checkpoints)
+    adapted = any(
+        isinstance(c, LoraCheckpoint) and any(c.changes(name) for name in c.names if not _in_body(c, name))
+        for c in checkpoints
+    )
     maps = {tuple(sorted((c.config.id2label or {}).items())) for c in checkpoints}
     unnamed = len(checkpoints) > 2 and (adapted or all(name == f"LABEL_{i}" for i, name in next(iter(maps))))
     classifies = any(word in type(base.skeleton).__name__ for word in ("Classification", "MultipleChoice"))

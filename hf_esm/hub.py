@@ -119,8 +119,10 @@ class RoutedModel:
         size = next((len(value) for value in prompt.values() if value.dim()), None)
         if isinstance(forced, Named) and not isinstance(forced.names, str) and size not in (None, len(forced.names)):
             raise HfEsmError(f"{len(forced.names)} tasks are named for {size} samples. {ONE_PER_SAMPLE}")
-        decided = nullcontext()
-        if forced is None and self.config.router == "discriminant" and prompt and _reads_otherwise(base, kwargs):
+        decided, settings = nullcontext(), args[1] if len(args) > 1 else kwargs.get("generation_config")
+        asked = self.model.has_active_enabled_adapter and self.config.router == "discriminant" and forced is None
+        # An encoder reads the prompt, and nothing else, in any case.
+        if asked and prompt and not base.config.is_encoder_decoder and _reads_otherwise(base, settings, kwargs):
             if size > 1 and "input_ids" in prompt and "attention_mask" not in prompt:
                 raise HfEsmError("generate: give attention_mask, too, so that the router sees which tokens are real.")
             with torch.no_grad():
@@ -383,11 +385,14 @@ class RoutedModel:
         return type(self).from_pretrained(folder, **self._loading)
 
 
-def _reads_otherwise(model: PreTrainedModel, given: Mapping[str, Any]) -> bool:
+def _reads_otherwise(model: PreTrainedModel, settings: Any, given: Mapping[str, Any]) -> bool:
     """Whether `generate`, given this, reads something else in its first pass than the prompt, or reads that again."""
-    settings = given.get("generation_config") or model.generation_config
-    asked = {name: given.get(name, getattr(settings, name, None)) for name in (*_OTHER_FIRST_PASS, "use_cache")}
-    return asked["use_cache"] is False or any(asked[name] is not None for name in _OTHER_FIRST_PASS)
+    places = [given, *(vars(place) for place in (settings, model.generation_config, model.config) if place)]
+
+    def asked(name: str) -> Any:
+        return next((place[name] for place in places if place.get(name) is not None), None)
+
+    return asked("use_cache") is False or any(asked(name) is not None for name in _OTHER_FIRST_PASS)
 
 
 # Settings of `generate` by which its first pass does not read the whole prompt and nothing more.

@@ -23,8 +23,10 @@ def data_identity(data: Any) -> Any:
     """The same for data: files by size and time, everything else by a hash of its content."""
     if isinstance(data, (str, os.PathLike)):
         return _files(Path(data).expanduser()) or str(data)
-    if isinstance(data, Mapping) and "path" not in data:
+    if isinstance(data, Mapping) and not isinstance(data.get("path"), (str, os.PathLike)):
         return {name: data_identity(value) for name, value in data.items()}
+    if isinstance(data, Mapping):  # for `datasets.load_dataset`, or a file with what is said of it
+        return [Hasher.hash(dict(data)), _files(Path(data["path"]).expanduser())]
     return Hasher.hash(data)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from transformers import ImageProcessingMixin
 
 from .checkpoints import ModelSource
 from .errors import HfEsmError
@@ -119,7 +120,7 @@ def _check_output(options: MergeOptions, data: dict[str, Any]) -> None:
     whole = output.resolve()
     if Path.cwd().is_relative_to(whole):
         raise HfEsmError(f"output_dir {output} is, or holds, the current folder. Choose another.")
-    check_replaceable(output, options.overwrite)
+    check_replaceable(output, options.overwrite, "output_dir")
     inside = {"statistics_dir": options.statistics_dir, "resume_dir": options.resume_dir}
     for what, given in data.items():
         by_task = given if isinstance(given, Mapping) else {"all": given}
@@ -133,16 +134,19 @@ def _check_output(options: MergeOptions, data: dict[str, Any]) -> None:
             )
 
 
-def check_replaceable(output: Path, overwrite: bool) -> None:
-    """Refuse to write where something stands, unless a merge wrote it and it is to be overwritten."""
+def check_replaceable(output: Path, overwrite: bool, name: str = "folder") -> None:
+    """Refuse to write where something stands, unless a merge wrote it and it is to be overwritten; `name` is what the
+    caller calls the folder.
+    """
     if not output.exists() and not output.is_symlink():
         return
     if not overwrite:
-        raise HfEsmError(f"{output} exists. Choose another output_dir, or pass overwrite=True (--overwrite).")
+        flag = " (--overwrite)" if name == "output_dir" else ""
+        raise HfEsmError(f"{output} exists. Choose another {name}, or pass overwrite=True{flag}.")
     if output.is_symlink():
         raise HfEsmError(f"{output} is a link, so it is not overwritten. Name the folder that it leads to.")
     if not output.is_dir() or (any(output.iterdir()) and not (output / RECIPE_FILE).is_file()):
-        raise HfEsmError(f"{output} is not what a merge wrote, so it is not overwritten. Choose another output_dir.")
+        raise HfEsmError(f"{output} is not what a merge wrote, so it is not overwritten. Choose another {name}.")
 
 
 def torch_dtype(name: Optional[str]) -> Optional[torch.dtype]:
@@ -260,13 +264,18 @@ def taken_of_others(
     statistics: Mapping[str, Optional[ActivationStatistics]], sources: Mapping[str, ModelSource]
 ) -> list[str]:
     """Which statistics say that they were taken of another of these models than the task's."""
-    names = {task: Path(source.repo_id or source.folder or "").name for task, source in sources.items()}
-    found = []
-    for task, known in statistics.items():
-        of = Path(known.provenance.model).name if known else ""
-        if of and of != names[task] and of in names.values():
-            found.append(f"'{task}': its statistics were taken of {known.provenance.model}, not of {names[task]}.")
-    return found
+
+    def place(name: Any) -> str:
+        return str(Path(name).resolve()) if name and Path(name).exists() else str(name or "")
+
+    named = {task: place(source.repo_id or source.folder) for task, source in sources.items()}
+    taken = {task: place(known.provenance.model) for task, known in statistics.items() if known}
+    others = {task: {name for other, name in named.items() if other != task and name} for task in taken}
+    return [
+        f"'{task}': its statistics were taken of {of}, which is another of these models."
+        for task, of in taken.items()
+        if of != named[task] and of in others[task]
+    ]
 
 
 def differing_processors(processors: dict[str, Any], tasks: Iterable[str]) -> list[str]:
@@ -287,6 +296,8 @@ def differing_processors(processors: dict[str, Any], tasks: Iterable[str]) -> li
                     f"{moved[0]!r}: embeddings of unlike tokens are merged, and the merged model reads as the base."
                 )
         ours, theirs = (getattr(p, "image_processor", p) for p in (merged, own))
+        if not isinstance(ours, ImageProcessingMixin):
+            continue
         names = [name for name in _PICTURE_SETTINGS if getattr(ours, name, None) != getattr(theirs, name, None)]
         if names:
             found.append(f"'{task}': its pictures are prepared otherwise than the base's ({', '.join(names)}).")
@@ -294,25 +305,40 @@ def differing_processors(processors: dict[str, Any], tasks: Iterable[str]) -> li
 
 
 # Settings of image processors of which a difference makes other inputs.
-_PICTURE_SETTINGS = ("image_mean", "image_std", "size", "crop_size", "do_normalize", "do_rescale", "rescale_factor")
+_PICTURE_SETTINGS = (
+    "image_mean",
+    "image_std",
+    "size",
+    "crop_size",
+    "resample",
+    "rescale_factor",
+    "do_resize",
+    "do_center_crop",
+    "do_normalize",
+    "do_rescale",
+)
 
 
 def check_statistics(
     plan: MergePlan, statistics: dict[str, Optional[ActivationStatistics]], warn: Callable[[str], None]
 ) -> None:
     """Name the linear maps that have no statistics."""
+    matrices = _calibrated_widths(plan)
+    of_mixtures = [name for name in matrices if name not in plan.base.linear]
     for task, found in statistics.items():
-        widths = _calibrated_widths(plan)
-        lacking = [name for name in widths if found is not None and name not in found]
-        unread = [name for name in lacking if name not in plan.base.linear]  # matrices of mixtures
+        lacking = [] if found is None else [name for name in matrices if name not in found]
+        unread = [name for name in lacking if name in of_mixtures]
         if unread:
+            why = "its samples' tokens did not come to them; more samples reach more"
+            if len(unread) == len(of_mixtures):
+                why = "this model does not say which tokens come to which expert"
             warn(
-                f"'{task}': no statistics for {len(unread)} of {len(widths.keys() - plan.base.linear)} matrices of "
-                "mixtures' experts, as where no token came to them; they are merged without. More samples reach more."
+                f"'{task}': no statistics for {len(unread)} of {len(of_mixtures)} matrices of mixtures' experts, "
+                f"which are merged without any: {why}."
             )
         if lacking := [name for name in lacking if name in plan.base.linear]:
             some = ", ".join(lacking[:3])
-            warn(f"'{task}': no statistics for {len(lacking)} linear maps ({some}); they are merged without.")
+            warn(f"'{task}': {len(lacking)} linear maps have no statistics ({some}) and are merged without any.")
 
 
 def refuse_foreign(plan: MergePlan, task: str, found: ActivationStatistics) -> None:

@@ -38,7 +38,7 @@ class Metric:
         of_each: of one answer and the right ones, where the score is the mean of it.
         read: for a head of any other kind, such as one that finds objects: what `score` wants to know of a sample,
             made of the tensors that the model put out for it, by name and on the CPU (`logits`, `pred_boxes`, …).
-            Numbers, texts, lists and dictionaries, which JSON can hold.
+            Numbers, texts, lists, and dictionaries with texts as keys, which JSON can hold.
     """
 
     name: str

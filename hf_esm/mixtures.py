@@ -56,7 +56,7 @@ class Mixture:
         return self.module._apply_gate(found) if self.module.has_gate else self.module.act_fn(found)
 
 
-def mixtures(model: nn.Module, maps: dict[str, LinearMap], canonical: dict[str, str]) -> dict[str, Mixture]:
+def mixtures_of(model: nn.Module, maps: dict[str, LinearMap], canonical: dict[str, str]) -> dict[str, Mixture]:
     """The mixtures of a model whose experts' inputs can be told, by the module's name.
 
     Args:

@@ -148,9 +148,9 @@ def _record_calibration(
         elif isinstance(given, (str, os.PathLike)) and _goes_away(given, options):
             recorded[task] = f"{PROXIES_FOLDER}/{task}.safetensors"
             (folder / PROXIES_FOLDER).mkdir(exist_ok=True)
-            shutil.copy(given, folder / recorded[task])
+            shutil.copy(Path(given).expanduser(), folder / recorded[task])
         elif isinstance(given, (str, os.PathLike)):
-            recorded[task] = str(Path(given).absolute())
+            recorded[task] = str(Path(given).expanduser().absolute())
         elif isinstance(given, Mapping) and "path" in given:
             recorded[task] = absolute_path(given, Path())
         elif task in samples:
@@ -166,7 +166,12 @@ def _goes_away(given: str | os.PathLike, options: MergeOptions) -> bool:
     """Whether samples stand in the folder that is replaced, as a merge left them there."""
     if not options.output_dir:
         return False
-    return Path(given).resolve().is_relative_to((Path(options.output_dir).expanduser() / PROXIES_FOLDER).resolve())
+    return (
+        Path(given)
+        .expanduser()
+        .resolve()
+        .is_relative_to((Path(options.output_dir).expanduser() / PROXIES_FOLDER).resolve())
+    )
 
 
 def absolute_path(value: Any, folder: Path) -> Any:

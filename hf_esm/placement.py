@@ -118,5 +118,6 @@ def factor_bytes(checkpoint: Checkpoint, samples: list[Sample], shared: bool) ->
     for name, linear in checkpoint.linear.items():
         width, most = width_of(checkpoint.shape(name), linear), max(linear.slices, 1)
         rows = min(tokens, 2 * width * most) if shared else most * min(tokens, 2 * width)
-        sizes[(linear.module.rpartition(".")[0], width) if shared else name] = 4 * width * rows
+        key = (linear.module.rpartition(".")[0], width) if shared else name
+        sizes[key] = max(4 * width * rows, sizes.get(key, 0))
     return int(sum(sizes.values()))

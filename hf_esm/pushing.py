@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
 from peft import PeftConfig
 
 from .cards import write_adapter_card
@@ -52,8 +57,10 @@ def push_folder(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         upload = partial(api.upload_folder, repo_id=repo_id, revision=revision)
         if base_model is None:
+            ignored = kwargs.pop("ignore_patterns", None) or []
+            ignored = [f"{PROXIES_FOLDER}/*", *([ignored] if isinstance(ignored, str) else ignored)]
             gone = {"delete_patterns": [f"{HEADS_FOLDER}/*", f"{FOLDER}/*"]}  # of tasks that are here no more
-            return upload(folder_path=folder, ignore_patterns=[f"{PROXIES_FOLDER}/*"], **gone | kwargs)
+            return upload(folder_path=folder, ignore_patterns=ignored, **gone | kwargs)
         with staging_folder(folder.parent / f"{folder.name}-adapter") as staging:
             shutil.copytree(folder / FOLDER, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FEATURES))
             config = PeftConfig.from_pretrained(str(staging))
@@ -61,11 +68,13 @@ def push_folder(
             config.save_pretrained(str(staging))
             write_adapter_card(staging, config)
             return upload(folder_path=staging, **kwargs)
-    except (HfEsmError, TypeError):
+    except HfEsmError:
         raise
-    except (HfHubHTTPError, HFValidationError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         raise HfEsmError(f"{repo_id}: the Hub refuses it: {str(error).splitlines()[0]}") from None
-    except Exception as error:  # the HTTP library's own, after the client's retries
+    except Exception as error:
+        if isinstance(error, (OSError, TypeError, ValueError)) and not isinstance(error, ConnectionError):
+            raise  # a full disk, a folder that is not there, an argument that `upload_folder` has not
         raise HfEsmError(f"{repo_id}: the connection to the Hub broke ({error}). Push again.") from error
 
 

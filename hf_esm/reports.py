@@ -185,7 +185,7 @@ def _drawn(outcome: Outcome, draws: Tensor) -> Tensor:
     if outcome.metric.of_each is not None:
         each = torch.tensor(list(map(outcome.metric.of_each, outcome.outputs, outcome.labels)), dtype=torch.float64)
         return each[draws].mean(1)
-    if outcome.metric.is_share:
+    if outcome.metric.is_share and not outcome.metric.compares_lists:
         right, asked = right_answers(outcome.outputs, outcome.labels)
         return right[draws].sum(1) / asked[draws].sum(1)
     return torch.tensor([outcome.resampled(rows) for rows in draws], dtype=torch.float64)

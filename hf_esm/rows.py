@@ -40,9 +40,9 @@ def read_rows(data: Any, title: str, options: ProxyOptions) -> list[Any]:
         data = _read_file(Path(data).expanduser(), title)
     elif isinstance(data, Mapping) and isinstance(data.get("path"), (str, os.PathLike)):
         named = {"split": "train", **data}
-        columns, path = named.pop("columns", {}), Path(named["path"]).expanduser()
+        columns, path = named.pop("columns", {}), Path(named.pop("path")).expanduser()
         replace(options, columns=columns)  # refuses names that are none
-        data = _read_file(path, title) if path.is_file() else _load(named, title)
+        data = _read_file(path, title, **named) if path.is_file() else _load({"path": str(path), **named}, title)
     elif isinstance(data, pd.DataFrame):
         data = data.astype(object).where(data.notna(), None).to_dict("records")
     elif isinstance(data, (DatasetDict, IterableDatasetDict)):
@@ -81,7 +81,7 @@ def _renamed(row: Any, columns: Mapping[str, str], title: str, options: ProxyOpt
     return rest | {options.columns.get(name, name): row[column] for name, column in columns.items()}
 
 
-def _read_file(path: Path, title: str) -> Any:
+def _read_file(path: Path, title: str, **arguments: Any) -> Any:
     kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
     if not path.is_file():
         raise HfEsmError(f"{title}: there is no file {path}.")
@@ -91,14 +91,14 @@ def _read_file(path: Path, title: str) -> Any:
         raise HfEsmError(f"{title}: {path} is empty.")
     if path.suffix not in kinds:
         raise HfEsmError(f"{title}: {path} is none of {', '.join(kinds)} or .safetensors.")
-    return _load({"path": kinds[path.suffix], "data_files": str(path), "split": "train"}, title)
+    return _load({"split": "train", **arguments, "path": kinds[path.suffix], "data_files": str(path)}, title)
 
 
 def _load(arguments: dict[str, Any], title: str) -> Any:
     """What `datasets.load_dataset` gives."""
     try:
         return load_dataset(**arguments)
-    except (DatasetsError, ValueError, OSError, StopIteration) as error:
+    except (DatasetsError, ValueError, TypeError, OSError, StopIteration) as error:
         what = arguments.get("data_files") or arguments["path"]
         why = " ".join(str(error.__cause__ or error).split()) or "it is empty"
         raise HfEsmError(f"{title}: {what} cannot be read: {why}") from None

@@ -38,6 +38,8 @@ GPT2 = Architecture(
 LLAMA = Architecture("LlamaForCausalLM", DECODER)
 MIXTRAL = Architecture("MixtralForCausalLM", {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2})
 
+TIED_LLAMA = Architecture("LlamaForCausalLM", {**DECODER, "tie_word_embeddings": True})
+
 CLASSIFY = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
 GENERATE = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
 CONV1D = {"task_type": "CAUSAL_LM", "target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}
@@ -109,6 +111,9 @@ CASES = {
     "dora-conv1d": Case(GPT2, {**CONV1D, "use_dora": True}),
     "dora-embedding": Case(BERT, {**CLASSIFY, "target_modules": ["word_embeddings"], "use_dora": True}, own=HEAD),
     "embedding": Case(BERT, {**CLASSIFY, "target_modules": ["query", "word_embeddings"]}, "BertModel", HEAD),
+    "tied-embedding-beside-which-peft-saves-it": Case(
+        TIED_LLAMA, {**GENERATE, "target_modules": ["q_proj", "embed_tokens"]}
+    ),
     "tied-embedding": Case(GPT2, {**CONV1D, "target_modules": ["c_attn", "wte"]}),
     "embedding-and-head": Case(LLAMA, {**GENERATE, "target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
     "saved-modules": Case(LLAMA, {**GENERATE, "modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
@@ -273,7 +278,7 @@ REFUSED = {
     ),
     "embedding-without-its-head": (
         on_base(GPT2, "GPT2LMHeadModel", {**CONV1D, "modules_to_save": ["wte"]}),
-        ["replaces 'transformer.wte.weight', but 'lm_head.weight'", UNLOAD, "ensure_weight_tying=True"],
+        ["replaces 'transformer.wte.weight', but 'lm_head.weight'", UNLOAD],
     ),
     "head-nowhere": (on_base(LLAMA, "LlamaModel", GENERATE), ["lm_head.weight", "the adapter was trained on"]),
     "quantised-base": (lambda made: rewrite(made.base / "config.json", **QUANTISED), ["base (", "dequantize()"]),
@@ -321,6 +326,16 @@ def test_adapters_name_no_labels_so_that_their_heads_are_their_own(made, tmp_pat
     assert not any(
         merge_models(tmp_path / "base", experts, method="mean", heads="merge", dry_run=True).heads.own.values()
     )
+
+
+def test_adapters_that_leave_the_head_alone_leave_it_to_all(tmp_path):
+    names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    base = BERT.build("BertForSequenceClassification", num_labels=2, **names)
+    save(base, tmp_path / "base")
+    settings = {"target_modules": ["query"], "task_type": None, "modules_to_save": None}
+    train(base, LoraConfig(**CLASSIFY | settings)).save_pretrained(tmp_path / "lora")
+    experts = {"lora": tmp_path / "lora", "full": save(perturbed(base, 0.1, 1), tmp_path / "full")}
+    assert not any(merge_models(tmp_path / "base", experts, method="mean", dry_run=True).heads.own.values())
 
 
 def test_an_adapter_is_an_update_in_float32_and_writes_no_copy_of_the_model(classifier, tmp_path, monkeypatch):

@@ -23,10 +23,10 @@ from problems import relative_error
 from torch import nn
 from transformers.integrations import use_experts_implementation
 
-from hf_esm import ActivationStatistics, calibrate, merge_models
+from hf_esm import ActivationStatistics, HfEsmError, calibrate, merge_models
 from hf_esm.calibration import InputRecorder, _learn_batches, collect_statistics
 from hf_esm.checkpoints import open_checkpoint, resolve_source
-from hf_esm.mixtures import mixtures
+from hf_esm.mixtures import mixtures_of
 from hf_esm.placement import factor_bytes
 from hf_esm.weights import linear_maps
 
@@ -63,7 +63,7 @@ def test_every_expert_reads_the_tokens_that_came_to_it(gate, transposed, bias):
     model = nn.ModuleDict({"mlp": experts_of(gate, transposed, bias)})
     first = "gate_up_proj" if gate else "up_proj"
     names = {f"mlp.{name}": f"layer.{name}" for name, _ in model["mlp"].named_parameters()}
-    (mixture,) = mixtures(model, linear_maps(model), names).values()
+    (mixture,) = mixtures_of(model, linear_maps(model), names).values()
     assert mixture.first == f"layer.{first}"
     tokens, real = torch.randn(9, WIDTH), torch.tensor([1, 1, 0, 1, 1, 1, 1, 0, 1]).bool()
     chosen = torch.tensor([[0, 3], [3, 0], [1, 2], [0, 3], [3, 4], [0, 4], [3, 0], [2, 1], [0, 3]])  # 4: of elsewhere
@@ -92,9 +92,9 @@ def test_every_expert_reads_the_tokens_that_came_to_it(gate, transposed, bias):
 def test_modules_that_say_nothing_of_their_experts_are_left_alone():
     model = nn.ModuleDict({"mlp": experts_of(True, False, False)})
     names = {f"mlp.{name}": name for name, _ in model["mlp"].named_parameters()}
-    assert not mixtures(model, linear_maps(model), {})  # of another model than is asked about
+    assert not mixtures_of(model, linear_maps(model), {})  # of another model than is asked about
     del model["mlp"].has_gate
-    assert linear_maps(model).keys() == names.keys() and not mixtures(model, linear_maps(model), names)
+    assert linear_maps(model).keys() == names.keys() and not mixtures_of(model, linear_maps(model), names)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "qwen3-moe"])
@@ -150,7 +150,18 @@ def test_statistics_of_mixtures_serve_again(tmp_path):
     merge(tmp_path / "base", folders, architecture, tmp_path / "second", **again)
     first, second = (stored_tensors(tmp_path / name) for name in ("first", "second"))
     assert all(relative_error(second[key], tensor) < 1e-6 for key, tensor in first.items())
-    merge_models(tmp_path / "base", dict(zip(("t0", "t1"), folders)), method="regmean", progress=False, **again)
+    named = dict(zip(("t0", "t1"), folders))
+    found = merge_models(tmp_path / "base", named, method="regmean", progress=False, **again).weights
+    assert {report.how for report in found if ".experts." in report.name and "proj" in report.name} >= {"regmean"}
+
+
+def test_mixtures_that_overflow_are_named(tmp_path):
+    """In the last layer, after which no linear map reads what came of it."""
+    model = ARCHITECTURES["mixtral"].build("MixtralModel")
+    with torch.no_grad():
+        model.layers[-1].mlp.experts.gate_up_proj.mul_(1e30)
+    with pytest.raises(HfEsmError, match=r"'layers.1.mlp.experts.down_proj.\d' reads NaN or infinite values"):
+        calibrate(model, text_samples(0), progress=False)
 
 
 def test_mixtures_that_do_not_fit_are_calibrated_from_the_disk(tmp_path, monkeypatch):
@@ -183,3 +194,6 @@ def test_memory_for_mixtures_is_counted(tmp_path):
     assert factor_bytes(checkpoint, [sample], shared=True) == shared
     apart = 4 * tokens * (layers * (4 * hidden + 4 * hidden + 4 * inner) + head)
     assert factor_bytes(checkpoint, [sample], shared=False) == apart
+    many = [sample] * 1000  # no factor has more rows than twice the inputs of its map
+    full = 4 * 2 * (layers * (4 * hidden**2 + 4 * hidden**2 + 4 * inner**2) + head * hidden)
+    assert factor_bytes(checkpoint, many, shared=False) == full

@@ -24,6 +24,7 @@ from transformers import BertTokenizerFast, ViTImageProcessor, Wav2Vec2FeatureEx
 
 from hf_esm import ActivationStatistics, HfEsmError, MergePlan, calibrate, merge_models
 from hf_esm.checkpoints import ModelSource, reader
+from hf_esm.identity import data_identity
 from hf_esm.inputs import differing_processors, find_processors
 from hf_esm.labels import LabelledSamples
 from hf_esm.options import MergeOptions
@@ -250,6 +251,25 @@ def test_columns_of_one_source_leave_its_others_alone(tmp_path):
     assert row == {("text" if name == "sentence1" else name): value for name, value in first.items()}
 
 
+def test_a_files_own_arguments_reach_datasets(tmp_path):
+    path = str(json_lines(tmp_path / "data.jsonl"))
+    assert read_rows({"path": path, "split": "train[:2]"}, "data", ProxyOptions()) == ROWS[:2]
+    (tmp_path / "semicolons.csv").write_text("text;label\nso so;1\n")
+    named = {"path": str(tmp_path / "semicolons.csv"), "delimiter": ";"}
+    assert read_rows(named, "data", ProxyOptions()) == [{"text": "so so", "label": 1}]
+    with pytest.raises(HfEsmError, match=r"data: .*data\.jsonl cannot be read"):
+        read_rows({"path": path, "delimeter": ";"}, "data", ProxyOptions())
+
+
+def test_a_file_that_changed_is_other_data(tmp_path):
+    path = json_lines(tmp_path / "data.jsonl")
+    named = {"path": str(path), "columns": {"text": "sentence1"}}
+    before = data_identity(named)
+    assert data_identity(dict(named)) == before != data_identity({**named, "columns": {}})
+    path.write_text(path.read_text() + "\n")
+    assert data_identity(named) != before
+
+
 def test_what_lacks_in_a_data_frame_is_missing(models):
     frame = pd.DataFrame([{"text": "so so", "text_pair": "bad"}, {"text": "bad"}])
     rows = read_rows(frame, "data", ProxyOptions())
@@ -292,6 +312,12 @@ def test_processors_that_read_otherwise_are_mentioned(tmp_path):
     assert [said.partition(",")[0] for said in differing_processors(numbered, ["more", "other"])] == [
         "'other': its tokenizer numbers 1 tokens otherwise than the base's"
     ]
+    resized = {"base": ViTImageProcessor(), "a": ViTImageProcessor(do_resize=False, resample=0)}
+    assert differing_processors(resized, "a") == [
+        "'a': its pictures are prepared otherwise than the base's (resample, do_resize)."
+    ]
+    sounds = {"base": Wav2Vec2FeatureExtractor(), "a": Wav2Vec2FeatureExtractor(do_normalize=False)}
+    assert not differing_processors(sounds, "a")
     picture = {
         name: ViTImageProcessor(image_mean=[mean] * 3) for name, mean in (("base", 0.5), ("a", 0.4), ("b", 0.5))
     }

@@ -1,5 +1,7 @@
 """Heads of any kind, scored by what the caller reads of their outputs: here, detectors of objects."""
 
+from operator import eq
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,8 @@ from transformers.models.yolos.modeling_yolos import YolosObjectDetectionOutput
 from hf_esm import HfEsmError, Metric, compare, evaluate, merge_models
 from hf_esm.labels import LabelledSamples, load_labelled
 from hf_esm.proxies import ProxyOptions
-from hf_esm.scores import run
+from hf_esm.reports import _drawn
+from hf_esm.scores import Outcome, run
 
 
 EVERYTHING = ProxyOptions(num_samples=0)
@@ -100,6 +103,12 @@ def test_labels_stay_what_they_are():
         load_labelled(rows, PROCESSOR, detector(4).config, "rows", EVERYTHING, DETECTION)
     with pytest.raises(HfEsmError, match="give a Metric with `read`"):
         run(detector(4), LabelledSamples(found.samples, torch.zeros(1)))
+
+
+def test_shares_of_what_is_read_have_intervals():
+    metric = Metric("right", lambda found, right: sum(map(eq, found, right)) / len(right), is_share=True, read=len)
+    outcome = Outcome(metric, [1, 2, 3], [1, 2, 4])
+    assert _drawn(outcome, torch.tensor([[0, 1, 2], [2, 2, 2], [0, 0, 0]])).tolist() == pytest.approx([2 / 3, 0, 1])
 
 
 def test_detectors_merge_and_are_compared(tmp_path):

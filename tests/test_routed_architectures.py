@@ -262,6 +262,11 @@ def test_states_that_nothing_was_decided_about_are_refused(load):
             model.generate(encoder_outputs=copied, **given)
         with route(model, "static"):
             model.generate(encoder_outputs=copied, **given)
+        decoder, ids = model.get_base_model().get_decoder(), torch.full((len(samples), 1), 2)
+        read = {"input_ids": ids, "encoder_attention_mask": batch["attention_mask"]}
+        found, _ = recorded(decoder, encoder_hidden_states=states[0], **read)
+        whole, _ = recorded(model, **batch, decoder_input_ids=ids, output_hidden_states=True)
+        close(found[0], whole.decoder_hidden_states[-1])
         with model.disable_adapter():
             model.generate(encoder_outputs=copied, **given)
 

@@ -57,6 +57,7 @@ from hf_esm import (
 )
 from hf_esm.batches import collate
 from hf_esm.tuners.routed import recording
+from hf_esm.tuners.routed.model import _Uncompiled
 
 
 QUERY = "encoder.layer.1.attention.self.query"
@@ -620,6 +621,13 @@ def test_the_prompt_decides_however_it_is_read(language):
                 assert torch.equal(routed.generate(ids, **given, **way), expected), way
             assert torch.equal(routed.generate(input_ids=ids, **given, **way), expected)
             assert len({tuple(found.probabilities.flatten().tolist()) for _, _, found in records}) == 1
+        settings = GenerationConfig(max_new_tokens=8, do_sample=False, use_cache=False, pad_token_id=0)
+        with recording(routed.model) as records:
+            found = routed.generate(ids, settings, attention_mask=torch.ones_like(ids))
+        assert torch.equal(found, expected)
+        assert len({tuple(found.probabilities.flatten().tolist()) for _, _, found in records}) == 1
+    with routed.model.disable_adapter():
+        routed.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **greedy)
     batch = torch.stack([prompt["input_ids"] for prompt in prompts])
     mask = torch.ones_like(batch)
     together = routed.generate(batch, attention_mask=mask, pad_token_id=0, **greedy)
@@ -638,6 +646,16 @@ def test_task_models_generate_as_the_merged_model_is_set(language, tmp_path):
     settings.save_pretrained(tmp_path / "model")
     found = RoutedModel.from_pretrained(tmp_path / "model").task_model("a").generation_config
     assert (found.max_new_tokens, found.repetition_penalty) == (3, 1.7)
+
+
+def test_compiling_is_as_it_was_after_threads_that_explain(merged):
+    """They leave in the order in which they came; torch has one stance for all."""
+    first, second = _Uncompiled.__enter__, _Uncompiled.__exit__
+    stances, shared = [], _Uncompiled()
+    for step in (first, first, second, second, first, second):
+        step(shared, *((None,) * 3 if step is second else ()))
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+    assert stances == ["force_eager"] * 3 + ["default", "force_eager", "default"]
 
 
 def test_compiled_models_predict_and_explain(merged, routed):

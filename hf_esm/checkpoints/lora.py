@@ -174,9 +174,11 @@ class LoraCheckpoint(Checkpoint):
                 self._additions[f"{_plain(path)}.{_parameter(module)}"] = partial(_weight_update, module)
                 if module.lora_bias.get(_ADAPTER):
                     self._additions[f"{_plain(path)}.bias"] = partial(_bias_update, module)
+        saved: set[str] = set()
         for path, tensor in model.state_dict().items():
             if not tensor.is_meta and ".lora_" not in path and ".original_module." not in path:
                 self._replaced[_plain(path)] = tensor
+                saved |= {_plain(path)} if ".modules_to_save." in path else set()
         tied = getattr(self.skeleton, "all_tied_weights_keys", None) or {}
         known = set(canonical_names(self.skeleton).values())
         for live in {*self._additions, *self._replaced} - known:
@@ -184,12 +186,11 @@ class LoraCheckpoint(Checkpoint):
             if live in self._additions or kept is None or not torch.equal(kept, self._replaced[live]):
                 why = f"which is tied to '{tied[live]}'" if live in tied else "which is no weight of the model alone"
                 raise HfEsmError(f"{self.title} changes '{live}', {why}. {_REMEDY}")
-        if left := [live for live, kept in tied.items() if kept in self._replaced and live not in self._replaced]:
+        if left := [live for live, kept in tied.items() if kept in saved and live not in self._replaced]:
             raise HfEsmError(
                 f"{self.title} replaces '{tied[left[0]]}', but '{left[0]}', which is tied to it in the base, stayed "
                 "as it was. Call `merge_and_unload()` on the loaded model, untie its weights "
-                "(`model.config.tie_word_embeddings = False`), save that, and merge it instead; or train with "
-                "`ensure_weight_tying=True`."
+                "(`model.config.tie_word_embeddings = False`), save that, and merge it instead."
             )
 
     def changes(self, name: str) -> bool:

@@ -151,14 +151,14 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
 
     def _add_to_all(self, result: Tensor, x: Tensor) -> Tensor:
         """To what is made of no sample (relative positions), the expert that the caller named for all of them."""
-        named = self.state.local.forced
+        named, shape = self.state.local.forced, result.shape
         for adapter in self.active_adapters:
             if isinstance(named, Named) and isinstance(named.names, str) and adapter in self.routed_experts_A:
                 route = named.routes[tuple(self.configs[adapter].tasks)]
                 if route is not None:
                     rows = x.reshape(1, -1, x.shape[-1])
                     result = self._add_experts(result.reshape(1, -1, result.shape[-1]), adapter, rows, route)
-        return result.reshape(*x.shape[:-1], -1)
+        return result.reshape(shape)
 
     def _frame(self) -> Optional[Frame]:
         """What is known of the samples of this pass; of what was projected from a tower, that tower's."""

@@ -3,8 +3,9 @@
 import hashlib
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Optional
 
 import torch
@@ -220,7 +221,7 @@ def decide(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, str, Dec
         for reader, read in _readers(model, inputs):
             local.deciding = True
             try:
-                with torch.compiler.set_stance("force_eager"):  # a pass that is broken off cannot be compiled
+                with _uncompiled if _is_compiled(model) else nullcontext():  # a pass that is broken off cannot be
                     reader(**read)
             except Decided:
                 pass
@@ -228,6 +229,32 @@ def decide(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, str, Dec
                 local.deciding = False
                 local.frames.clear()
     return records
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(module._compiled_call_impl is not None for module in model.modules())  # by `Module.compile`
+
+
+class _Uncompiled:
+    """Within it, nothing is compiled: one stance, which is all that torch has, for however many threads are in it."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.stance = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self.inside += 1
+
+    def __exit__(self, *raised: Any) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.stance.close()
+
+
+_uncompiled = _Uncompiled()
 
 
 def _readers(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[Callable, dict[str, Any]]]:

@@ -220,8 +220,9 @@ def _take_up(frame: Frame, given: dict[str, Any], cache: Any) -> None:
     """Go on with the decisions that a cache or an encoder's output carries."""
     read = given.get("encoder_outputs")
     kept = getattr(read, _KEPT, None)
-    if kept is None and read is not None:  # put together anew around the same hidden states
-        kept = getattr(read[0], _KEPT, None)
+    states = read[0] if read is not None else given.get("encoder_hidden_states")
+    if kept is None and states is not None:  # put together anew around the same hidden states
+        kept = getattr(states, _KEPT, None)
     if cache is not None:
         ids = given.get("decoder_input_ids")
         for name in ("input_ids", "decoder_inputs_embeds", "inputs_embeds"):
