@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def update_card(folder: str | os.PathLike, scores: Scores, data: Mapping[str, An
     card.data.eval_results = [
         EvalResult(
             task_type=_pipeline(_class_of(path.parent, task)),
-            dataset_type=str(spec.get("path", task)) if isinstance(spec := data[task], Mapping) else task,
+            dataset_type=_dataset(spec := data.get(task), task),
             dataset_name=task,
             dataset_config=spec.get("name") if isinstance(spec, Mapping) else None,
             dataset_split=spec.get("split") if isinstance(spec, Mapping) else None,
@@ -123,6 +124,7 @@ def update_card(folder: str | os.PathLike, scores: Scores, data: Mapping[str, An
             metric_value=round(score, 6),
         )
         for task, score in scores.model.items()
+        if isfinite(score)
     ]
     rows = [
         f"| {task} | {scores.shown(score)} | {scores.shown(scores.expert.get(task))} |"
@@ -135,6 +137,13 @@ def update_card(folder: str | os.PathLike, scores: Scores, data: Mapping[str, An
     )
     card.save(path)
     return path
+
+
+def _dataset(spec: Any, task: str) -> str:
+    """The id of a data set on the Hub, or, of what stands on this machine or in memory, the task's name."""
+    named = spec.get("path") if isinstance(spec, Mapping) else None
+    local = not isinstance(named, str) or "data_files" in spec or Path(named).expanduser().exists()
+    return task if local else named
 
 
 def add_comparison(folder: str | os.PathLike, report: str | os.PathLike) -> Path:

@@ -18,7 +18,7 @@ from accelerate.utils import tqdm
 from .checkpoints import open_checkpoint, resolve_source
 from .errors import HfEsmError
 from .evaluation import check_by_task, evaluate, expert_outcomes
-from .identity import data_identity, fingerprint, model_identity, processor_identity
+from .identity import code_identity, data_identity, fingerprint, model_identity, processor_identity
 from .inputs import name_experts
 from .interference import Interference, measure_interference
 from .merge import merge_models
@@ -88,7 +88,7 @@ def compare(
         folder=Path(output_dir).expanduser(),
         calibration=calibration,
         validation=validation,
-        seeds=(seeds,) if isinstance(seeds, int) else tuple(seeds),
+        seeds=(seeds,) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds)),
         num_test=num_test,
         processor=processor,
         token=token,
@@ -209,7 +209,7 @@ class _Comparing:
             rows,
             self.num_test,
             self._test_options(),
-            metric if isinstance(metric, str) else data_identity(metric),
+            metric if isinstance(metric, str) else code_identity(metric),
         ]
 
     def expert_outcomes(self) -> dict[str, Outcome]:
@@ -286,7 +286,8 @@ class _Comparing:
         files = {task: folder / f"{task}.safetensors" for task in self.experts}
         whole = all(path.is_file() for path in files.values())
         statistics = {t: ActivationStatistics.load(path) if whole else None for t, path in files.items()}
-        found = self._cached("interference", [whole, str(folder)], lambda: self._interference(statistics))
+        key = [whole, str(folder), self.options.heads]
+        found = self._cached("interference", key, lambda: self._interference(statistics))
         return Interference.from_dict(found)
 
     def _interference(self, statistics: Mapping[str, Optional[ActivationStatistics]]) -> dict[str, Any]:
@@ -304,10 +305,13 @@ class _Comparing:
         if self.validation is None:
             alpha = "α: every method's default, without labels."
         else:
-            alpha = (
-                "α: of 0.1, 0.2 … 3.0, the one nearest to the method's default whose score on the validation rows is "
-                "within one standard error of the best; the same rule for every method."
-            )
+            chosen = "with the best score on the validation rows"
+            if self.metric.is_share:
+                chosen = (
+                    "nearest to the method's default whose score on the validation rows is within one standard error "
+                    "of the best"
+                )
+            alpha = f"α: of 0.1, 0.2 … 3.0, the one {chosen}; the same rule for every method."
         return [
             alpha,
             f"Measured on {rows} per task; intervals: 95 % of {DRAWS} draws of test rows, the same for all methods.",

@@ -1,7 +1,9 @@
 """What tells one input from another without reading it all: for caches, and for work that is gone on with."""
 
 import os
+import sys
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -28,6 +30,17 @@ def data_identity(data: Any) -> Any:
     if isinstance(data, Mapping):  # for `datasets.load_dataset`, or a file with what is said of it
         return [Hasher.hash(dict(data)), _files(Path(data["path"]).expanduser())]
     return Hasher.hash(data)
+
+
+def code_identity(function: Any) -> Any:
+    """The same for a function, or an object that holds some: what it is made of, and the file of the module that it is
+    imported from, whose other functions it may call. What the running script itself defines is known by its code.
+    """
+    if not callable(function) and is_dataclass(function):
+        return [code_identity(getattr(function, field.name)) for field in fields(function)]
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    file = getattr(module, "__file__", None) if getattr(module, "__name__", "__main__") != "__main__" else None
+    return [Hasher.hash(function), _files(Path(file)) if file and callable(function) else None]
 
 
 def processor_identity(processor: Any) -> Any:

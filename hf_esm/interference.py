@@ -7,6 +7,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from .errors import HfEsmError
 from .linalg import essential_subspace, truncated_svd
 from .planning import MergePlan
 from .statistics import ActivationStatistics, InputStatistics
@@ -90,7 +91,7 @@ class Interference:
 
     Attributes:
         tasks: in the order of the overlaps.
-        layers: of every linear map that is merged.
+        layers: of every linear map that is merged, those of a mixture's experts left out.
     """
 
     tasks: list[str]
@@ -98,12 +99,14 @@ class Interference:
 
     @property
     def sti(self) -> float:
-        """Mean over layers."""
-        return sum(layer.sti for layer in self.layers) / len(self.layers)
+        """Mean over layers; 0 where there are none."""
+        return sum(layer.sti for layer in self.layers) / max(len(self.layers), 1)
 
     @property
     def overlap(self) -> list[list[float]]:
-        """`[T, T]`, mean over layers."""
+        """`[T, T]`, mean over layers; of zeros where there are none."""
+        if not self.layers:
+            return torch.zeros(len(self.tasks), len(self.tasks)).tolist()
         return torch.tensor([layer.overlap for layer in self.layers]).mean(0).tolist()
 
     def energy(self) -> dict[str, list[tuple[float, float]]]:
@@ -150,6 +153,10 @@ def measure_interference(
 
     Memory: one weight of every expert at a time.
     """
+    if unknown := statistics.keys() - plan.experts.keys():
+        there = ", ".join(plan.experts)
+        raise HfEsmError(f"There are statistics of {sorted(unknown)[0]!r}, which is no expert; there are {there}.")
+    statistics = {task: statistics.get(task) for task in plan.experts}
     layers = []
     names = [name for name in plan.heads.shared if is_routable(name, plan.base.linear.get(name))]
     for name in progress(names):

@@ -51,6 +51,7 @@ from .sizes import bytes_of, readable
 from .statistics import ActivationStatistics
 from .tuners.routed import DECIDING, check_separable
 from .version import __version__
+from .weights import is_routable
 
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,10 @@ def merge_models(
         if isinstance(method, ROUTED) and method.router in DECIDING:
             for checkpoint in (opened, *checkpoints.values()):
                 check_separable(checkpoint.skeleton)
-        return sources, plan_merge(opened, checkpoints, method, options.heads, torch_dtype(options.dtype), sources)
+        plan = plan_merge(opened, checkpoints, method, options.heads, torch_dtype(options.dtype), sources)
+        if isinstance(method, ROUTED) and not any(is_routable(n, opened.linear.get(n)) for n in plan.heads.shared):
+            raise HfEsmError(f"{opened.title} has no linear maps to route experts on. Merge it by another method.")
+        return sources, plan
 
     with run.stage("reading headers", joined=False):
         sources, plan = main_first(accelerator, read_headers)

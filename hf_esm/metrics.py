@@ -149,7 +149,8 @@ def resolve_metric(metric: Any) -> Metric:
     if isinstance(metric, Metric):
         return metric
     if callable(metric):
-        return Metric(getattr(metric, "__name__", "score"), lambda found, labels: float(metric(found, labels)))
+        name = getattr(metric, "__name__", "score")
+        return Metric(name if name.isidentifier() else "score", lambda found, labels: float(metric(found, labels)))
     if isinstance(metric, str) and metric in BUILT_IN:
         return BUILT_IN[metric]
     return _of_library(metric)

@@ -20,6 +20,7 @@ from .errors import HfEsmError
 from .linalg import norm
 from .methods import TIES, MergeMethod, Stack
 from .methods.sparse import magnitude_threshold
+from .methods.stack import mean_update
 from .placement import fast_products, roomy
 from .planning import MergePlan, merge_bytes
 from .shards import ShardedWriter
@@ -215,7 +216,7 @@ def _elements(plan: MergePlan, unit: list[str]) -> int:
 
 def _trim_thresholds(plan: MergePlan, progress: Callable[[Iterable], Iterable]) -> list[float]:
     """Per expert, the magnitude that the method's share of its whole update reaches."""
-    names = [name for name in plan.heads.shared if plan.base.dtype(name).is_floating_point]
+    names = [name for name in plan.heads.shared if name in plan.base.trained]
 
     def updates(expert: Checkpoint) -> Iterator[Tensor]:
         return (expert.update(name, plan.base.tensor(name)) for name in names)
@@ -247,8 +248,10 @@ def _merge_unit(
         parts = [to_matrices(update.to(device), linear) for update in found]
         matrices[task] = [torch.cat([part for (part,) in parts])] if len(unit) > 1 else parts[0]
     names = matrix_names(unit[0], linear) if linear else unit[:1]
+    # Running means and variances are averages already: beyond those of the experts, a variance may be negative.
+    merge = plan.method.merge if unit[0] in plan.base.trained else partial(mean_update, scaled=False)
     merged = [
-        plan.method.merge(
+        merge(
             Stack(
                 name=plan.base.names[unit[0]],
                 part=part,

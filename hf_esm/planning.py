@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+import yaml
 from huggingface_hub import ModelCard
 
 from .checkpoints import Checkpoint, LoraCheckpoint, ModelSource
@@ -341,9 +342,12 @@ def _check_weights(base: Checkpoint, expert: Checkpoint, heads: HeadPlan) -> Non
 
 
 def _licence(source: ModelSource) -> str:
-    text = source.card()
-    licence = ModelCard(text, ignore_metadata_errors=True).data.license if text else None
-    return licence if isinstance(licence, str) else "not stated"
+    try:
+        text = source.card()
+        licence = ModelCard(text, ignore_metadata_errors=True).data.license if text else None
+    except (yaml.YAMLError, ValueError):  # what stands there is no card
+        licence = None
+    return licence.lower() if isinstance(licence, str) else "not stated"
 
 
 def _kinds(base: Checkpoint, shared: list[str]) -> dict[str, int]:

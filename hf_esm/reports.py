@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, Optional
 
@@ -118,7 +119,7 @@ class Comparison:
             "metric": self.metric,
             "experts": self.experts,
             "how": self.how,
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [_without_nan(asdict(row)) for row in self.rows],
             "interference": self.interference.as_dict(),
         }
 
@@ -202,7 +203,9 @@ def _normalised_draws(
 
 
 def _interval(drawn: Tensor) -> tuple[float, float]:
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    """Of the draws that have a score: not those on which an expert that it is divided by has none."""
+    drawn = torch.where(drawn.isfinite(), drawn, torch.nan)
+    low, high = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 
@@ -236,6 +239,15 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     for title, path in comparison.pictures.items():
         lines += [f"## {title}", "", f"![{title}]({path.name})", ""]
     (folder / REPORT).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _without_nan(found: Any) -> Any:
+    """With None for scores that there are none of, which JSON has no number for."""
+    if isinstance(found, dict):
+        return {key: _without_nan(value) for key, value in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [_without_nan(value) for value in found]
+    return None if isinstance(found, float) and not isfinite(found) else found
 
 
 def _percent(comparison: Comparison) -> bool:
@@ -276,7 +288,7 @@ def markdown_table(comparison: Comparison) -> list[str]:
 
 
 def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cell.replace("|", r"\|").replace("nan", "–") for cell in cells) + " |"
 
 
 def plain_table(comparison: Comparison) -> str:

@@ -173,11 +173,18 @@ class ActivationStatistics(Mapping):
     @classmethod
     def merge(cls, parts: list["ActivationStatistics"]) -> "ActivationStatistics":
         """The statistics of all samples together, from those of disjoint parts collected on the same model."""
-        if any(part.keys_of != parts[0].keys_of for part in parts):
+        if not parts:
+            raise HfEsmError("There are no statistics to merge.")
+        keys_of = {weight: key for part in parts for weight, key in part.keys_of.items()}
+        # The experts of a mixture are known as far as tokens came to them; all other maps, in every part.
+        lacking = [w for part in parts for w in keys_of if w not in part and not w.rpartition(".")[2].isdigit()]
+        apart = [weight for part in parts for weight, key in part.keys_of.items() if keys_of[weight] != key]
+        models = {(part.provenance.model, part.provenance.revision) for part in parts if part.provenance.model}
+        if lacking or apart or len(models) > 1:
             raise HfEsmError("Statistics of different models cannot be merged; collect them on the same model.")
         entries = {}
-        for key in parts[0].entries:
-            found = [part.entries[key] for part in parts]
+        for key in dict.fromkeys(keys_of.values()):
+            found = [part.entries[key] for part in parts if key in part.entries]
             count = sum(entry.count for entry in found)
             total = sum(entry.mean.double() * entry.count for entry in found)
             factor = triangular_factor(torch.cat([entry.factor for entry in found]))
@@ -191,10 +198,12 @@ class ActivationStatistics(Mapping):
         )
         everywhere = [weight for weight in parts[0].pooled if all(weight in part.pooled for part in parts)]
         pooled = {weight: torch.cat([part.pooled[weight] for part in parts]) for weight in everywhere}
-        return cls(entries, parts[0].keys_of, provenance, pooled)
+        return cls(entries, keys_of, provenance, pooled)
 
     def compress(self, rank: int) -> "ActivationStatistics":
         """A smaller, lossy copy: the top `rank` rows of `S Vᵀ` of each factor. Its error is kept in `provenance`."""
+        if not isinstance(rank, int) or rank < 1:
+            raise HfEsmError(f"rank must be a whole number, 1 or more, not {rank!r}.")
         entries, worst = {}, 0.0
         for key, entry in self.entries.items():
             _, values, rows = torch.linalg.svd(entry.factor.double(), full_matrices=False)

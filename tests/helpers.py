@@ -245,6 +245,7 @@ def expected_updates(
             rows = token_inputs(expert, architecture.samples(seed), architecture)
             inputs.append({inside(expert, name): x for name, x in rows.items()})
     linear = {f"{name}.weight": m for name, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    buffers = {name for name, _ in base.named_buffers()}  # averages, or what nobody trains
     transposed = {
         f"{name}.{key}"
         for name, m in base.named_modules()
@@ -267,6 +268,9 @@ def expected_updates(
             deltas = [delta.T for delta in deltas] if turned else deltas
             merged = reference.esm(deltas, [found[inside(base, name)] for found in inputs], **rules.esm)
             merged = merged.T if turned else merged
+        elif name in buffers:
+            updates[name] = reference.mean(deltas) / rules.alpha
+            continue
         elif weight.dim() == 2:
             merged = rules.matrix(deltas)
         elif stacked:

@@ -336,6 +336,27 @@ def test_what_cannot_write_reads_its_source_again(name: str, model_class: str, t
     check_weights(base, reloaded(base, tmp_path / "merged"), expected_updates(base, experts, explicit, RULES["esm"]))
 
 
+@pytest.mark.parametrize("method", ["iso-c", "iso-cts", "dare", "task-arithmetic", "ties"])
+def test_running_averages_are_averaged_whatever_the_method(method: str, tmp_path: Path) -> None:
+    """Beyond the experts' own, as α above 1 or dropping and scaling takes weights, a variance may be negative."""
+    base = ARCHITECTURES["resnet"].build()
+    experts = [copy.deepcopy(base) for _ in range(4)]
+    with torch.no_grad():
+        for i, expert in enumerate(experts):
+            for name, value in expert.state_dict().items():
+                if "running_var" in name:
+                    value.mul_(0.1 * (i + 1))
+                elif value.is_floating_point():
+                    value.add_(0.01 * torch.randn(value.shape, generator=torch.Generator().manual_seed(i)))
+    merge(base, experts, ARCHITECTURES["resnet"], tmp_path / "merged", method, alpha=3.0)
+    found, buffers = reloaded(base, tmp_path / "merged").state_dict(), dict(base.named_buffers())
+    averaged = [name for name, value in buffers.items() if value.is_floating_point()]
+    assert any("running_var" in name for name in averaged)
+    for name in averaged:
+        expected = torch.stack([expert.state_dict()[name] for expert in experts]).mean(0)
+        assert torch.allclose(found[name], expected, rtol=1e-5), name
+
+
 def test_heads_that_the_base_ties_are_mentioned(tmp_path: Path) -> None:
     """And kept, as the merged model has one of its own no more than the base."""
     base = ARCHITECTURES["llama"].build(tie_word_embeddings=True)

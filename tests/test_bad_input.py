@@ -515,6 +515,19 @@ def test_settings_of_another_kind_are_refused(method, settings):
         resolve_method(made)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_settings_that_are_no_finite_numbers_are_refused(value):
+    for made in (lambda: EssentialMerge(factor=value), lambda: resolve_method({"name": "esm", "gamma": value})):
+        with pytest.raises(HfEsmError, match=r"esm: (factor|gamma) must be a finite number"):
+            made()
+
+
+@pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", b"\xff\xfe\x00"])
+def test_a_card_that_cannot_be_read_states_no_licence(models, card):
+    (Path(models.left) / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
+    assert merge_models(**arguments(models), dry_run=True).licences["left"] == "not stated"
+
+
 def test_more_tasks_than_directions_are_merged(saved):
     base = AutoModel.from_pretrained(saved.base)
     experts = {f"t{i}": perturbed(base, 0.1, i) for i in range(base.config.hidden_size + 2)}

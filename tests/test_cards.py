@@ -49,6 +49,15 @@ def test_later_scores_replace_earlier_ones_and_data_of_the_hub_are_named(merged)
     assert entry.metric_value == 0.25
 
 
+def test_entries_name_no_path_of_this_machine_and_no_score_that_there_is_none_of(merged, tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}")
+    data = {"a": {"path": str(tmp_path / "a.jsonl")}, "b": {"path": "csv", "data_files": "b.csv"}}
+    update_card(merged.output_dir, Scores({"a": 0.5, "b": 0.25, "c": 0.125, "d": float("nan")}, {}), data)
+    entries = ModelCard.load(merged.output_dir / "README.md").data.eval_results
+    assert [entry.dataset_type for entry in entries] == ["a", "b", "c"]
+    assert str(tmp_path) not in (merged.output_dir / "README.md").read_text().split("---")[1]
+
+
 def test_the_command_writes_them_and_a_folder_without_a_card_is_refused(merged, tmp_path):
     rows = tmp_path / "a.jsonl"
     rows.write_text("\n".join(json.dumps({"text": text, "label": 0}) for text in task_texts("a")))

@@ -15,10 +15,10 @@ from tiny import save_tokenizer, snapshot
 from hf_esm import Comparison, HfEsmError, Interference, add_comparison, compare, evaluate, merge_models
 from hf_esm import comparison as comparing
 from hf_esm.cli import main
-from hf_esm.identity import processor_identity
+from hf_esm.identity import code_identity, processor_identity
 from hf_esm.methods import Mean, TaskArithmetic
-from hf_esm.metrics import ACCURACY, resolve_metric
-from hf_esm.reports import Cell, markdown_table, summarise
+from hf_esm.metrics import ACCURACY, Metric, resolve_metric
+from hf_esm.reports import Cell, markdown_table, summarise, write_report
 from hf_esm.scores import Outcome
 
 
@@ -42,6 +42,7 @@ def arguments(models):
     }
 
 
+NOTHING = Interference(["a"], [])
 METHODS = ["mean", "esm", {"name": "esm", "shrinkage": 0.0}, {"name": "esm++", "rank": 4, "label": "routed"}, "tsv-c"]
 
 
@@ -263,6 +264,50 @@ def test_the_command_compares_a_recipe(models, tmp_path, capsys):
     assert snapshot(models) == before
     assert main(["compare", f"--base={models}/base", f"--expert=a={models}/a", "--output-dir=x"]) == 2
     assert "Name the rows to measure on" in capsys.readouterr().err
+
+
+def test_draws_without_a_score_have_no_part_in_intervals(tmp_path):
+    """Of ten rows, some draws hold none on which the expert is right."""
+    experts = {"a": outcome(torch.tensor([1.0] * 2 + [0.0] * 8), 10)}
+    half = cell({"a": outcome(torch.tensor([1.0] + [0.0] * 9), 10)})
+    found = summarise({"x": Mean(), "y|z": Mean()}, {"x": {0: half}, "y|z": {0: half}}, experts)
+    for row in found:
+        assert 0 <= row.interval[0] <= 0.5 <= row.interval[1] and row.difference_interval == (0, 0)
+    never = {"a": outcome(torch.zeros(10), 10)}
+    none = Comparison(summarise({"y|z": Mean()}, {"y|z": {0: half}}, never), {"a": 0.0}, "accuracy", [], NOTHING)
+    write_report(none, tmp_path)
+    assert "nan" not in (tmp_path / "report.md").read_text()
+    assert r"| y\|z |" in (tmp_path / "report.md").read_text()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    stored = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert stored["rows"][0]["normalised"] is None
+
+
+def test_metrics_of_a_module_are_known_by_its_file(tmp_path, monkeypatch):
+    """Which is pickled by its name alone."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_metric.py").write_text("def share(found, right):\n    return float((found == right).sum())\n")
+    import own_metric
+
+    metric = Metric("share", own_metric.share, read=own_metric.share)
+    before = [code_identity(own_metric.share), code_identity(metric)]
+    assert before == [code_identity(own_metric.share), code_identity(metric)]
+    (tmp_path / "own_metric.py").write_text("def share(found, right):\n    return 0.5\n" * 2)
+    assert all(now != then for now, then in zip([code_identity(own_metric.share), code_identity(metric)], before))
+    assert code_identity(lambda: 1) != code_identity(lambda: 2)
+
+
+@pytest.mark.parametrize(("metric", "says"), [("accuracy", "within one standard error"), (len, "with the best score")])
+def test_the_report_says_how_alpha_was_chosen(arguments, tmp_path, metric, says):
+    made = comparing._Comparing(
+        **{name: arguments[name] for name in ("base", "experts", "test", "calibration")},
+        methods=[], folder=tmp_path, validation={}, seeds=(0,), num_test=0, processor=None, token=None,
+        given={"metric": metric},
+    )  # fmt: skip
+    assert says in made.how()[0]
 
 
 def test_a_model_that_is_never_right_has_nothing_and_ties_are_shown():

@@ -534,7 +534,7 @@ def test_a_lora_expert_and_a_file_of_statistics(cases, tmp_path):
     compress(case, tmp_path / "tuned", file, "", output_dir=tmp_path / "adapter")
     found = PeftModel.from_pretrained(fresh(case), tmp_path / "adapter").eval()
     assert found.peft_config["default"].r == 2
-    torch.testing.assert_close(logits(found), logits(model.eval()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(found), logits(model.eval()), rtol=1e-3, atol=1e-4)
 
 
 def test_a_module_whose_name_ends_as_another(tmp_path):
@@ -565,7 +565,9 @@ def test_bad_input_is_refused_and_leaves_nothing(cases, tmp_path):
     expert, statistics = case.experts["left"], case.statistics["left"]
     before = snapshot(case.folder)
     refused("left exists", compress, case, expert, statistics, "left")
-    refused("rank must be 1 or more", compress, case, expert, statistics, "new", rank=0)
+    for rank in (0, 2.5, "4"):
+        refused("rank must be a whole number, 1 or more", compress, case, expert, statistics, "new", rank=rank)
+    refused("shrinkage must be 0 or more", compress, case, expert, statistics, "new", shrinkage=-1.0)
     refused("equals the base", compress, case, case.base, statistics, "new")
     refused("no calibration samples", compress, case, expert, None, "new")
     refused("of another model", compress, case, expert, cases["gpt2"].statistics["left"], "new")

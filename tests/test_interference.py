@@ -6,7 +6,7 @@ import torch
 from problems import exact, random_problem, seeds, shapes, streamed
 from routed_toys import expert, inputs, task_texts, write_bert
 
-from hf_esm import Interference, calibrate, measure_interference, merge_models
+from hf_esm import HfEsmError, Interference, calibrate, measure_interference, merge_models
 from hf_esm.interference import energy_kept, singular_task_interference, subspace_overlap
 
 
@@ -56,6 +56,22 @@ def test_energies_are_those_of_the_projected_shift(seed, shape):
     essential, singular = energy_kept(delta, exact(x), ranks)
     assert all(a >= b - 1e-9 for a, b in zip(essential, singular))  # what they are chosen for
     assert energy_kept(delta * 0, exact(x), ranks) == ([1.0] * 3, [1.0] * 3)
+
+
+def test_statistics_are_matched_by_task(tmp_path):
+    models = write_bert(tmp_path)
+    experts = {task: models / task for task in "ab"}
+    plan = merge_models(models / "base", experts, method="mean", progress=False).plan
+    known = {task: calibrate(models / task, task_texts(task), progress=False) for task in "ab"}
+    turned = dict(reversed(known.items()))
+    assert measure_interference(plan, turned).as_dict() == measure_interference(plan, known).as_dict()
+    with pytest.raises(HfEsmError, match="statistics of 'c', which is no expert; there are a, b"):
+        measure_interference(plan, known | {"c": known["a"]})
+
+
+def test_without_linear_maps_there_is_no_interference():
+    found = Interference(["a", "b"], [])
+    assert found.sti == 0 and found.overlap == [[0, 0], [0, 0]] and found.energy() == {}
 
 
 def test_interference_of_a_merge(tmp_path):

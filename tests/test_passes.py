@@ -110,6 +110,7 @@ class Memory(Checkpoint):
     def __init__(self, tensors, linear):
         self.tensors, self.linear, self.title = tensors, linear, "model"
         self.names = {name: name for name in tensors}
+        self.trained = set(tensors)
 
     def shape(self, name):
         return tuple(self.tensors[name].shape)

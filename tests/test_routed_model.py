@@ -171,6 +171,14 @@ def test_a_merge_that_cannot_be_routed_is_refused(models, statistics, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_where_there_is_nothing_to_route_experts_on_it_is_said(monkeypatch):
+    forbid_calibration(monkeypatch)
+    base = ARCHITECTURES["resnet"].build()
+    for method in ("esm++", "tsv-c"):
+        with pytest.raises(HfEsmError, match="has no linear maps to route experts on"):
+            merge_models(base, {"a": base, "b": base}, method=method, progress=False)
+
+
 def test_a_router_over_several_texts_per_sample_is_refused(models, monkeypatch):
     forbid_calibration(monkeypatch)
     experts = {task: tuned(BERT.build("BertForMultipleChoice"), seed) for seed, task in enumerate("ab")}

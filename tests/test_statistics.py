@@ -241,3 +241,29 @@ def test_the_stated_error_covers_everything_that_was_lost(seed):
 def test_statistics_of_a_model_without_linear_maps_are_a_file_too(tmp_path):
     path = ActivationStatistics({}, {}, PROVENANCE).save(tmp_path)
     assert len(ActivationStatistics.load(path)) == 0
+
+
+def test_of_mixtures_each_part_knows_the_experts_that_its_tokens_came_to():
+    whole, _ = two_layers()
+    named = {"mlp.down_proj.0": "mlp.down_proj.0", "mlp.down_proj.3": "mlp.down_proj.3"}
+    rows = {key: streamed(torch.randn(5, 7)) for key in named}
+    parts = [
+        ActivationStatistics(whole.entries | {key: rows[key]}, whole.keys_of | {key: key}, PROVENANCE) for key in named
+    ]
+    merged = ActivationStatistics.merge(parts)
+    assert merged.keys() == whole.keys() | named.keys()
+    for key, alone in rows.items():
+        gram = merged[key].factor.T @ merged[key].factor
+        assert torch.allclose(gram, alone.factor.T @ alone.factor, atol=1e-4) and merged[key].count == 5
+
+
+def test_statistics_of_two_experts_are_not_merged():
+    statistics, _ = two_layers()
+    other = ActivationStatistics(statistics.entries, statistics.keys_of, replace(PROVENANCE, model="me/another"))
+    with pytest.raises(HfEsmError, match="different models"):
+        ActivationStatistics.merge([statistics, other])
+    with pytest.raises(HfEsmError, match="no statistics to merge"):
+        ActivationStatistics.merge([])
+    for rank in (0, -1, 1.5, "2"):
+        with pytest.raises(HfEsmError, match="rank must be a whole number, 1 or more"):
+            statistics.compress(rank)

@@ -76,6 +76,12 @@ class Checkpoint:
         maps, live = linear_maps(self.skeleton), self.names
         return {name: maps[live[name]] for name in live if live[name] in maps}
 
+    @cached_property
+    def trained(self) -> set[str]:
+        """Canonical names of the parameters; other weights are buffers, such as running means and variances."""
+        parameters = {live for live, _ in self.skeleton.named_parameters(remove_duplicate=False)}
+        return {name for name, live in self.names.items() if live in parameters}
+
     def shape(self, name: str) -> tuple[int, ...]:
         raise NotImplementedError
 
@@ -198,7 +204,8 @@ class FolderCheckpoint(Checkpoint):
 
     def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> "FolderCheckpoint":
         view = copy.copy(self)
-        view.__dict__.pop("linear", None)
+        for cached in ("linear", "trained"):
+            view.__dict__.pop(cached, None)
         view.skeleton, view._last = build_skeleton(model_class, config), ("", {})
         view._locate()
         for name in view._misfits:

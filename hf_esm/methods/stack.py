@@ -1,6 +1,7 @@
 """What a merge method sees: one weight of every expert. And what it gives back."""
 
 from dataclasses import dataclass, field, fields
+from math import isfinite
 from numbers import Integral, Real
 from typing import Any, ClassVar, Optional
 
@@ -90,6 +91,8 @@ class MergeMethod:
             kind = kinds.get(type(default), object)
             if not isinstance(value, kind) or (isinstance(value, bool) and kind in (Integral, Real)):
                 raise HfEsmError(f"{self.name}: {setting.name} must be like {default!r}, not {value!r}.")
+            if kind is Real and not isfinite(value):
+                raise HfEsmError(f"{self.name}: {setting.name} must be a finite number, not {value!r}.")
 
     def merge(self, stack: Stack) -> Merged:
         """Merge one weight of all experts."""

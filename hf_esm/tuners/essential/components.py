@@ -58,7 +58,7 @@ def essential_components(
 
     Of every calibrated linear map of the body that it shares with the base, the update `Δ [d_out, d_in]` is kept as
     `E C`, with `E` the `rank` leading principal directions of the output shift `X Δᵀ` on the expert's own samples.
-    What else was tuned is not in the adapter: heads, embeddings, norms, biases.
+    What else was tuned is not in the adapter: heads, embeddings, norms, biases, the experts of a mixture.
 
     Args:
         base: the checkpoint that the expert was tuned from, and that the adapter goes on; as for `merge_models`.
@@ -84,8 +84,10 @@ def essential_components(
     unknown = options.keys() - _OPTIONS
     if unknown:
         raise TypeError(f"essential_components has no argument {sorted(unknown)[0]!r}")
-    if rank < 1:
-        raise HfEsmError(f"rank must be 1 or more, not {rank!r}.")
+    if not isinstance(rank, int) or rank < 1:
+        raise HfEsmError(f"rank must be a whole number, 1 or more, not {rank!r}.")
+    if not 0 <= shrinkage < float("inf"):
+        raise HfEsmError(f"shrinkage must be 0 or more, not {shrinkage!r}.")
     options, accelerator = MergeOptions(**options), accelerator or default_accelerator()
     output = new_folder(output_dir)
     open_options = (token, options.allow_pickle, options.trust_remote_code)
