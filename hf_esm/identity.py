@@ -28,7 +28,11 @@ def data_identity(data: Any) -> Any:
     if isinstance(data, Mapping) and not isinstance(data.get("path"), (str, os.PathLike)):
         return {name: data_identity(value) for name, value in data.items()}
     if isinstance(data, Mapping):  # for `datasets.load_dataset`, or a file with what is said of it
-        return [Hasher.hash(dict(data)), _files(Path(data["path"]).expanduser())]
+        named = data.get("data_files") or []
+        named = list(named.values()) if isinstance(named, Mapping) else named
+        places = [data["path"], *([named] if isinstance(named, str) else named)]
+        places = [place for entry in places for place in ([entry] if isinstance(entry, (str, os.PathLike)) else entry)]
+        return [Hasher.hash(dict(data)), [_files(Path(place).expanduser()) for place in places]]
     return Hasher.hash(data)
 
 

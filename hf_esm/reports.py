@@ -1,6 +1,7 @@
 """The report of a comparison: one line per method with intervals, as data, as Markdown, and in pictures."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite
@@ -288,7 +289,7 @@ def markdown_table(comparison: Comparison) -> list[str]:
 
 
 def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", r"\|").replace("nan", "–") for cell in cells) + " |"
+    return "| " + " | ".join(re.sub(r"(?<!\w)[+-]?nan(?!\w)", "–", cell.replace("|", r"\|")) for cell in cells) + " |"
 
 
 def plain_table(comparison: Comparison) -> str:

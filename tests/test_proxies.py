@@ -266,8 +266,15 @@ def test_a_file_that_changed_is_other_data(tmp_path):
     named = {"path": str(path), "columns": {"text": "sentence1"}}
     before = data_identity(named)
     assert data_identity(dict(named)) == before != data_identity({**named, "columns": {}})
+    ways = [
+        {"path": "json", "data_files": str(path)},
+        {"path": "json", "data_files": [str(path)]},
+        {"path": "json", "data_files": {"train": str(path), "test": [str(path)]}},
+    ]
+    ways_before = [data_identity(way) for way in ways]
     path.write_text(path.read_text() + "\n")
     assert data_identity(named) != before
+    assert all(data_identity(way) != then for way, then in zip(ways, ways_before))
 
 
 def test_what_lacks_in_a_data_frame_is_missing(models):
