@@ -60,8 +60,10 @@ class ShardedWriter:
             rank: this process's number: of `world_size` processes each writes every `world_size`-th file.
         """
         self.folder, self.stem, self.plan = folder, stem, plan
+        # The experts of a mixture are parts of one tensor here, whose size would count for each of them.
+        apart = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in plan.items()}
         split = split_torch_state_dict_into_shards(
-            plan, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
+            apart, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
         )
         self._places: dict[str, tuple[Any, int]] = {}
         self._files = []

@@ -134,6 +134,16 @@ def test_dtype_and_shards(name: str, tmp_path: Path) -> None:
     assert reloaded(base, shards).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["bert", "mixtral", "qwen3-moe"])
+def test_files_are_as_large_as_they_may_be(name: str, tmp_path: Path) -> None:
+    """Also where experts that are one tensor in memory stand by themselves on disk."""
+    _, _, base_folder, folders = build(name, tmp_path)
+    size = sum(tensor.nbytes for tensor in stored_tensors(tmp_path / "base").values())
+    for limit, files in ((size + 1, 1), (size - 1, 2)):
+        merge(base_folder, folders, ARCHITECTURES[name], tmp_path / str(limit), "mean", max_shard_size=limit)
+        assert len(list((tmp_path / str(limit)).glob("model*.safetensors"))) == files
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "clip", "mixtral", "deberta-v3", "marian"])
 def test_live_models(name: str, tmp_path: Path) -> None:
     """They merge as their folders do, and are left exactly as they were."""
