@@ -273,6 +273,9 @@ def test_draws_without_a_score_have_no_part_in_intervals(tmp_path):
     found = summarise({"x": Mean(), "y|z": Mean()}, {"x": {0: half}, "y|z": {0: half}}, experts)
     for row in found:
         assert 0 <= row.interval[0] <= 0.5 <= row.interval[1] and row.difference_interval == (0, 0)
+    elsewhere = cell({"a": outcome(torch.tensor([0.0] * 5 + [1.0] * 5), 10)})  # right where the expert is not
+    (row,) = summarise({"x": Mean()}, {"x": {0: elsewhere}}, experts)
+    assert all(0 <= end < 100 for end in row.interval)
     never = {"a": outcome(torch.zeros(10), 10)}
     label = "y|z of finance"
     none = Comparison(summarise({label: Mean()}, {label: {0: half}}, never), {"a": 0.0}, "accuracy", [], NOTHING)
