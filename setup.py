@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 
 here = Path(__file__).parent
@@ -15,15 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[
-        "hf_esm",
-        "hf_esm.checkpoints",
-        "hf_esm.methods",
-        "hf_esm.model_cards",
-        "hf_esm.tuners",
-        "hf_esm.tuners.essential",
-        "hf_esm.tuners.routed",
-    ],
+    packages=[*find_packages(include=["hf_esm", "hf_esm.*"]), "hf_esm.model_cards"],
     package_dir={"hf_esm": "hf_esm", "hf_esm.model_cards": "model_cards"},
     package_data={"hf_esm.model_cards": ["*.md"]},
     install_requires=[

@@ -32,14 +32,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_esm import ActivationStatistics, EssentialMerge
+from hf_esm.architecture import LinearMap
+from hf_esm.calibration.placement import algebra_device, fast_products
+from hf_esm.calibration.statistics import InputStatistics
 from hf_esm.checkpoints import Checkpoint
 from hf_esm.eigen import largest_eigenpairs
 from hf_esm.linalg import essential_subspace
+from hf_esm.merging.weights import merge_weights
 from hf_esm.methods.essential import part_taken_off
-from hf_esm.passes import merge_weights
-from hf_esm.placement import algebra_device, fast_products
-from hf_esm.statistics import InputStatistics
-from hf_esm.weights import LinearMap
 
 
 TOKENS = 2048

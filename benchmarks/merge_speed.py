@@ -30,9 +30,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_esm import merge_models
-from hf_esm.batches import collate
-from hf_esm.proxies import ProxyOptions, encode
-from hf_esm.rows import read_rows
+from hf_esm.data.batches import collate
+from hf_esm.data.rows import read_rows
+from hf_esm.data.samples import ProxyOptions, encode
 
 
 def main() -> None:

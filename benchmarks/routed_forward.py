@@ -39,14 +39,14 @@ from peft import ArrowConfig, PeftModel, create_arrow_model
 from torch import Tensor, nn
 
 from hf_esm import RoutedModel, merge_models
-from hf_esm.batches import collate
-from hf_esm.experts import load_experts
-from hf_esm.heads import attach_head
-from hf_esm.labels import load_labelled
-from hf_esm.processes import default_accelerator
-from hf_esm.proxies import ProxyOptions
-from hf_esm.scores import accuracy
+from hf_esm.data.batches import collate
+from hf_esm.data.samples import ProxyOptions
+from hf_esm.metrics.labels import load_labelled
+from hf_esm.metrics.scores import accuracy
+from hf_esm.planning.heads import attach_head
+from hf_esm.routing.experts import load_experts
 from hf_esm.tuners.routed import route
+from hf_esm.utils.distributed import default_accelerator
 
 
 def main() -> None:

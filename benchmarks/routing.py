@@ -32,10 +32,10 @@ import transformers
 from torch import Tensor
 
 from hf_esm import RoutedModel, merge_models
-from hf_esm.heads import attach_head
-from hf_esm.labels import LabelledSamples, load_labelled
-from hf_esm.metrics import outputs_of
-from hf_esm.proxies import ProxyOptions
+from hf_esm.data.samples import ProxyOptions
+from hf_esm.metrics.labels import LabelledSamples, load_labelled
+from hf_esm.metrics.metric import outputs_of
+from hf_esm.planning.heads import attach_head
 
 
 # Name, features, and what the experts' directions are of.

@@ -1,16 +1,17 @@
 """Merge fine-tunes of one checkpoint into one multi-task model, in the Hugging Face ecosystem, without training."""
 
-from .calibrating import calibrate
-from .calibration import collect_statistics
-from .cards import add_comparison, update_card
-from .comparison import Comparison, compare
+from .calibration.calibrator import calibrate
+from .calibration.recorder import collect_statistics
+from .calibration.statistics import ActivationStatistics
+from .checkpoints.lora_export import write_lora_adapter
 from .errors import HfEsmError
-from .evaluation import evaluate
-from .explanations import Explanation, Prediction
-from .heads import load_task_model
-from .hub import RoutedModel
-from .interference import Interference, measure_interference
-from .merge import MergeResult, merge_models
+from .evaluation.comparison import Comparison, compare
+from .evaluation.evaluator import evaluate
+from .evaluation.interference import Interference, measure_interference
+from .hub.cards import add_comparison, update_card
+from .merging.components import essential_components
+from .merging.fusion import fuse_components
+from .merging.merge import MergeResult, merge_models
 from .methods import (
     DARE,
     METHODS,
@@ -27,20 +28,19 @@ from .methods import (
     RoutedMerge,
     TaskArithmetic,
 )
-from .metrics import Metric
-from .pipelines import RoutedPipeline
-from .planning import MergePlan
-from .recipes import load_recipe
-from .scores import Scores
-from .statistics import ActivationStatistics
+from .metrics.metric import Metric
+from .metrics.scores import Scores
+from .planning.heads import load_task_model
+from .planning.plan import MergePlan
+from .planning.recipe import load_recipe
+from .routing.explanations import Explanation, Prediction
+from .routing.model import RoutedModel
+from .routing.pipeline import RoutedPipeline
 from .tuners import (
     EssentialComponentsConfig,
     EssentialComponentsModel,
     RoutedExpertsConfig,
     RoutedExpertsModel,
-    essential_components,
-    fuse_components,
-    write_lora_adapter,
 )
 from .version import __version__
 

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from hf_esm import merge_models
-from hf_esm.cli import main
+from hf_esm.cli.parser import main
 
 
 FOLDER = Path(sys.argv[1])
@@ -75,10 +75,10 @@ for name, arguments in cases.items():
 
 FAILURES = {  # what breaks on the second process
     "loading": "hf_esm.checkpoints.FolderCheckpoint.load_model",
-    "running": "hf_esm.calibration.batch_for",
+    "running": "hf_esm.calibration.recorder.batch_for",
     "merging": "hf_esm.EssentialMerge.merge",
-    "writing": "hf_esm.output.to_stored",
-    "experts": "hf_esm.experts.expert_factors",
+    "writing": "hf_esm.merging.output.to_stored",
+    "experts": "hf_esm.routing.experts.expert_factors",
 }
 for stage, place in FAILURES.items():
     with recorded(f"failing {stage}") as record, pytest.MonkeyPatch.context() as patch:

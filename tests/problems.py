@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_esm.calibration import _Accumulator
+from hf_esm.calibration.recorder import _Accumulator
+from hf_esm.calibration.statistics import ActivationStatistics, InputStatistics
 from hf_esm.linalg import triangular_factor
-from hf_esm.statistics import ActivationStatistics, InputStatistics
 
 
 # Every run draws its own seeds; a test's id shows its seed, and HF_ESM_TEST_SEED=<seed> repeats it.

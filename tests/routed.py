@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_esm import HfEsmError
-from hf_esm.calibration import pooled_inputs
-from hf_esm.experts import RoutedExperts
+from hf_esm.architecture import canonical_names
+from hf_esm.calibration.recorder import pooled_inputs
+from hf_esm.routing.experts import RoutedExperts
 from hf_esm.tuners.routed import Decision, Route, RoutedExpertsLayer, recording
-from hf_esm.weights import canonical_names
 
 
 TASKS = ["left", "middle", "right"]

@@ -6,7 +6,7 @@ from architectures import ARCHITECTURES
 from helpers import perturbed, reloaded
 
 from hf_esm import HfEsmError, merge_models
-from hf_esm.alpha import search_alpha
+from hf_esm.merging.alpha import search_alpha
 
 
 @pytest.mark.parametrize("peak", [0.2, 0.7, 1.1, 1.9, 2.6])

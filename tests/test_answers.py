@@ -14,13 +14,13 @@ from tiny import BERT, SPECIAL, WORDS, save_tokenizer
 from transformers import AutoModel
 
 from hf_esm import HfEsmError, evaluate, merge_models
-from hf_esm.answers import LONGEST_SPAN, texts_of
-from hf_esm.comparison import _outcome_in, _outcome_out
-from hf_esm.labels import load_labelled
-from hf_esm.metrics import ACCURACY, EXACT_MATCH, WORD_F1, resolve_metric
-from hf_esm.proxies import ProxyOptions
-from hf_esm.reports import _drawn
-from hf_esm.scores import Outcome, run
+from hf_esm.data.samples import ProxyOptions
+from hf_esm.evaluation.comparison import _outcome_in, _outcome_out
+from hf_esm.evaluation.report import _drawn
+from hf_esm.metrics.labels import load_labelled
+from hf_esm.metrics.metric import ACCURACY, EXACT_MATCH, WORD_F1, resolve_metric
+from hf_esm.metrics.outputs import LONGEST_SPAN, texts_of
+from hf_esm.metrics.scores import Outcome, run
 
 
 COLUMNS = {"text": "question", "text_pair": "context", "label": "answers"}

@@ -32,9 +32,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
-from hf_esm.batches import collate
-from hf_esm.calibration import collect_statistics
-from hf_esm.statistics import ActivationStatistics
+from hf_esm.calibration.recorder import collect_statistics
+from hf_esm.calibration.statistics import ActivationStatistics
+from hf_esm.data.batches import collate
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Version v4.12.0:FutureWarning")  # on the labels of EncoderDecoderModel

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModel, DistilBertConfig, DistilBertModel
 
 from hf_esm import ActivationStatistics, HfEsmError, calibrate, load_recipe, load_task_model, merge_models
+from hf_esm.calibration.statistics import InputStatistics
 from hf_esm.methods import TIES, EssentialMerge, RoutedMerge, resolve_method
-from hf_esm.options import RECIPE_FILE
-from hf_esm.resuming import FOLDER as WORK
-from hf_esm.statistics import InputStatistics
+from hf_esm.planning.options import RECIPE_FILE
+from hf_esm.utils.resume import FOLDER as WORK
 
 
 WEIGHT = "bert.encoder.layer.0.output.dense.weight"

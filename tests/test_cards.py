@@ -8,7 +8,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from routed_toys import task_texts, write_bert
 
 from hf_esm import HfEsmError, Scores, evaluate, merge_models, update_card
-from hf_esm.cli import main
+from hf_esm.cli.parser import main
 
 
 @pytest.fixture

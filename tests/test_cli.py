@@ -18,10 +18,10 @@ from toys import LABELS, largest_difference, texts, weights, write_models, write
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
 from hf_esm import METHODS, ActivationStatistics, HfEsmError, __version__, evaluate, load_task_model, merge_models
-from hf_esm.calibration import collect_statistics
-from hf_esm.cli import build_parser, main
-from hf_esm.options import MergeOptions
-from hf_esm.proxies import ProxyOptions
+from hf_esm.calibration.recorder import collect_statistics
+from hf_esm.cli.parser import build_parser, main
+from hf_esm.data.samples import ProxyOptions
+from hf_esm.planning.options import MergeOptions
 
 
 SETTINGS = {"method": {"name": "esm", "gamma": 0.3}, "num_samples": 5, "progress": False}
@@ -203,7 +203,7 @@ def test_calibrate_keeps_within_the_memory_it_is_given(models, tmp_path, monkeyp
     folders = []
     collect = collect_statistics
     spy = lambda *args, **kwargs: folders.append(kwargs["folder"]) or collect(*args, **kwargs)  # noqa: E731
-    monkeypatch.setattr("hf_esm.calibrating.collect_statistics", spy)
+    monkeypatch.setattr("hf_esm.calibration.calibrator.collect_statistics", spy)
     command = ["calibrate", models / "a", models / "a.jsonl", "-o", tmp_path / "a.safetensors"]
     for memory in ("1GB", "100KB"):
         assert run(*command, "--max-memory", memory) == 0
@@ -397,7 +397,7 @@ def test_an_unexpected_error_is_short_unless_asked_for(models, monkeypatch, caps
     def fail(**_):
         raise error
 
-    monkeypatch.setattr("hf_esm.commands.merge_models", fail)
+    monkeypatch.setattr("hf_esm.cli.commands.merge_models", fail)
     assert run("inspect", models / "recipe.yaml") == status
     assert capsys.readouterr().err.splitlines()[0] == message
     if status == 1:
@@ -413,8 +413,8 @@ def test_a_polite_kill_leaves_nothing_behind(models, tmp_path, monkeypatch, caps
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr("hf_esm.merge.check_values", lambda *args: None)
-    monkeypatch.setattr("hf_esm.merge.merge_weights", killed)
+    monkeypatch.setattr("hf_esm.merging.merge.check_values", lambda *args: None)
+    monkeypatch.setattr("hf_esm.merging.merge.merge_weights", killed)
     assert run("merge", models / "recipe.yaml", "--method", "mean", "--output-dir", tmp_path / "out") == 130
     assert "stopped before the output was written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -13,13 +13,13 @@ from routed_toys import encoded, expert, logits, task_texts
 from tiny import save_tokenizer, snapshot
 
 from hf_esm import Comparison, HfEsmError, Interference, add_comparison, compare, evaluate, merge_models
-from hf_esm import comparison as comparing
-from hf_esm.cli import main
-from hf_esm.identity import code_identity, processor_identity
+from hf_esm.cli.parser import main
+from hf_esm.evaluation import comparison as comparing
+from hf_esm.evaluation.report import Cell, markdown_table, summarise, write_report
 from hf_esm.methods import Mean, TaskArithmetic
-from hf_esm.metrics import ACCURACY, Metric, resolve_metric
-from hf_esm.reports import Cell, markdown_table, summarise, write_report
-from hf_esm.scores import Outcome
+from hf_esm.metrics.metric import ACCURACY, Metric, resolve_metric
+from hf_esm.metrics.scores import Outcome
+from hf_esm.utils.fingerprints import code_identity, processor_identity
 
 
 def rows(task, seed, count=16):
@@ -132,7 +132,7 @@ def test_a_second_run_does_only_what_is_new(arguments, compared, monkeypatch):
             assert options["calibration"] is None or "statistics" in str(options["calibration"])
         return merge(*args, **options)
 
-    monkeypatch.setattr("hf_esm.comparison.merge_models", watched)
+    monkeypatch.setattr("hf_esm.evaluation.comparison.merge_models", watched)
     again = compare(**arguments, methods=METHODS, seeds=(0, 1), output_dir=folder)
     assert made == []
     assert again.as_dict() == found.as_dict()
@@ -218,7 +218,7 @@ def test_bad_input_is_refused_before_anything_is_merged(arguments, tmp_path, cha
 )
 def test_the_command_compares_what_it_is_told_to(tmp_path, monkeypatch, recipe, flags, labels):
     asked = {}
-    monkeypatch.setattr("hf_esm.commands.compare", lambda **request: asked.update(request))
+    monkeypatch.setattr("hf_esm.cli.commands.compare", lambda **request: asked.update(request))
     path = tmp_path / "recipe.yaml"
     path.write_text(f"base: b\nexperts: {{a: a, b: b}}\ntest: {{a: a.jsonl}}\noutput_dir: r\n{recipe}\n")
     flags = flags.split() + (["{name: esm++, rank: 4}"] if flags == "--methods" else [])

@@ -10,8 +10,8 @@ from toys import base_model
 from transformers import AutoModel
 
 from hf_esm import HfEsmError, RoutedModel, calibrate, evaluate, merge_models
-from hf_esm.cli import main
-from hf_esm.experts import FEATURES
+from hf_esm.cli.parser import main
+from hf_esm.routing.experts import FEATURES
 
 
 MODULE = "encoder.layer.1.intermediate.dense"

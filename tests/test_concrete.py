@@ -13,7 +13,7 @@ from toys import base_model
 
 from hf_esm import HfEsmError, merge_models
 from hf_esm.methods.concrete import ConcreteAdaMerging, ConcreteTaskArithmetic
-from hf_esm.resuming import FOLDER
+from hf_esm.utils.resume import FOLDER
 
 
 TASKS = "abc"
@@ -149,7 +149,7 @@ def test_the_heads_become_surer(models):
 def test_an_interrupted_run_goes_on_to_the_same_model(models, tmp_path, monkeypatch):
     method = ConcreteAdaMerging(steps=5, learning_rate=RATE, coefficient_steps=4, coefficient_rate=0.02)
     whole = merged_weights(models, method=copy.copy(method))
-    monkeypatch.setattr("hf_esm.concrete.SAVE_EVERY", 2)
+    monkeypatch.setattr("hf_esm.merging.learning.SAVE_EVERY", 2)
     for stop in (3, 7):  # in either stage
 
         class Stopped(Exception):
@@ -171,7 +171,7 @@ def test_an_interrupted_run_goes_on_to_the_same_model(models, tmp_path, monkeypa
 
 def test_a_broken_state_is_named(models, tmp_path, monkeypatch):
     method = ConcreteTaskArithmetic(steps=2)
-    monkeypatch.setattr("hf_esm.merge.merge_weights", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("hf_esm.merging.merge.merge_weights", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         merged_weights(models, method=method, resume_dir=str(tmp_path / "state"))
     (tmp_path / "state" / FOLDER / "concrete.safetensors").write_bytes(b"x")

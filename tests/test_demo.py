@@ -14,10 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification
 
-from hf_esm import HfEsmError, demo, load_task_model
-from hf_esm.demo import BASE, EXPERTS, TASKS, DemoSettings, load_digit_data, reload_difference, run_demo
-from hf_esm.plots import COLOURS, plot_task_scores
-from hf_esm.scores import accuracy
+from hf_esm import HfEsmError, load_task_model
+from hf_esm.cli import demo
+from hf_esm.cli.demo import BASE, EXPERTS, TASKS, DemoSettings, load_digit_data, reload_difference, run_demo
+from hf_esm.metrics.plots import COLOURS, plot_task_scores
+from hf_esm.metrics.scores import accuracy
 
 
 SMALL = DemoSettings(

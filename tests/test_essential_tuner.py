@@ -28,14 +28,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_esm import HfEsmError, calibrate
+from hf_esm import HfEsmError, calibrate, essential_components, fuse_components, write_lora_adapter
 from hf_esm.tuners import (
     EssentialComponentsConfig,
     EssentialComponentsModel,
     HfEsmPeftType,
-    essential_components,
-    fuse_components,
-    write_lora_adapter,
 )
 from hf_esm.tuners.essential import EssentialComponentsLayer
 from hf_esm.tuners.registration import register

@@ -25,8 +25,8 @@ from toys import base_model, classifier, lora_adapter, texts, weights, write_mod
 from transformers import AutoModel
 
 from hf_esm import HfEsmError, calibrate, evaluate, load_recipe, load_task_model, merge_models
-from hf_esm.cli import main
-from hf_esm.statistics import FILE_NAME
+from hf_esm.calibration.statistics import FILE_NAME
+from hf_esm.cli.parser import main
 
 
 TOKEN = "hf_me"

@@ -7,7 +7,7 @@ from problems import exact, random_problem, seeds, shapes, streamed
 from routed_toys import expert, inputs, task_texts, write_bert
 
 from hf_esm import HfEsmError, Interference, calibrate, measure_interference, merge_models
-from hf_esm.interference import energy_kept, singular_task_interference, subspace_overlap
+from hf_esm.evaluation.interference import energy_kept, singular_task_interference, subspace_overlap
 
 
 @seeds

@@ -10,11 +10,11 @@ from tiny import BERT, SPECIAL
 from transformers import AutoModel, BertTokenizerFast
 
 from hf_esm import HfEsmError, evaluate, merge_models
-from hf_esm.labels import LabelledSamples, load_labelled
-from hf_esm.metrics import ACCURACY, resolve_metric
-from hf_esm.proxies import ProxyOptions
-from hf_esm.reports import _drawn
-from hf_esm.scores import run
+from hf_esm.data.samples import ProxyOptions
+from hf_esm.evaluation.report import _drawn
+from hf_esm.metrics.labels import LabelledSamples, load_labelled
+from hf_esm.metrics.metric import ACCURACY, resolve_metric
+from hf_esm.metrics.scores import run
 
 
 EVERYTHING = ProxyOptions(num_samples=0)

@@ -11,11 +11,11 @@ from tiny import BERT
 from transformers import SegformerConfig, SegformerImageProcessor, ViTConfig, ViTForImageClassification
 
 from hf_esm import HfEsmError, compare, evaluate, merge_models, update_card
-from hf_esm.labels import LabelledSamples, load_labelled
-from hf_esm.maps import overlaps_of, read_map
-from hf_esm.metrics import MEAN_IOU, resolve_metric
-from hf_esm.proxies import ProxyOptions
-from hf_esm.scores import run
+from hf_esm.data.samples import ProxyOptions
+from hf_esm.metrics.labels import LabelledSamples, load_labelled
+from hf_esm.metrics.maps import overlaps_of, read_map
+from hf_esm.metrics.metric import MEAN_IOU, resolve_metric
+from hf_esm.metrics.scores import run
 
 
 EVERYTHING = ProxyOptions(num_samples=0)

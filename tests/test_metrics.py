@@ -11,12 +11,12 @@ from routed_toys import GPT2, encoded, expert, task_texts
 from tiny import BERT
 
 from hf_esm import HfEsmError, evaluate, merge_models
-from hf_esm.answers import texts_of
-from hf_esm.calibration import collect_statistics
-from hf_esm.labels import LabelledSamples, load_labelled
-from hf_esm.metrics import ACCURACY, PERPLEXITY, outputs_of, resolve_metric
-from hf_esm.proxies import ProxyOptions
-from hf_esm.scores import Scores, run
+from hf_esm.calibration.recorder import collect_statistics
+from hf_esm.data.samples import ProxyOptions
+from hf_esm.metrics.labels import LabelledSamples, load_labelled
+from hf_esm.metrics.metric import ACCURACY, PERPLEXITY, outputs_of, resolve_metric
+from hf_esm.metrics.outputs import texts_of
+from hf_esm.metrics.scores import Scores, run
 
 
 T5 = Architecture(

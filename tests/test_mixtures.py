@@ -24,11 +24,11 @@ from torch import nn
 from transformers.integrations import use_experts_implementation
 
 from hf_esm import ActivationStatistics, HfEsmError, calibrate, merge_models
-from hf_esm.calibration import InputRecorder, _learn_batches, collect_statistics
+from hf_esm.architecture import linear_maps
+from hf_esm.calibration.mixtures import mixtures_of
+from hf_esm.calibration.placement import factor_bytes
+from hf_esm.calibration.recorder import InputRecorder, _learn_batches, collect_statistics
 from hf_esm.checkpoints import open_checkpoint, resolve_source
-from hf_esm.mixtures import mixtures_of
-from hf_esm.placement import factor_bytes
-from hf_esm.weights import linear_maps
 
 
 WIDTH, INNER, EXPERTS = 6, 5, 4
@@ -175,7 +175,7 @@ def test_mixtures_that_do_not_fit_are_calibrated_from_the_disk(tmp_path, monkeyp
         places.append(set(getattr(model, "hf_device_map", {}).values()))
         return collect_statistics(model, *args, **kwargs)
 
-    monkeypatch.setattr("hf_esm.calibrating.collect_statistics", spy)
+    monkeypatch.setattr("hf_esm.calibration.calibrator.collect_statistics", spy)
     whole = calibrate(tmp_path / "model", text_samples(0), progress=False)
     found = calibrate(tmp_path / "model", text_samples(0), progress=False, max_memory=size // 2)
     assert places == [set(), {"cpu", "disk"}]

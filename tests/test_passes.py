@@ -14,11 +14,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_esm import EssentialMerge, HfEsmError
+from hf_esm.architecture import LinearMap, from_matrices, layer_type, linear_maps, to_matrices
+from hf_esm.calibration.statistics import ActivationStatistics
 from hf_esm.checkpoints import Checkpoint
-from hf_esm.passes import MergedUpdates, WeightReport, merge_weights, scale_layers
-from hf_esm.planning import check_values
-from hf_esm.statistics import ActivationStatistics
-from hf_esm.weights import LinearMap, from_matrices, layer_type, linear_maps, to_matrices
+from hf_esm.merging.weights import MergedUpdates, WeightReport, merge_weights, scale_layers
+from hf_esm.planning.plan import check_values
 
 
 MAPS = {  # shape as stored, the map, and its matrices [d_out, d_in] written out

@@ -12,10 +12,10 @@ from problems import relative_error
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_esm import HfEsmError, calibrate, merge_models
-from hf_esm.calibration import _Accumulator, collect_statistics
+from hf_esm.calibration.placement import available_memory, factor_bytes, fast_products, needs_spill, placement
+from hf_esm.calibration.recorder import _Accumulator, collect_statistics
 from hf_esm.checkpoints import open_checkpoint, resolve_source
-from hf_esm.placement import available_memory, factor_bytes, fast_products, needs_spill, placement
-from hf_esm.processes import default_accelerator
+from hf_esm.utils.distributed import default_accelerator
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def ran(monkeypatch):
         found.append((getattr(model, "hf_device_map", None), kwargs["folder"]))
         return collect_statistics(model, *args, **kwargs)
 
-    monkeypatch.setattr("hf_esm.calibrating.collect_statistics", spy)
+    monkeypatch.setattr("hf_esm.calibration.calibrator.collect_statistics", spy)
     return found
 
 
@@ -133,7 +133,7 @@ def test_what_takes_memory_is_counted(folder):
     ],
 )
 def test_a_process_uses_its_own_device_and_main_memory(monkeypatch, device, limit, expected):
-    monkeypatch.setattr("hf_esm.placement.get_max_memory", lambda: {0: 100, 1: 200, "cpu": 1000})
+    monkeypatch.setattr("hf_esm.calibration.placement.get_max_memory", lambda: {0: 100, 1: 200, "cpu": 1000})
     assert available_memory(SimpleNamespace(device=torch.device(device)), limit) == expected
 
 

@@ -23,15 +23,16 @@ from torch.utils.data import DataLoader
 from transformers import BertTokenizerFast, ViTImageProcessor, Wav2Vec2FeatureExtractor
 
 from hf_esm import ActivationStatistics, HfEsmError, MergePlan, calibrate, merge_models
-from hf_esm.checkpoints import ModelSource, reader
-from hf_esm.identity import data_identity
-from hf_esm.inputs import differing_processors, find_processors
-from hf_esm.labels import LabelledSamples
-from hf_esm.options import MergeOptions
-from hf_esm.output import RECIPE_FILE
-from hf_esm.proxies import ProxyOptions, encode
-from hf_esm.rows import read_rows, save_samples
-from hf_esm.scores import run
+from hf_esm.checkpoints import ModelSource
+from hf_esm.checkpoints import stored as stored_files
+from hf_esm.data.rows import read_rows, save_samples
+from hf_esm.data.samples import ProxyOptions, encode
+from hf_esm.merging.output import RECIPE_FILE
+from hf_esm.metrics.labels import LabelledSamples
+from hf_esm.metrics.scores import run
+from hf_esm.planning.arguments import differing_processors, find_processors
+from hf_esm.planning.options import MergeOptions
+from hf_esm.utils.fingerprints import data_identity
 
 
 PAIRS = list(zip(SENTENCES, SENTENCES[1:] + SENTENCES[:1], strict=True))
@@ -491,8 +492,8 @@ def test_a_dry_run_says_what_a_merge_would_be_and_reads_no_weight(models, tmp_pa
 
         get_tensor = refuse
 
-    monkeypatch.setattr(reader, "safe_open", Headers)
-    for checkpoint in (reader.FolderCheckpoint, reader.LiveCheckpoint):
+    monkeypatch.setattr(stored_files, "safe_open", Headers)
+    for checkpoint in (stored_files.FolderCheckpoint, stored_files.LiveCheckpoint):
         monkeypatch.setattr(checkpoint, "tensor", refuse)
         monkeypatch.setattr(checkpoint, "load_model", refuse)
     live = BERT.build()

@@ -12,10 +12,10 @@ from transformers import YolosImageProcessor
 from transformers.models.yolos.modeling_yolos import YolosObjectDetectionOutput
 
 from hf_esm import HfEsmError, Metric, compare, evaluate, merge_models
-from hf_esm.labels import LabelledSamples, load_labelled
-from hf_esm.proxies import ProxyOptions
-from hf_esm.reports import _drawn
-from hf_esm.scores import Outcome, run
+from hf_esm.data.samples import ProxyOptions
+from hf_esm.evaluation.report import _drawn
+from hf_esm.metrics.labels import LabelledSamples, load_labelled
+from hf_esm.metrics.scores import Outcome, run
 
 
 EVERYTHING = ProxyOptions(num_samples=0)

@@ -12,9 +12,9 @@ from huggingface_hub import metadata_load
 from toys import LABELS, texts, weights, write_models, write_rows
 
 from hf_esm import EssentialMerge, HfEsmError, calibrate, load_recipe, merge_models
-from hf_esm.options import MergeOptions
-from hf_esm.output import RECIPE_FILE
-from hf_esm.statistics import FILE_NAME
+from hf_esm.calibration.statistics import FILE_NAME
+from hf_esm.merging.output import RECIPE_FILE
+from hf_esm.planning.options import MergeOptions
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from tiny import forbid_calibration, snapshot
 
 from hf_esm import EssentialMerge, HfEsmError, calibrate, merge_models
-from hf_esm.passes import _side_by_side
-from hf_esm.resuming import FOLDER, Work
-from hf_esm.sizes import bytes_of
+from hf_esm.calibration import calibrator
+from hf_esm.merging.weights import _side_by_side
+from hf_esm.utils.resume import FOLDER, Work
+from hf_esm.utils.sizes import bytes_of
 
 
 EMBEDDINGS = "embeddings.word_embeddings.weight"
@@ -57,9 +58,10 @@ def test_an_interrupted_merge_goes_on(models, whole, tmp_path, monkeypatch, stag
         merge_models(**given(models), **options, callback=stop_at(stage, count))
     assert {path.name for path in tmp_path.iterdir()} == {"work"}  # nothing under the output's name
     calibrated, merged = [], []
-    collect, merge = __import__("hf_esm.calibrating").calibrating.calibrate_checkpoint, EssentialMerge.merge
+    collect, merge = calibrator.calibrate_checkpoint, EssentialMerge.merge
     monkeypatch.setattr(
-        "hf_esm.calibrating.calibrate_checkpoint", lambda *args: calibrated.append(args[5]) or collect(*args)
+        "hf_esm.calibration.calibrator.calibrate_checkpoint",
+        lambda *args: calibrated.append(args[5]) or collect(*args),
     )
     monkeypatch.setattr(EssentialMerge, "merge", lambda self, stack: merged.append(stack.name) or merge(self, stack))
     merge_models(**given(models), **options)
@@ -154,7 +156,7 @@ def test_what_else_stands_in_the_folder_stays(models, whole, tmp_path):
 def test_nothing_is_lost_where_the_output_cannot_get_its_name(models, whole, tmp_path, monkeypatch):
     options = {"output_dir": tmp_path / "out", "resume_dir": str(tmp_path / "work")}
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no"):
-        patch.setattr("hf_esm.merge.publish_folder", lambda *args: (_ for _ in ()).throw(OSError("no")))
+        patch.setattr("hf_esm.merging.merge.publish_folder", lambda *args: (_ for _ in ()).throw(OSError("no")))
         merge_models(**given(models), **options)
     merged = []
     patched = EssentialMerge.merge

@@ -24,7 +24,7 @@ from toys import base_model, classifier, lora_adapter
 from transformers import AutoModel
 
 from hf_esm import HfEsmError, RoutedModel, calibrate, load_recipe
-from hf_esm.experts import FEATURES
+from hf_esm.routing.experts import FEATURES
 
 
 CHECKED = ("encoder.layer.1.attention.self.query", "encoder.layer.0.output.dense")
@@ -216,7 +216,7 @@ def test_half_of_a_change_is_never_left(routed, models, statistics, tmp_path, mo
         assert (folder / "routed" / "adapter_model.safetensors").is_file()
         raise OSError("no space left")
 
-    monkeypatch.setattr("hf_esm.changes.write_hashes", fail)
+    monkeypatch.setattr("hf_esm.routing.editing.write_hashes", fail)
     with pytest.raises(OSError, match="no space"):
         routed.add_expert("c", models / "c", statistics["c"], output_dir=tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -29,8 +29,8 @@ from routed import (
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from hf_esm.experts import expert_factors
-from hf_esm.routers import _fit, fit_discriminant
+from hf_esm.routing.discriminant import _fit, fit_discriminant
+from hf_esm.routing.experts import expert_factors
 
 
 kinds = pytest.mark.parametrize("kind", KINDS)

@@ -22,7 +22,7 @@ from toys import LABELS, write_rows
 from transformers import AutoModel, AutoTokenizer
 
 from hf_esm import HfEsmError, RoutedModel, calibrate, evaluate
-from hf_esm.cli import main
+from hf_esm.cli.parser import main
 
 
 TEXTS = [*task_texts("a", 7, 4), *task_texts("b", 8, 4)]

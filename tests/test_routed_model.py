@@ -55,7 +55,7 @@ from hf_esm import (
     load_task_model,
     merge_models,
 )
-from hf_esm.batches import collate
+from hf_esm.data.batches import collate
 from hf_esm.tuners.routed import recording
 from hf_esm.tuners.routed.model import _Uncompiled
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AlignConfig, AlignModel
 
 from hf_esm import HfEsmError, RoutedModel, calibrate, merge_models
+from hf_esm.architecture import tower_of, towers
 from hf_esm.tuners.routed import decide, recording, route
-from hf_esm.weights import tower_of, towers
 
 
 # With projections behind each tower, without, and behind both at once.

@@ -3,7 +3,7 @@
 import pytest
 
 from hf_esm import HfEsmError
-from hf_esm.sizes import bytes_of, readable
+from hf_esm.utils.sizes import bytes_of, readable
 
 
 @pytest.mark.parametrize(

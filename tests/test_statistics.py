@@ -9,9 +9,9 @@ from problems import exact, factored, random_problem, relative_error, seeds, sha
 from safetensors.torch import load_file, save_file
 
 from hf_esm import ActivationStatistics, HfEsmError
-from hf_esm.calibration import _Accumulator
+from hf_esm.calibration.recorder import _Accumulator
+from hf_esm.calibration.statistics import FILE_NAME, InputStatistics, Provenance
 from hf_esm.linalg import essential_subspace
-from hf_esm.statistics import FILE_NAME, InputStatistics, Provenance
 
 
 WIDE, TALL = (9, 20, 16, 2), (50, 20, 16, 2)  # fewer tokens than features, and more
@@ -119,7 +119,7 @@ def test_a_failed_save_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeyp
     def full(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(f"hf_esm.statistics.{failing}", full)
+    monkeypatch.setattr(f"hf_esm.calibration.statistics.{failing}", full)
     for folder in ("old", "new"):
         with pytest.raises(OSError, match="disk full"):
             replace(statistics, provenance=Provenance("other")).save(tmp_path / folder)

@@ -52,7 +52,7 @@ def save_models(folder: Path) -> SimpleNamespace:
 def forbid_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, an expert that is run over its samples fails the test."""
     monkeypatch.setattr(
-        "hf_esm.calibrating.collect_statistics", lambda *_, **__: pytest.fail("calibrated before the check")
+        "hf_esm.calibration.calibrator.collect_statistics", lambda *_, **__: pytest.fail("calibrated before the check")
     )
 
 

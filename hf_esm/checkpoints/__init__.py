@@ -1,9 +1,9 @@
 """Where weights come from (a Hub id at a pinned commit, a folder, a live model, a LoRA adapter) and go (a folder)."""
 
-from .lora import LoraCheckpoint
-from .reader import Checkpoint, FolderCheckpoint, LiveCheckpoint
+from .adapters import LoraCheckpoint
+from .conversion import publish_folder, staging_folder, write_plan
 from .sources import ModelSource, open_checkpoint, resolve_class, resolve_source, whole_folder
-from .writer import publish_folder, staging_folder, write_plan
+from .stored import Checkpoint, FolderCheckpoint, LiveCheckpoint
 
 
 __all__ = [

@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..errors import HfEsmError
-from .lora import LoraCheckpoint
-from .reader import Checkpoint, FolderCheckpoint, LiveCheckpoint, TensorFiles, stored_dtype
+from .adapters import LoraCheckpoint
+from .stored import Checkpoint, FolderCheckpoint, LiveCheckpoint, TensorFiles, stored_dtype
 
 
 @dataclass

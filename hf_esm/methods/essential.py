@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..calibration.statistics import InputStatistics
 from ..errors import HfEsmError
 from ..linalg import essential_subspace, norm, polar_factor, truncated_svd, working_dtype
-from ..statistics import InputStatistics
 from .singular_vectors import TOLERANCE, check_tolerance, merge_singular_vectors
 from .stack import Merged, MergeMethod, Stack, mean_update
 

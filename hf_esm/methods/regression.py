@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..calibration.statistics import InputStatistics
 from ..errors import HfEsmError
 from ..linalg import significant
-from ..statistics import InputStatistics
 from .stack import Merged, MergeMethod, Stack, mean_update
 
 

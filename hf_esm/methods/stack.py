@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import Tensor
 
+from ..calibration.statistics import InputStatistics
 from ..errors import HfEsmError
-from ..statistics import InputStatistics
 
 
 @dataclass

@@ -1,12 +1,6 @@
 """PEFT methods of our own. Importing them registers them, so that PEFT and Transformers load their adapters."""
 
-from .essential import (
-    EssentialComponentsConfig,
-    EssentialComponentsModel,
-    essential_components,
-    fuse_components,
-)
-from .lora_export import write_lora_adapter
+from .essential import EssentialComponentsConfig, EssentialComponentsModel
 from .registration import HfEsmPeftType
 from .routed import RoutedExpertsConfig, RoutedExpertsModel, recording, route
 
@@ -17,9 +11,6 @@ __all__ = [
     "HfEsmPeftType",
     "RoutedExpertsConfig",
     "RoutedExpertsModel",
-    "essential_components",
-    "fuse_components",
     "recording",
     "route",
-    "write_lora_adapter",
 ]

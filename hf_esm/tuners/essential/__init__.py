@@ -1,9 +1,7 @@
 """One task's essential components as an adapter: the truncated essential subspace decomposition of its update."""
 
 from ..registration import HfEsmPeftType, register
-from .components import essential_components
 from .config import EssentialComponentsConfig
-from .fusion import fuse_components
 from .layer import EssentialComponentsLayer, EssentialComponentsLinear
 from .model import EssentialComponentsModel
 
@@ -13,8 +11,6 @@ __all__ = [
     "EssentialComponentsLayer",
     "EssentialComponentsLinear",
     "EssentialComponentsModel",
-    "essential_components",
-    "fuse_components",
 ]
 
 register(HfEsmPeftType.ESSENTIAL_COMPONENTS, EssentialComponentsConfig, EssentialComponentsModel)

@@ -14,8 +14,8 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...architecture import tower_of, towers
 from ...errors import HfEsmError
-from ...weights import tower_of, towers
 from .config import RoutedExpertsConfig
 from .layer import NOT_MERGEABLE, RoutedExpertsLayer, RoutedExpertsLinear
 from .routing import (

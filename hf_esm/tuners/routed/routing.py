@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ...architecture import towers
 from ...errors import HfEsmError
-from ...weights import towers
 from .capturing import capture_once
 from .checkpointing import keep_routes
 

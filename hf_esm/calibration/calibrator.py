@@ -1,0 +1,181 @@
+"""Statistics of checkpoints: each is loaded where it fits, run over its samples, and let go."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Optional
+
+import torch
+from accelerate import Accelerator
+
+from ..architecture import matrix_names
+from ..checkpoints import Checkpoint, open_checkpoint, resolve_source
+from ..data.rows import read_rows
+from ..data.samples import ProxyOptions, Sample, encode
+from ..errors import HfEsmError
+from ..planning.arguments import first_processor
+from ..planning.options import MergeOptions
+from ..planning.plan import MergePlan
+from ..utils.distributed import default_accelerator, together
+from .placement import needs_spill, placement
+from .recorder import Reading, collect_statistics, pooled_inputs
+from .statistics import ActivationStatistics, Provenance
+
+
+# The options of a merge that mean something here, beside those of `ProxyOptions`.
+_OPTIONS = {f.name for f in fields(ProxyOptions)} | {"allow_pickle", "trust_remote_code", "progress", "max_memory"}
+
+
+def calibrate(
+    model: Any,
+    data: Any,
+    *,
+    base: Any = None,
+    processor: Any = None,
+    token: Optional[str | bool] = None,
+    accelerator: Optional[Accelerator] = None,
+    batch_size: int = 8,
+    **options: Any,
+) -> ActivationStatistics:
+    """Collect one expert's activation statistics, to save beside its weights: then merging it needs no data.
+
+    Args:
+        model: the expert: a Hub id, a folder, a live model, or a LoRA adapter.
+        data: unlabelled samples, as `calibration` of `merge_models`.
+        base: the base model: needed if the expert is a LoRA adapter; otherwise, with it the statistics also hold what
+            a router of ESM++ is made from.
+        options: fields of `ProxyOptions`: `num_samples`, `seed`, `max_length`, `columns`; and of `MergeOptions`:
+            `allow_pickle`, `trust_remote_code`, `progress`, `max_memory`.
+
+    Returns statistics with `save`; the same on every process.
+    """
+    if unknown := options.keys() - _OPTIONS:
+        raise TypeError(f"calibrate has no argument {sorted(unknown)[0]!r}")
+    options = MergeOptions(batch_size=batch_size, **options)
+    open_options = (token, options.allow_pickle, options.trust_remote_code)
+    sources = [resolve_source(model, "model", *open_options)]
+    if base is not None:
+        sources.append(resolve_source(base, "base", *open_options))
+    elif sources[0].is_adapter:
+        raise HfEsmError(f"{sources[0].title} is a PEFT adapter: name the base model that it belongs to, too.")
+    over = open_checkpoint(sources[1]) if base is not None else None
+    expert = open_checkpoint(sources[0], over)
+    accelerator = accelerator or default_accelerator()
+    processor = processor or first_processor(sources, options.trust_remote_code)
+    samples = encode(read_rows(data, "data", options), processor, expert.config, "data", options)
+    with TemporaryDirectory() as folder:
+        pooled = pool_inputs(over, {over.title: samples} if over else {}, options, accelerator, Path(folder))
+        title = expert.source or "model"
+        statistics = calibrate_checkpoint(expert, samples, options, accelerator, Path(folder), title)
+    statistics.pooled = pooled[over.title] if over else {}
+    return statistics
+
+
+def calibrate_experts(
+    plan: MergePlan,
+    samples: dict[str, list[Sample]],
+    options: MergeOptions,
+    accelerator: Accelerator,
+    scratch: Path,
+    with_base: bool,
+    progress: Callable[[Iterable], Iterable],
+) -> dict[str, ActivationStatistics]:
+    """The statistics of every expert that has samples, one model in memory at a time; each is a file when the next
+    begins. Those that an interrupted merge left in `resume_dir` are taken from there.
+
+    Args:
+        scratch: folder for what is not kept in `statistics_dir`.
+        with_base: whether what the base's blocks read belongs to them.
+    """
+    kept = Path(options.statistics_dir).expanduser() if options.statistics_dir else None
+    direct = kept and not options.resume_dir
+    paths = {t: kept / f"{t}.safetensors" if direct else scratch / f"statistics-{t}.safetensors" for t in samples}
+    done = {task for task, path in paths.items() if options.resume_dir and path.is_file()}
+    waiting = {task: rows for task, rows in samples.items() if task not in done}
+    pooled = pool_inputs(plan.base, waiting if with_base else {}, options, accelerator, scratch)
+    readings: dict[Any, Reading] = {}
+    for task, rows in progress(waiting.items()):
+        found = calibrate_checkpoint(plan.experts[task], rows, options, accelerator, scratch, task, readings)
+        found.pooled = pooled.get(task, {})
+        with together(accelerator):
+            if accelerator.is_main_process:
+                found.save(paths[task], compact=kept is not None)
+        del found
+    if kept and options.resume_dir:
+        with together(accelerator):
+            for task, path in paths.items() if accelerator.is_main_process else ():
+                kept.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, kept / f"{task}.partial")
+                os.replace(kept / f"{task}.partial", kept / f"{task}.safetensors")
+        paths = {task: kept / f"{task}.safetensors" for task in paths}
+    return {task: ActivationStatistics.load(path) for task, path in paths.items()}
+
+
+def pool_inputs(
+    base: Checkpoint,
+    samples: dict[str, list[Sample]],
+    options: MergeOptions,
+    accelerator: Accelerator,
+    folder: Path,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What every block of the base reads, by task; the base is loaded for it, if there are tasks, and let go."""
+    if not samples:
+        return {}
+    with together(accelerator), TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as spill:
+        model = base.load_model(**placement(base, accelerator, options.max_memory, Path(spill)))
+        return {
+            task: pooled_inputs(
+                model,
+                rows,
+                accelerator=accelerator,
+                batch_size=options.batch_size,
+                title=task,
+                progress=options.progress,
+            )
+            for task, rows in samples.items()
+        }
+
+
+def calibrate_checkpoint(
+    expert: Checkpoint,
+    samples: list[Sample],
+    options: MergeOptions,
+    accelerator: Accelerator,
+    folder: Path,
+    title: str,
+    readings: Optional[dict[Any, Reading]] = None,
+) -> ActivationStatistics:
+    """Load an expert, run it over its samples, and let it go.
+
+    `folder` takes what memory does not: weights that do not fit, and factors that do not fit beside the weights. Its
+    files are without a name, and go when the statistics do.
+    """
+    provenance = Provenance(expert.source, expert.revision, len(samples), options.seed)
+    with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as spill:
+        with together(accelerator):
+            place = placement(expert, accelerator, options.max_memory, Path(spill))
+            crowded = place or needs_spill(expert, samples, accelerator, options.max_memory)
+            model = expert.load_model(**place)
+        statistics = collect_statistics(
+            model,
+            samples,
+            accelerator=accelerator,
+            batch_size=options.batch_size,
+            title=title,
+            provenance=provenance,
+            progress=options.progress,
+            folder=Path(spill) if crowded else None,
+            readings=readings,
+        )
+    linear = expert.linear
+    matrices = (m for name in expert.names for m in (matrix_names(name, linear[name]) if name in linear else [name]))
+    for name in matrices:  # from the first layer on: what it spoils comes after it
+        if name in statistics.entries and not statistics.entries[name].mean.isfinite().all():
+            raise HfEsmError(
+                f"{expert.title}: on its samples, '{name}' reads NaN or infinite values. If the model is stored in "
+                "float16, save it in float32 and merge that; else it is broken."
+            )
+    return statistics

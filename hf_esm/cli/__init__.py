@@ -1,0 +1,6 @@
+"""The command line."""
+
+from .parser import main
+
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""Measuring merged models: folders and rows in, scores, comparisons and reports out."""

@@ -1,0 +1,1 @@
+"""A folder on its way to the Hub: its card, its hashes, its upload."""

@@ -1,0 +1,94 @@
+"""What a merge wrote, uploaded to the Hub: the whole folder, or its routed adapter alone."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
+from peft import PeftConfig
+
+from ..checkpoints import staging_folder
+from ..data.rows import PROXIES_FOLDER
+from ..errors import HfEsmError
+from ..planning.heads import FOLDER as HEADS_FOLDER
+from ..routing.experts import FEATURES, FOLDER
+from .cards import write_adapter_card
+from .hashes import read_hashes
+
+
+def check_routed(folder: Path, title: str) -> None:
+    if not (folder / FOLDER / "adapter_config.json").is_file():
+        raise HfEsmError(f"{title}: no experts in {FOLDER}/. It takes a model that method 'esm++' or 'tsv-c' wrote.")
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    base_model: Optional[str] = None,
+    private: Optional[bool] = None,
+    token: Optional[str | bool] = None,
+    revision: Optional[str] = None,
+    **kwargs: Any,
+) -> Any:
+    """Upload a merged model's folder, or, with `base_model`, its routed adapter alone.
+
+    Raises:
+        HfEsmError: if the Hub refuses it, the repository is public and a private one is wanted, or `base_model` is not
+            the static model that the adapter fits.
+    """
+    if base_model is not None:
+        check_routed(folder, str(folder))
+    api = HfApi(token=token)
+    try:
+        if base_model is not None:
+            _check_same_weights(api, base_model, folder)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id).private:
+            raise HfEsmError(f"{repo_id} is there already, and public. Make it private, or choose another name.")
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        upload = partial(api.upload_folder, repo_id=repo_id, revision=revision)
+        if base_model is None:
+            ignored = kwargs.pop("ignore_patterns", None) or []
+            ignored = [f"{PROXIES_FOLDER}/*", *([ignored] if isinstance(ignored, str) else ignored)]
+            gone = {"delete_patterns": [f"{HEADS_FOLDER}/*", f"{FOLDER}/*"]}  # of tasks that are here no more
+            return upload(folder_path=folder, ignore_patterns=ignored, **gone | kwargs)
+        with staging_folder(folder.parent / f"{folder.name}-adapter") as staging:
+            shutil.copytree(folder / FOLDER, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FEATURES))
+            config = PeftConfig.from_pretrained(str(staging))
+            config.base_model_name_or_path = base_model
+            config.save_pretrained(str(staging))
+            write_adapter_card(staging, config)
+            return upload(folder_path=staging, **kwargs)
+    except HfEsmError:
+        raise
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
+        raise HfEsmError(f"{repo_id}: the Hub refuses it: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        if isinstance(error, (OSError, TypeError, ValueError)) and not isinstance(error, ConnectionError):
+            raise  # a full disk, a folder that is not there, an argument that `upload_folder` has not
+        raise HfEsmError(f"{repo_id}: the connection to the Hub broke ({error}). Push again.") from error
+
+
+def _check_same_weights(api: HfApi, base_model: str, folder: Path) -> None:
+    """Raise if a model on the Hub is not the static model in `folder`, as far as its files' hashes tell."""
+    try:
+        files = api.model_info(base_model, files_metadata=True).siblings
+    except RepositoryNotFoundError:
+        raise HfEsmError(f"{base_model}: not on the Hub, or private. Push the static model there first.") from None
+    except HFValidationError:
+        raise HfEsmError(
+            f"{base_model}: no id of a model on the Hub. Name it as owner/name, without a revision."
+        ) from None
+    hosted = {file.rfilename: file.lfs and file.lfs.sha256 for file in files}
+    for name, digest in read_hashes(folder, str(folder)).items():
+        if name.startswith("model") and hosted.get(name, "none") not in (None, digest):
+            raise HfEsmError(f"{base_model}: its {name} is not that of {folder}, which the experts fit. Push that.")

@@ -1,0 +1,199 @@
+"""Pictures of scores. They take plain data, so that any table of results can be drawn."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import HfEsmError
+
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; as many methods as there are colours fit.
+COLOURS = ("#999999", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#F0E442", "#0072B2")
+AVERAGE = "average"
+BARS_WITH_NUMBERS = 48  # more bars than that stand too close for a number above each
+
+
+def plot_task_scores(
+    scores: Mapping[str, Mapping[str, float]],
+    reference: Mapping[str, float],
+    path: str | os.PathLike,
+    title: str,
+    *,
+    ylabel: str = "test accuracy",
+    reference_label: str = "expert of the task",
+) -> Path:
+    """Grouped bars: one group per task and one for their average, one bar per method, the reference as a line.
+
+    Args:
+        scores: `{method: {task: score}}`, scores as shares (1 = 100 %); every method scores the same tasks.
+        reference: `{task: score}`, what a method could reach at best, such as the task's own expert. Its order is
+            that of the groups.
+        path: file to write; its suffix decides the format (`.png`, `.svg`, `.pdf`).
+        title: stands above the picture.
+        ylabel: what the scores measure.
+        reference_label: what the reference is.
+
+    Returns the path. Needs matplotlib, whose global state (backend, open figures) is left alone.
+
+    Raises:
+        HfEsmError: without matplotlib; if there is nothing to draw; if a method lacks a task.
+    """
+    figure_class = require_matplotlib()
+    tasks, methods = list(reference), list(scores)
+    if not tasks or not methods:
+        raise HfEsmError("There is nothing to draw: give at least one method and one task.")
+    if len(methods) > len(COLOURS):
+        raise HfEsmError(f"{len(methods)} methods do not fit in one picture; {len(COLOURS)} do.")
+    for method, found in scores.items():
+        if lacking := [task for task in tasks if task not in found]:
+            raise HfEsmError(f"Method {method!r} has no score for the task {lacking[0]!r}.")
+
+    groups, references = [*tasks, AVERAGE], _with_average(reference, tasks)
+    places = [*range(len(tasks)), len(tasks) + 0.25]  # the average stands a little apart
+    width = 0.8 / len(methods)
+    numbered = len(methods) * len(groups) <= BARS_WITH_NUMBERS
+    inches = max(7.0, 1.6 + (0.36 if numbered else 0.2) * len(groups) * max(len(methods), 3))
+    figure = figure_class(figsize=(inches, 4.8), dpi=150)
+    axes = figure.add_subplot()
+    for i, method in enumerate(methods):
+        heights = _with_average(scores[method], tasks)
+        left = [place - 0.4 + (i + 0.5) * width for place in places]
+        bars = axes.bar(left, heights, 0.92 * width, color=COLOURS[i], label=method, zorder=2)
+        for bar, height, best in zip(bars, heights, references, strict=True):
+            if numbered:
+                # Inside the bar, unless it is too low or the reference would run through the number.
+                inside = height > 0.08 and not height - 0.06 < best < height
+                axes.annotate(
+                    f"{100 * height:.0f}",
+                    (bar.get_x() + bar.get_width() / 2, max(height, 0.0)),
+                    xytext=(0, -3 if inside else 2),
+                    textcoords="offset points",
+                    ha="center",
+                    va="top" if inside else "bottom",
+                    fontsize=8,
+                    zorder=4,
+                )
+    ends = [(place - 0.42, place + 0.42) for place in places]
+    axes.hlines(references, *zip(*ends), color="black", lw=1.6, label=reference_label, zorder=3)
+
+    lowest = min(0.0, *(value for found in scores.values() for value in found.values()))
+    axes.set_ylim(lowest, 1.05)
+    axes.set_yticks([i / 5 for i in range(6)])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes.set_xlim(places[0] - 0.6, places[-1] + 0.6)
+    axes.set_xticks(places, groups, rotation=30 if len(tasks) > 10 else 0)
+    axes.get_xticklabels()[-1].set_fontweight("bold")
+    axes.set_ylabel(ylabel)
+    columns = min(len(methods) + 1, int(inches / 1.9))
+    rows = -(-(len(methods) + 1) // columns)
+    axes.set_title(title, loc="left", fontweight="bold", pad=12 + 18 * rows)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, frameon=False, columnspacing=1.4)
+    axes.grid(axis="y", color="#dddddd", lw=0.8, zorder=0)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return _written(figure, path)
+
+
+def require_matplotlib() -> Any:
+    """Matplotlib's `Figure`, drawing with Agg.
+
+    A bare figure, rather than one of pyplot's, needs no display and no choice of backend, and goes away by itself.
+
+    Raises:
+        HfEsmError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise HfEsmError("Drawing needs matplotlib, which is not installed: pip install hf_esm[demo]") from None
+
+    def figure(**options: Any) -> Figure:
+        made = Figure(**options)
+        FigureCanvasAgg(made)
+        return made
+
+    return figure
+
+
+def _with_average(scores: Mapping[str, float], tasks: list[str]) -> list[float]:
+    values = [float(scores[task]) for task in tasks]
+    return [*values, sum(values) / len(values)]
+
+
+def plot_alpha_curves(
+    curves: Mapping[str, Mapping[float, float]], path: str | os.PathLike, title: str, ylabel: str
+) -> Path:
+    """Lines: the mean validation score by α, `{method: {alpha: score}}`, with a mark at the best of each."""
+    figure, axes = _axes(require_matplotlib(), title)
+    for colour, (method, scores) in zip(COLOURS, curves.items(), strict=False):
+        places = sorted(scores)
+        axes.plot(places, [scores[alpha] for alpha in places], color=colour, lw=1.6, label=method)
+        best = max(places, key=lambda alpha: scores[alpha])
+        axes.plot([best], [scores[best]], "o", color=colour, ms=5)
+    axes.set_xlabel("α")
+    axes.set_ylabel(f"{ylabel} on validation rows")
+    return _save(figure, axes, path)
+
+
+def plot_energy(energies: Mapping[str, Any], path: str | os.PathLike, title: str) -> Path:
+    """Lines: the share of the output shift's energy that is kept, `{kind: [(rank as a share, energy), …]}`."""
+    figure, axes = _axes(require_matplotlib(), title)
+    for colour, (kind, points) in zip(COLOURS[1:], energies.items(), strict=False):
+        axes.plot(*zip(*points), "o-", color=colour, lw=1.6, ms=4, label=f"{kind} directions")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("rank, as a share of the smaller side")
+    axes.set_ylabel("energy kept")
+    axes.set_ylim(0, 1.05)
+    return _save(figure, axes, path)
+
+
+def plot_matrix(
+    values: Sequence[Sequence[float]],
+    names: Sequence[str],
+    path: str | os.PathLike,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+) -> Path:
+    """A heat map of shares, `[T, T]` in [0, 1], rows from top to bottom, with the shares in percent written in."""
+    size = 2.2 + 0.62 * len(names)
+    figure = require_matplotlib()(figsize=(size, size), dpi=150)
+    axes = figure.add_subplot()
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=1)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color="white" if value > 0.5 else "black")
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return _written(figure, path)
+
+
+def _axes(figure_class: Any, title: str) -> tuple[Any, Any]:
+    figure = figure_class(figsize=(7.0, 4.2), dpi=150)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.grid(color="#dddddd", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, axes: Any, path: str | os.PathLike) -> Path:
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    return _written(figure, path)
+
+
+def _written(figure: Any, path: str | os.PathLike) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
+    return path

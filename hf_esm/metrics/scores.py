@@ -1,0 +1,140 @@
+"""What a model scored: outputs on one task's rows, and scores by task beside the experts'."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import HfEsmError
+from .labels import LabelledSamples
+from .maps import overlaps_of
+from .metric import ACCURACY, Metric, check_answers, outputs_of, read_outputs
+from .outputs import texts_of
+
+
+@dataclass
+class Outcome:
+    """What a model put out on one task's rows, beside what was right.
+
+    Attributes:
+        metric: what makes a score of it.
+        outputs: as the metric reads them; see `metrics.Metric`.
+        labels: as in `labels.LabelledSamples`; of texts, the right ones of each row; with `metric.read`, references.
+        routed_to: `[N]` names, of a routed model: the task that each row was likeliest taken for.
+    """
+
+    metric: Metric
+    outputs: Tensor | list[Any]
+    labels: Tensor | list[Any]
+    routed_to: list[str] = field(default_factory=list)
+
+    @property
+    def score(self) -> float:
+        return float(self.metric.score(self.outputs, self.labels))
+
+    def resampled(self, rows: Tensor) -> float:
+        """The score on other rows (`[N]` int64, with repetition)."""
+        if self.metric.compares_lists:
+            return float(self.metric.score([self.outputs[i] for i in rows], [self.labels[i] for i in rows]))
+        return float(self.metric.score(self.outputs[rows], self.labels[rows]))
+
+
+def run(model: PreTrainedModel, data: LabelledSamples, metric: Metric = ACCURACY, batch_size: int = 32) -> Outcome:
+    """A model's outputs on labelled samples, if the metric can read them."""
+    if metric.reads_texts:
+        return Outcome(metric, texts_of(model, data, batch_size), data.texts)
+    if metric.reads_maps:
+        return Outcome(metric, overlaps_of(model, data.samples, data.maps, batch_size), data.labels)
+    if metric.read is not None:
+        return Outcome(metric, read_outputs(model, data.samples, metric, batch_size), data.references)
+    check_answers(model, metric)
+    outputs = outputs_of(model, data.samples, metric, batch_size)
+    if metric.needs_labels and outputs.shape != data.labels.shape:
+        raise HfEsmError(
+            f"{type(model).__name__} gives answers of shape {tuple(outputs.shape[1:])} per row, but the labels are of "
+            f"shape {tuple(data.labels.shape[1:])}. Give one label for each answer."
+        )
+    return Outcome(metric, outputs, data.labels)
+
+
+def accuracy(model: PreTrainedModel, data: LabelledSamples, batch_size: int = 32) -> float:
+    """Share of samples whose class is right, in [0, 1]."""
+    return run(model, data, ACCURACY, batch_size).score
+
+
+@dataclass
+class Scores:
+    """A model's scores by task, beside the expert's own where it was measured.
+
+    Attributes:
+        model: score of the model; accuracy is in [0, 1].
+        expert: of each task's own expert.
+        routing: of a routed model, the share of the task's samples that the router took for it.
+        metric: name of the metric.
+        higher_is_better: whether more of it is better.
+        outcomes: what the model's scores were computed from.
+    """
+
+    model: dict[str, float]
+    expert: dict[str, float]
+    routing: dict[str, float] = field(default_factory=dict)
+    metric: str = ACCURACY.name
+    higher_is_better: bool = True
+    outcomes: dict[str, Outcome] = field(default_factory=dict, repr=False)
+
+    @property
+    def average(self) -> float:
+        return sum(self.model.values()) / len(self.model)
+
+    @property
+    def normalised(self) -> Optional[float]:
+        """Mean over tasks of the score divided by the expert's (the other way round where less is better); None where
+        what it is divided by is not above 0 in every task.
+        """
+        return normalised(self.model, self.expert, self.higher_is_better)
+
+    def shown(self, score: Optional[float]) -> str:
+        """A score as tables show it: accuracy in percent."""
+        if score is None:
+            return ""
+        return f"{100 * score:.1f}" if self.metric == ACCURACY.name else f"{score:.3f}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric,
+            "model": self.model,
+            "expert": self.expert,
+            "average": self.average,
+            "normalised": self.normalised,
+            **({"routing": self.routing} if self.routing else {}),
+        }
+
+    def __str__(self) -> str:
+        width = max(len(task) for task in [*self.model, "average"])
+        title = max(len(self.metric), 8)
+        lines = [
+            f"{'task':{width}}  {self.metric:>{title}}"
+            + ("  expert" if self.expert else "")
+            + ("  task found" if self.routing else "")
+        ]
+        for task, score in self.model.items():
+            beside = f"  {self.shown(self.expert[task]):>6}" if task in self.expert else ""
+            found = f"  {100 * self.routing[task]:10.1f}" if task in self.routing else ""
+            lines.append(f"{task:{width}}  {self.shown(score):>{title}}{beside}{found}")
+        lines.append(f"{'average':{width}}  {self.shown(self.average):>{title}}")
+        if self.normalised is not None:
+            lines[-1] += f"  ({100 * self.normalised:.1f} % of the experts)"
+        return "\n".join(lines)
+
+
+def normalised(
+    model: Mapping[str, float], expert: Mapping[str, float], higher_is_better: bool = True
+) -> Optional[float]:
+    """See `Scores.normalised`."""
+    if not all(expert.get(task, 0) > 0 and (higher_is_better or score > 0) for task, score in model.items()):
+        return None
+    if higher_is_better:
+        return sum(score / expert[task] for task, score in model.items()) / len(model)
+    return sum(expert[task] / score for task, score in model.items()) / len(model)

@@ -1,0 +1,81 @@
+"""A recipe is the arguments of `merge_models` written down in YAML."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import HfEsmError
+from ..merging.output import RECIPE_VERSION, absolute_path
+from .options import MergeOptions
+
+
+_MODELS_AND_DATA = ("base", "experts", "calibration", "validation")
+_COMPARED = ("methods", "test", "seeds", "num_test")
+_WRITTEN_ONLY = ("recipe_version", "hf_esm_version")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where plain YAML forgets the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[str, Any]:
+    """Read a recipe: `merge_models(**load_recipe("recipe.yaml"))`, or `compare` with `for_comparison=True`.
+
+    Relative paths in it are taken from the folder that it stands in, where such a file or folder exists. What only
+    `compare` reads (`methods`, `test`, `seeds`, `num_test`) is left out for a merge.
+
+    Raises:
+        HfEsmError: if it is missing, not YAML, of another format version, or has a key that `merge_models` lacks.
+    """
+    path = Path(path)
+    try:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except OSError as error:
+        raise HfEsmError(f"{path}: cannot read the recipe ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise HfEsmError(f"{path}: no text, so no recipe.") from None
+    except yaml.YAMLError as error:
+        raise HfEsmError(f"{path}: not a valid recipe: {error}") from None
+    if not isinstance(recipe, dict):
+        raise HfEsmError(f"{path}: a recipe has keys such as base, experts, calibration and method.")
+    version = recipe.get("recipe_version", RECIPE_VERSION)
+    if version != RECIPE_VERSION:
+        raise HfEsmError(
+            f"{path}: recipe version {version}, written by hf_esm {recipe.get('hf_esm_version', '?')}; this one reads "
+            f"version {RECIPE_VERSION}. Use that hf_esm."
+        )
+    recipe = {key: value for key, value in recipe.items() if key not in _WRITTEN_ONLY}
+    if not for_comparison:  # one recipe serves both
+        recipe = {key: value for key, value in recipe.items() if key not in _COMPARED}
+    known = [*_MODELS_AND_DATA, *(field.name for field in fields(MergeOptions))]
+    known += _COMPARED if for_comparison else ()
+    if unknown := [key for key in recipe if key not in known]:
+        raise HfEsmError(f"{path}: there is no setting {unknown[0]!r}; there are {', '.join(known)}.")
+    for key in ("base", "experts"):
+        if key not in recipe:
+            raise HfEsmError(f"{path}: the recipe has no {key!r}.")
+    return {key: _from_folder(key, value, path.parent) for key, value in recipe.items()}
+
+
+def _from_folder(key: str, value: Any, folder: Path) -> Any:
+    """The value of one key with its relative paths taken from `folder`."""
+    if key == "base" or (key in ("calibration", "validation") and isinstance(value, str)):
+        return absolute_path(value, folder)
+    if key in (*_MODELS_AND_DATA, "test") and isinstance(value, Mapping):
+        return {task: absolute_path(entry, folder) for task, entry in value.items()}
+    if key == "experts" and isinstance(value, list):  # paths, or pairs of a name and a path
+        return [
+            [*e[:-1], absolute_path(e[-1], folder)] if isinstance(e, list) and e else absolute_path(e, folder)
+            for e in value
+        ]
+    return value

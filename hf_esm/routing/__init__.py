@@ -1,0 +1,1 @@
+"""A model that routes each sample to experts: loading, predicting, editing, saving."""

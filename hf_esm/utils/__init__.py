@@ -1,0 +1,1 @@
+"""What every wing may use and that knows nothing of models: processes, devices, folders, fingerprints, sizes."""

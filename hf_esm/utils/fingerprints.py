@@ -1,0 +1,65 @@
+"""What tells one input from another without reading it all: for caches, and for work that is gone on with."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from datasets.fingerprint import Hasher
+
+from ..checkpoints import ModelSource
+
+
+def model_identity(source: ModelSource) -> Any:
+    """A model's commit on the Hub, the sizes and times of its files, or a hash of its weights if it is a live one."""
+    if source.model is not None:
+        return Hasher.hash({name: tensor.detach().cpu() for name, tensor in source.model.state_dict().items()})
+    if source.revision is not None:
+        return [source.repo_id, source.revision]
+    return _files(Path(source.folder))
+
+
+def data_identity(data: Any) -> Any:
+    """The same for data: files by size and time, everything else by a hash of its content."""
+    if isinstance(data, (str, os.PathLike)):
+        return _files(Path(data).expanduser()) or str(data)
+    if isinstance(data, Mapping) and not isinstance(data.get("path"), (str, os.PathLike)):
+        return {name: data_identity(value) for name, value in data.items()}
+    if isinstance(data, Mapping):  # for `datasets.load_dataset`, or a file with what is said of it
+        named = data.get("data_files") or []
+        named = list(named.values()) if isinstance(named, Mapping) else named
+        places = [data["path"], *([named] if isinstance(named, str) else named)]
+        places = [place for entry in places for place in ([entry] if isinstance(entry, (str, os.PathLike)) else entry)]
+        return [Hasher.hash(dict(data)), [_files(Path(place).expanduser()) for place in places]]
+    return Hasher.hash(data)
+
+
+def code_identity(function: Any) -> Any:
+    """The same for a function, or an object that holds some: what it is made of, and the file of the module that it is
+    imported from, whose other functions it may call. What the running script itself defines is known by its code.
+    """
+    if not callable(function) and is_dataclass(function):
+        return [code_identity(getattr(function, field.name)) for field in fields(function)]
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    file = getattr(module, "__file__", None) if getattr(module, "__name__", "__main__") != "__main__" else None
+    return [Hasher.hash(function), _files(Path(file)) if file and callable(function) else None]
+
+
+def processor_identity(processor: Any) -> Any:
+    """The kind, vocabulary and settings of a tokenizer, processor or extractor, whatever it has been used for."""
+    parts = [processor, getattr(processor, "tokenizer", None)]
+    vocabularies = [Hasher.hash(sorted(part.get_vocab().items())) for part in parts if hasattr(part, "get_vocab")]
+    settings = [part.to_dict() for part in parts if hasattr(part, "to_dict")]
+    return [type(processor).__name__, getattr(processor, "name_or_path", None), vocabularies, settings]
+
+
+def fingerprint(*parts: Optional[Any]) -> str:
+    """A short name for all of these together."""
+    return Hasher.hash(parts)
+
+
+def _files(place: Path) -> list[tuple[str, int, int]]:
+    paths = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    return [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]

@@ -1,0 +1,39 @@
+"""Sizes as people write them. (Accelerate's own reader takes `4gb` for bits.)"""
+
+import math
+import re
+from contextlib import suppress
+from numbers import Real
+from typing import Any
+
+from ..errors import HfEsmError
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def bytes_of(size: Any, what: str) -> int:
+    """`"16GB"`, `"512 MiB"`, `"1e9"` or a number, in bytes.
+
+    Raises:
+        HfEsmError: if it is no size, or none above 0; `what` names the setting.
+    """
+    found = math.nan
+    if isinstance(size, Real) and not isinstance(size, bool):
+        found = float(size)
+    elif isinstance(size, str):
+        parts = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?I?)B?\s*", size.upper().replace("E", "e"))
+        if parts and parts[2] in _UNITS:
+            with suppress(ValueError):
+                found = float(parts[1]) * _UNITS[parts[2]]
+    if not 1 <= found < math.inf:
+        raise HfEsmError(f"{what} must be a size such as '16GB', '512MiB' or a number of bytes, not {size!r}.")
+    return int(found)
+
+
+def readable(count: float) -> str:
+    """Bytes in the largest unit that leaves a number above 1, rounded up."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{math.ceil(100 * count / size) / 100:g} {unit}"
+    return f"{math.ceil(count)} B"
