@@ -445,7 +445,7 @@ def test_a_tokenizer_that_stands_beside_several_models_is_read_once(tmp_path):
     names = ("base", "a", "b", "cased", "typed", "deep")
     sources = {name: ModelSource(title=name, folder=tmp_path / name) for name in names if name != "base"}
     sources["base"] = ModelSource(title="base", folder=shutil.copytree(tmp_path / "a", tmp_path / "base"))
-    found = find_processors(sources, None, MergeOptions())
+    found = find_processors(sources, None)
     assert found["a"] is found["b"] is found["base"]
     assert len({id(found[name]) for name in ("a", "cased", "typed", "deep")}) == 4
     assert found["cased"].pad_token == "[X]" != found["a"].pad_token

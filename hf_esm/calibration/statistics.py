@@ -103,6 +103,28 @@ class ActivationStatistics(Mapping):
             else len(self[weight].mean)
         )
 
+    def check_fits(self, widths: Mapping[str, int], task: str) -> None:
+        """Raise on statistics of another architecture.
+
+        Args:
+            widths: the number of inputs of every matrix that is merged with statistics, by its canonical name.
+            task: whose statistics these are.
+
+        Raises:
+            HfEsmError: if no matrix has statistics, or one has another number of inputs.
+        """
+        if widths and not self.keys() & widths.keys():
+            raise HfEsmError(
+                f"The statistics of '{task}' are of another model: they are of {next(iter(self), 'nothing')!r} and the "
+                "like, which the base has not. Calibrate again."
+            )
+        for name in self.keys() & widths.keys():
+            if self.width(name) != widths[name]:
+                raise HfEsmError(
+                    f"The statistics of '{task}' have {self.width(name)} inputs for '{name}', the base has "
+                    f"{widths[name]}: they are of another model. Calibrate again."
+                )
+
     def means(self) -> dict[str, tuple[int, Tensor]]:
         """Rows and mean row of every entry, by its key: little to read, and other for other samples."""
         if isinstance(self.entries, _FileEntries):

@@ -98,7 +98,7 @@ def essential_components(
         opened = open_checkpoint(sources["base"])
         tuned = {_TASK: open_checkpoint(sources[_TASK], opened)}
         plan = plan_merge(opened, tuned, EssentialMerge(), options.heads, sources=sources)
-        processors = find_processors(sources, processor, options)
+        processors = find_processors(sources, processor, options.trust_remote_code)
         found, samples = gather_statistics(plan, sources, {_TASK: calibration}, processors, plan.method, options)
         check_values(plan)
         return plan, found[_TASK], samples.get(_TASK, [])

@@ -145,7 +145,7 @@ def merge_models(
 
     def read_samples() -> tuple[dict, dict, dict, dict]:
         check_memory(plan, options.max_memory)
-        processors = find_processors(sources, processor, options)
+        processors = find_processors(sources, processor, options.trust_remote_code)
         statistics, samples = gather_statistics(plan, sources, calibration, processors, method, options)
         if output is not None:
             to_calibrate = samples if method.needs_statistics else {}

@@ -156,7 +156,7 @@ def torch_dtype(name: Optional[str]) -> Optional[torch.dtype]:
     return dtype if name is not None else None
 
 
-def find_processors(sources: dict[str, ModelSource], given: Any, options: MergeOptions) -> dict[str, Any]:
+def find_processors(sources: dict[str, ModelSource], given: Any, trust_remote_code: bool = False) -> dict[str, Any]:
     """The tokenizer or processor of each expert, and under `"base"` the one that the merged model gets. It is read
     once where the same files stand beside several models.
     """
@@ -165,7 +165,7 @@ def find_processors(sources: dict[str, ModelSource], given: Any, options: MergeO
     for name, source in sources.items():
         key = None if given else _processor_files(source)
         if key not in read:
-            read[key] = given or first_processor([source], options.trust_remote_code)
+            read[key] = given or first_processor([source], trust_remote_code)
         beside[name] = read[key]
     first = next((processor for processor in beside.values() if processor is not None), None)
     return {name: first if processor is None else processor for name, processor in beside.items()}
@@ -230,7 +230,7 @@ def gather_statistics(
             rows = read_rows(given, title, options)
             samples[task] = encode(rows, processors[task], expert.config, title, options)
         if statistics[task] is not None:
-            refuse_foreign(plan, task, statistics[task])
+            statistics[task].check_fits(calibrated_widths(plan), task)
     if getattr(method, "router", None) == "discriminant":
         for task, found in statistics.items():
             if found is not None and not found.pooled:
@@ -323,7 +323,7 @@ def check_statistics(
     plan: MergePlan, statistics: dict[str, Optional[ActivationStatistics]], warn: Callable[[str], None]
 ) -> None:
     """Name the linear maps that have no statistics."""
-    matrices = _calibrated_widths(plan)
+    matrices = calibrated_widths(plan)
     of_mixtures = [name for name in matrices if name not in plan.base.linear]
     for task, found in statistics.items():
         lacking = [] if found is None else [name for name in matrices if name not in found]
@@ -341,23 +341,7 @@ def check_statistics(
             warn(f"'{task}': {len(lacking)} linear maps have no statistics ({some}) and are merged without any.")
 
 
-def refuse_foreign(plan: MergePlan, task: str, found: ActivationStatistics) -> None:
-    """Raise on statistics of another architecture."""
-    widths = _calibrated_widths(plan)
-    if widths and not found.keys() & widths.keys():
-        raise HfEsmError(
-            f"The statistics of '{task}' are of another model: they are of {next(iter(found), 'nothing')!r} and the "
-            "like, which the base has not. Calibrate again."
-        )
-    for name in found.keys() & widths.keys():
-        if found.width(name) != widths[name]:
-            raise HfEsmError(
-                f"The statistics of '{task}' have {found.width(name)} inputs for '{name}', the base has "
-                f"{widths[name]}: they are of another model. Calibrate again."
-            )
-
-
-def _calibrated_widths(plan: MergePlan) -> dict[str, int]:
+def calibrated_widths(plan: MergePlan) -> dict[str, int]:
     """The linear maps that are merged with statistics, each of a mixture by itself, and how many inputs each has."""
     return {
         matrix: width_of(plan.base.shape(name), linear)

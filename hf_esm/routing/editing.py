@@ -16,7 +16,7 @@ from ..checkpoints import Checkpoint, ModelSource, open_checkpoint, publish_fold
 from ..errors import HfEsmError
 from ..hub.hashes import HASHES_FILE, write_hashes
 from ..methods import RoutedMerge
-from ..planning.arguments import name_experts, refuse_foreign
+from ..planning.arguments import name_experts, calibrated_widths
 from ..planning.heads import FOLDER as HEADS_FOLDER
 from ..planning.heads import WEIGHTS as HEAD_WEIGHTS
 from ..planning.heads import save_head
@@ -65,7 +65,7 @@ def add_expert(
         raise HfEsmError(f"'{task}': no weight for '{lacking[0]}'. Is it a fine-tune of this base?")
     if statistics is not None or config.router != "static":  # TSV-C's experts are of singular vectors
         statistics = _statistics(task, source, statistics)
-        refuse_foreign(plan, task, statistics)
+        statistics.check_fits(calibrated_widths(plan), task)
         taken_of = statistics.provenance.model
         if taken_of and opened.source and Path(taken_of).name != Path(opened.source).name:
             logger.warning("'%s': its statistics were taken of %s, not of %s.", task, taken_of, opened.source)
