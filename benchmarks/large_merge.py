@@ -23,8 +23,8 @@ from peak_memory import anonymous_bytes, mapped_bytes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_esm import merge_models
+from hf_esm.checkpoints.base import build_skeleton
 from hf_esm.checkpoints.shards import ShardedWriter
-from hf_esm.checkpoints.stored import build_skeleton
 
 
 TOKENS = 32  # of each of the 32 samples

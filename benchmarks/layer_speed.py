@@ -33,13 +33,12 @@ from torch import Tensor
 
 from hf_esm import ActivationStatistics, EssentialMerge
 from hf_esm.architecture import LinearMap
-from hf_esm.calibration.placement import algebra_device, fast_products
-from hf_esm.calibration.statistics import InputStatistics
-from hf_esm.checkpoints import Checkpoint
-from hf_esm.eigen import largest_eigenpairs
-from hf_esm.linalg import essential_subspace
+from hf_esm.checkpoints.base import Checkpoint
+from hf_esm.linalg import essential_subspace, largest_eigenpairs
 from hf_esm.merging.weights import merge_weights
 from hf_esm.methods.essential import part_taken_off
+from hf_esm.methods.stack import InputStatistics
+from hf_esm.utils.devices import algebra_device, fast_products
 
 
 TOKENS = 2048

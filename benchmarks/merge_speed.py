@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from hf_esm import merge_models
 from hf_esm.data.batches import collate
+from hf_esm.data.options import SampleOptions
 from hf_esm.data.rows import read_rows
-from hf_esm.data.samples import ProxyOptions, encode
+from hf_esm.data.samples import encode
 
 
 def main() -> None:
@@ -102,7 +103,7 @@ def merge_literally(folder: Path, tasks: list[str], proxies: dict[str, list]) ->
     inputs: dict[str, list[Tensor]] = defaultdict(list)
     for task in tasks:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "experts" / task).eval()
-        options = ProxyOptions(max_length=96)
+        options = SampleOptions(max_length=96)
         samples = encode(read_rows(proxies[task], task, options), processor, model.config, task, options)
         for name, rows in layer_inputs(model.base_model, model, samples).items():
             inputs[f"{name}.weight"].append(rows)

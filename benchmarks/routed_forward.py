@@ -39,13 +39,13 @@ from peft import ArrowConfig, PeftModel, create_arrow_model
 from torch import Tensor, nn
 
 from hf_esm import RoutedModel, merge_models
+from hf_esm.checkpoints.heads import attach_head
 from hf_esm.data.batches import collate
-from hf_esm.data.samples import ProxyOptions
+from hf_esm.data.options import SampleOptions
 from hf_esm.metrics.labels import load_labelled
 from hf_esm.metrics.scores import accuracy
-from hf_esm.planning.heads import attach_head
 from hf_esm.routing.experts import load_experts
-from hf_esm.tuners.routed import route
+from hf_esm.tuners.routed.model import route
 from hf_esm.utils.distributed import default_accelerator
 
 
@@ -88,7 +88,7 @@ def main() -> None:
         arrow = create_arrow_model(unpooled, [str(path) for path in adapters.values()], ArrowConfig(top_k=1))
         dense = materialised(bare(output), output)
 
-        options = ProxyOptions(num_samples=100, seed=7, max_length=96)
+        options = SampleOptions(num_samples=100, seed=7, max_length=96)
         test = {
             task: load_labelled(rows[task]["test"], routed.processor, routed.task_model(task).config, task, options)
             for task in tasks

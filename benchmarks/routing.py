@@ -32,10 +32,10 @@ import transformers
 from torch import Tensor
 
 from hf_esm import RoutedModel, merge_models
-from hf_esm.data.samples import ProxyOptions
+from hf_esm.checkpoints.heads import attach_head
+from hf_esm.data.options import SampleOptions
 from hf_esm.metrics.labels import LabelledSamples, load_labelled
-from hf_esm.metrics.metric import outputs_of
-from hf_esm.planning.heads import attach_head
+from hf_esm.metrics.outputs import outputs_of
 
 
 # Name, features, and what the experts' directions are of.
@@ -63,7 +63,7 @@ def main() -> None:
     tasks = sorted(path.name for path in (given.folder / "experts").iterdir() if path.is_dir())
     experts = {task: given.folder / "experts" / task for task in tasks}
     tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder / "base")
-    options = ProxyOptions(num_samples=given.num_test, seed=7, max_length=96)
+    options = SampleOptions(num_samples=given.num_test, seed=7, max_length=96)
     proxies, validation, test, own = {}, {}, {}, {}
     for task in tasks:
         rows = json.loads(gzip.decompress((given.folder / "data" / f"{task}.json.gz").read_bytes()))

@@ -1,47 +1,38 @@
 """Merge fine-tunes of one checkpoint into one multi-task model, in the Hugging Face ecosystem, without training."""
 
 from .calibration.calibrator import calibrate
-from .calibration.recorder import collect_statistics
+from .calibration.collection import collect_statistics
 from .calibration.statistics import ActivationStatistics
+from .checkpoints.heads import load_task_model
 from .checkpoints.lora_export import write_lora_adapter
 from .errors import HfEsmError
-from .evaluation.comparison import Comparison, compare
+from .evaluation.card import add_comparison, update_card
+from .evaluation.comparison import compare
 from .evaluation.evaluator import evaluate
 from .evaluation.interference import Interference, measure_interference
-from .hub.cards import add_comparison, update_card
-from .merging.components import essential_components
-from .merging.fusion import fuse_components
-from .merging.merge import MergeResult, merge_models
-from .methods import (
-    DARE,
-    METHODS,
-    TIES,
-    TSVC,
-    TSVM,
-    ConcreteAdaMerging,
-    ConcreteTaskArithmetic,
-    EssentialMerge,
-    IsoC,
-    IsoCTS,
-    Mean,
-    RegMean,
-    RoutedMerge,
-    TaskArithmetic,
-)
+from .evaluation.report import Comparison
+from .merging.components import essential_components, fuse_components
+from .merging.merge import merge_models
+from .merging.result import MergeResult
+from .methods.averaging import Mean, TaskArithmetic
+from .methods.concrete import ConcreteAdaMerging, ConcreteTaskArithmetic
+from .methods.essential import EssentialMerge, RoutedMerge
+from .methods.isotropic import IsoC, IsoCTS
+from .methods.registry import METHODS
+from .methods.regression import RegMean
+from .methods.singular_vectors import TSVC, TSVM
+from .methods.sparse import DARE, TIES
 from .metrics.metric import Metric
 from .metrics.scores import Scores
-from .planning.heads import load_task_model
 from .planning.plan import MergePlan
 from .planning.recipe import load_recipe
 from .routing.explanations import Explanation, Prediction
 from .routing.model import RoutedModel
 from .routing.pipeline import RoutedPipeline
-from .tuners import (
-    EssentialComponentsConfig,
-    EssentialComponentsModel,
-    RoutedExpertsConfig,
-    RoutedExpertsModel,
-)
+from .tuners.essential.config import EssentialComponentsConfig
+from .tuners.essential.model import EssentialComponentsModel
+from .tuners.routed.config import RoutedExpertsConfig
+from .tuners.routed.model import RoutedExpertsModel
 from .version import __version__
 
 

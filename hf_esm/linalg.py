@@ -12,28 +12,38 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
+from scipy.linalg import eigh as selected_eigh
 from torch import Tensor
 
-from .eigen import largest_eigenpairs
+
+# Rows from which on it pays to have LAPACK compute the wanted eigenvectors alone, which torch does not offer. Smaller
+# matrices are decomposed side by side, which SciPy's lock forbids.
+_LARGE = 2048
 
 
 # Singular values below this fraction of the largest one count as zero: float32 inputs carry no information there.
 RELATIVE_CUTOFF = 1e-6
 
+
 # The same for squared singular values, and eigenvalues, that were computed in float32.
 _SINGLE_CUTOFF = 1e-5
+
 
 # Smallest share of its largest eigenvalue above which a Gram matrix in float32 has a root to three digits.
 _WELL_CONDITIONED = 1e-4
 
+
 # How often a map is applied, at least, until its leading directions are found.
 _APPLICATIONS = 4
+
 
 # Random vectors that tell what a map has beside its leading directions, to a few percent of that or better.
 _PROBES = 32
 
+
 # Dimensions of a column space that is looked for: of use to matrices that take long, and of little cost.
 _NARROWEST, _WIDEST = 64, 256
+
 
 # Rows of a symmetric product that are computed at a time, as far as its diagonal.
 _BLOCK = 128
@@ -292,3 +302,16 @@ def significant(squares: Tensor) -> Tensor:
         return squares > 0
     cutoff = _SINGLE_CUTOFF if squares.dtype == torch.float32 else RELATIVE_CUTOFF**2
     return squares > squares.max().clamp_min(0) * cutoff
+
+
+def largest_eigenpairs(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest eigenvalues, descending, and their vectors as columns, of a symmetric `[n, n]` matrix, of
+    which the lower triangle is read.
+    """
+    size = len(matrix)
+    if matrix.device.type == "cpu" and size >= _LARGE and 4 * count <= size:
+        found = selected_eigh(matrix.numpy(), subset_by_index=(size - count, size - 1))
+        values, vectors = map(torch.from_numpy, found)
+    else:
+        values, vectors = torch.linalg.eigh(matrix)
+    return values.flip(0)[:count], vectors.flip(1)[:, :count]

@@ -1,9 +1,9 @@
 """Fixtures that several files share; a file with a fixture of the same name uses its own."""
 
 import pytest
-from routed_toys import merge_bert, task_texts, write_bert
 
 from hf_esm import RoutedModel, calibrate
+from support.routed_toys import merge_bert, task_texts, write_bert
 
 
 @pytest.fixture(scope="module")

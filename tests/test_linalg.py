@@ -1,9 +1,7 @@
 """Factors, essential directions, polar factors and truncated SVDs against the literal float64 formulas."""
 
 import pytest
-import reference
 import torch
-from problems import ROUTES, random_problem, relative_error, seeds, shapes
 
 from hf_esm import linalg
 from hf_esm.linalg import (
@@ -15,6 +13,8 @@ from hf_esm.linalg import (
     triangular_factor,
     truncated_svd,
 )
+from support import reference
+from support.problems import ROUTES, random_problem, relative_error, seeds, shapes
 
 
 @pytest.fixture(autouse=True, params=[(128, 2048), (4, 0)], ids=["small", "large"])
@@ -22,7 +22,7 @@ def routes(request, monkeypatch):
     """Symmetric products as a whole, and in blocks of rows as far as the diagonal; all eigenvectors, and some."""
     block, large = request.param
     monkeypatch.setattr("hf_esm.linalg._BLOCK", block)
-    monkeypatch.setattr("hf_esm.eigen._LARGE", large)
+    monkeypatch.setattr("hf_esm.linalg._LARGE", large)
 
 
 def with_singular_values(seed: int, rows: int, columns: int, values: list[float]) -> torch.Tensor:

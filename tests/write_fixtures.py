@@ -22,13 +22,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from helpers import perturbed
 from peft import PeftModel
-from routed_toys import task_texts
 from safetensors.torch import save_file
-from tiny import SPECIAL, WORDS, save_tokenizer
 from torch import Tensor
-from toys import classifier
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from hf_esm import (
@@ -41,6 +37,10 @@ from hf_esm import (
     load_task_model,
     merge_models,
 )
+from support.helpers import perturbed
+from support.routed_toys import task_texts
+from support.tiny import SPECIAL, WORDS, save_tokenizer
+from support.toys import classifier
 
 
 TASKS = ("a", "b")

@@ -1,1 +1,23 @@
-"""What an expert's layers read on its samples: from a model and samples to `ActivationStatistics`."""
+"""What an expert's layers read on its samples.
+
+Comes in: a model and encoded samples. Goes out: `ActivationStatistics`, one safetensors file per expert, which serve
+every later merge.
+"""
+
+from .calibrator import calibrate, calibrate_checkpoint, pool_inputs
+from .collection import collect_statistics, pooled_inputs
+from .placement import factor_bytes
+from .recorder import Reading
+from .statistics import ActivationStatistics
+
+
+__all__ = [
+    "ActivationStatistics",
+    "Reading",
+    "calibrate",
+    "calibrate_checkpoint",
+    "collect_statistics",
+    "factor_bytes",
+    "pool_inputs",
+    "pooled_inputs",
+]

@@ -1,8 +1,5 @@
 """Statistics of checkpoints: each is loaded where it fits, run over its samples, and let go."""
 
-import os
-import shutil
-from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,21 +9,18 @@ import torch
 from accelerate import Accelerator
 
 from ..architecture import matrix_names
-from ..checkpoints import Checkpoint, open_checkpoint, resolve_source
-from ..data.rows import read_rows
-from ..data.samples import ProxyOptions, Sample, encode
+from ..checkpoints import Checkpoint, first_processor, open_checkpoint, resolve_source
+from ..data import RunOptions, Sample, SampleOptions, encode, read_rows
 from ..errors import HfEsmError
-from ..planning.arguments import first_processor
-from ..planning.options import MergeOptions
-from ..planning.plan import MergePlan
-from ..utils.distributed import default_accelerator, together
+from ..utils import default_accelerator, together
+from .collection import collect_statistics, pooled_inputs
 from .placement import needs_spill, placement
-from .recorder import Reading, collect_statistics, pooled_inputs
+from .recorder import Reading
 from .statistics import ActivationStatistics, Provenance
 
 
-# The options of a merge that mean something here, beside those of `ProxyOptions`.
-_OPTIONS = {f.name for f in fields(ProxyOptions)} | {"allow_pickle", "trust_remote_code", "progress", "max_memory"}
+# The options of a merge that mean something here, beside those of `SampleOptions`.
+_OPTIONS = {f.name for f in fields(SampleOptions)} | {"allow_pickle", "trust_remote_code", "progress", "max_memory"}
 
 
 def calibrate(
@@ -47,14 +41,14 @@ def calibrate(
         data: unlabelled samples, as `calibration` of `merge_models`.
         base: the base model: needed if the expert is a LoRA adapter; otherwise, with it the statistics also hold what
             a router of ESM++ is made from.
-        options: fields of `ProxyOptions`: `num_samples`, `seed`, `max_length`, `columns`; and of `MergeOptions`:
+        options: fields of `ProxyOptions`: `num_samples`, `seed`, `max_length`, `columns`; and of `RunOptions`:
             `allow_pickle`, `trust_remote_code`, `progress`, `max_memory`.
 
     Returns statistics with `save`; the same on every process.
     """
     if unknown := options.keys() - _OPTIONS:
         raise TypeError(f"calibrate has no argument {sorted(unknown)[0]!r}")
-    options = MergeOptions(batch_size=batch_size, **options)
+    options = RunOptions(batch_size=batch_size, **options)
     open_options = (token, options.allow_pickle, options.trust_remote_code)
     sources = [resolve_source(model, "model", *open_options)]
     if base is not None:
@@ -74,50 +68,10 @@ def calibrate(
     return statistics
 
 
-def calibrate_experts(
-    plan: MergePlan,
-    samples: dict[str, list[Sample]],
-    options: MergeOptions,
-    accelerator: Accelerator,
-    scratch: Path,
-    with_base: bool,
-    progress: Callable[[Iterable], Iterable],
-) -> dict[str, ActivationStatistics]:
-    """The statistics of every expert that has samples, one model in memory at a time; each is a file when the next
-    begins. Those that an interrupted merge left in `resume_dir` are taken from there.
-
-    Args:
-        scratch: folder for what is not kept in `statistics_dir`.
-        with_base: whether what the base's blocks read belongs to them.
-    """
-    kept = Path(options.statistics_dir).expanduser() if options.statistics_dir else None
-    direct = kept and not options.resume_dir
-    paths = {t: kept / f"{t}.safetensors" if direct else scratch / f"statistics-{t}.safetensors" for t in samples}
-    done = {task for task, path in paths.items() if options.resume_dir and path.is_file()}
-    waiting = {task: rows for task, rows in samples.items() if task not in done}
-    pooled = pool_inputs(plan.base, waiting if with_base else {}, options, accelerator, scratch)
-    readings: dict[Any, Reading] = {}
-    for task, rows in progress(waiting.items()):
-        found = calibrate_checkpoint(plan.experts[task], rows, options, accelerator, scratch, task, readings)
-        found.pooled = pooled.get(task, {})
-        with together(accelerator):
-            if accelerator.is_main_process:
-                found.save(paths[task], compact=kept is not None)
-        del found
-    if kept and options.resume_dir:
-        with together(accelerator):
-            for task, path in paths.items() if accelerator.is_main_process else ():
-                kept.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(path, kept / f"{task}.partial")
-                os.replace(kept / f"{task}.partial", kept / f"{task}.safetensors")
-        paths = {task: kept / f"{task}.safetensors" for task in paths}
-    return {task: ActivationStatistics.load(path) for task, path in paths.items()}
-
-
 def pool_inputs(
     base: Checkpoint,
     samples: dict[str, list[Sample]],
-    options: MergeOptions,
+    options: RunOptions,
     accelerator: Accelerator,
     folder: Path,
 ) -> dict[str, dict[str, torch.Tensor]]:
@@ -142,7 +96,7 @@ def pool_inputs(
 def calibrate_checkpoint(
     expert: Checkpoint,
     samples: list[Sample],
-    options: MergeOptions,
+    options: RunOptions,
     accelerator: Accelerator,
     folder: Path,
     title: str,

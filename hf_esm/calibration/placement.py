@@ -1,27 +1,16 @@
-"""Where a model stands while it runs: on the accelerator's device, or, where memory is short, partly on disk; and what
-that hardware computes in.
-"""
+"""Where a model that calibrates fits: on the accelerator's device, or partly on disk."""
 
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils.modeling import get_max_memory
 
 from ..architecture import width_of
 from ..checkpoints import Checkpoint
-from ..data.samples import Sample
-from ..errors import HfEsmError
-from ..utils.sizes import bytes_of, readable
-
-
-# The smallest tolerance that the rounding of factors to bfloat16 disappears in.
-_COARSE = 1e-3
+from ..data import Sample
+from ..utils import bytes_of
 
 
 def placement(
@@ -47,53 +36,6 @@ def available_memory(accelerator: Accelerator, max_memory: Optional[str | int] =
     if max_memory is not None and "cpu" in memory:
         memory["cpu"] = min(memory["cpu"], bytes_of(max_memory, "max_memory"))
     return memory
-
-
-def reserve(path: Path, nbytes: int) -> None:
-    """Have the first bytes of a sparse file stand on the disk, where the system can.
-
-    Raises:
-        HfEsmError: if the disk has no room for them.
-    """
-    if hasattr(os, "posix_fallocate"):
-        try:
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, nbytes)
-        except OSError as error:
-            raise HfEsmError(f"{path}: {readable(nbytes)} cannot be kept there: {error.strerror}.") from None
-
-
-def algebra_device(accelerator: Accelerator) -> torch.device:
-    """Where decompositions are computed, in float64: the accelerator's device, unless it has none."""
-    return torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
-
-
-def roomy(device: Optional[torch.device], needed: int) -> Optional[torch.device]:
-    """The device, if so many bytes are free on it; else the CPU."""
-    if device is None or device.type == "cpu" or needed <= get_max_memory().get(device.index or 0, math.inf):
-        return device
-    return torch.device("cpu")
-
-
-@contextmanager
-def fast_products(tolerance: float) -> Iterator[None]:
-    """Let float32 products in this process be computed in TF32 or bfloat16 where the hardware is faster at it, if the
-    tolerance covers that.
-
-    Who has set precisions for single backends, which torch does not read together with the common one, keeps them.
-    """
-    try:
-        found = torch.get_float32_matmul_precision() if tolerance >= _COARSE else None
-    except RuntimeError:
-        found = None
-    if found is None:
-        yield
-        return
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(found)
 
 
 def needs_spill(

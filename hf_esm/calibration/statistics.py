@@ -11,37 +11,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checkpoints.shards import ShardedWriter
+from ..checkpoints import STATISTICS_FILE, ShardedWriter
 from ..errors import HfEsmError
 from ..linalg import triangular_factor
+from ..methods import InputStatistics
 
 
 FORMAT = "hf_esm.statistics"
+
+
 FORMAT_VERSION = 1
-FILE_NAME = "esm_statistics.safetensors"
+
+
 PRIVACY = (
     "Factors and means are computed from the calibration samples. They hold no sample as such, but where there are "
     "fewer tokens than features the inputs of a layer can be recovered up to a rotation."
 )
-
-
-@dataclass
-class InputStatistics:
-    """What the methods need to know of the inputs `X [n, d_in]` of one linear map, for one expert.
-
-    Attributes:
-        factor: `[m, d_in]` float32, any matrix with `factorᵀ factor = Xᵀ X`; `m ≤ 2 d_in`, whatever `n` is.
-        mean: `[d_in]` float32, the mean row.
-        count: the number of rows `n`.
-    """
-
-    factor: Tensor
-    mean: Tensor
-    count: int
-
-    def to(self, device: Optional[torch.device]) -> "InputStatistics":
-        """The same on another device."""
-        return replace(self, factor=self.factor.to(device), mean=self.mean.to(device))
 
 
 @dataclass
@@ -115,8 +100,8 @@ class ActivationStatistics(Mapping):
         """
         if widths and not self.keys() & widths.keys():
             raise HfEsmError(
-                f"The statistics of '{task}' are of another model: they are of {next(iter(self), 'nothing')!r} and the "
-                "like, which the base has not. Calibrate again."
+                f"The statistics of '{task}' are of another model: they are of {next(iter(self), 'nothing')!r} and "
+                "the like, which the base has not. Calibrate again."
             )
         for name in self.keys() & widths.keys():
             if self.width(name) != widths[name]:
@@ -135,7 +120,7 @@ class ActivationStatistics(Mapping):
         """Write one safetensors file, atomically. `compact` brings each factor down to at most `d_in` rows."""
         path = Path(path)
         if path.is_dir() or not path.suffix:
-            path = path / FILE_NAME
+            path = path / STATISTICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{weight}.pooled": rows for weight, rows in self.pooled.items()}
         planned = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
@@ -169,7 +154,7 @@ class ActivationStatistics(Mapping):
     def load(cls, path: str | os.PathLike) -> "ActivationStatistics":
         """Open a file written by `save` (or a folder that holds one); its factors are read when asked for."""
         path = Path(path)
-        path = path / FILE_NAME if path.is_dir() else path
+        path = path / STATISTICS_FILE if path.is_dir() else path
         try:
             file = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:

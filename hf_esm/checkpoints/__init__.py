@@ -1,22 +1,66 @@
-"""Where weights come from (a Hub id at a pinned commit, a folder, a live model, a LoRA adapter) and go (a folder)."""
+"""What a model's folder holds, and how it is read and written.
+
+Comes in: what a user names as a model (Hub id, folder, adapter, live model). Goes out: a `Checkpoint`, whose weights
+are read one at a time; and back to disk: sharded safetensors, heads, LoRA adapters.
+"""
 
 from .adapters import LoraCheckpoint
-from .conversion import publish_folder, staging_folder, write_plan
-from .sources import ModelSource, open_checkpoint, resolve_class, resolve_source, whole_folder
-from .stored import Checkpoint, FolderCheckpoint, LiveCheckpoint
+from .base import Checkpoint, LiveCheckpoint, quiet_loading
+from .conversion import output_dtype, to_stored, write_plan
+from .heads import attach_head, load_task_model, save_head
+from .layout import (
+    CALIBRATION_FOLDER,
+    HASHES_FILE,
+    HEAD_WEIGHTS,
+    HEADS_FOLDER,
+    PICTURES_FOLDER,
+    RECIPE_FILE,
+    REPORT_FILE,
+    ROUTED_FOLDER,
+    ROUTER_FEATURES,
+    STATISTICS_FILE,
+)
+from .lora_export import rank_settings, write_adapter, write_lora_adapter
+from .processors import differing_processors, find_processors, first_processor, load_processor
+from .shards import ShardedWriter
+from .sources import ModelSource, model_identity, open_checkpoint, resolve_class, resolve_source, whole_folder
+from .stored import FolderCheckpoint
 
 
 __all__ = [
+    "CALIBRATION_FOLDER",
+    "HASHES_FILE",
+    "HEADS_FOLDER",
+    "HEAD_WEIGHTS",
+    "PICTURES_FOLDER",
+    "RECIPE_FILE",
+    "REPORT_FILE",
+    "ROUTED_FOLDER",
+    "ROUTER_FEATURES",
+    "STATISTICS_FILE",
     "Checkpoint",
     "FolderCheckpoint",
     "LiveCheckpoint",
     "LoraCheckpoint",
     "ModelSource",
+    "ShardedWriter",
+    "attach_head",
+    "differing_processors",
+    "find_processors",
+    "first_processor",
+    "load_processor",
+    "load_task_model",
+    "model_identity",
     "open_checkpoint",
-    "publish_folder",
+    "output_dtype",
+    "quiet_loading",
+    "rank_settings",
     "resolve_class",
     "resolve_source",
-    "staging_folder",
+    "save_head",
+    "to_stored",
     "whole_folder",
+    "write_adapter",
+    "write_lora_adapter",
     "write_plan",
 ]

@@ -22,18 +22,28 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architecture import canonical_names
 from ..errors import HfEsmError
+from .base import Checkpoint, build_skeleton, quiet_loading
 from .conversion import to_stored, write_plan
 from .shards import ShardedWriter
-from .stored import Checkpoint, build_skeleton, quiet_loading
 
 
 # Initialisations that change the base model's weights, so that the adapter is not an update of the original.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
 # Variants of LoRA whose update of a weight PEFT computes from the adapter and that weight alone.
 _VARIANTS = ("use_dora", "velora_config")
+
+
 _NO_UPDATE = ("trainable_token_indices", "layer_replication", "megatron_config", "use_qalora")
+
+
 _REMEDY = "Call `merge_and_unload()` on the loaded model, save that with `save_pretrained`, and merge it instead."
+
+
 _ADAPTER = "default"
+
+
 _AUTO_CLASSES = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
     "TOKEN_CLS": transformers.AutoModelForTokenClassification,

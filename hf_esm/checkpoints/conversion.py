@@ -1,12 +1,6 @@
-"""Where weights go: how a model stands on disk, and a folder that appears when it is whole."""
+"""Live weights as the tensors that `save_pretrained` would store, and back."""
 
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Optional
 
 import torch
@@ -14,8 +8,7 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, apply_converters, revert_weight_conversion
 
-from ..errors import HfEsmError
-from .stored import Checkpoint
+from .base import Checkpoint
 
 
 @dataclass
@@ -64,34 +57,3 @@ def to_stored(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, T
     """The weights of one group, by canonical name, as they stand on disk."""
     live = {checkpoint.names[name]: tensor for name, tensor in tensors.items()}
     return revert_weight_conversion(checkpoint.skeleton, live)
-
-
-@contextlib.contextmanager
-def staging_folder(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output` to write into. It is removed unless `publish_folder` has moved it away."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.incomplete-", dir=output.parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def publish_folder(folder: Path, output: Path, overwrite: bool = False) -> None:
-    """Give a finished folder its name, in one step. What stood there before goes only once the new one stands."""
-    folder.chmod(0o777 & ~_umask())
-    if output.exists():
-        if not overwrite:
-            raise HfEsmError(f"{output} exists. Choose another output folder, or pass overwrite.")
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent)) / "folder"
-        output.rename(old)
-        folder.rename(output)
-        shutil.rmtree(old.parent)
-    else:
-        folder.rename(output)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -11,8 +11,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoints import publish_folder, staging_folder
 from ..errors import HfEsmError
+from ..utils import new_folder, publish_folder, staging_folder
 
 
 def write_lora_adapter(
@@ -83,12 +83,4 @@ def write_adapter(
         }
         save_file(stored, staging / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
         publish_folder(staging, folder)
-    return folder
-
-
-def new_folder(folder: str | os.PathLike) -> Path:
-    """The path of a folder that does not exist yet."""
-    folder = Path(folder).expanduser()
-    if folder.exists():
-        raise HfEsmError(f"{folder} exists. Choose another folder for the adapter.")
     return folder

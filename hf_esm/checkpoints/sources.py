@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 import torch
 import transformers
+from datasets.fingerprint import Hasher
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -23,8 +24,10 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..errors import HfEsmError
+from ..utils import files_identity
 from .adapters import LoraCheckpoint
-from .stored import Checkpoint, FolderCheckpoint, LiveCheckpoint, TensorFiles, stored_dtype
+from .base import Checkpoint, LiveCheckpoint
+from .stored import FolderCheckpoint, TensorFiles, stored_dtype
 
 
 @dataclass
@@ -101,6 +104,8 @@ class ModelSource:
 
 
 _PICKLE_REMEDY = "If it has pickle weights, which can run code when read, and you trust it, pass allow_pickle=True."
+
+
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "README.md"]
 
 
@@ -271,3 +276,12 @@ def _on_hub(title: str, call: Any, repo_id: str, revision: Optional[str], token:
         raise HfEsmError(f"{title}: the Hub refuses it: {str(error).splitlines()[0]}") from None
     except Exception as error:  # the HTTP library's own, after the client's retries
         raise HfEsmError(f"{title}: the connection to the Hub broke ({error}). Try again.") from None
+
+
+def model_identity(source: ModelSource) -> Any:
+    """A model's commit on the Hub, the sizes and times of its files, or a hash of its weights if it is a live one."""
+    if source.model is not None:
+        return Hasher.hash({name: tensor.detach().cpu() for name, tensor in source.model.state_dict().items()})
+    if source.revision is not None:
+        return [source.repo_id, source.revision]
+    return files_identity(Path(source.folder))

@@ -1,6 +1,6 @@
 """The command line."""
 
-from .parser import main
+from .main import main
 
 
 __all__ = ["main"]

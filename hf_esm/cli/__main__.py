@@ -2,7 +2,7 @@
 
 import sys
 
-from .parser import main
+from .main import main
 
 
 sys.exit(main())

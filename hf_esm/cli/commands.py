@@ -11,20 +11,16 @@ from typing import Any, Optional
 import yaml
 from accelerate import PartialState
 
-from ..calibration.calibrator import calibrate
-from ..data.rows import read_rows
-from ..data.samples import ProxyOptions
+from ..calibration import calibrate
+from ..checkpoints import RECIPE_FILE
+from ..data import SampleOptions, read_rows
 from ..errors import HfEsmError
-from ..evaluation.comparison import METHODS_COMPARED, NOT_COMPARED, compare
-from ..evaluation.evaluator import evaluate
-from ..evaluation.report import REPORT
-from ..hub.cards import add_comparison, update_card
-from ..hub.push import push_folder
-from ..merging.merge import merge_models
+from ..evaluation import METHODS_COMPARED, NOT_COMPARED, REPORT, add_comparison, compare, evaluate, update_card
+from ..hub import push_folder
+from ..merging import merge_models
 from ..methods import resolve_method
-from ..planning.options import RECIPE_FILE, MergeOptions
-from ..planning.recipe import load_recipe
-from ..routing.model import RoutedModel
+from ..planning import MergeOptions, load_recipe
+from ..routing import RoutedModel
 
 
 logger = logging.getLogger(__name__)
@@ -139,7 +135,7 @@ def run_inspect(given: argparse.Namespace) -> None:
 
 
 def run_calibrate(given: argparse.Namespace) -> None:
-    options = _options(given, ProxyOptions)
+    options = _options(given, SampleOptions)
     options |= {"batch_size": given.batch_size, "max_memory": given.max_memory, "progress": not given.no_progress}
     options |= {"allow_pickle": given.allow_pickle, "trust_remote_code": given.trust_remote_code}
     statistics = calibrate(given.model, given.data, base=given.base, **options)
@@ -158,7 +154,7 @@ def run_evaluate(given: argparse.Namespace) -> None:
     data, experts = _pairs(given.data, "--data"), _pairs(given.expert, "--expert")
     if given.json and not Path(given.json).absolute().parent.is_dir():
         raise HfEsmError(f"--json {given.json}: there is no such folder.")
-    options = _options(given, ProxyOptions)
+    options = _options(given, SampleOptions)
     options |= {name: getattr(given, name) for name in ("base", "metric", "route", "batch_size")}
     options |= {name: getattr(given, name) for name in ("allow_pickle", "trust_remote_code")}
     scores = evaluate(given.model, data, experts=experts, **options)
@@ -182,8 +178,8 @@ def run_explain(given: argparse.Namespace) -> None:
 
 
 def _routed_inputs(given: argparse.Namespace) -> tuple[RoutedModel, list[Any], dict[str, Any]]:
-    options = _options(given, ProxyOptions)
-    rows = read_rows(given.data, "inputs", ProxyOptions(**options))
+    options = _options(given, SampleOptions)
+    rows = read_rows(given.data, "inputs", SampleOptions(**options))
     return _load_routed(given), rows, {**options, "num_samples": 0}
 
 

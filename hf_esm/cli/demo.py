@@ -23,25 +23,36 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from ..checkpoints.stored import quiet_loading
-from ..data.samples import ProxyOptions
+from ..checkpoints import load_task_model, quiet_loading
+from ..data import SampleOptions
 from ..errors import HfEsmError
-from ..merging.merge import merge_models
+from ..merging import merge_models
 from ..methods import METHODS
-from ..metrics.labels import LabelledSamples, load_labelled
-from ..metrics.plots import plot_task_scores, require_matplotlib
-from ..metrics.scores import Scores, accuracy
-from ..planning.heads import load_task_model
+from ..metrics import LabelledSamples, Scores, accuracy, load_labelled, plot_task_scores, require_matplotlib
 from ..version import __version__
 
 
 RESULTS_FILE = "results.json"
+
+
 PICTURE_FILE = "scores.png"
+
+
 TRAIN_BATCH, EVALUATION_BATCH = 64, 256
+
+
 EXPERTS, BASE, GIVEN = "experts", "base, experts' heads", "esm++, task given"
+
+
 FOLDERS = {"esm": "merged", "esm++": "routed"}  # the methods whose models stay
+
+
 FORMAT = "hf_esm.demo"
+
+
 Say = Callable[[str], Any]
+
+
 SAME = 1e-5  # largest difference of logits that still is the same answer, in float32
 
 
@@ -65,6 +76,8 @@ class DigitTask:
 
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
 _PATCH_ORDER = np.random.default_rng(0).permutation(16)
 
 
@@ -92,6 +105,8 @@ TASKS = (
     DigitTask("rotated", "which digit, turned by 90 degrees?", DIGITS, partial(np.rot90, axes=(1, 2)), _same),
     DigitTask("shuffled", "which digit, its patches in another order?", DIGITS, _shuffle_patches, _same),
 )
+
+
 PRETRAINING = DigitTask("base", "which digit?", DIGITS, _same, _same)
 
 
@@ -232,7 +247,7 @@ class DigitData:
         return [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
 
     def encoded(self, task: DigitTask, split: str, config: Any) -> LabelledSamples:
-        everything = ProxyOptions(num_samples=0)
+        everything = SampleOptions(num_samples=0)
         return load_labelled(self.rows(task, split), self.processor, config, f"{split} of '{task.name}'", everything)
 
 

@@ -4,65 +4,20 @@
 
 import argparse
 import inspect
-import logging
 import shutil
-import signal
-import sys
 import textwrap
-import threading
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any, Optional
+from typing import Any
 
-from datasets import disable_progress_bars
-
-from ..data.samples import ProxyOptions
-from ..errors import HfEsmError
-from ..evaluation.comparison import NOT_COMPARED
+from ..data import SampleOptions
+from ..evaluation import NOT_COMPARED
 from ..methods import METHODS
-from ..planning.options import MergeOptions
+from ..planning import MergeOptions
 from ..version import __version__
 from . import commands
-
-
-def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 failed, 2 bad input."""
-    parser = build_parser()
-    given = parser.parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    disable_progress_bars()
-    try:
-        with _interruptible():
-            given.run(given)
-    except HfEsmError as error:
-        print(f"hf-esm: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        going_on = " The same command goes on with the work." if getattr(given, "resume_dir", None) else ""
-        print(f"hf-esm: stopped before the output was written.{going_on}", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if given.traceback:
-            raise
-        print(f"hf-esm: {type(error).__name__}: {error}\n(--traceback shows where)", file=sys.stderr)
-        return 1
-    return 0
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Within it, SIGTERM is taken as Ctrl-C is, so that what was begun is cleared away."""
-    if threading.current_thread() is not threading.main_thread():  # where signals cannot be taken
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -112,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     calibration.add_argument("--max-memory", help="memory to calibrate in, such as 16GB; what does not fit is on disk")
     calibration.add_argument("--no-progress", action="store_true", help="show no progress bars")
     _add_trust(calibration, pickle=True)
-    _add_flags(calibration, ProxyOptions)
+    _add_flags(calibration, SampleOptions)
 
     evaluation = _command(
         subcommands,
@@ -137,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluation.add_argument("--batch-size", type=_count, default=32, help="samples per batch (default: 32)")
     _add_trust(evaluation, pickle=True)
-    _add_flags(evaluation, ProxyOptions, num_samples=0)
+    _add_flags(evaluation, SampleOptions, num_samples=0)
 
     comparison = _command(
         subcommands,
@@ -182,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("data", help="inputs: JSON lines, JSON, CSV, Parquet or text")
         command.add_argument("--batch-size", type=_count, default=32, help="inputs per batch (default: 32)")
         _add_trust(command)
-        _add_flags(command, ProxyOptions, num_samples=0)
+        _add_flags(command, SampleOptions, num_samples=0)
     predict.add_argument("--task", help="the task of all inputs, where it is known")
 
     export = _command(

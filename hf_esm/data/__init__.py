@@ -1,1 +1,28 @@
-"""Rows in, batches of model inputs out."""
+"""Rows in, batches out.
+
+Comes in: whatever users call data (files, lists, data sets, loaders). Goes out: rows, samples (one unbatched model
+input each), and batches on a model's device.
+"""
+
+from .batches import batch_for, batch_indices, collate, reads_singly, to_generate_from
+from .options import RunOptions, SampleOptions
+from .rows import is_samples_file, read_rows, save_samples
+from .samples import Sample, encode, is_words, text_config
+
+
+__all__ = [
+    "RunOptions",
+    "Sample",
+    "SampleOptions",
+    "batch_for",
+    "batch_indices",
+    "collate",
+    "encode",
+    "is_samples_file",
+    "is_words",
+    "read_rows",
+    "reads_singly",
+    "save_samples",
+    "text_config",
+    "to_generate_from",
+]

@@ -17,15 +17,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import HfEsmError
-from .samples import ProxyOptions, Sample
+from .options import SampleOptions
+from .samples import Sample
 
 
 FORMAT = "hf_esm.proxies"
+
+
 FORMAT_VERSION = 1
-PROXIES_FOLDER = "calibration"  # beside a merged model: the samples that were given in memory
 
 
-def read_rows(data: Any, title: str, options: ProxyOptions) -> list[Any]:
+def read_rows(data: Any, title: str, options: SampleOptions) -> list[Any]:
     """`num_samples` entries of whatever holds data, chosen with `seed`; the first of what can only be gone through.
 
     Args:
@@ -72,7 +74,7 @@ def read_rows(data: Any, title: str, options: ProxyOptions) -> list[Any]:
     return [_renamed(row, columns, f"{title}: row {i}", options) for i, row in enumerate(rows)] if columns else rows
 
 
-def _renamed(row: Any, columns: Mapping[str, str], title: str, options: ProxyOptions) -> dict[str, Any]:
+def _renamed(row: Any, columns: Mapping[str, str], title: str, options: SampleOptions) -> dict[str, Any]:
     """A row with those of its columns that its own data names, under the names that are looked for in all."""
     if lacking := [column for column in columns.values() if not isinstance(row, Mapping) or column not in row]:
         there = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__

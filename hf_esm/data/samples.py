@@ -1,84 +1,26 @@
 """Rows turned into samples that a model takes: strings, pairs, columns, images, sound, ready inputs."""
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from numbers import Integral
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoProcessor,
-    AutoTokenizer,
-    PretrainedConfig,
-)
+from transformers import PretrainedConfig
 from transformers.image_utils import is_valid_image
 
 from ..errors import HfEsmError
+from .options import COLUMNS, SampleOptions
 
 
 # What a row may hold that is model input as it is.
 READY_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values", "inputs_embeds")
-COLUMNS = ("text", "text_pair", "text_target", "image", "audio", "label")
+
+
 LONGEST = 512  # tokens, unless `max_length` says otherwise
+
 
 # One model input per name, unbatched and unpadded.
 Sample = dict[str, Tensor]
-
-
-@dataclass
-class ProxyOptions:
-    """How samples are chosen and encoded.
-
-    Attributes:
-        num_samples: how many are taken, at random where there are more; 0 takes all.
-        seed: seed of that choice.
-        max_length: tokens that a text is cut to; by default what the model takes, at most 512.
-        columns: names of the columns for `text`, `text_pair`, `text_target` (what an encoder-decoder is to write),
-            `image`, `audio` and `label`, where they differ.
-    """
-
-    num_samples: int = field(
-        default=32, metadata={"help": "samples per task, chosen at random; 0 takes all", "least": 0}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of their selection", "least": 0})
-    max_length: Optional[int] = field(
-        default=None, metadata={"help": "tokens a text is cut to (default: at most 512)", "least": 1}
-    )
-    columns: Mapping[str, str] = field(
-        default_factory=dict,
-        metadata={"help": "columns that hold text, text_pair, text_target, image, audio or label, as text=NAME"},
-    )
-
-    def __post_init__(self) -> None:
-        for option in fields(self):
-            value, least = getattr(self, option.name), option.metadata.get("least")
-            if least is None or (value is None and option.default is None):
-                continue
-            if not isinstance(value, Integral) or value < least:
-                raise HfEsmError(f"{option.name} must be a whole number, {least} or more, not {value!r}.")
-        if not isinstance(self.columns, Mapping) or not set(self.columns) <= set(COLUMNS):
-            raise HfEsmError(f"columns must name the columns of {', '.join(COLUMNS)}, not {self.columns!r}.")
-
-
-def load_processor(folder: str | os.PathLike, trust_remote_code: bool = False) -> Any:
-    """The tokenizer, image processor, feature extractor or processor in a folder; None if there is none."""
-    # A model's type may call for a processor of several parts of which one alone stands there.
-    for kind in (AutoProcessor, AutoTokenizer, AutoImageProcessor, AutoFeatureExtractor):
-        try:
-            processor = kind.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        # Where there is no tokenizer, Transformers makes one up from the model's type, with an empty vocabulary.
-        tokenizer = getattr(processor, "tokenizer", processor)
-        vocabulary = set((getattr(tokenizer, "vocab_files_names", None) or {}).values())
-        if not vocabulary or any((Path(folder) / name).is_file() for name in {"tokenizer.json", *vocabulary}):
-            return processor
-    return None
 
 
 def encode(
@@ -86,7 +28,7 @@ def encode(
     processor: Any,
     config: PretrainedConfig,
     title: str,
-    options: ProxyOptions,
+    options: SampleOptions,
     with_targets: bool = False,
     with_contexts: bool = False,
 ) -> list[Sample]:
@@ -186,7 +128,7 @@ def _encode_row(
     processor: Any,
     config: PretrainedConfig,
     title: str,
-    options: ProxyOptions,
+    options: SampleOptions,
     with_targets: bool,
     with_contexts: bool,
 ) -> Sample:
@@ -247,7 +189,7 @@ def _labels_of_tokens(word_ids: list[Optional[int]], labels: Sequence[int]) -> l
     ]
 
 
-def row_fields(row: Any, title: str, options: ProxyOptions) -> dict[str, Any]:
+def row_fields(row: Any, title: str, options: SampleOptions) -> dict[str, Any]:
     """What stands in a row's columns, by the names in `COLUMNS`."""
     if isinstance(row, str):
         return {"text": row}
@@ -269,7 +211,7 @@ def row_fields(row: Any, title: str, options: ProxyOptions) -> dict[str, Any]:
     )
 
 
-def text_limit(tokenizer: Any, config: PretrainedConfig, options: ProxyOptions) -> int:
+def text_limit(tokenizer: Any, config: PretrainedConfig, options: SampleOptions) -> int:
     """Tokens that a text is cut to."""
     text = text_config(config)
     positions = getattr(text, "max_position_embeddings", None)

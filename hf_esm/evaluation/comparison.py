@@ -15,20 +15,16 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import tqdm
 
-from ..calibration.statistics import ActivationStatistics
-from ..checkpoints import open_checkpoint, resolve_source
-from ..data.rows import PROXIES_FOLDER
-from ..data.samples import ProxyOptions
+from ..calibration import ActivationStatistics
+from ..checkpoints import CALIBRATION_FOLDER, model_identity, open_checkpoint, resolve_source
+from ..data import SampleOptions
 from ..errors import HfEsmError
-from ..merging.merge import merge_models
+from ..merging import merge_models
 from ..methods import ROUTED, MergeMethod, describe_method, resolve_method
-from ..metrics.metric import Metric, resolve_metric
-from ..metrics.scores import Outcome
-from ..planning.arguments import name_experts
-from ..planning.options import MergeOptions
-from ..planning.plan import plan_merge
+from ..metrics import Metric, Outcome, resolve_metric
+from ..planning import MergeOptions, name_experts, plan_merge
 from ..tuners.routed import DECIDING
-from ..utils.fingerprints import code_identity, data_identity, fingerprint, model_identity, processor_identity
+from ..utils import code_identity, data_identity, fingerprint, processor_identity
 from ..version import __version__
 from .evaluator import check_by_task, evaluate, expert_outcomes
 from .interference import Interference, measure_interference
@@ -36,9 +32,15 @@ from .report import DRAWS, Cell, Comparison, summarise, write_report
 
 
 CACHE = "cache"
+
+
 CELL_VERSION = 1
+
+
 # Options of a merge that are the comparison's own affair.
 NOT_COMPARED = {"method", "alpha", "rank", "seed", "overwrite", "statistics_dir", "resume_dir", "max_shard_size"}
+
+
 METHODS_COMPARED = ("esm", "mean", "task-arithmetic", "ties", "tsv-m", "iso-c", "iso-cts", "esm++")
 
 
@@ -182,7 +184,7 @@ class _Comparing:
         }
 
     def _test_options(self) -> dict[str, Any]:
-        own = {f.name for f in fields(ProxyOptions)} - {"num_samples", "seed"}
+        own = {f.name for f in fields(SampleOptions)} - {"num_samples", "seed"}
         return {name: value for name, value in self.given.items() if name in own}
 
     def _cached(self, kind: str, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -221,7 +223,7 @@ class _Comparing:
                 metric=self.metric,
                 processor=self.processor,
                 opened=self._opened(),
-                options=ProxyOptions(**{"num_samples": self.num_test, "seed": 0, **self._test_options()}),
+                options=SampleOptions(**{"num_samples": self.num_test, "seed": 0, **self._test_options()}),
             )
             return {task: _outcome_out(outcome) for task, outcome in found.items()}
 
@@ -245,7 +247,7 @@ class _Comparing:
 
     def statistics_folder(self, seed: int) -> Path:
         """Where the statistics of this choice of proxies are kept for all methods."""
-        proxies = {f.name: getattr(self.options, f.name) for f in fields(ProxyOptions) if f.name != "seed"}
+        proxies = {f.name: getattr(self.options, f.name) for f in fields(SampleOptions) if f.name != "seed"}
         key = fingerprint(__version__, self.identity, data_identity(self.calibration), proxies, seed)
         return self.folder / CACHE / f"statistics-{key}"
 
@@ -263,7 +265,7 @@ class _Comparing:
             with _peak_memory() as memory:
                 merged = merge_models(self.base, self.experts, output_dir=str(target), **arguments)
             size = sum(
-                path.stat().st_size for path in target.rglob("*.safetensors") if PROXIES_FOLDER not in path.parts
+                path.stat().st_size for path in target.rglob("*.safetensors") if CALIBRATION_FOLDER not in path.parts
             )
             rows = {"num_samples": self.num_test, "seed": 0, **self._test_options()}
             measure = {"metric": self.metric, "processor": self.processor, **self._opened(), **rows}

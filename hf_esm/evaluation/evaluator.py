@@ -10,18 +10,21 @@ from typing import Any, Optional
 from peft import PeftConfig
 from transformers import PreTrainedModel
 
-from ..checkpoints import open_checkpoint, resolve_source, whole_folder
-from ..data.samples import ProxyOptions, load_processor
+from ..checkpoints import (
+    HEADS_FOLDER,
+    ROUTED_FOLDER,
+    first_processor,
+    load_processor,
+    load_task_model,
+    open_checkpoint,
+    resolve_source,
+    whole_folder,
+)
+from ..data import SampleOptions
 from ..errors import HfEsmError
-from ..metrics.labels import load_labelled
-from ..metrics.metric import ACCURACY, Metric, resolve_metric
-from ..metrics.scores import Outcome, Scores, run
-from ..planning.arguments import first_processor
-from ..planning.heads import FOLDER as HEADS_FOLDER
-from ..planning.heads import load_task_model
-from ..routing.experts import FOLDER as EXPERTS_FOLDER
-from ..routing.model import RoutedModel
-from ..utils.distributed import default_accelerator
+from ..metrics import ACCURACY, Metric, Outcome, Scores, load_labelled, resolve_metric, run
+from ..routing import RoutedModel
+from ..utils import default_accelerator
 
 
 def evaluate(
@@ -58,11 +61,11 @@ def evaluate(
         route: of a model with experts: `"routed"`, `"oracle"` (each task's expert for its rows; what a model without
             a router gets in any case), or `"static"`.
         token, allow_pickle, trust_remote_code: as for `merge_models`.
-        options: fields of `ProxyOptions`; all rows are used unless `num_samples` says otherwise.
+        options: fields of `SampleOptions`; all rows are used unless `num_samples` says otherwise.
     """
-    if unknown := options.keys() - {f.name for f in fields(ProxyOptions)}:
+    if unknown := options.keys() - {f.name for f in fields(SampleOptions)}:
         raise TypeError(f"evaluate has no argument {sorted(unknown)[0]!r}")
-    options = ProxyOptions(**{"num_samples": 0, **options})
+    options = SampleOptions(**{"num_samples": 0, **options})
     if not isinstance(batch_size, int) or batch_size < 1:
         raise HfEsmError(f"batch_size must be a whole number, 1 or more, not {batch_size!r}.")
     if not isinstance(model, (str, os.PathLike)):
@@ -83,7 +86,7 @@ def evaluate(
 
     if route not in ("routed", "oracle", "static"):
         raise HfEsmError(f"route must be 'routed', 'oracle' or 'static', not {route!r}.")
-    if (folder / EXPERTS_FOLDER).is_dir():
+    if (folder / ROUTED_FOLDER).is_dir():
         routed = RoutedModel.from_pretrained(folder, trust_remote_code=trust_remote_code).to(device)
         if route == "routed" and not routed.config.decides:
             route = "oracle"
@@ -145,7 +148,7 @@ def expert_outcomes(
     fallback: Any = None,
     batch_size: int = 32,
     opened: Optional[Mapping[str, Any]] = None,
-    options: ProxyOptions,
+    options: SampleOptions,
 ) -> dict[str, Outcome]:
     """What each expert puts out on its own task's rows.
 

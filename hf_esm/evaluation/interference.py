@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..architecture import is_routable, to_matrices
-from ..calibration.statistics import ActivationStatistics, InputStatistics
+from ..calibration import ActivationStatistics
 from ..errors import HfEsmError
 from ..linalg import essential_subspace, truncated_svd
-from ..planning.plan import MergePlan
+from ..methods import InputStatistics
+from ..planning import MergePlan
 
 
 def singular_task_interference(deltas: list[Tensor]) -> float:

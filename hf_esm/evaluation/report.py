@@ -13,20 +13,24 @@ from torch import Tensor
 
 from ..errors import HfEsmError
 from ..methods import MergeMethod, describe_method
-from ..metrics.metric import ACCURACY, right_answers
-from ..metrics.plots import (
+from ..metrics import (
+    ACCURACY,
     COLOURS,
+    Outcome,
+    normalised,
     plot_alpha_curves,
     plot_energy,
     plot_matrix,
     plot_task_scores,
+    right_answers,
 )
-from ..metrics.scores import Outcome, normalised
 from ..version import __version__
 from .interference import Interference
 
 
 DRAWS = 1000  # of the bootstrap
+
+
 REPORT, DATA = "report.md", "report.json"
 
 

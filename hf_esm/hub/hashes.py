@@ -4,18 +4,16 @@ import hashlib
 import json
 from pathlib import Path
 
-from ..data.rows import PROXIES_FOLDER
+from ..checkpoints import CALIBRATION_FOLDER, HASHES_FILE, PICTURES_FOLDER, RECIPE_FILE, REPORT_FILE
 from ..errors import HfEsmError
-from ..planning.options import PICTURES_FOLDER, RECIPE_FILE, REPORT_FILE
 
 
-HASHES_FILE = "hashes.json"
 # What people edit, and what changes no answer.
 _LEFT_OUT = (
     HASHES_FILE,
     "README.md",
     PICTURES_FOLDER,
-    PROXIES_FOLDER,
+    CALIBRATION_FOLDER,
     RECIPE_FILE,
     REPORT_FILE,
     "generation_config.json",

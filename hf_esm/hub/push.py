@@ -6,26 +6,21 @@ from pathlib import Path
 from typing import Any, Optional
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from peft import PeftConfig
 
-from ..checkpoints import staging_folder
-from ..data.rows import PROXIES_FOLDER
+from ..checkpoints import CALIBRATION_FOLDER, HEADS_FOLDER, ROUTED_FOLDER, ROUTER_FEATURES
 from ..errors import HfEsmError
-from ..planning.heads import FOLDER as HEADS_FOLDER
-from ..routing.experts import FEATURES, FOLDER
+from ..utils import staging_folder
 from .cards import write_adapter_card
 from .hashes import read_hashes
 
 
 def check_routed(folder: Path, title: str) -> None:
-    if not (folder / FOLDER / "adapter_config.json").is_file():
-        raise HfEsmError(f"{title}: no experts in {FOLDER}/. It takes a model that method 'esm++' or 'tsv-c' wrote.")
+    if not (folder / ROUTED_FOLDER / "adapter_config.json").is_file():
+        raise HfEsmError(
+            f"{title}: no experts in {ROUTED_FOLDER}/. It takes a model that method 'esm++' or 'tsv-c' wrote."
+        )
 
 
 def push_folder(
@@ -58,11 +53,13 @@ def push_folder(
         upload = partial(api.upload_folder, repo_id=repo_id, revision=revision)
         if base_model is None:
             ignored = kwargs.pop("ignore_patterns", None) or []
-            ignored = [f"{PROXIES_FOLDER}/*", *([ignored] if isinstance(ignored, str) else ignored)]
-            gone = {"delete_patterns": [f"{HEADS_FOLDER}/*", f"{FOLDER}/*"]}  # of tasks that are here no more
+            ignored = [f"{CALIBRATION_FOLDER}/*", *([ignored] if isinstance(ignored, str) else ignored)]
+            gone = {"delete_patterns": [f"{HEADS_FOLDER}/*", f"{ROUTED_FOLDER}/*"]}  # of tasks that are here no more
             return upload(folder_path=folder, ignore_patterns=ignored, **gone | kwargs)
         with staging_folder(folder.parent / f"{folder.name}-adapter") as staging:
-            shutil.copytree(folder / FOLDER, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FEATURES))
+            shutil.copytree(
+                folder / ROUTED_FOLDER, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(ROUTER_FEATURES)
+            )
             config = PeftConfig.from_pretrained(str(staging))
             config.base_model_name_or_path = base_model
             config.save_pretrained(str(staging))

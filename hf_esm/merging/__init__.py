@@ -1,1 +1,17 @@
-"""The merge itself: a plan in, the folder of a merged model out."""
+"""The merge itself.
+
+Comes in: a base, experts, samples, options. Goes out: the folder of a merged model, and a `MergeResult` that says what
+was done.
+"""
+
+from .components import essential_components, fuse_components
+from .merge import merge_models
+from .result import MergeResult
+
+
+__all__ = [
+    "MergeResult",
+    "essential_components",
+    "fuse_components",
+    "merge_models",
+]

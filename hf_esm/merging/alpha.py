@@ -1,23 +1,26 @@
 """Choosing α: the merged updates are put on the base at several scales, nothing is merged again."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import inf, isnan
 from typing import Any, Optional
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..architecture import canonical_names
 from ..checkpoints import Checkpoint
 from ..errors import HfEsmError
-from ..metrics.labels import LabelledSamples
-from ..metrics.metric import Metric
-from ..metrics.scores import run
-from ..planning.plan import MergePlan
-from .weights import MergedUpdates
+from ..metrics import LabelledSamples, Metric, load_labelled, resolve_metric, run
+from ..planning import MergeOptions, MergePlan
+from .run import MergeRun
+from .updates import MergedUpdates
 
 
 COARSE = [round(0.1 + 0.3 * i, 1) for i in range(10)]  # 0.1, 0.4, …, 2.8
+
+
 FINE = 0.1
 
 
@@ -110,3 +113,36 @@ def _number(found: Any) -> float:
         return float(found)
     except (TypeError, ValueError):
         raise HfEsmError(f"score_fn gave {found!r:.80}; it has to give a number, of which more is better.") from None
+
+
+def choose_alpha(
+    plan: MergePlan, updates: MergedUpdates, labelled: dict, score_fn: Any, accelerator: Accelerator, run: MergeRun
+) -> tuple[float, dict[float, float]]:
+    """The given α, the method's own, or the best on validation, which the main process alone looks for."""
+    alpha = run.options.alpha
+    if alpha != "auto" or not accelerator.is_main_process:
+        return plan.method.default_alpha if alpha in (None, "auto") else float(alpha), {}
+    models = CandidateModels(plan, accelerator.device, whole=callable(score_fn))
+    metric = resolve_metric(run.options.metric)
+
+    def score(candidate: float) -> float:
+        models.set_alpha(updates, candidate)
+        scores = score_candidates(models, labelled, score_fn, metric, run.options.batch_size)
+        return sum(scores.values()) / len(scores)
+
+    share = score_fn is None and metric.is_share
+    rows = sum(len(data.labels) for data in labelled.values()) if share else None
+    progress = run.progress("Choosing alpha")
+    return search_alpha(score, progress, default=plan.method.default_alpha, rows=rows)
+
+
+def read_validation(
+    plan: MergePlan, validation: Any, processors: dict, options: MergeOptions
+) -> dict[str, LabelledSamples]:
+    everything, metric = replace(options, num_samples=0), resolve_metric(options.metric)
+    return {
+        task: load_labelled(
+            rows, processors[task], plan.experts[task].config, f"validation of '{task}'", everything, metric
+        )
+        for task, rows in (validation or {}).items()
+    }

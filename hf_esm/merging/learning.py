@@ -16,15 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..architecture import to_matrices
-from ..data.batches import collate
-from ..data.samples import Sample
+from ..data import Sample, collate
 from ..errors import HfEsmError
-from ..methods.concrete import ConcreteAdaMerging, final_mask, relaxed_mask
-from ..planning.plan import MergePlan
+from ..methods import ConcreteAdaMerging, final_mask, relaxed_mask
+from ..planning import MergePlan
 from .alpha import CandidateModels
 
 
 SAVE_EVERY = 100  # steps
+
+
 FORMAT = "hf_esm.concrete"
 
 

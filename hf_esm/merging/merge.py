@@ -1,60 +1,42 @@
 """`merge_models`: several fine-tunes of one checkpoint in, one merged model out."""
 
-import logging
 import shutil
-import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Optional
 
 from accelerate import Accelerator
-from accelerate.utils import tqdm
-from transformers import PreTrainedModel
 
 from ..architecture import is_routable
-from ..calibration.calibrator import calibrate_experts
-from ..calibration.placement import algebra_device, factor_bytes
-from ..calibration.statistics import ActivationStatistics
-from ..checkpoints import ModelSource, open_checkpoint, publish_folder, resolve_source, staging_folder
+from ..calibration import factor_bytes
+from ..checkpoints import ModelSource, differing_processors, find_processors, open_checkpoint, resolve_source
 from ..errors import HfEsmError
-from ..hub.hashes import write_hashes
-from ..hub.push import push_folder
-from ..methods import ROUTED, describe_method, resolve_method
-from ..metrics.metric import resolve_metric
-from ..planning.arguments import (
+from ..hub import write_hashes
+from ..methods import ROUTED, resolve_method
+from ..planning import (
+    MergeOptions,
+    MergePlan,
     check_arguments,
-    check_statistics,
-    differing_processors,
-    find_processors,
-    gather_statistics,
+    check_disk,
+    check_memory,
+    check_values,
     name_experts,
-    read_validation,
-    taken_of_others,
+    plan_merge,
     torch_dtype,
 )
-from ..planning.heads import load_task_model
-from ..planning.options import MergeOptions
-from ..planning.plan import MergePlan, check_disk, check_memory, check_values, plan_merge
-from ..routing.experts import write_experts
-from ..routing.model import RoutedModel
 from ..tuners.routed import DECIDING, check_separable
-from ..utils.distributed import default_accelerator, gather, main_first, together
-from ..utils.fingerprints import model_identity
-from ..utils.resume import Work
-from ..utils.sizes import bytes_of, readable
-from ..version import __version__
-from .alpha import CandidateModels, score_candidates, search_alpha
+from ..utils import algebra_device, bytes_of, default_accelerator, gather, main_first, publish_folder, together
+from .alpha import choose_alpha, read_validation
+from .expert_statistics import calibrate_experts, check_statistics, gather_statistics, taken_of_others
 from .learning import learn_mask
 from .output import write_files, write_model
-from .weights import MergedUpdates, WeightReport, merge_weights, scale_layers
-
-
-logger = logging.getLogger(__name__)
+from .result import MergeResult
+from .routed_experts import write_experts
+from .run import MergeRun, lacking_resources, notices, shared_folder, work_in_progress
+from .updates import MergedUpdates
+from .weights import merge_weights, scale_layers
 
 
 def merge_models(
@@ -110,7 +92,7 @@ def merge_models(
             )
         method = replace(method, rank=options.rank)
     accelerator = accelerator or default_accelerator()
-    run = _Run(options, accelerator, callback)
+    run = MergeRun(options, accelerator, callback)
     experts = name_experts(experts)
     check_arguments(options, method, experts, calibration, validation, score_fn, processor)
     open_options = {
@@ -136,9 +118,12 @@ def merge_models(
         sources, plan = main_first(accelerator, read_headers)
     output = Path(options.output_dir).expanduser() if options.output_dir else None
     if dry_run:
-        plan.warnings += [*_noticed(plan, options, validation, score_fn), *_lacking(plan, output, options.max_memory)]
+        plan.warnings += [
+            *notices(plan, options, validation, score_fn),
+            *lacking_resources(plan, output, options.max_memory),
+        ]
         return plan
-    for warning in [*plan.warnings, *_noticed(plan, options, validation, score_fn)]:
+    for warning in [*plan.warnings, *notices(plan, options, validation, score_fn)]:
         run.warn(warning)
     if output is not None and (live := [source.title for source in sources.values() if source.model is not None]):
         run.warn(f"{', '.join(live)}: given live, so that the recipe names what was loaded, not what became of it.")
@@ -161,13 +146,13 @@ def merge_models(
     for warning in taken_of_others(statistics, sources):
         run.warn(warning)
     with together(accelerator):
-        work = _work(plan, sources, statistics, samples, options, accelerator)
+        work = work_in_progress(plan, sources, statistics, samples, options, accelerator)
         work.check()
     with run.stage("checking weights"):
         check_values(plan, run.progress("Checking weights"))
 
     with ExitStack() as stack:
-        folder = _shared_folder(stack, output, accelerator)
+        folder = shared_folder(stack, output, accelerator)
         scratch = work.folder or folder / ".scratch"
         stack.callback(work.release)
         with together(accelerator):
@@ -208,10 +193,10 @@ def merge_models(
                 device=algebra_device(accelerator),
             )
         reports = {name: report for part in gather(accelerator, reports) for name, report in part.items()}
-        scale_layers(reports, method, {name for name in reports if _is_matrix(plan, name)})
+        scale_layers(reports, method, {name for name in reports if is_matrix(plan, name)})
         with run.stage("choosing alpha"):
             updates = MergedUpdates(plan.base, reports, sorted(scratch.glob("updates-*.safetensors")))
-            alpha, scores = _choose_alpha(plan, updates, labelled, score_fn, accelerator, run)
+            alpha, scores = choose_alpha(plan, updates, labelled, score_fn, accelerator, run)
         alpha, scores = gather(accelerator, (alpha, scores))[0]
         result = MergeResult(
             folder,
@@ -247,175 +232,5 @@ def merge_models(
     return result
 
 
-@dataclass
-class MergeResult:
-    """What a merge did.
-
-    Attributes:
-        output_dir: folder with the merged model (a temporary one, gone with this object, if none was asked for).
-        alpha: scale of the merged update.
-        alpha_scores: mean validation score by α, if it was searched.
-        weights: what became of each merged weight: rule, norms, scales, energy kept.
-        seconds: time by stage.
-        warnings: what was noticed on the way.
-        plan: the checks' outcome: models, commits, heads, method.
-    """
-
-    output_dir: Path
-    alpha: float
-    alpha_scores: dict[float, float]
-    weights: list[WeightReport]
-    seconds: dict[str, float]
-    warnings: list[str]
-    plan: MergePlan
-    _temporary: Any = field(default=None, repr=False)
-
-    def load_model(self, **kwargs: Any) -> PreTrainedModel:
-        """The merged model, in the base's class; `kwargs` go to `from_pretrained`."""
-        return type(self.plan.base.skeleton).from_pretrained(self.output_dir, **kwargs)
-
-    def load_task_model(self, task: str, **kwargs: Any) -> PreTrainedModel:
-        """The merged body with the head of one task; see `heads.load_task_model`."""
-        return load_task_model(self.output_dir, task, **kwargs)
-
-    def load_routed(self, **kwargs: Any) -> RoutedModel:
-        """The merged model with its experts, if the method was ESM++; see `RoutedModel.from_pretrained`."""
-        return RoutedModel.from_pretrained(self.output_dir, **kwargs)
-
-    def push_to_hub(self, repo_id: str, *, private: Optional[bool] = None, token: Any = None, **kwargs: Any) -> Any:
-        """Upload the merged model, its heads, card and recipe. Calibration samples stay here."""
-        return push_folder(self.output_dir, repo_id, private=private, token=token, **kwargs)
-
-    def __str__(self) -> str:
-        how = Counter(report.how for report in self.weights)
-        lines = [f"{self.plan.method.name}: {len(self.plan.experts)} experts merged, alpha {self.alpha:g}"]
-        rules = [f"{count} unchanged" if rule == "unchanged" else f"{count} by {rule}" for rule, count in how.items()]
-        lines.append("  weights  " + ", ".join(rules))
-        energies = [value for report in self.weights for value in report.energy_kept.values()]
-        if energies:
-            lines.append(f"  energy   {sum(energies) / len(energies):.1%} of the output shifts kept on average")
-        lines.append("  time     " + ", ".join(f"{stage} {value:.1f} s" for stage, value in self.seconds.items()))
-        lines += [f"  warning  {warning}" for warning in self.warnings]
-        return "\n".join([*lines, f"  written  {self.output_dir}"])
-
-
-def _noticed(plan: MergePlan, options: MergeOptions, validation: Any, score_fn: Any) -> list[str]:
-    """What was given in vain, and what takes more memory than was allowed."""
-    given = [name for name, value in (("validation", validation), ("score_fn", score_fn)) if value is not None]
-    found = [f"{name} is only used with alpha='auto'." for name in given if options.alpha != "auto"]
-    if options.max_memory and plan.output_bytes > bytes_of(options.max_memory, "max_memory"):
-        whole = {"alpha='auto'": options.alpha == "auto", plan.method.name: isinstance(plan.method, ROUTED)}
-        size = readable(plan.output_bytes)
-        found += [f"{what}: holds the whole merged model, {size} or more, in memory." for what in whole if whole[what]]
-    return found
-
-
-def _lacking(plan: MergePlan, output: Optional[Path], max_memory: Any) -> list[str]:
-    """What would stop the merge: too little memory or disk."""
-    found = []
-    for check in (partial(check_memory, plan, max_memory), partial(check_disk, plan, output) if output else None):
-        try:
-            if check is not None:
-                check()
-        except HfEsmError as error:
-            found.append(str(error))
-    return found
-
-
-class _Run:
-    """Stages, times, warnings and progress of one merge."""
-
-    def __init__(self, options: MergeOptions, accelerator: Accelerator, callback: Optional[Callable]):
-        self.options, self.accelerator, self.callback = options, accelerator, callback
-        self.seconds: dict[str, float] = {}
-        self.warnings: list[str] = []
-
-    @contextmanager
-    def stage(self, name: str, joined: bool = True) -> Iterator[None]:
-        """Time a stage, which all processes leave together; `joined=False` where the work inside sees to that."""
-        start = time.perf_counter()
-        with together(self.accelerator) if joined else nullcontext():
-            yield
-        self.seconds[name] = time.perf_counter() - start
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-        if self.accelerator.is_main_process:
-            logger.warning(message)
-
-    def progress(self, description: str) -> Callable[[Iterable], Iterator]:
-        """A wrapper for iterables: a named bar on the main process, and the caller's callback."""
-
-        def wrap(items: Any) -> Iterator:
-            items = list(items)
-            bar = tqdm(items, desc=description, disable=not self.options.progress or not items)
-            for done, item in enumerate(bar):
-                yield item
-                if self.callback is not None and self.accelerator.is_main_process:
-                    self.callback(description, done + 1, len(items))
-
-        return wrap
-
-
-def _shared_folder(stack: ExitStack, output: Optional[Path], accelerator: Accelerator) -> Path:
-    """A folder that all processes work in, removed in the end: beside the output, else a temporary one."""
-    folder = None
-    with together(accelerator):
-        if accelerator.is_main_process:
-            place = output or Path(tempfile.gettempdir()) / "hf_esm"
-            folder = stack.enter_context(staging_folder(place))
-    return gather(accelerator, folder)[0]
-
-
-def _work(
-    plan: MergePlan,
-    sources: Mapping[str, Any],
-    statistics: Mapping[str, Optional[ActivationStatistics]],
-    samples: Mapping[str, list],
-    options: MergeOptions,
-    accelerator: Accelerator,
-) -> Work:
-    """Work in progress, and all that it depends on."""
-    if not options.resume_dir:
-        return Work(None, {})
-    identities = {name: model_identity(source) for name, source in sources.items()}
-    found = {t: [asdict(s.provenance), s.keys_of, s.means()] for t, s in statistics.items() if s}
-    return Work(
-        options.resume_dir,
-        {
-            "the base": identities.pop("base"),
-            "experts": identities,
-            "samples or statistics": [found, samples],
-            "the method or its settings": describe_method(plan.method),
-            "heads": options.heads,
-            "a batch_size": options.batch_size,
-            "a seed": options.seed,
-            "a number of processes": accelerator.num_processes,
-            "a version": __version__,
-        },
-    )
-
-
-def _is_matrix(plan: MergePlan, name: str) -> bool:
+def is_matrix(plan: MergePlan, name: str) -> bool:
     return name in plan.base.linear or len(plan.base.shape(name)) == 2
-
-
-def _choose_alpha(
-    plan: MergePlan, updates: MergedUpdates, labelled: dict, score_fn: Any, accelerator: Accelerator, run: _Run
-) -> tuple[float, dict[float, float]]:
-    """The given α, the method's own, or the best on validation, which the main process alone looks for."""
-    alpha = run.options.alpha
-    if alpha != "auto" or not accelerator.is_main_process:
-        return plan.method.default_alpha if alpha in (None, "auto") else float(alpha), {}
-    models = CandidateModels(plan, accelerator.device, whole=callable(score_fn))
-    metric = resolve_metric(run.options.metric)
-
-    def score(candidate: float) -> float:
-        models.set_alpha(updates, candidate)
-        scores = score_candidates(models, labelled, score_fn, metric, run.options.batch_size)
-        return sum(scores.values()) / len(scores)
-
-    share = score_fn is None and metric.is_share
-    rows = sum(len(data.labels) for data in labelled.values()) if share else None
-    progress = run.progress("Choosing alpha")
-    return search_alpha(score, progress, default=plan.method.default_alpha, rows=rows)

@@ -15,25 +15,27 @@ import yaml
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from ..calibration.statistics import ActivationStatistics
-from ..checkpoints import Checkpoint, ModelSource
-from ..checkpoints.conversion import output_dtype, to_stored, write_plan
-from ..checkpoints.shards import ShardedWriter
-from ..data.rows import PROXIES_FOLDER, save_samples
-from ..data.samples import Sample
+from ..calibration import ActivationStatistics
+from ..checkpoints import (
+    CALIBRATION_FOLDER,
+    RECIPE_FILE,
+    REPORT_FILE,
+    Checkpoint,
+    ModelSource,
+    ShardedWriter,
+    output_dtype,
+    save_head,
+    to_stored,
+    write_plan,
+)
+from ..data import Sample, save_samples
 from ..errors import HfEsmError
-from ..hub.cards import write_card
 from ..methods import describe_method
-from ..planning.arguments import torch_dtype
-from ..planning.heads import save_head
-from ..planning.options import RECIPE_FILE, REPORT_FILE, MergeOptions
-from ..planning.plan import MergePlan
-from ..utils.sizes import bytes_of
+from ..planning import RECIPE_VERSION, MergeOptions, MergePlan, absolute_path, torch_dtype
+from ..utils import bytes_of
 from ..version import __version__
-from .weights import MergedUpdates
-
-
-RECIPE_VERSION = 1
+from .card import write_card
+from .updates import MergedUpdates
 
 
 def write_model(
@@ -146,18 +148,18 @@ def _record_calibration(
             kept = Path(options.statistics_dir).expanduser() / f"{task}.safetensors"
             recorded[task] = str(kept.absolute())
         elif isinstance(given, (str, os.PathLike)) and _goes_away(given, options):
-            recorded[task] = f"{PROXIES_FOLDER}/{task}.safetensors"
-            (folder / PROXIES_FOLDER).mkdir(exist_ok=True)
+            recorded[task] = f"{CALIBRATION_FOLDER}/{task}.safetensors"
+            (folder / CALIBRATION_FOLDER).mkdir(exist_ok=True)
             shutil.copy(Path(given).expanduser(), folder / recorded[task])
         elif isinstance(given, (str, os.PathLike)):
             recorded[task] = str(Path(given).expanduser().absolute())
         elif isinstance(given, Mapping) and "path" in given:
             recorded[task] = absolute_path(given, Path())
         elif task in samples:
-            recorded[task] = f"{PROXIES_FOLDER}/{task}.safetensors"
+            recorded[task] = f"{CALIBRATION_FOLDER}/{task}.safetensors"
             save_samples(samples[task], folder / recorded[task])
         elif isinstance(given, ActivationStatistics) and plan.method.needs_statistics:
-            recorded[task] = f"{PROXIES_FOLDER}/{task}.safetensors"
+            recorded[task] = f"{CALIBRATION_FOLDER}/{task}.safetensors"
             given.save(folder / recorded[task], compact=False)
     return recorded
 
@@ -170,21 +172,8 @@ def _goes_away(given: str | os.PathLike, options: MergeOptions) -> bool:
         Path(given)
         .expanduser()
         .resolve()
-        .is_relative_to((Path(options.output_dir).expanduser() / PROXIES_FOLDER).resolve())
+        .is_relative_to((Path(options.output_dir).expanduser() / CALIBRATION_FOLDER).resolve())
     )
-
-
-def absolute_path(value: Any, folder: Path) -> Any:
-    """A model or data set as recipes name it, with a relative path in it that exists below `folder` made absolute."""
-    if isinstance(value, str):
-        return str((folder / value).absolute()) if value and (folder / value).exists() else value
-    if isinstance(value, Mapping):
-        return {key: absolute_path(entry, folder) if key in _PATHS else entry for key, entry in value.items()}
-    return value
-
-
-# Keys of `{"path": …}` that may name something on disk.
-_PATHS = ("path", "data_files", "data_dir")
 
 
 def _plain(value: Any) -> Any:

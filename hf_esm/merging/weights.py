@@ -1,4 +1,4 @@
-"""The two passes of a merge: every weight merged once, and its scaled update put on the base as often as wanted."""
+"""Pass one of a merge: every weight of all experts merged, one at a time, into scratch files."""
 
 import json
 import math
@@ -6,75 +6,27 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..architecture import from_matrices, is_routable, layer_type, matrix_names, to_matrices
-from ..calibration.placement import fast_products, roomy
-from ..calibration.statistics import ActivationStatistics
-from ..checkpoints import Checkpoint
-from ..checkpoints.shards import ShardedWriter
+from ..calibration import ActivationStatistics
+from ..checkpoints import Checkpoint, ShardedWriter
 from ..errors import HfEsmError
 from ..linalg import norm
-from ..methods import TIES, MergeMethod, Stack
-from ..methods.sparse import magnitude_threshold
-from ..methods.stack import mean_update
-from ..planning.plan import MergePlan, merge_bytes
+from ..methods import TIES, MergeMethod, Stack, magnitude_threshold, mean_update
+from ..planning import MergePlan, merge_bytes
+from ..utils import fast_products, roomy
+from .updates import WeightReport
 
 
 # Elements of a weight below which several are merged side by side.
 _SMALL = 4_000_000
-
-
-@dataclass
-class WeightReport:
-    """What became of one weight.
-
-    Attributes:
-        name: its name in the base model.
-        how: the rule that merged it (`"esm"`, `"tsv-m"`, `"mean"`, `"sum"`, …; of a mixture's experts, several:
-            `"esm and tsv-m"`); `"unchanged"` where no expert differs from the base.
-        norm: Frobenius norm of the merged update, before α and the scale between layers.
-        scaled: whether α multiplies it.
-        layer_scale: its scale between layers of one type; 1 where the method has none.
-        update_norms: Frobenius norm of each expert's update, by task.
-        energy_kept: share of each expert's output shift that its kept directions carry, by task (ESM); of a mixture,
-            the mean over its experts.
-    """
-
-    name: str
-    how: str
-    norm: float
-    scaled: bool
-    layer_scale: float = 1.0
-    update_norms: dict[str, float] = field(default_factory=dict)
-    energy_kept: dict[str, float] = field(default_factory=dict)
-
-
-class MergedUpdates:
-    """Pass one's outcome: the unscaled merged updates on disk, and their reports."""
-
-    def __init__(self, base: Checkpoint, reports: dict[str, WeightReport], files: list[Path]):
-        self.base, self.reports = base, reports
-        self._owner = {}
-        for path in files:
-            file = safe_open(path, "pt")
-            self._owner.update(dict.fromkeys(file.keys(), file))
-
-    def weight(self, name: str, alpha: float) -> Tensor:
-        """`W0 + α β Δ_M` in float32; the base's own weight, as stored, where nothing was merged."""
-        weight = self.base.tensor(name)
-        if name not in self._owner:
-            return weight
-        report = self.reports[name]
-        scale = alpha * report.layer_scale if report.scaled else report.layer_scale
-        return torch.add(weight.float(), self._owner[name].get_tensor(name), alpha=scale)
 
 
 def merge_weights(

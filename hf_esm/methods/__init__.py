@@ -1,18 +1,18 @@
 """Merge methods: each a dataclass of settings with a function of one layer's stack.
 
-To add one, write such a dataclass, a `MergeMethod` with `name` and `merge(stack) -> Merged`, and give it a line in
-`METHODS`.
+Comes in: a `Stack`, one weight of all experts as updates of the base. Goes out: a `Merged` update. To add a method,
+write a `MergeMethod` with `name` and `merge(stack) -> Merged`, and give it a line in `METHODS`.
 """
 
 from .averaging import Mean, TaskArithmetic
-from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic
-from .essential import EssentialMerge, RoutedMerge
+from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic, final_mask, relaxed_mask
+from .essential import EssentialMerge, RoutedMerge, fuse_with_singular_values, part_taken_off
 from .isotropic import IsoC, IsoCTS
 from .registry import METHODS, ROUTED, describe_method, resolve_method
 from .regression import RegMean
 from .singular_vectors import TSVC, TSVM
-from .sparse import DARE, TIES
-from .stack import Merged, MergeMethod, Stack
+from .sparse import DARE, TIES, magnitude_threshold
+from .stack import InputStatistics, Merged, MergeMethod, Stack, mean_update
 
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "ConcreteAdaMerging",
     "ConcreteTaskArithmetic",
     "EssentialMerge",
+    "InputStatistics",
     "IsoC",
     "IsoCTS",
     "Mean",
@@ -35,5 +36,11 @@ __all__ = [
     "Stack",
     "TaskArithmetic",
     "describe_method",
+    "final_mask",
+    "fuse_with_singular_values",
+    "magnitude_threshold",
+    "mean_update",
+    "part_taken_off",
+    "relaxed_mask",
     "resolve_method",
 ]

@@ -7,11 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..calibration.statistics import InputStatistics
 from ..errors import HfEsmError
 from ..linalg import essential_subspace, norm, polar_factor, truncated_svd, working_dtype
 from .singular_vectors import TOLERANCE, check_tolerance, merge_singular_vectors
-from .stack import Merged, MergeMethod, Stack, mean_update
+from .stack import InputStatistics, Merged, MergeMethod, Stack, mean_update
 
 
 @dataclass

@@ -38,6 +38,7 @@ METHODS: dict[str, Callable[[], MergeMethod]] = {
     "esm++": RoutedMerge,
 }
 
+
 # Those whose outcome has an expert per task beside the static model: they also have `rank`, `router`, `expert_rank`.
 ROUTED = (RoutedMerge, TSVC)
 

@@ -6,10 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..calibration.statistics import InputStatistics
 from ..errors import HfEsmError
 from ..linalg import significant
-from .stack import Merged, MergeMethod, Stack, mean_update
+from .stack import InputStatistics, Merged, MergeMethod, Stack, mean_update
 
 
 def merge_by_regression(

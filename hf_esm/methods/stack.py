@@ -1,6 +1,6 @@
 """What a merge method sees: one weight of every expert. And what it gives back."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any, ClassVar, Optional
@@ -8,8 +8,26 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import Tensor
 
-from ..calibration.statistics import InputStatistics
 from ..errors import HfEsmError
+
+
+@dataclass
+class InputStatistics:
+    """What the methods need to know of the inputs `X [n, d_in]` of one linear map, for one expert.
+
+    Attributes:
+        factor: `[m, d_in]` float32, any matrix with `factorᵀ factor = Xᵀ X`; `m ≤ 2 d_in`, whatever `n` is.
+        mean: `[d_in]` float32, the mean row.
+        count: the number of rows `n`.
+    """
+
+    factor: Tensor
+    mean: Tensor
+    count: int
+
+    def to(self, device: Optional[torch.device]) -> "InputStatistics":
+        """The same on another device."""
+        return replace(self, factor=self.factor.to(device), mean=self.mean.to(device))
 
 
 @dataclass

@@ -1,1 +1,30 @@
-"""What a score is: labelled rows and a model's outputs in, numbers and pictures out."""
+"""What a score is.
+
+Comes in: a model and labelled rows. Goes out: a metric's score, the outputs that it was computed from, and pictures.
+"""
+
+from .labels import LabelledSamples, load_labelled
+from .metric import ACCURACY, Metric, resolve_metric, right_answers
+from .plots import COLOURS, plot_alpha_curves, plot_energy, plot_matrix, plot_task_scores, require_matplotlib
+from .scores import Outcome, Scores, accuracy, normalised, run
+
+
+__all__ = [
+    "ACCURACY",
+    "COLOURS",
+    "LabelledSamples",
+    "Metric",
+    "Outcome",
+    "Scores",
+    "accuracy",
+    "load_labelled",
+    "normalised",
+    "plot_alpha_curves",
+    "plot_energy",
+    "plot_matrix",
+    "plot_task_scores",
+    "require_matplotlib",
+    "resolve_metric",
+    "right_answers",
+    "run",
+]

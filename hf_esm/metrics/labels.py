@@ -6,15 +6,14 @@ from functools import partial
 from math import isfinite
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig
 
-from ..data.rows import read_rows
-from ..data.samples import ProxyOptions, Sample, encode, is_words
+from ..data import Sample, SampleOptions, encode, is_words, read_rows
 from ..errors import HfEsmError
-from .maps import read_map
 from .metric import ACCURACY, Metric
 
 
@@ -52,7 +51,7 @@ def load_labelled(
     processor: Any,
     config: PretrainedConfig,
     title: str,
-    options: ProxyOptions,
+    options: SampleOptions,
     metric: Metric = ACCURACY,
 ) -> LabelledSamples:
     """Read, select and encode labelled rows.
@@ -97,7 +96,7 @@ def load_labelled(
 
 
 def _with_texts(
-    rows: list[Any], processor: Any, config: PretrainedConfig, title: str, options: ProxyOptions, metric: Metric
+    rows: list[Any], processor: Any, config: PretrainedConfig, title: str, options: SampleOptions, metric: Metric
 ) -> LabelledSamples:
     """Rows whose right answers are texts. These are read as the model's are, from their tokens."""
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -131,7 +130,7 @@ def _with_texts(
 
 
 def _with_maps(
-    rows: list[Any], processor: Any, config: PretrainedConfig, title: str, options: ProxyOptions
+    rows: list[Any], processor: Any, config: PretrainedConfig, title: str, options: SampleOptions
 ) -> LabelledSamples:
     """Rows that say of each pixel which class it has."""
     images = getattr(processor, "image_processor", processor)
@@ -145,12 +144,12 @@ def _with_maps(
     return LabelledSamples(samples, torch.zeros(len(rows)), maps=maps)
 
 
-def _unlabelled(rows: list[Any], options: ProxyOptions) -> list[dict[str, Any]]:
+def _unlabelled(rows: list[Any], options: SampleOptions) -> list[dict[str, Any]]:
     columns = (options.columns.get("label", "label"), "labels")
     return [{name: value for name, value in row.items() if name not in columns} for row in rows]
 
 
-def _label_in(row: Any, title: str, options: ProxyOptions, *others: str) -> Any:
+def _label_in(row: Any, title: str, options: SampleOptions, *others: str) -> Any:
     """What stands in the column of labels, or else in one of `others`."""
     columns = (options.columns.get("label", "label"), "labels", *others)
     found = None
@@ -161,19 +160,19 @@ def _label_in(row: Any, title: str, options: ProxyOptions, *others: str) -> Any:
     return found.tolist() if hasattr(found, "tolist") else found
 
 
-def _parts(row: Mapping[str, Any], options: ProxyOptions) -> Any:
+def _parts(row: Mapping[str, Any], options: SampleOptions) -> Any:
     """The words or tokens of a row, if it comes in such."""
     text = row.get("input_ids", row.get(options.columns.get("text", "text")))
     return () if text is None or isinstance(text, str) else text
 
 
-def _labels_parts(row: Mapping[str, Any], label: Any, options: ProxyOptions) -> bool:
+def _labels_parts(row: Mapping[str, Any], label: Any, options: SampleOptions) -> bool:
     """Whether a label is one of each word, or of each token."""
     parts = _parts(row, options)
     return isinstance(label, (list, tuple)) and (len(parts) == len(label) > 0 or is_words(parts))
 
 
-def _with_labels_of_parts(row: Any, labels: Any, config: Any, title: str, options: ProxyOptions) -> dict[str, Any]:
+def _with_labels_of_parts(row: Any, labels: Any, config: Any, title: str, options: SampleOptions) -> dict[str, Any]:
     """The row with class indices for its words or tokens, in the column in which `encode` looks for them."""
     count = len(_parts(row, options))
     if not isinstance(labels, (list, tuple)) or count != len(labels):
@@ -228,3 +227,28 @@ def _several_labels(found: Any, config: Any, title: str, marked: bool) -> list[b
             f"of the {config.num_labels}."
         )
     return [i in classes for i in range(config.num_labels)]
+
+
+def read_map(label: Any, config: PretrainedConfig, title: str, reduced: bool = False) -> Tensor:
+    """A picture or an array of classes as `[H, W]` int64, -100 where none is asked for.
+
+    Those are `config.semantic_loss_ignore_index` (255); and, if `reduced`, 0, and all other classes count one less, as
+    an image processor's `do_reduce_labels` has it.
+    """
+    try:
+        classes = np.asarray(label)
+    except ValueError as error:
+        raise HfEsmError(f"{title}: a label is no map of classes ({error}).") from None
+    if classes.ndim != 2 or classes.dtype.kind not in "ui":
+        raise HfEsmError(
+            f"{title}: a label is {classes.dtype} of shape {classes.shape}; mean-iou needs whole numbers of shape "
+            "[height, width], the class of each pixel. A picture of them has to be grey, or have a palette."
+        )
+    found = torch.from_numpy(classes.astype(np.int64))
+    unasked = (found == getattr(config, "semantic_loss_ignore_index", 255)) | (found == -100)
+    if reduced:
+        unasked |= found == 0
+        found = found - 1
+    if (wrong := found[~unasked & ((found < 0) | (found >= config.num_labels))]).numel():
+        raise HfEsmError(f"{title}: a pixel has the class {int(wrong[0])}, but the expert knows {config.num_labels}.")
+    return found.masked_fill(unasked, -100)

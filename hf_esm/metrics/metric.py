@@ -10,12 +10,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
-from ..data.batches import batch_for, batch_indices, reads_singly
-from ..data.samples import Sample
 from ..errors import HfEsmError
 
 
@@ -123,10 +118,20 @@ def _f1(answer: list[str], right: list[str]) -> float:
 
 
 ACCURACY = Metric("accuracy", _share_right, is_share=True)
+
+
 PERPLEXITY = Metric("perplexity", _perplexity, higher_is_better=False)
+
+
 MEAN_IOU = Metric("mean-iou", _mean_iou, reads_maps=True)
+
+
 EXACT_MATCH = Metric.mean_of("exact-match", _is_among, is_share=True)
+
+
 WORD_F1 = Metric.mean_of("word-f1", _word_overlap)
+
+
 BUILT_IN = {metric.name: metric for metric in (ACCURACY, PERPLEXITY, MEAN_IOU, EXACT_MATCH, WORD_F1)}
 
 
@@ -202,92 +207,3 @@ def _of_library(metric: Any) -> Metric:
 
 # Metrics of the `evaluate` library of which less is better; it does not say so itself.
 _ERRORS = ("brier_score", "cer", "character", "mae", "mape", "mase", "mse", "smape", "ter", "wer")
-
-
-@torch.no_grad()
-def outputs_of(
-    model: PreTrainedModel, samples: list[Sample], metric: Metric = ACCURACY, batch_size: int = 32
-) -> Tensor:
-    """What a metric reads of a model, on the CPU, in the samples' order; classes of tokens padded with -100. Samples
-    of like length share a batch.
-    """
-    order = sorted(range(len(samples)), key=lambda i: max(value.numel() for value in samples[i].values()))
-    if metric is not PERPLEXITY and samples and "input_ids" in samples[0] and reads_singly(model.config):
-        batch_size = 1
-    found: dict[int, Tensor] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = batch_for([samples[i] for i in chosen], model)
-        found |= zip(chosen, (_likelihood if metric is PERPLEXITY else _answer)(model, batch).cpu(), strict=True)
-    rows = [found[i] for i in range(len(samples))]
-    return pad_sequence(rows, True, -100) if rows[0].dim() else torch.stack(rows)
-
-
-@torch.no_grad()
-def read_outputs(model: PreTrainedModel, samples: list[Sample], metric: Metric, batch_size: int = 32) -> list[Any]:
-    """What `metric.read` makes of a model's outputs, in the samples' order. Samples of one shape share a batch, so
-    that nothing in them is of padding.
-    """
-    found: dict[int, Any] = {}
-    for chosen in batch_indices(samples, batch_size):
-        outputs = model(**batch_for([samples[i] for i in chosen], model), return_dict=True)
-        parts = {
-            name: value.cpu()
-            for name, value in outputs.items()
-            if isinstance(value, Tensor) and value.dim() and len(value) == len(chosen)
-        }
-        found |= {i: metric.read({name: value[row] for name, value in parts.items()}) for row, i in enumerate(chosen)}
-    return [found[i] for i in range(len(samples))]
-
-
-_NO_CLASS = (
-    "{kind} gives no class per sample or token; accuracy needs a classifier. Of answers in words there are "
-    "exact-match and word-f1; of anything else, give a Metric with `read`."
-)
-
-
-def check_answers(model: PreTrainedModel, metric: Metric) -> None:
-    """Refuse a model whose answers the metric cannot read."""
-    kind = type(model).__name__
-    if metric is PERPLEXITY:
-        if kind.endswith("ForMaskedLM"):
-            raise HfEsmError(f"{kind} predicts no next token; perplexity needs a model that writes text.")
-    elif model.can_generate():
-        raise HfEsmError(_NO_CLASS.format(kind=kind))
-    elif metric is ACCURACY and model.config.num_labels == 1:
-        raise HfEsmError(f"{kind} gives one value, not a class. Choose a metric of values, such as 'mse'.")
-
-
-def _answer(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """`[B]`: each sample's class, or its value where the head has one label; `[B, C]` bool where several labels may
-    hold; `[B, L]`: each token's class.
-    """
-    logits, kind = getattr(model(**batch), "logits", None), type(model).__name__
-    if logits is not None and logits.dim() == 3 and kind.endswith("ForTokenClassification"):
-        return logits.argmax(-1)
-    if logits is None or logits.dim() != 2:
-        raise HfEsmError(_NO_CLASS.format(kind=kind))
-    if model.config.problem_type == "multi_label_classification":
-        return logits > 0
-    return logits[:, 0].float() if logits.shape[1] == 1 else logits.argmax(-1)
-
-
-def _likelihood(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """`[B, 2]` float64: the negative log-likelihood of each sample's tokens, summed, and how many there are."""
-    encoder_decoder = model.config.is_encoder_decoder
-    labels = batch.get("labels")
-    if labels is None and not encoder_decoder and "input_ids" in batch:
-        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        labels = batch["input_ids"].masked_fill(~real, -100)
-    if labels is None:
-        raise HfEsmError(
-            f"{type(model).__name__}: perplexity is of what the model is to write. Give it as `text_target`, or ready "
-            "`labels`."
-        )
-    logits = getattr(model(**batch), "logits", None)
-    if logits is None or logits.dim() != 3 or logits.shape[:2] != labels.shape:
-        raise HfEsmError(f"{type(model).__name__} gives no likelihood of tokens; perplexity needs a language model.")
-    if not encoder_decoder:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    loss = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=-100)
-    return torch.stack([loss.cpu().double().sum(1), (labels != -100).cpu().double().sum(1)], dim=1)

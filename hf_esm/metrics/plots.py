@@ -10,7 +10,11 @@ from ..errors import HfEsmError
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; as many methods as there are colours fit.
 COLOURS = ("#999999", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#F0E442", "#0072B2")
+
+
 AVERAGE = "average"
+
+
 BARS_WITH_NUMBERS = 48  # more bars than that stand too close for a number above each
 
 

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel
 
 from ..errors import HfEsmError
 from .labels import LabelledSamples
-from .maps import overlaps_of
-from .metric import ACCURACY, Metric, check_answers, outputs_of, read_outputs
-from .outputs import texts_of
+from .metric import ACCURACY, Metric
+from .outputs import check_answers, outputs_of, overlaps_of, read_outputs, texts_of
 
 
 @dataclass

@@ -1,1 +1,31 @@
-"""What a merge will do, found out from headers: the caller's arguments in, a checked `MergePlan` out."""
+"""What a merge will do, found out from headers and a sample of local weights.
+
+Comes in: the caller's arguments, or a recipe. Goes out: a checked `MergePlan`, or one sentence that says what is
+wrong.
+"""
+
+from .arguments import check_arguments, check_replaceable, name_experts, torch_dtype
+from .checks import check_disk, check_memory, check_values
+from .options import MergeOptions
+from .plan import MergePlan, calibrated_widths, plan_merge
+from .recipe import RECIPE_VERSION, absolute_path, load_recipe
+from .resources import merge_bytes
+
+
+__all__ = [
+    "RECIPE_VERSION",
+    "MergeOptions",
+    "MergePlan",
+    "absolute_path",
+    "calibrated_widths",
+    "check_arguments",
+    "check_disk",
+    "check_memory",
+    "check_replaceable",
+    "check_values",
+    "load_recipe",
+    "merge_bytes",
+    "name_experts",
+    "plan_merge",
+    "torch_dtype",
+]

@@ -1,33 +1,23 @@
-"""What the caller of a merge gave: checked early, found, read and encoded."""
+"""The caller's arguments, checked before any file is opened."""
 
-import hashlib
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from transformers import ImageProcessingMixin
 
-from ..architecture import matrix_names, width_of, without_labels
-from ..calibration.statistics import FILE_NAME, ActivationStatistics
-from ..checkpoints import ModelSource
-from ..data.rows import PROXIES_FOLDER, is_samples_file, read_rows
-from ..data.samples import Sample, encode, load_processor
+from ..checkpoints import CALIBRATION_FOLDER, RECIPE_FILE
 from ..errors import HfEsmError
 from ..methods import MergeMethod
-from ..metrics.labels import LabelledSamples, load_labelled
-from ..metrics.metric import resolve_metric
-from ..utils.resume import FOLDER as WORK
-from .options import RECIPE_FILE, MergeOptions
-from .plan import MergePlan
+from ..utils import WORK_FOLDER
+from .options import MergeOptions
 
 
-_PROCESSOR_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py")
 _LONGEST_NAME = 100  # of a task, which names files
+
+
 TAKEN = ("base", "static", "none")  # what stands beside the tasks: the base, no expert, none of the tasks
 
 
@@ -107,7 +97,7 @@ def check_arguments(
         above = whole.parents if what == "output_dir" else (whole, *whole.parents)
         if blocked := [path for path in above if path.exists() and not path.is_dir()]:
             raise HfEsmError(f"{what} {place}: {blocked[0]} is a file. Choose another folder.")
-        work = options.resume_dir and (Path(options.resume_dir).expanduser() / WORK).resolve()
+        work = options.resume_dir and (Path(options.resume_dir).expanduser() / WORK_FOLDER).resolve()
         if work and what != "resume_dir" and whole.is_relative_to(work):
             raise HfEsmError(f"{what} {place} stands in the work of resume_dir, which goes away. Choose another.")
     if options.output_dir:
@@ -128,7 +118,7 @@ def _check_output(options: MergeOptions, data: dict[str, Any]) -> None:
     for what, given in inside.items():
         path = given.get("path") if isinstance(given, Mapping) else given
         place = Path(path).expanduser().resolve() if isinstance(path, (str, os.PathLike)) else None
-        if place and place.is_relative_to(whole) and not place.is_relative_to(whole / PROXIES_FOLDER):
+        if place and place.is_relative_to(whole) and not place.is_relative_to(whole / CALIBRATION_FOLDER):
             raise HfEsmError(
                 f"{what} ({path}) stands in output_dir {output}, which would be replaced. Choose another output_dir."
             )
@@ -154,198 +144,3 @@ def torch_dtype(name: Optional[str]) -> Optional[torch.dtype]:
     if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise HfEsmError(f"dtype must be a floating-point dtype of torch such as 'bfloat16', not {name!r}.")
     return dtype if name is not None else None
-
-
-def find_processors(sources: dict[str, ModelSource], given: Any, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The tokenizer or processor of each expert, and under `"base"` the one that the merged model gets. It is read
-    once where the same files stand beside several models.
-    """
-    read: dict[Any, Any] = {}
-    beside = {}
-    for name, source in sources.items():
-        key = None if given else _processor_files(source)
-        if key not in read:
-            read[key] = given or first_processor([source], trust_remote_code)
-        beside[name] = read[key]
-    first = next((processor for processor in beside.values() if processor is not None), None)
-    return {name: first if processor is None else processor for name, processor in beside.items()}
-
-
-def _processor_files(source: ModelSource) -> Any:
-    """The same for folders with the same of what a processor may be made from; labels make no difference. Where there
-    are folders in the folder, it is like no other.
-    """
-    paths = sorted(source.folder.iterdir()) if source.folder else []
-    if not paths or any(path.is_dir() for path in paths):
-        return source.title
-    found = {path.name: path.read_bytes() for path in paths if path.suffix in _PROCESSOR_SUFFIXES}
-    config = without_labels(json.loads(found.pop("config.json", "{}")))
-    return repr(config), *((name, hashlib.sha256(content).digest()) for name, content in found.items())
-
-
-def first_processor(sources: list[ModelSource], trust_remote_code: bool = False) -> Any:
-    """The first tokenizer or processor that stands beside one of the models; None if there is none."""
-    for source in sources:
-        folder = source.folder or Path(getattr(source.model, "name_or_path", "") or ".no-folder")
-        processor = load_processor(folder, trust_remote_code) if folder.is_dir() else None
-        if processor is not None:
-            return processor
-    return None
-
-
-def gather_statistics(
-    plan: MergePlan, sources: dict, calibration: Any, processors: dict, method: MergeMethod, options: MergeOptions
-) -> tuple[dict[str, Optional[ActivationStatistics]], dict[str, list[Sample]]]:
-    """Statistics that exist, and the encoded proxies of the tasks that have none yet."""
-    statistics: dict[str, Optional[ActivationStatistics]] = dict.fromkeys(plan.experts)
-    samples: dict[str, list] = {}
-    learns = method.needs_samples
-    if not method.needs_statistics and not learns:
-        return statistics, samples
-    if isinstance(calibration, (str, os.PathLike)):
-        folder = Path(calibration).expanduser()
-        calibration = {task: folder / f"{task}.safetensors" for task in plan.experts}
-    for task, expert in plan.experts.items():
-        given = (calibration or {}).get(task)
-        if learns and (given is None or isinstance(given, ActivationStatistics) or _is_statistics_file(given)):
-            raise HfEsmError(
-                f"{expert.title}: {method.name} learns from the samples themselves. Give unlabelled inputs of the "
-                "task as its calibration, not statistics."
-            )
-        if given is None:
-            beside = sources[task].folder and sources[task].folder / FILE_NAME
-            if not beside or not beside.is_file():
-                raise HfEsmError(
-                    f"{expert.title}: no calibration samples, and no {FILE_NAME} beside its weights. Give about "
-                    f"{options.num_samples or 32} unlabelled inputs of the task, or choose a method that needs none "
-                    "('tsv-m')."
-                )
-            statistics[task] = ActivationStatistics.load(beside)
-        elif isinstance(given, ActivationStatistics):
-            statistics[task] = given
-        elif _is_statistics_file(given):
-            statistics[task] = ActivationStatistics.load(Path(given).expanduser())
-        else:
-            title = f"calibration of '{task}'"
-            rows = read_rows(given, title, options)
-            samples[task] = encode(rows, processors[task], expert.config, title, options)
-        if statistics[task] is not None:
-            statistics[task].check_fits(calibrated_widths(plan), task)
-    if getattr(method, "router", None) == "discriminant":
-        for task, found in statistics.items():
-            if found is not None and not found.pooled:
-                raise HfEsmError(
-                    f"The statistics of '{task}' do not hold what the base's blocks read, which makes the router. "
-                    "Calibrate again with the base (`hf-esm calibrate --base`), or give samples."
-                )
-    return statistics, samples
-
-
-def _is_statistics_file(given: Any) -> bool:
-    if not isinstance(given, (str, os.PathLike)):
-        return False
-    path = Path(given).expanduser()
-    return not is_samples_file(path) if path.suffix == ".safetensors" else (path / FILE_NAME).is_file()
-
-
-def read_validation(
-    plan: MergePlan, validation: Any, processors: dict, options: MergeOptions
-) -> dict[str, LabelledSamples]:
-    everything, metric = replace(options, num_samples=0), resolve_metric(options.metric)
-    return {
-        task: load_labelled(
-            rows, processors[task], plan.experts[task].config, f"validation of '{task}'", everything, metric
-        )
-        for task, rows in (validation or {}).items()
-    }
-
-
-def taken_of_others(
-    statistics: Mapping[str, Optional[ActivationStatistics]], sources: Mapping[str, ModelSource]
-) -> list[str]:
-    """Which statistics say that they were taken of another of these models than the task's."""
-
-    def place(name: Any) -> str:
-        return str(Path(name).resolve()) if name and Path(name).exists() else str(name or "")
-
-    named = {task: place(source.repo_id or source.folder) for task, source in sources.items()}
-    taken = {task: place(known.provenance.model) for task, known in statistics.items() if known}
-    others = {task: {name for other, name in named.items() if other != task and name} for task in taken}
-    return [
-        f"'{task}': its statistics were taken of {of}, which is another of these models."
-        for task, of in taken.items()
-        if of != named[task] and of in others[task]
-    ]
-
-
-def differing_processors(processors: dict[str, Any], tasks: Iterable[str]) -> list[str]:
-    """What the experts' tokenizers and image processors do otherwise than the one that the merged model gets."""
-    found = []
-    for task in tasks:
-        own, merged = processors.get(task), processors.get("base")
-        if own is None or merged is None or own is merged:
-            continue
-        numbered, base = (getattr(p, "tokenizer", p) for p in (own, merged))
-        if hasattr(numbered, "get_vocab") and hasattr(base, "get_vocab"):
-            places = base.get_vocab()
-            words = {place: word for word, place in places.items()}
-            moved = [w for w, i in numbered.get_vocab().items() if places.get(w, i) != i or words.get(i, w) != w]
-            if moved:
-                found.append(
-                    f"'{task}': its tokenizer numbers {len(moved)} tokens otherwise than the base's, such as "
-                    f"{moved[0]!r}: embeddings of unlike tokens are merged, and the merged model reads as the base."
-                )
-        ours, theirs = (getattr(p, "image_processor", p) for p in (merged, own))
-        if not isinstance(ours, ImageProcessingMixin):
-            continue
-        names = [name for name in _PICTURE_SETTINGS if getattr(ours, name, None) != getattr(theirs, name, None)]
-        if names:
-            found.append(f"'{task}': its pictures are prepared otherwise than the base's ({', '.join(names)}).")
-    return found
-
-
-# Settings of image processors of which a difference makes other inputs.
-_PICTURE_SETTINGS = (
-    "image_mean",
-    "image_std",
-    "size",
-    "crop_size",
-    "resample",
-    "rescale_factor",
-    "do_resize",
-    "do_center_crop",
-    "do_normalize",
-    "do_rescale",
-)
-
-
-def check_statistics(
-    plan: MergePlan, statistics: dict[str, Optional[ActivationStatistics]], warn: Callable[[str], None]
-) -> None:
-    """Name the linear maps that have no statistics."""
-    matrices = calibrated_widths(plan)
-    of_mixtures = [name for name in matrices if name not in plan.base.linear]
-    for task, found in statistics.items():
-        lacking = [] if found is None else [name for name in matrices if name not in found]
-        unread = [name for name in lacking if name in of_mixtures]
-        if unread:
-            why = "its samples' tokens did not come to them; more samples reach more"
-            if len(unread) == len(of_mixtures):
-                why = "this model does not say which tokens come to which expert"
-            warn(
-                f"'{task}': no statistics for {len(unread)} of {len(of_mixtures)} matrices of mixtures' experts, "
-                f"which are merged without any: {why}."
-            )
-        if lacking := [name for name in lacking if name in plan.base.linear]:
-            some = ", ".join(lacking[:3])
-            warn(f"'{task}': {len(lacking)} linear maps have no statistics ({some}) and are merged without any.")
-
-
-def calibrated_widths(plan: MergePlan) -> dict[str, int]:
-    """The linear maps that are merged with statistics, each of a mixture by itself, and how many inputs each has."""
-    return {
-        matrix: width_of(plan.base.shape(name), linear)
-        for name, linear in plan.base.linear.items()
-        if name in plan.heads.shared
-        for matrix in matrix_names(name, linear)
-    }

@@ -1,25 +1,19 @@
 """The options of `merge_models` in one place: keyword arguments, recipes and command line flags are read off here."""
 
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from math import isfinite
 from numbers import Real
 from typing import Any, Optional
 
-from ..data.samples import ProxyOptions
+from ..data import RunOptions
 from ..errors import HfEsmError
 from ..methods import METHODS
-from ..utils.sizes import bytes_of
-
-
-# What stands in every folder that a merge wrote.
-RECIPE_FILE = "merge_recipe.yaml"
-REPORT_FILE = "merge_report.json"
-PICTURES_FOLDER = "comparison"  # of its card, if there are any
+from ..utils import bytes_of
 
 
 @dataclass
-class MergeOptions(ProxyOptions):
+class MergeOptions(RunOptions):
     """Everything about a merge but the models and the data.
 
     Attributes:
@@ -34,14 +28,8 @@ class MergeOptions(ProxyOptions):
         overwrite: replace the output folder, once the new one is whole.
         max_shard_size: largest file of weights.
         statistics_dir: folder to keep the activation statistics in, one file per task, for later merges.
-        max_memory: what a model that calibrates, and then the weights that are merged side by side, may take: `"16GB"`
-            or bytes. More of a model, and factors that do not fit beside it, stand on disk.
         resume_dir: folder to keep work in progress in (statistics, what is being learned, merged weights): a merge
             that was interrupted goes on from there. It goes away with a merge that ends well.
-        batch_size: samples per batch and process while calibrating and validating.
-        allow_pickle: read `.bin` checkpoints.
-        trust_remote_code: run code that comes with a model.
-        progress: show progress bars.
     """
 
     method: Any = field(
@@ -70,27 +58,15 @@ class MergeOptions(ProxyOptions):
     statistics_dir: Optional[str] = field(
         default=None, metadata={"help": "folder to keep the activation statistics in, for later merges"}
     )
-    max_memory: Optional[int | str] = field(
-        default=None, metadata={"help": "memory to calibrate and to merge in, such as 16GB"}
-    )
     resume_dir: Optional[str] = field(
         default=None, metadata={"help": "folder to keep work in progress in; an interrupted merge goes on from there"}
     )
-    batch_size: int = field(default=8, metadata={"help": "samples per batch and process", "least": 1})
-    allow_pickle: bool = field(default=False, metadata={"help": "read .bin checkpoints (can run code)"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a model"})
-    progress: bool = field(default=True, metadata={"help": "show progress bars"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in fields(self):
-            if isinstance(option.default, bool) and not isinstance(getattr(self, option.name), bool):
-                raise HfEsmError(f"{option.name} must be true or false, not {getattr(self, option.name)!r}.")
         if isinstance(self.alpha, str) and self.alpha != "auto":  # YAML takes 1e0 for a text
             with suppress(ValueError):
                 self.alpha = float(self.alpha)
         if self.alpha not in (None, "auto") and not (isinstance(self.alpha, Real) and isfinite(self.alpha)):
             raise HfEsmError(f"alpha must be a number or 'auto', not {self.alpha!r}.")
-        if self.max_memory is not None:
-            bytes_of(self.max_memory, "max_memory")
         bytes_of(self.max_shard_size, "max_shard_size")

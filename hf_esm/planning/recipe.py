@@ -9,12 +9,18 @@ from typing import Any
 import yaml
 
 from ..errors import HfEsmError
-from ..merging.output import RECIPE_VERSION, absolute_path
 from .options import MergeOptions
 
 
+RECIPE_VERSION = 1
+
+
 _MODELS_AND_DATA = ("base", "experts", "calibration", "validation")
+
+
 _COMPARED = ("methods", "test", "seeds", "num_test")
+
+
 _WRITTEN_ONLY = ("recipe_version", "hf_esm_version")
 
 
@@ -79,3 +85,16 @@ def _from_folder(key: str, value: Any, folder: Path) -> Any:
             for e in value
         ]
     return value
+
+
+def absolute_path(value: Any, folder: Path) -> Any:
+    """A model or data set as recipes name it, with a relative path in it that exists below `folder` made absolute."""
+    if isinstance(value, str):
+        return str((folder / value).absolute()) if value and (folder / value).exists() else value
+    if isinstance(value, Mapping):
+        return {key: absolute_path(entry, folder) if key in _PATHS else entry for key, entry in value.items()}
+    return value
+
+
+# Keys of `{"path": …}` that may name something on disk.
+_PATHS = ("path", "data_files", "data_dir")

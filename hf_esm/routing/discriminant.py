@@ -8,8 +8,14 @@ from torch import Tensor
 
 
 SHRINKAGES = (0.03, 0.1, 0.3, 0.6, 0.9)
+
+
 TEMPERATURES = tuple(2 ** (step / 2) for step in range(-2, 15))  # 0.5 to 128
+
+
 FOLDS = 8
+
+
 MAX_DIRECTIONS = 256
 
 

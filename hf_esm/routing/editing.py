@@ -11,20 +11,26 @@ from peft import PeftConfig
 from transformers import PreTrainedModel
 
 from ..architecture import to_matrices
-from ..calibration.statistics import ActivationStatistics
-from ..checkpoints import Checkpoint, ModelSource, open_checkpoint, publish_folder, resolve_source, staging_folder
+from ..calibration import ActivationStatistics
+from ..checkpoints import (
+    HASHES_FILE,
+    HEAD_WEIGHTS,
+    HEADS_FOLDER,
+    RECIPE_FILE,
+    ROUTED_FOLDER,
+    Checkpoint,
+    ModelSource,
+    open_checkpoint,
+    resolve_source,
+    save_head,
+)
 from ..errors import HfEsmError
-from ..hub.hashes import HASHES_FILE, write_hashes
+from ..hub import write_hashes
 from ..methods import RoutedMerge
-from ..planning.arguments import name_experts, calibrated_widths
-from ..planning.heads import FOLDER as HEADS_FOLDER
-from ..planning.heads import WEIGHTS as HEAD_WEIGHTS
-from ..planning.heads import save_head
-from ..planning.options import RECIPE_FILE
-from ..planning.plan import check_values, plan_merge
-from ..planning.recipe import load_recipe
-from ..tuners import RoutedExpertsConfig
-from .experts import FOLDER, RoutedExperts, expert_factors, load_experts, residual_update
+from ..planning import calibrated_widths, check_values, load_recipe, name_experts, plan_merge
+from ..tuners.routed import RoutedExpertsConfig
+from ..utils import publish_folder, staging_folder
+from .experts import RoutedExperts, expert_factors, load_experts, residual_update
 
 
 logger = logging.getLogger(__name__)
@@ -167,10 +173,10 @@ def _rewrite(
         raise HfEsmError(f"{output} exists. Choose another output_dir.")
     with staging_folder(output) as staging:
         shutil.copytree(folder, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
-        shutil.rmtree(staging / FOLDER)
+        shutil.rmtree(staging / ROUTED_FOLDER)
         (staging / HASHES_FILE).unlink()
         change(staging)
-        experts.save(staging / FOLDER, static, base_fingerprint=config.base_fingerprint)
+        experts.save(staging / ROUTED_FOLDER, static, base_fingerprint=config.base_fingerprint)
         said = f"After this merge, {what}; the experts now: {', '.join(experts.tasks)}."
         for name, line in (("README.md", said), (RECIPE_FILE, f"# {said}")):
             with (staging / name).open("a", encoding="utf-8") as file:

@@ -1,15 +1,13 @@
-"""ESM++: the experts and the router that stand beside a merged model, as one adapter (arXiv 2606.19164)."""
+"""What a routed adapter holds (ESM++, arXiv 2606.19164): experts by task and linear map, and the router."""
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from accelerate import Accelerator
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
@@ -17,25 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..architecture import is_routable, to_matrices, towers
-from ..calibration.placement import algebra_device, fast_products
-from ..calibration.recorder import pooled_inputs
-from ..calibration.statistics import ActivationStatistics, InputStatistics
-from ..checkpoints import Checkpoint, LoraCheckpoint
-from ..checkpoints.lora_export import rank_settings, write_adapter
-from ..checkpoints.stored import quiet_loading
-from ..data.samples import Sample
+from ..architecture import towers
+from ..checkpoints import ROUTED_FOLDER, ROUTER_FEATURES, Checkpoint, LoraCheckpoint, rank_settings, write_adapter
 from ..linalg import essential_subspace, truncated_svd
-from ..merging.weights import MergedUpdates
-from ..planning.options import MergeOptions
-from ..planning.plan import MergePlan
+from ..methods import InputStatistics
 from ..tuners.routed import RoutedExpertsConfig, fingerprint
-from ..utils.distributed import together
 from .discriminant import fit_discriminant
 
 
-FOLDER = "routed"
-FEATURES = "router_features.safetensors"
 ROUTER_SETTINGS = ("top_k", "mixing_temperature", "confidence")
 
 
@@ -125,7 +112,7 @@ class RoutedExperts:
         header = {"modules": self.modules, "depth": self.depth, "expert_directions": self.expert_directions}
         save_file(
             {name: tensor.contiguous() for name, tensor in rows.items()},
-            folder / FEATURES,
+            folder / ROUTER_FEATURES,
             {"header": json.dumps(header)},  # one key: several have no order
         )
 
@@ -168,14 +155,14 @@ class RoutedExperts:
 
 def load_experts(folder: Path) -> RoutedExperts:
     """What stands in a merged model's folder."""
-    config = PeftConfig.from_pretrained(str(folder / FOLDER))
-    with safe_open(folder / FOLDER / FEATURES, "pt") as file:
+    config = PeftConfig.from_pretrained(str(folder / ROUTED_FOLDER))
+    with safe_open(folder / ROUTED_FOLDER / ROUTER_FEATURES, "pt") as file:
         header = json.loads(file.metadata()["header"])
         modules = header["modules"]
         features = {task: {module: file.get_tensor(f"{task}/{module}") for module in modules} for task in config.tasks}
         shift = {key[1:]: file.get_tensor(key) for key in file.keys() if key.startswith("/")}
     held: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in load_file(folder / FOLDER / SAFETENSORS_WEIGHTS_NAME).items():
+    for key, tensor in load_file(folder / ROUTED_FOLDER / SAFETENSORS_WEIGHTS_NAME).items():
         module, _, name = key.removeprefix("base_model.model.").rpartition(".")
         held[name][module] = tensor
     factors = {module: (a, held["routed_experts_B"][module]) for module, a in held["routed_experts_A"].items()}
@@ -191,126 +178,3 @@ def load_experts(folder: Path) -> RoutedExperts:
         header["expert_directions"],
         shift,
     )
-
-
-def decompose_experts(
-    plan: MergePlan,
-    merged: Callable[[str], Tensor],
-    statistics: Mapping[str, ActivationStatistics],
-    rank: int = 0,
-    world_size: int = 1,
-    progress: Callable[[Iterable], Iterable] = iter,
-    device: Optional[torch.device] = None,
-) -> dict[str, Tensor]:
-    """Experts and prototypes of this process's share of the linear maps that all tasks have statistics of: `A`, `B`
-    and, if any, `P` of every map, by `A/` and so on before the module's name.
-
-    `merged` gives the merged model's weight by its canonical name; `device` is where to compute, by default the CPU.
-    """
-    method, base = plan.method, plan.base
-    tensors = {}
-    routable = [name for name in plan.heads.shared if is_routable(name, base.linear.get(name))]
-    if method.needs_statistics:
-        routable = [name for name in routable if all(name in found for found in statistics.values())]
-    for name in progress(routable[rank::world_size]):
-        linear = base.linear[name]
-        weight = merged(name).float()
-        found, means = [], []
-        for task, expert in plan.experts.items():
-            (residual,) = to_matrices(residual_update(expert, name, weight).to(device), linear)
-            update = None
-            if method.directions == "update":
-                (update,) = to_matrices(expert.update(name, base.tensor(name)).to(device), linear)
-            inputs = statistics[task][name].to(device) if method.needs_statistics else None
-            kept = method.expert_rank(residual.shape, len(plan.experts))
-            found.append(expert_factors(residual, inputs, kept, method.tolerance, update))
-            if inputs is not None:
-                means.append(torch.nn.functional.normalize(inputs.mean, dim=0).cpu())
-        module = base.names[name].removesuffix(".weight")
-        tensors[f"A/{module}"], tensors[f"B/{module}"] = (torch.stack(factors) for factors in zip(*found, strict=True))
-        if means:
-            tensors[f"P/{module}"] = torch.stack(means)
-    return tensors
-
-
-def _assemble(
-    plan: MergePlan,
-    tensors: Mapping[str, Tensor],
-    features: Mapping[str, Mapping[str, Tensor]],
-    shift: Mapping[str, Tensor],
-) -> RoutedExperts:
-    """The adapter of what `decompose_experts` and `calibration.pooled_inputs` gave; `shift` as in `RoutedExperts`."""
-    method, base = plan.method, plan.base
-    present = {name.partition("/")[2] for name in tensors}
-    ordered = [module for module in (base.names[n].removesuffix(".weight") for n in base.linear) if module in present]
-    factors = {module: (tensors[f"A/{module}"], tensors[f"B/{module}"]) for module in ordered}
-    prototypes = {module: tensors[f"P/{module}"] for module in ordered if f"P/{module}" in tensors}
-    modules = {name: base.names[name].removesuffix(".weight") for found in features.values() for name in found}
-    by_module = {task: {modules[name]: rows for name, rows in found.items()} for task, found in features.items()}
-    experts = RoutedExperts(list(plan.experts), factors, prototypes, by_module, method.router)
-    experts.expert_directions = method.directions
-    if method.router == "discriminant":
-        experts.depth = method.depth
-        experts.settings = {name: getattr(method, name) for name in ROUTER_SETTINGS}
-        experts.shift = {modules[name]: rows for name, rows in shift.items()}
-    return experts
-
-
-def write_experts(
-    folder: Path,
-    scratch: Path,
-    plan: MergePlan,
-    updates: MergedUpdates,
-    alpha: float,
-    statistics: Mapping[str, ActivationStatistics],
-    samples: Mapping[str, list[Sample]],
-    accelerator: Accelerator,
-    options: MergeOptions,
-    progress: Callable[[str], Callable[[Iterable], Iterable]],
-) -> None:
-    """Put experts and router beside the merged model in `folder`; the processes share the maps, and the main one
-    collects what they left in `scratch`.
-    """
-    rank, size = accelerator.process_index, accelerator.num_processes
-    with together(accelerator), fast_products(plan.method.tolerance):
-        merged, device = partial(updates.weight, alpha=alpha), algebra_device(accelerator)
-        tensors = decompose_experts(plan, merged, statistics, rank, size, progress("Experts"), device)
-        save_file(tensors, scratch / f"experts-{rank}.safetensors")
-    with together(accelerator):
-        if accelerator.is_main_process:
-            parts = [load_file(path) for path in sorted(scratch.glob("experts-*.safetensors"))]
-            found = {name: tensor for part in parts for name, tensor in part.items()}
-            with quiet_loading():
-                model = type(plan.base.skeleton).from_pretrained(folder)
-            features, shift = _features(model, plan, statistics, samples, accelerator, options)
-            _assemble(plan, found, features, shift).save(folder / FOLDER, model)
-
-
-def _features(
-    model: PreTrainedModel,
-    plan: MergePlan,
-    statistics: Mapping[str, ActivationStatistics],
-    samples: Mapping[str, list[Sample]],
-    accelerator: Accelerator,
-    options: MergeOptions,
-) -> tuple[Mapping[str, Mapping[str, Tensor]], dict[str, Tensor]]:
-    """What a router is made from, by task, and its shift; see `RoutedExperts`."""
-    features: dict[str, Mapping[str, Tensor]] = {t: found.pooled for t, found in statistics.items() if found}
-    shift: dict[str, Tensor] = {}
-    # All tasks' features are of one model: a router would learn to tell two models apart.
-    if plan.method.router != "discriminant":
-        features = {task: {} for task in plan.experts}
-    elif plan.method.router_features == "merged" and samples.keys() >= statistics.keys():
-        for task, rows in samples.items():
-            features[task] = pooled_inputs(
-                model,
-                rows,
-                accelerator=accelerator,
-                batch_size=options.batch_size,
-                title=f"{task} for the router",
-                progress=options.progress,
-            )
-        for name in next(iter(features.values())):
-            apart = [features[task][name].mean(0) - statistics[task].pooled[name].mean(0) for task in features]
-            shift[name] = torch.stack(apart).mean(0)
-    return features, shift

@@ -18,27 +18,25 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architecture import towers
 from ..checkpoints import (
+    HEAD_WEIGHTS,
+    HEADS_FOLDER,
+    ROUTED_FOLDER,
     ModelSource,
-    publish_folder,
+    attach_head,
+    load_processor,
     resolve_class,
     resolve_source,
-    staging_folder,
     whole_folder,
+    write_lora_adapter,
 )
-from ..checkpoints.lora_export import new_folder, write_lora_adapter
-from ..data.batches import batch_for, batch_indices, reads_singly
-from ..data.rows import read_rows
-from ..data.samples import ProxyOptions, encode, load_processor
+from ..data import SampleOptions, batch_for, batch_indices, encode, read_rows, reads_singly
 from ..errors import HfEsmError
-from ..hub.hashes import verify_hashes, write_hashes
-from ..hub.push import check_routed, push_folder
-from ..planning.arguments import check_replaceable
-from ..planning.heads import FOLDER as HEADS_FOLDER
-from ..planning.heads import WEIGHTS as HEAD_WEIGHTS
-from ..planning.heads import attach_head
+from ..hub import check_routed, push_folder, verify_hashes, write_hashes
+from ..planning import check_replaceable
 from ..tuners.routed import ONE_PER_SAMPLE, Named, Route, decide, route, routing_state
+from ..utils import new_folder, publish_folder, staging_folder
 from .editing import add_expert, remove_expert
-from .experts import FOLDER, load_experts
+from .experts import load_experts
 from .explanations import Explanation, Prediction, explanation, is_sure, probabilities, take, vote
 
 
@@ -98,7 +96,7 @@ class RoutedModel:
                 f"{model}: with this device_map, '{away[0]}' would not stand on a device, and experts would have "
                 "nothing to stand beside. Give one that offloads nothing, or a smaller dtype."
             )
-        adapted = PeftModel.from_pretrained(static, str(folder / FOLDER)).eval()
+        adapted = PeftModel.from_pretrained(static, str(folder / ROUTED_FOLDER)).eval()
         source.repo_id, source.revision = hosted, folder.name if hosted else None
         loading = {"trust_remote_code": trust_remote_code, **kwargs}
         return cls(adapted, folder, load_processor(folder, trust_remote_code), source, loading)
@@ -194,7 +192,7 @@ class RoutedModel:
         Args:
             inputs: a list of texts, pairs, rows, images, or ready model inputs, as `calibration` of `merge_models`.
             tasks: the task of all inputs or of each, where it is known. Then its expert is added in all layers.
-            options: fields of `ProxyOptions`, such as `max_length`.
+            options: fields of `SampleOptions`, such as `max_length`.
         """
         inputs = _rows(inputs)
         forced = routing_state(self.model).local.forced
@@ -256,7 +254,7 @@ class RoutedModel:
         if not inputs:
             return
         config = self.model.get_base_model().config
-        settings = ProxyOptions(**{"num_samples": 0, **options})
+        settings = SampleOptions(**{"num_samples": 0, **options})
         samples = encode(inputs, self.processor, config, "inputs", settings, with_targets)
         order = sorted(range(len(samples)), key=lambda i: max(value.numel() for value in samples[i].values()))
         if "input_ids" in samples[0] and reads_singly(config):
@@ -285,7 +283,7 @@ class RoutedModel:
 
     def _trained(self) -> dict[str, dict[str, torch.Tensor]]:
         """By their file in the folder, the adapter's and the heads' tensors that are others than stand there."""
-        held = {f"{FOLDER}/{SAFETENSORS_WEIGHTS_NAME}": get_peft_model_state_dict(self.model)}
+        held = {f"{ROUTED_FOLDER}/{SAFETENSORS_WEIGHTS_NAME}": get_peft_model_state_dict(self.model)}
         held |= {
             f"{HEADS_FOLDER}/{task}/{HEAD_WEIGHTS}": model.state_dict() for task, model in self._task_models.items()
         }
@@ -405,7 +403,7 @@ def _rows(inputs: Any) -> list[Any]:
         raise HfEsmError("Give a list of inputs, even for one: [text].")
     if not isinstance(inputs, (Mapping, Iterable)):
         raise HfEsmError(f"Give a list of inputs, not a {type(inputs).__name__}.")
-    return read_rows(inputs, "inputs", ProxyOptions(num_samples=0)) if isinstance(inputs, Mapping) else list(inputs)
+    return read_rows(inputs, "inputs", SampleOptions(num_samples=0)) if isinstance(inputs, Mapping) else list(inputs)
 
 
 def _refuse_ragged(task: str, model: PeftModel, head: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from ..errors import HfEsmError
 
 T = TypeVar("T")
 
+
 # While one process chooses α, writes or downloads, the others wait; PyTorch would give them ten minutes on GPUs.
 _PATIENCE = timedelta(days=7)
 

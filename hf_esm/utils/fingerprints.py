@@ -9,22 +9,11 @@ from typing import Any, Optional
 
 from datasets.fingerprint import Hasher
 
-from ..checkpoints import ModelSource
-
-
-def model_identity(source: ModelSource) -> Any:
-    """A model's commit on the Hub, the sizes and times of its files, or a hash of its weights if it is a live one."""
-    if source.model is not None:
-        return Hasher.hash({name: tensor.detach().cpu() for name, tensor in source.model.state_dict().items()})
-    if source.revision is not None:
-        return [source.repo_id, source.revision]
-    return _files(Path(source.folder))
-
 
 def data_identity(data: Any) -> Any:
     """The same for data: files by size and time, everything else by a hash of its content."""
     if isinstance(data, (str, os.PathLike)):
-        return _files(Path(data).expanduser()) or str(data)
+        return files_identity(Path(data).expanduser()) or str(data)
     if isinstance(data, Mapping) and not isinstance(data.get("path"), (str, os.PathLike)):
         return {name: data_identity(value) for name, value in data.items()}
     if isinstance(data, Mapping):  # for `datasets.load_dataset`, or a file with what is said of it
@@ -32,7 +21,7 @@ def data_identity(data: Any) -> Any:
         named = list(named.values()) if isinstance(named, Mapping) else named
         places = [data["path"], *([named] if isinstance(named, str) else named)]
         places = [place for entry in places for place in ([entry] if isinstance(entry, (str, os.PathLike)) else entry)]
-        return [Hasher.hash(dict(data)), [_files(Path(place).expanduser()) for place in places]]
+        return [Hasher.hash(dict(data)), [files_identity(Path(place).expanduser()) for place in places]]
     return Hasher.hash(data)
 
 
@@ -44,7 +33,7 @@ def code_identity(function: Any) -> Any:
         return [code_identity(getattr(function, field.name)) for field in fields(function)]
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     file = getattr(module, "__file__", None) if getattr(module, "__name__", "__main__") != "__main__" else None
-    return [Hasher.hash(function), _files(Path(file)) if file and callable(function) else None]
+    return [Hasher.hash(function), files_identity(Path(file)) if file and callable(function) else None]
 
 
 def processor_identity(processor: Any) -> Any:
@@ -60,6 +49,6 @@ def fingerprint(*parts: Optional[Any]) -> str:
     return Hasher.hash(parts)
 
 
-def _files(place: Path) -> list[tuple[str, int, int]]:
+def files_identity(place: Path) -> list[tuple[str, int, int]]:
     paths = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
     return [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]

@@ -17,7 +17,9 @@ except ImportError:  # Windows: two merges at once in one place are not noticed
     fcntl = None
 
 
-FOLDER = "merge-in-progress"
+WORK_FOLDER = "merge-in-progress"
+
+
 _MARK, _LOCK, _STAGING = "merge.json", "merge.lock", "staging"
 
 
@@ -31,7 +33,7 @@ class Work:
     def __init__(self, resume_dir: Optional[str], parts: Mapping[str, Any]):
         """`parts` are what the work depends on, by what messages call them."""
         self.place = Path(resume_dir).expanduser() if resume_dir else None
-        self.folder = self.place / FOLDER if self.place else None
+        self.folder = self.place / WORK_FOLDER if self.place else None
         self.key = {what: fingerprint(part) for what, part in parts.items()}
         self._lock: Any = None
 
@@ -75,7 +77,7 @@ class Work:
 
     def end(self) -> None:
         """All is published: the work goes, at once for whoever looks for it, and with it the folder if it is empty."""
-        done = self.place / f"{FOLDER}.done"
+        done = self.place / f"{WORK_FOLDER}.done"
         shutil.rmtree(done, ignore_errors=True)
         self.folder.rename(done)
         shutil.rmtree(done, ignore_errors=True)

@@ -11,7 +11,11 @@ from ..registration import HfEsmPeftType
 
 
 DECIDING = ("prototype", "discriminant")
+
+
 ROUTERS = (*DECIDING, "oracle", "static")
+
+
 FORMAT_VERSION = 3
 
 

@@ -18,17 +18,7 @@ from ...architecture import tower_of, towers
 from ...errors import HfEsmError
 from .config import RoutedExpertsConfig
 from .layer import NOT_MERGEABLE, RoutedExpertsLayer, RoutedExpertsLinear
-from .routing import (
-    Decided,
-    Decision,
-    Named,
-    Route,
-    RoutingState,
-    check_separable,
-    inseparable,
-    install,
-    uninstall,
-)
+from .routing import Decided, Decision, Named, Route, RoutingState, check_separable, inseparable, install, uninstall
 
 
 logger = logging.getLogger(__name__)

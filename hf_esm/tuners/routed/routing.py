@@ -74,6 +74,7 @@ class Decided(Exception):
 # Where the decisions stay between the passes of one generation: on the cache, or on the encoder's output.
 _KEPT = "_hf_esm_decisions"
 
+
 # What models call their cache; the latter, those that keep a state of fixed size.
 _CACHES = ("past_key_values", "cache_params")
 

@@ -1,0 +1,64 @@
+"""What an encoder-decoder is given to decode while it is calibrated."""
+
+import copy
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+
+from ..data import Sample, batch_indices, to_generate_from
+from ..errors import HfEsmError
+
+
+def with_decoder_inputs(model: PreTrainedModel, samples: list[Sample], batch_size: int) -> list[Sample]:
+    """Give an encoder-decoder something to decode: the targets if there are any, else what it generates itself, else
+    its source, as its classifiers do.
+    """
+    targets = [sample.get("labels") for sample in samples]
+    samples = [{name: value for name, value in sample.items() if name != "labels"} for sample in samples]
+    if "decoder_input_ids" not in inspect.signature(type(model).forward).parameters:
+        return samples
+    waiting = [i for i, sample in enumerate(samples) if "decoder_input_ids" not in sample]
+    generating = [i for i in waiting if targets[i] is None and model.can_generate()]
+    if generating:
+        greedy = copy.deepcopy(model.generation_config)
+        greedy.update(max_new_tokens=32, max_length=None, do_sample=False, num_beams=1)
+    for group in batch_indices([samples[i] for i in generating], batch_size):
+        chosen = [generating[i] for i in group]
+        batch = to_generate_from([samples[i] for i in chosen], model)
+        # Not the class's own `generate`: Whisper's gives back the text alone, not what its decoder read.
+        ids = GenerationMixin.generate(model, **batch, generation_config=greedy).cpu()
+        ends = torch.isin(ids, torch.tensor(_token_ids(model, "eos_token_id"), dtype=ids.dtype))
+        ends[:, 0] = False  # BART starts with its end-of-sequence token
+        real = ends.cumsum(1) - ends.int() == 0  # up to the first end-of-sequence token
+        for i, row, kept in zip(chosen, ids, real, strict=True):
+            samples[i]["decoder_input_ids"] = row[kept]
+    for i in waiting:
+        if "decoder_input_ids" in samples[i]:
+            continue
+        target = targets[i] if targets[i] is not None else samples[i].get("input_ids")
+        if target is None:
+            raise HfEsmError(f"{type(model).__name__} decodes: give samples with `decoder_input_ids` or `labels`.")
+        samples[i]["decoder_input_ids"] = _shifted(model, target)
+    return samples
+
+
+def _shifted(model: PreTrainedModel, target: Tensor) -> Tensor:
+    """What a decoder reads to write the target."""
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:
+        return shift(labels=target[None])[0]
+    start, *_ = _token_ids(model, "decoder_start_token_id", "bos_token_id", "pad_token_id") or [0]
+    ids = torch.cat([target.new_tensor([start]), target[:-1]])
+    return ids.masked_fill(ids == -100, getattr(model.config, "pad_token_id", None) or 0)
+
+
+def _token_ids(model: PreTrainedModel, *names: str) -> list[int]:
+    """The special tokens under the first of these names that the model's settings know; empty if they know none."""
+    for name in names:
+        for settings in (getattr(model, "generation_config", None), model.config):
+            found = getattr(settings, name, None)
+            if found is not None:
+                return found if isinstance(found, list) else [found]
+    return []

@@ -1,0 +1,68 @@
+"""The model card of a merge: plain values for its template."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..checkpoints import Checkpoint, LiveCheckpoint, LoraCheckpoint, ModelSource
+from ..hub import pipeline_of, template
+from ..methods import ROUTED
+from ..planning import MergePlan
+from ..tuners.routed import DECIDING
+from ..version import __version__
+
+
+def write_card(
+    folder: Path, plan: MergePlan, sources: dict[str, ModelSource], alpha: float, num_samples: list[int]
+) -> None:
+    """Write `README.md`: what was merged and how, how to load it, licence and limits.
+
+    `num_samples` holds the number of proxy samples of each expert that was calibrated.
+    """
+    licences = set(plan.licences.values())
+    task_heads = [task for task, own in plan.heads.own.items() if own]
+    data = ModelCardData(
+        base_model=[source.repo_id for source in sources.values() if source.repo_id] or None,
+        base_model_relation="merge" if any(source.repo_id for source in sources.values()) else None,
+        library_name="transformers",
+        license=licences.pop() if len(licences) == 1 and "not stated" not in licences else None,
+        tags=["merge", "hf_esm", plan.method.name],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=template("merged.md"),
+        base=_named(plan.base),
+        base_revision=plan.base.revision,
+        experts=[
+            {
+                "task": task,
+                "source": _named(expert),
+                "revision": expert.revision,
+                "kind": "LoRA" if isinstance(expert, LoraCheckpoint) else type(expert.skeleton).__name__,
+                "licence": plan.licences.get(task, "not stated"),
+                "labels": list(expert.config.id2label.values()) if plan.heads.own[task] else [],
+            }
+            for task, expert in plan.experts.items()
+        ],
+        method=plan.method.name,
+        routed=(routed := isinstance(plan.method, ROUTED)),
+        decides=routed and plan.method.router in DECIDING,
+        predicts=all("classification" in pipeline_of(type(e.skeleton).__name__) for e in plan.experts.values()),
+        keeps_features=routed and plan.method.router == "discriminant",
+        alpha=alpha,
+        licences=sorted(set(plan.licences.values()) - {"not stated"}),
+        model_class=type(plan.base.skeleton).__name__,
+        task_heads=task_heads,
+        version=__version__,
+        num_samples=" to ".join(str(count) for count in sorted({min(num_samples), max(num_samples)}))
+        if num_samples
+        else "",
+    )
+    card.save(folder / "README.md")
+
+
+def _named(model: Checkpoint) -> str:
+    """Id or folder; of a model in memory, also what it was loaded from."""
+    if not isinstance(model, LiveCheckpoint):
+        return model.source
+    return f"a live {type(model.skeleton).__name__}" + (f", loaded from {model.source}" if model.source else "")

@@ -1,0 +1,66 @@
+"""The choice of α: found where the scores peak, and not led astray by what a few rows cannot tell."""
+
+import pytest
+import torch
+
+from hf_esm import HfEsmError, merge_models
+from hf_esm.merging.alpha import search_alpha
+from support.architectures import ARCHITECTURES
+from support.helpers import perturbed, reloaded
+
+
+@pytest.mark.parametrize("peak", [0.2, 0.7, 1.1, 1.9, 2.6])
+def test_finds_the_peak(peak):
+    alpha, scores = search_alpha(lambda a: 0.9 - 0.1 * (a - peak) ** 2)
+    assert alpha == pytest.approx(peak)
+    assert scores[alpha] == max(scores.values())
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(100, 1.0), (900, 1.3), (10**6, 1.6)])
+def test_the_default_is_left_for_as_much_as_the_rows_can_tell(rows, expected):
+    # One standard error at the best score of 0.9 is 0.03, 0.01 and 0.0003.
+    alpha, _ = search_alpha(lambda a: 0.9 - 0.06 * (a - 1.6) ** 2, default=1.0, rows=rows)
+    assert alpha == pytest.approx(expected)
+
+
+def test_a_default_beyond_the_peak_is_left_downwards():
+    alpha, _ = search_alpha(lambda a: 0.9 - 0.06 * (a - 0.4) ** 2, default=1.0, rows=900)
+    assert alpha == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(("score", "expected"), [(lambda a: a, 3.0), (lambda a: -a, 0.1), (lambda a: 0.5, 1.0)])
+def test_the_ends_of_the_range_and_ties(score, expected):
+    assert search_alpha(score)[0] == expected
+
+
+def test_a_score_that_is_no_number_is_no_best_and_nothing_but_such_is_refused():
+    alpha, _ = search_alpha(lambda a: float("nan") if a < 1.5 else -a)
+    assert alpha == 1.5
+    with pytest.raises(HfEsmError, match="every score is NaN"):
+        search_alpha(lambda a: float("nan"))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_scored_is_what_is_written(whole, tmp_path):
+    """Running means and variances are merged and scored, too."""
+    architecture, seen = ARCHITECTURES["resnet"], {}
+    base = architecture.build()
+    experts = {f"t{i}": perturbed(base, 0.05, i) for i in range(2)}
+
+    def score(model):
+        seen[tuple(float(weight.float().sum()) for weight in model.state_dict().values())] = None
+        return 1.0
+
+    options = {"score_fn": score if whole else dict.fromkeys(experts, score), "output_dir": tmp_path / "merged"}
+    merge_models(base, experts, method="task-arithmetic", alpha="auto", progress=False, **options)
+    written = reloaded(base, tmp_path / "merged").float().state_dict().values()
+    found = torch.tensor([list(sums) for sums in seen], dtype=torch.float64)
+    expected = torch.tensor([float(weight.float().sum()) for weight in written], dtype=torch.float64)
+    assert float((found - expected).abs().amax(1).min()) < 1e-4
+
+
+def test_scores_every_candidate_once():
+    seen = []
+    _, scores = search_alpha(lambda a: seen.append(a) or -abs(a - 1))
+    assert len(seen) == len(set(seen)) == len(scores) < 20
+    assert min(seen) > 0 and max(seen) <= 3.0

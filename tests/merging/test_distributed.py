@@ -1,0 +1,214 @@
+"""Two processes under `accelerate launch` merge as one does, from the same statistics and from their own shards."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from hf_esm import ActivationStatistics, merge_models
+from support.problems import relative_error
+from support.toys import LABELS, largest_difference, texts, weights, write_models, write_rows
+
+
+COUNTS = {"a": 9, "b": 9, "c": 9}  # samples: an odd number, so that one process gets more than the other
+OUTCOMES = ("found", "expected")  # on two processes, on one
+ONE = dict.fromkeys(COUNTS, 1)  # the other process gets none
+
+
+def arguments(folder, counts=COUNTS, **changes):
+    """Arguments of `merge_models` as JSON takes them, for two full experts and an adapter."""
+    experts = {"a": str(folder / "a"), "b": str(folder / "b"), "c": str(folder / "c-lora")}
+    calibration = {task: texts(seed, counts[task]) for seed, task in enumerate(counts)}
+    return {"base": str(folder / "base"), "experts": experts, "calibration": calibration, "batch_size": 2, **changes}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Every case of `merge_on_ranks.py` as two processes and as one left it."""
+    folder = write_models(tmp_path_factory.mktemp("ranks"))
+    for task, count in COUNTS.items():
+        write_rows(folder / f"{task}.jsonl", texts(ord(task), count))
+    rows = {t: [{"text": x, "label": i % len(LABELS[t])} for i, x in enumerate(texts(7, 6))] for t in LABELS}
+    cases = {
+        "sharded": arguments(folder, statistics_dir=str(folder / "sharded" / "statistics")),
+        "one sample": arguments(folder, ONE, statistics_dir=str(folder / "one sample" / "statistics")),
+        "stacked": arguments(folder, method="esm-vit"),
+        "alpha": arguments(folder, alpha="auto", validation=rows, progress=False),
+        "no statistics": arguments(folder, calibration=None, method="tsv-m"),
+        "trimmed": arguments(folder, calibration=None, method="ties"),
+        "dropped": arguments(folder, calibration=None, method="dare"),
+        "shards": arguments(folder, calibration=None, method="tsv-m", max_shard_size="20KB"),
+        "routed": arguments(folder, method={"name": "esm++", "rank": 4}),
+        "learned": arguments(folder, method={"name": "concrete-adamerging", "steps": 3, "expected_mask": True}),
+    }
+    for name, case in cases.items():
+        kept = {"statistics_dir": folder / name / "expected statistics"} if "statistics_dir" in case else {}
+        merge_models(**{**case, "progress": False, **kept}, output_dir=folder / name / "expected")
+    saved = str(folder / "sharded" / "expected statistics")
+    cases["same statistics"] = arguments(folder, calibration=saved)
+    merge_models(**cases["same statistics"], output_dir=folder / "same statistics" / "expected")
+    (folder / "cases.json").write_text(json.dumps(cases))
+    launch(Path(__file__).parents[1] / "support" / "merge_on_ranks.py", folder)
+    return folder
+
+
+def launch(*command):
+    """`accelerate launch --cpu --num_processes 2`, once per process: on CPUs Accelerate starts no second one itself,
+    and leaves that to MPI, which sets the same variables as are set here.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = [
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--main_process_port", str(port)]
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            [*launcher, *map(str, command)],
+            env={**common, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+
+
+def ranks(folder, name):
+    """What each process recorded."""
+    return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+CASES = {  # relative error of every weight, against one process
+    "same statistics": 1e-6,
+    "no statistics": 1e-6,
+    "sharded": 1e-4,
+    "one sample": 1e-4,
+    "stacked": 1e-4,
+    "alpha": 1e-4,
+    "trimmed": 1e-6,
+    "dropped": 1e-6,
+    "shards": 1e-6,
+    "routed": 1e-4,
+    "learned": 1e-2,  # Adam's first steps have one length however small a gradient is
+}
+cases = pytest.mark.parametrize("name", CASES)
+
+
+@cases
+def test_two_processes_give_the_weights_of_one(folder, name):
+    found, expected = weights(folder / name / "found"), weights(folder / name / "expected")
+    assert largest_difference(found, expected) < CASES[name]
+    assert largest_difference(found, weights(folder / "base")) > 0.01
+
+
+@pytest.mark.parametrize("name", ["sharded", "one sample"])
+@pytest.mark.parametrize("task", COUNTS)
+def test_sharded_proxies_give_the_statistics_of_all(folder, name, task):
+    found = ActivationStatistics.load(folder / name / "statistics" / f"{task}.safetensors")
+    expected = ActivationStatistics.load(folder / name / "expected statistics" / f"{task}.safetensors")
+    assert found.keys_of == expected.keys_of
+    assert found.provenance == expected.provenance
+    assert found.provenance.num_samples == (9 if name == "sharded" else 1)
+    for weight in expected:
+        assert found[weight].count == expected[weight].count > 0
+        assert relative_error(found[weight].mean, expected[weight].mean) < 1e-5
+        grams = [entry.factor.double().T @ entry.factor.double() for entry in (found[weight], expected[weight])]
+        assert relative_error(*grams) < 1e-5
+
+
+@cases
+def test_every_process_returns_the_same_result(folder, name):
+    main, other = ranks(folder, name)
+    assert main["result"] == other["result"]
+    assert main["result"]["output_dir"] == str(folder / name / "found")
+    assert len(main["result"]["weights"]) == 37  # though each process merged a part of them
+
+
+def test_alpha_is_the_one_that_one_process_chooses(folder):
+    main, other = ranks(folder, "alpha")
+    report = json.loads((folder / "alpha" / "expected" / "merge_report.json").read_text())
+    assert main["result"]["alpha_scores"] == report["alpha_scores"] != {}
+    assert main["result"]["alpha"] == other["result"]["alpha"] == report["alpha"]
+
+
+@cases
+def test_the_main_process_alone_writes_and_reports(folder, name):
+    main, other = ranks(folder, name)
+    written = [Path(path).name for path in other["touched"] if "/.scratch" not in path]
+    shared = sorted(path.name for path in (folder / name / "found").glob("model-*.safetensors"))
+    assert sorted(set(written)) == shared[1::2]  # every other file, where there are several
+    assert (len(shared) > 4) is (name == "shards")
+    assert [path for path in main["touched"] if path.endswith("updates-1.safetensors")] == []
+    assert not {Path(path).name for path in main["touched"]} & set(shared[1::2])
+    assert any(path.endswith("config.json") for path in main["touched"])
+    assert sorted(path.name for path in (folder / name).iterdir() if "statistics" not in path.name) == [
+        "expected",
+        "found",
+    ]
+    assert not list((folder / name / "found").glob(".*"))
+    quiet = name == "alpha"
+    assert all((bar in main["stderr"]) is not quiet for bar in ("Checking weights:", "Merging:", "Writing:"))
+    assert main["stdout"] == other["stdout"] == other["stderr"] == ""
+    assert main["calls"] > 37
+    assert other["calls"] == 0
+
+
+def test_without_an_output_folder_every_process_can_load_the_model(folder):
+    main, other = ranks(folder, "temporary")
+    assert main["norm"] == other["norm"] > 0
+    assert main["left"] is other["left"] is False
+
+
+def test_routed_experts_are_the_same_on_two_processes(folder):
+    found, expected = (load_file(folder / "routed" / of / "routed" / "adapter_model.safetensors") for of in OUTCOMES)
+    assert found.keys() == expected.keys()
+    for name, a in expected.items():
+        if name.endswith("_A"):  # directions have no sign of their own
+            b = name.removesuffix("A") + "B"
+            assert relative_error(found[b] @ found[name], expected[b] @ a) < 1e-3
+
+
+@pytest.mark.parametrize("stage", ["loading", "running", "merging", "writing", "experts"])
+def test_an_error_in_one_process_ends_all_with_it_and_leaves_nothing(folder, stage):
+    main, other = ranks(folder, f"failing {stage}")
+    assert main["error"] == "HfEsmError: Process 1 of 2 stopped: OSError: the disk of this process is full"
+    assert other["error"] == "OSError: the disk of this process is full"
+    assert main["left"] == other["left"] == []
+
+
+@pytest.mark.parametrize("name", ["example", "command line"])
+def test_the_example_and_the_command_line_run_on_two_processes(folder, name):
+    files = {task: str(folder / f"{task}.jsonl") for task in "ab"}
+    experts = {task: folder / task for task in "ab"}
+    result = merge_models(folder / "base", experts, calibration=files, progress=False)
+    assert largest_difference(weights(folder / name / "found"), weights(result.output_dir)) < 1e-4
+    main, other = ranks(folder, name)
+    assert main["stdout"].startswith("esm: 2 experts merged, alpha 1\n")
+    assert other["stdout"] == other["stderr"] == ""
+    assert main.get("status", 0) == other.get("status", 0) == 0

@@ -1,0 +1,1 @@
+"""What tests share: toy models, random problems, the literal formulas."""
