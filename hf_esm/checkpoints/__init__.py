@@ -23,7 +23,15 @@ from .layout import (
 from .lora_export import rank_settings, write_adapter, write_lora_adapter
 from .processors import differing_processors, find_processors, first_processor, load_processor
 from .shards import ShardedWriter
-from .sources import ModelSource, model_identity, open_checkpoint, resolve_class, resolve_source, whole_folder
+from .sources import (
+    ModelSource,
+    ModelSpec,
+    model_identity,
+    open_checkpoint,
+    resolve_class,
+    resolve_source,
+    whole_folder,
+)
 from .stored import FolderCheckpoint
 
 
@@ -43,6 +51,7 @@ __all__ = [
     "LiveCheckpoint",
     "LoraCheckpoint",
     "ModelSource",
+    "ModelSpec",
     "ShardedWriter",
     "attach_head",
     "differing_processors",

@@ -1,6 +1,7 @@
 """From what a user writes for a model to a checkpoint: an id, a folder, an adapter, a live model."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -28,6 +29,10 @@ from ..utils import files_identity
 from .adapters import LoraCheckpoint
 from .base import Checkpoint, LiveCheckpoint
 from .stored import FolderCheckpoint, TensorFiles, stored_dtype
+
+
+# How a user names a model: a folder, a Hub id, `{"path": …, "revision": …}`, or a live model.
+ModelSpec = str | os.PathLike | Mapping[str, Any] | PreTrainedModel
 
 
 @dataclass
@@ -110,7 +115,7 @@ _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "
 
 
 def resolve_source(
-    spec: Any,
+    spec: ModelSpec,
     title: str,
     token: Optional[str | bool] = None,
     allow_pickle: bool = False,
@@ -131,7 +136,7 @@ def resolve_source(
             "of its adapter, or `model.merge_and_unload()`."
         )
     revision = None
-    if isinstance(spec, dict):
+    if isinstance(spec, Mapping):
         spec, revision = spec.get("path"), spec.get("revision")
     if not isinstance(spec, (str, os.PathLike)):
         raise HfEsmError(f"{title}: expected a Hub id, a folder or a live model, not {type(spec).__name__}.")

@@ -21,13 +21,17 @@ from .options import SampleOptions
 from .samples import Sample
 
 
+# Whatever users call data; `read_rows` lists the kinds. Data sets, loaders and data frames are iterable.
+DataSpec = str | os.PathLike | Mapping[str, Any] | Iterable[Any]
+
+
 FORMAT = "hf_esm.proxies"
 
 
 FORMAT_VERSION = 1
 
 
-def read_rows(data: Any, title: str, options: SampleOptions) -> list[Any]:
+def read_rows(data: DataSpec, title: str, options: SampleOptions) -> list[Any]:
     """`num_samples` entries of whatever holds data, chosen with `seed`; the first of what can only be gone through.
 
     Args:
