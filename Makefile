@@ -20,9 +20,13 @@ style: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Lint, format, spelling, types of what users call. The staircase of the wings is tests/test_house.py.
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/typos
+	$(BIN)/ty check --python $(VENV)
+	if [ -f tests/test_house.py ]; then $(BIN)/python -m pytest tests/test_house.py; fi
 
 clean:
 	rm -rf $(VENV) demo_output

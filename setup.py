@@ -14,10 +14,18 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    keywords=["model merging", "transformers", "peft", "mixture of experts", "LoRA"],
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=[*find_packages(include=["hf_esm", "hf_esm.*"]), "hf_esm.model_cards"],
     package_dir={"hf_esm": "hf_esm", "hf_esm.model_cards": "model_cards"},
-    package_data={"hf_esm.model_cards": ["*.md"]},
+    package_data={"hf_esm": ["py.typed"], "hf_esm.model_cards": ["*.md"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.23",
@@ -35,7 +43,7 @@ setup(
     extras_require={
         "demo": ["matplotlib", "pillow", "scikit-learn"],
         "test": ["matplotlib", "pillow", "pytest", "scikit-learn"],
-        "quality": ["ruff"],
+        "quality": ["pytest", "ruff", "ty", "typos"],
     },
     entry_points={"console_scripts": ["hf-esm=hf_esm.cli:main"]},
 )
