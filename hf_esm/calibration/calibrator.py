@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from ..architecture import matrix_names
-from ..checkpoints import Checkpoint, first_processor, open_checkpoint, resolve_source
+from ..checkpoints import Access, Checkpoint, first_processor, open_checkpoint, resolve_source
 from ..data import RunOptions, Sample, SampleOptions, encode, read_rows
 from ..errors import HfEsmError
 from ..utils import default_accelerator, together
@@ -49,10 +49,10 @@ def calibrate(
     if unknown := options.keys() - _OPTIONS:
         raise TypeError(f"calibrate has no argument {sorted(unknown)[0]!r}")
     options = RunOptions(batch_size=batch_size, **options)
-    open_options = (token, options.allow_pickle, options.trust_remote_code)
-    sources = [resolve_source(model, "model", *open_options)]
+    access = Access(token, options.allow_pickle, options.trust_remote_code)
+    sources = [resolve_source(model, "model", access)]
     if base is not None:
-        sources.append(resolve_source(base, "base", *open_options))
+        sources.append(resolve_source(base, "base", access))
     elif sources[0].is_adapter:
         raise HfEsmError(f"{sources[0].title} is a PEFT adapter: name the base model that it belongs to, too.")
     over = open_checkpoint(sources[1]) if base is not None else None

@@ -24,6 +24,7 @@ from .lora_export import rank_settings, write_adapter, write_lora_adapter
 from .processors import differing_processors, find_processors, first_processor, load_processor
 from .shards import ShardedWriter
 from .sources import (
+    Access,
     ModelSource,
     ModelSpec,
     model_identity,
@@ -46,6 +47,7 @@ __all__ = [
     "ROUTED_FOLDER",
     "ROUTER_FEATURES",
     "STATISTICS_FILE",
+    "Access",
     "Checkpoint",
     "FolderCheckpoint",
     "LiveCheckpoint",

@@ -15,7 +15,7 @@ from ..architecture import body_prefix
 from ..errors import HfEsmError
 from .base import Checkpoint, quiet_loading
 from .layout import HEAD_WEIGHTS, HEADS_FOLDER
-from .sources import ModelSource, resolve_class, whole_folder
+from .sources import Access, ModelSource, resolve_class, whole_folder
 
 
 def save_head(folder: Path, task: str, expert: Checkpoint, own: list[str]) -> None:
@@ -54,7 +54,9 @@ def load_task_model(
         raise HfEsmError(f"{model}: no task {task!r}. {known}")
     place = folder / HEADS_FOLDER / task
     trusted = bool(kwargs.get("trust_remote_code"))
-    config, model_class = resolve_class(ModelSource(f"head of '{task}'", folder=place, trust_remote_code=trusted))
+    config, model_class = resolve_class(
+        ModelSource(f"head of '{task}'", folder=place, access=Access(trust_remote_code=trusted))
+    )
     # The expert's config says what its own weights were; these are the merged body's.
     config.dtype = AutoConfig.from_pretrained(folder, trust_remote_code=trusted).dtype
     head = load_file(place / HEAD_WEIGHTS) if (place / HEAD_WEIGHTS).is_file() else {}

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -35,6 +35,21 @@ from .stored import FolderCheckpoint, TensorFiles, stored_dtype
 ModelSpec = str | os.PathLike | Mapping[str, Any] | PreTrainedModel
 
 
+@dataclass(frozen=True)
+class Access:
+    """How models are opened.
+
+    Attributes:
+        token: access token for the Hub; True for the one that `hf auth login` stored.
+        allow_pickle: whether `.bin` files, which can run code when they are read, may be read.
+        trust_remote_code: whether code from a model's repository may be run.
+    """
+
+    token: Optional[str | bool] = field(default=None, repr=False)
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
 @dataclass
 class ModelSource:
     """A model that a user named, with a Hub revision resolved to its commit.
@@ -45,9 +60,7 @@ class ModelSource:
         folder: where its files are; for a Hub id, the snapshot with the small files.
         repo_id: its id on the Hub, if it has one.
         revision: the commit on the Hub.
-        token: access token for the Hub.
-        allow_pickle: whether `.bin` files may be read.
-        trust_remote_code: whether code from the model's repository may be run.
+        access: how it is opened.
     """
 
     title: str
@@ -55,9 +68,7 @@ class ModelSource:
     folder: Optional[Path] = None
     repo_id: Optional[str] = None
     revision: Optional[str] = None
-    token: Optional[str | bool] = None
-    allow_pickle: bool = False
-    trust_remote_code: bool = False
+    access: Access = Access()
 
     @property
     def is_adapter(self) -> bool:
@@ -92,19 +103,19 @@ class ModelSource:
         """Download the weights of a Hub model, or those of its safetensors files that fit a pattern."""
         if not self.repo_id:
             return
-        patterns = [weights, *_SMALL_FILES] + (["*.bin"] if self.allow_pickle else [])
+        patterns = [weights, *_SMALL_FILES] + (["*.bin"] if self.access.allow_pickle else [])
         self.folder = Path(
             _on_hub(
                 self.title,
                 snapshot_download,
                 self.repo_id,
                 self.revision,
-                self.token,
+                self.access.token,
                 allow_patterns=patterns,
                 ignore_patterns=["*/*"],
             )
         )
-        if not self.allow_pickle and not any(self.folder.glob(weights)):
+        if not self.access.allow_pickle and not any(self.folder.glob(weights)):
             raise HfEsmError(f"{self.title}: there are no safetensors weights in it. {_PICKLE_REMEDY}")
 
 
@@ -114,22 +125,16 @@ _PICKLE_REMEDY = "If it has pickle weights, which can run code when read, and yo
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "README.md"]
 
 
-def resolve_source(
-    spec: ModelSpec,
-    title: str,
-    token: Optional[str | bool] = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-) -> ModelSource:
+def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> ModelSource:
     """Find out what `spec` names, and its commit; fetches small files only.
 
     Args:
         spec: a folder, a Hub id (`"me/model"`, `"me/model@revision"`), `{"path": …, "revision": …}`, or a live model.
         title: what messages call it.
+        access: how it is opened.
     """
-    options = {"token": token, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     if isinstance(spec, PreTrainedModel):
-        return ModelSource(f"{title} ({type(spec).__name__})", model=spec, **options)
+        return ModelSource(f"{title} ({type(spec).__name__})", model=spec, access=access)
     if isinstance(spec, torch.nn.Module):
         raise HfEsmError(
             f"{title} is a {type(spec).__name__}, not a Transformers model. For a PEFT model, pass the folder or id "
@@ -143,14 +148,20 @@ def resolve_source(
     folder = Path(spec).expanduser()
     title = f"{title} ({spec})"
     if folder.is_dir():
-        return ModelSource(title, folder=folder, **options)
+        return ModelSource(title, folder=folder, access=access)
     repo_id, revision = _hub_id(spec, title, revision)
     snapshot = Path(
         _on_hub(
-            title, snapshot_download, repo_id, revision, token, allow_patterns=_SMALL_FILES, ignore_patterns=["*/*"]
+            title,
+            snapshot_download,
+            repo_id,
+            revision,
+            access.token,
+            allow_patterns=_SMALL_FILES,
+            ignore_patterns=["*/*"],
         )
     )
-    return ModelSource(title, folder=snapshot, repo_id=repo_id, revision=snapshot.name, **options)
+    return ModelSource(title, folder=snapshot, repo_id=repo_id, revision=snapshot.name, access=access)
 
 
 def whole_folder(
@@ -191,15 +202,15 @@ def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, head
             raise HfEsmError(f"{source.title} is a PEFT adapter; the base must be a full model.")
         # An adapter is small, and its shapes alone do not say what it changes.
         source.fetch("adapter_model.safetensors" if headers_only else "*.safetensors")
-        checkpoint = LoraCheckpoint(source.folder, source.title, base, source.allow_pickle)
+        checkpoint = LoraCheckpoint(source.folder, source.title, base, source.access.allow_pickle)
     else:
         config, model_class = resolve_class(source)
         whole = not headers_only or not source.repo_id or is_offline_mode()
         files = None if whole else _hub_headers(source)
         if files is None:
             source.fetch()
-            files = TensorFiles.open(source.folder, source.title, source.allow_pickle)
-        options = {"trust_remote_code": True} if source.trust_remote_code else {}
+            files = TensorFiles.open(source.folder, source.title, source.access.allow_pickle)
+        options = {"trust_remote_code": True} if source.access.trust_remote_code else {}
         checkpoint = FolderCheckpoint(source.folder, source.title, model_class, config, files, load_options=options)
     checkpoint.source, checkpoint.revision = source.repo_id or str(source.folder), source.revision
     return checkpoint
@@ -210,7 +221,7 @@ def resolve_class(source: ModelSource) -> tuple[PretrainedConfig, type[PreTraine
     if not (source.folder / "config.json").is_file():
         raise HfEsmError(f"{source.title}: no config.json (nor adapter_config.json) in {source.folder}.")
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.access.trust_remote_code)
     except (ValueError, OSError) as error:
         raise HfEsmError(f"{source.title}: its config.json cannot be used: {error}") from None
     architecture = (config.architectures or [None])[0]
@@ -221,7 +232,7 @@ def resolve_class(source: ModelSource) -> tuple[PretrainedConfig, type[PreTraine
     references = [
         ref for ref in (getattr(config, "auto_map", None) or {}).values() if ref.endswith(f".{architecture}")
     ]
-    if references and source.trust_remote_code:
+    if references and source.access.trust_remote_code:
         return config, get_class_from_dynamic_module(references[0], source.folder)
     remedy = "Pass trust_remote_code=True if you trust its code." if references else "Upgrade transformers."
     raise HfEsmError(f"{source.title}: Transformers {transformers.__version__} has no class {architecture}. {remedy}")
@@ -233,10 +244,10 @@ def _hub_headers(source: ModelSource) -> Optional[TensorFiles]:
     """
     try:
         metadata = _on_hub(
-            source.title, HfApi(token=source.token).get_safetensors_metadata, source.repo_id, source.revision
+            source.title, HfApi(token=source.access.token).get_safetensors_metadata, source.repo_id, source.revision
         )
     except NotASafetensorsRepoError:
-        if source.allow_pickle:
+        if source.access.allow_pickle:
             return None
         raise HfEsmError(f"{source.title}: there are no safetensors weights in it. {_PICKLE_REMEDY}") from None
     except SafetensorsParsingError as error:

@@ -5,7 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Optional
@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import tqdm
 
 from ..calibration import ActivationStatistics
-from ..checkpoints import CALIBRATION_FOLDER, model_identity, open_checkpoint, resolve_source
+from ..checkpoints import CALIBRATION_FOLDER, Access, model_identity, open_checkpoint, resolve_source
 from ..data import SampleOptions
 from ..errors import HfEsmError
 from ..merging import merge_models
@@ -151,7 +151,7 @@ class _Comparing:
             raise HfEsmError(f"{self.folder}: cannot be made ({error.strerror}). Choose another output_dir.") from None
         models = {"base": self.base, **self.experts}
         self.identity = [
-            {n: model_identity(resolve_source(spec, n, token=self.token)) for n, spec in models.items()},
+            {n: model_identity(resolve_source(spec, n, self._access)) for n, spec in models.items()},
             processor_identity(self.processor),
         ]
 
@@ -174,14 +174,9 @@ class _Comparing:
             "token": self.token,
         }
 
-    def _opened(self) -> dict[str, Any]:
-        """How models are opened."""
-        options = self.options
-        return {
-            "token": self.token,
-            "allow_pickle": options.allow_pickle,
-            "trust_remote_code": options.trust_remote_code,
-        }
+    @property
+    def _access(self) -> Access:
+        return Access(self.token, self.options.allow_pickle, self.options.trust_remote_code)
 
     def _test_options(self) -> dict[str, Any]:
         own = {f.name for f in fields(SampleOptions)} - {"num_samples", "seed"}
@@ -222,7 +217,7 @@ class _Comparing:
                 base=self.base,
                 metric=self.metric,
                 processor=self.processor,
-                opened=self._opened(),
+                access=self._access,
                 options=SampleOptions(**{"num_samples": self.num_test, "seed": 0, **self._test_options()}),
             )
             return {task: _outcome_out(outcome) for task, outcome in found.items()}
@@ -268,7 +263,7 @@ class _Comparing:
                 path.stat().st_size for path in target.rglob("*.safetensors") if CALIBRATION_FOLDER not in path.parts
             )
             rows = {"num_samples": self.num_test, "seed": 0, **self._test_options()}
-            measure = {"metric": self.metric, "processor": self.processor, **self._opened(), **rows}
+            measure = {"metric": self.metric, "processor": self.processor, **asdict(self._access), **rows}
             scores = evaluate(target, self.test, **measure)
             has_router = isinstance(method, ROUTED) and method.router in DECIDING
             given = evaluate(target, self.test, route="oracle", **measure).outcomes if has_router else {}
@@ -293,9 +288,9 @@ class _Comparing:
         return Interference.from_dict(found)
 
     def _interference(self, statistics: Mapping[str, Optional[ActivationStatistics]]) -> dict[str, Any]:
-        base = open_checkpoint(resolve_source(self.base, "base", **self._opened()))
+        base = open_checkpoint(resolve_source(self.base, "base", self._access))
         experts = {
-            task: open_checkpoint(resolve_source(spec, f"expert '{task}'", **self._opened()), base)
+            task: open_checkpoint(resolve_source(spec, f"expert '{task}'", self._access), base)
             for task, spec in self.experts.items()
         }
         plan = plan_merge(base, experts, self.methods[0][1], self.options.heads)

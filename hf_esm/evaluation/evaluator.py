@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..checkpoints import (
     HEADS_FOLDER,
     ROUTED_FOLDER,
+    Access,
     first_processor,
     load_processor,
     load_task_model,
@@ -76,7 +77,7 @@ def evaluate(
     check_by_task(data, "data")
     if lacking := experts.keys() - data.keys():
         raise HfEsmError(f"There are no rows to measure the expert {sorted(lacking)[0]!r} on.")
-    opened = {"token": token, "allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    access = Access(token, allow_pickle, trust_remote_code)
     folder = whole_folder(model, str(model), token=token)
     beside = processor or load_processor(folder, trust_remote_code)
 
@@ -104,7 +105,7 @@ def evaluate(
         trusted = {"trust_remote_code": True} if trust_remote_code else {}
 
         def load(task: str) -> PreTrainedModel:
-            return load_task_model(folder, task, **trusted) if has_heads else _load(folder, str(model), None, opened)
+            return load_task_model(folder, task, **trusted) if has_heads else _load(folder, str(model), None, access)
 
         merged = {task: outcome(load(task), task) for task in data}
     own = expert_outcomes(
@@ -115,7 +116,7 @@ def evaluate(
         processor=processor,
         fallback=beside,
         batch_size=batch_size,
-        opened=opened,
+        access=access,
         options=options,
     )
     return Scores(
@@ -147,7 +148,7 @@ def expert_outcomes(
     processor: Any = None,
     fallback: Any = None,
     batch_size: int = 32,
-    opened: Optional[Mapping[str, Any]] = None,
+    access: Access,
     options: SampleOptions,
 ) -> dict[str, Outcome]:
     """What each expert puts out on its own task's rows.
@@ -156,22 +157,22 @@ def expert_outcomes(
         experts, data, processor: as `evaluate` takes them; a processor is looked for beside each expert, then beside
             the base; `fallback` is what there is where none is found.
         base: what LoRA adapters stand on; by default, the base that they name.
-        opened: how models are opened: `token`, `allow_pickle`, `trust_remote_code`.
+        access: how models are opened.
     """
-    device, found, opened = default_accelerator().device, {}, opened or {}
+    device, found = default_accelerator().device, {}
     for task, spec in experts.items():
-        sources = [resolve_source(spec, f"expert '{task}'", **opened)]
-        sources += [resolve_source(base, "base", **opened)] if base is not None else []
-        own = processor or first_processor(sources, opened.get("trust_remote_code", False)) or fallback
-        model = _load(spec, f"expert '{task}'", base, opened).to(device)
+        sources = [resolve_source(spec, f"expert '{task}'", access)]
+        sources += [resolve_source(base, "base", access)] if base is not None else []
+        own = processor or first_processor(sources, access.trust_remote_code) or fallback
+        model = _load(spec, f"expert '{task}'", base, access).to(device)
         rows = load_labelled(data[task], own, model.config, f"data of '{task}'", options, metric)
         found[task] = run(model, rows, metric, batch_size)
     return found
 
 
-def _load(spec: Any, title: str, base: Any, opened: Mapping[str, Any]) -> PreTrainedModel:
+def _load(spec: Any, title: str, base: Any, access: Access) -> PreTrainedModel:
     """A model in the class that its config names, or a LoRA adapter merged into `base`, or the base that it names."""
-    source = resolve_source(spec, title, **opened)
+    source = resolve_source(spec, title, access)
     if source.model is not None:
         return copy.deepcopy(source.model).eval()
     if not source.is_adapter:
@@ -179,5 +180,5 @@ def _load(spec: Any, title: str, base: Any, opened: Mapping[str, Any]) -> PreTra
     if base is None and (base := PeftConfig.from_pretrained(source.folder).base_model_name_or_path) is None:
         raise HfEsmError(f"{title} is a LoRA adapter that names no base. Give `base`.")
     return open_checkpoint(
-        source, open_checkpoint(resolve_source(base, f"base of {source.title}", **opened))
+        source, open_checkpoint(resolve_source(base, f"base of {source.title}", access))
     ).load_model()

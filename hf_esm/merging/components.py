@@ -14,6 +14,7 @@ from torch import Tensor
 from ..architecture import to_matrices
 from ..calibration import ActivationStatistics, calibrate_checkpoint
 from ..checkpoints import (
+    Access,
     find_processors,
     open_checkpoint,
     rank_settings,
@@ -99,11 +100,11 @@ def essential_components(
         raise HfEsmError(f"shrinkage must be 0 or more, not {shrinkage!r}.")
     options, accelerator = MergeOptions(**options), accelerator or default_accelerator()
     output = new_folder(output_dir)
-    open_options = (token, options.allow_pickle, options.trust_remote_code)
+    access = Access(token, options.allow_pickle, options.trust_remote_code)
 
     def read() -> tuple[MergePlan, Optional[ActivationStatistics], list[Sample]]:
-        sources = {"base": resolve_source(base, "base", *open_options)}
-        sources[_TASK] = resolve_source(expert, "expert", *open_options)
+        sources = {"base": resolve_source(base, "base", access)}
+        sources[_TASK] = resolve_source(expert, "expert", access)
         opened = open_checkpoint(sources["base"])
         tuned = {_TASK: open_checkpoint(sources[_TASK], opened)}
         plan = plan_merge(opened, tuned, EssentialMerge(), options.heads, sources=sources)

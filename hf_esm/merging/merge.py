@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from ..architecture import is_routable
 from ..calibration import factor_bytes
-from ..checkpoints import ModelSource, differing_processors, find_processors, open_checkpoint, resolve_source
+from ..checkpoints import Access, ModelSource, differing_processors, find_processors, open_checkpoint, resolve_source
 from ..errors import HfEsmError
 from ..hub import write_hashes
 from ..methods import ROUTED, resolve_method
@@ -95,15 +95,11 @@ def merge_models(
     run = MergeRun(options, accelerator, callback)
     experts = name_experts(experts)
     check_arguments(options, method, experts, calibration, validation, score_fn, processor)
-    open_options = {
-        "token": token,
-        "allow_pickle": options.allow_pickle,
-        "trust_remote_code": options.trust_remote_code,
-    }
+    access = Access(token, options.allow_pickle, options.trust_remote_code)
 
     def read_headers() -> tuple[dict[str, ModelSource], MergePlan]:
-        sources = {"base": resolve_source(base, "base", **open_options)}
-        sources |= {task: resolve_source(spec, f"expert '{task}'", **open_options) for task, spec in experts.items()}
+        sources = {"base": resolve_source(base, "base", access)}
+        sources |= {task: resolve_source(spec, f"expert '{task}'", access) for task, spec in experts.items()}
         opened = open_checkpoint(sources["base"], headers_only=dry_run)
         checkpoints = {task: open_checkpoint(sources[task], opened, dry_run) for task in experts}
         if isinstance(method, ROUTED) and method.router in DECIDING:

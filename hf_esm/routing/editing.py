@@ -18,6 +18,7 @@ from ..checkpoints import (
     HEADS_FOLDER,
     RECIPE_FILE,
     ROUTED_FOLDER,
+    Access,
     Checkpoint,
     ModelSource,
     open_checkpoint,
@@ -52,14 +53,14 @@ def add_expert(
     if task in config.tasks:
         raise HfEsmError(f"There is an expert for {task!r} already. Remove it first, or choose another name.")
     name_experts({**dict.fromkeys(config.tasks), task: expert})
-    trusted = {"trust_remote_code": trust_remote_code}
-    root = open_checkpoint(resolve_source(str(folder), "the merged model", **trusted))
-    source = resolve_source(expert, f"expert '{task}'", token, **trusted)
+    access = Access(token, trust_remote_code=trust_remote_code)
+    root = open_checkpoint(resolve_source(str(folder), "the merged model", access))
+    source = resolve_source(expert, f"expert '{task}'", access)
     over = None
     if source.is_adapter:  # its update is over the base that it was trained on, not over the merged model
         named = PeftConfig.from_pretrained(source.folder)
         spec = {"path": named.base_model_name_or_path, "revision": named.revision}
-        over = open_checkpoint(resolve_source(spec, f"base of {source.title}", token, **trusted))
+        over = open_checkpoint(resolve_source(spec, f"base of {source.title}", access))
     opened = open_checkpoint(source, over)
     keeps = any((folder / HEADS_FOLDER).glob(f"*/{HEAD_WEIGHTS}"))
     heads = "keep" if keeps else "auto"
@@ -84,7 +85,7 @@ def add_expert(
         )
     tuned_from = None
     if experts.expert_directions == "update":
-        tuned_from = over or _base(folder, base, token, trusted)
+        tuned_from = over or _base(folder, base, access)
         check_values(plan_merge(tuned_from, {task: opened}, RoutedMerge(), heads, sources={task: source}))
     for module, (a, b) in experts.factors.items():
         name, update = modules[module], None
@@ -113,11 +114,11 @@ def add_expert(
     )
 
 
-def _base(folder: Path, given: Any, token: Any, trusted: dict[str, bool]) -> Checkpoint:
+def _base(folder: Path, given: Any, access: Access) -> Checkpoint:
     """The base of a merge: as it is given, or as its recipe names it."""
     try:
         spec = load_recipe(folder / RECIPE_FILE)["base"] if given is None else given
-        return open_checkpoint(resolve_source(spec, "the base", token, **trusted))
+        return open_checkpoint(resolve_source(spec, "the base", access))
     except HfEsmError as error:
         if given is not None:
             raise

@@ -21,6 +21,7 @@ from ..checkpoints import (
     HEAD_WEIGHTS,
     HEADS_FOLDER,
     ROUTED_FOLDER,
+    Access,
     ModelSource,
     attach_head,
     load_processor,
@@ -88,7 +89,7 @@ class RoutedModel:
         hosted = None if Path(model).expanduser().is_dir() else str(model).partition("@")[0]
         check_routed(folder, str(model))
         verify_hashes(folder, str(model))
-        source = resolve_source(str(folder), str(model), trust_remote_code=trust_remote_code)
+        source = resolve_source(str(folder), str(model), Access(trust_remote_code=trust_remote_code))
         config, model_class = resolve_class(source)
         static = model_class.from_pretrained(folder, config=config, **kwargs)
         if away := [name for name, weight in static.named_parameters() if weight.is_meta]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel, PreTrainedModel
 
 from hf_esm import merge_models
-from hf_esm.checkpoints.sources import open_checkpoint, resolve_source
+from hf_esm.checkpoints.sources import Access, open_checkpoint, resolve_source
 from support.helpers import VOCABULARY, Architecture, perturbed, save, stored_tensors, text_samples
 from support.problems import relative_error
 from support.tiny import BERT, assert_refused, forbid_calibration, snapshot
@@ -308,7 +308,7 @@ def test_a_pickled_adapter_is_read_where_that_is_allowed(made):
     stored = load_file(made.adapter / "adapter_model.safetensors")
     pickled(made)
     base = open_checkpoint(resolve_source(made.base, "base"))
-    found = open_checkpoint(resolve_source(made.adapter, "lora", allow_pickle=True), base)
+    found = open_checkpoint(resolve_source(made.adapter, "lora", Access(allow_pickle=True)), base)
     assert torch.equal(found.tensor("classifier.bias"), stored["base_model.model.classifier.bias"])
 
 
