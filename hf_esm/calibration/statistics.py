@@ -15,6 +15,7 @@ from ..checkpoints import STATISTICS_FILE, ShardedWriter
 from ..errors import HfEsmError
 from ..linalg import triangular_factor
 from ..methods import InputStatistics
+from ..utils import atomic_file
 
 
 FORMAT = "hf_esm.statistics"
@@ -121,7 +122,6 @@ class ActivationStatistics(Mapping):
         path = Path(path)
         if path.is_dir() or not path.suffix:
             path = path / STATISTICS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {f"{weight}.pooled": rows for weight, rows in self.pooled.items()}
         planned = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
         counts = {}
@@ -137,17 +137,15 @@ class ActivationStatistics(Mapping):
             "pooled": list(self.pooled),
         }
         metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "privacy": PRIVACY, "header": json.dumps(header)}
-        partial = path.with_name(f"{path.stem}.partial.safetensors")
-        try:
-            with ShardedWriter(path.parent, planned, 2**62, partial.stem, metadata=metadata) as writer:
-                for name, tensor in tensors.items():
-                    writer.write(name, tensor)
-                for key, entry in self.entries.items():
-                    writer.write(f"{key}.factor", triangular_factor(entry.factor) if compact else entry.factor)
-                    writer.write(f"{key}.mean", entry.mean)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with (
+            atomic_file(path, ".safetensors") as partial,
+            ShardedWriter(path.parent, planned, 2**62, partial.stem, metadata=metadata) as writer,
+        ):
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+            for key, entry in self.entries.items():
+                writer.write(f"{key}.factor", triangular_factor(entry.factor) if compact else entry.factor)
+                writer.write(f"{key}.mean", entry.mean)
         return path
 
     @classmethod

@@ -10,22 +10,12 @@ import torch
 import transformers
 from datasets.fingerprint import Hasher
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    NotASafetensorsRepoError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    SafetensorsParsingError,
-)
+from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..errors import HfEsmError
-from ..utils import files_identity
+from ..utils import files_identity, hub_errors
 from .adapters import LoraCheckpoint
 from .base import Checkpoint, LiveCheckpoint
 from .stored import FolderCheckpoint, TensorFiles, stored_dtype
@@ -264,34 +254,15 @@ def _hub_headers(source: ModelSource) -> Optional[TensorFiles]:
     return TensorFiles(headers, refuse)
 
 
-_LOG_IN = "log in (`hf auth login`) or pass `token`"
-
-
 def _on_hub(title: str, call: Any, repo_id: str, revision: Optional[str], token: Any = None, **options: Any) -> Any:
-    """Call the Hub client, with errors in the words of the one who named the model."""
+    """The result of a call of the Hub client, with its errors in the words of the user who named the model."""
     if token is not None:
         options["token"] = token
-    try:
-        return call(repo_id, revision=revision, **options)
-    except HFValidationError:
-        raise HfEsmError(f"{title}: neither a folder nor a Hub id.") from None
-    except LocalEntryNotFoundError:
-        raise HfEsmError(
-            f"{title}: neither a folder nor wholly in the local cache, and the Hub cannot be reached. Check the "
-            "name, or go online."
-        ) from None
-    except RevisionNotFoundError:
-        raise HfEsmError(f"{title}: there is no such branch, tag or commit in {repo_id}.") from None
-    except GatedRepoError:
-        raise HfEsmError(f"{title}: access is restricted. Ask for it on the model's page, and {_LOG_IN}.") from None
-    except RepositoryNotFoundError:
-        raise HfEsmError(f"{title}: not on the Hub, or private. Check the id; if it is private, {_LOG_IN}.") from None
-    except (NotASafetensorsRepoError, SafetensorsParsingError):
-        raise
-    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise HfEsmError(f"{title}: the Hub refuses it: {str(error).splitlines()[0]}") from None
-    except Exception as error:  # the HTTP library's own, after the client's retries
-        raise HfEsmError(f"{title}: the connection to the Hub broke ({error}). Try again.") from None
+    with hub_errors(title):
+        try:
+            return call(repo_id, revision=revision, **options)
+        except HFValidationError:
+            raise HfEsmError(f"{title}: neither a folder nor a Hub id.") from None
 
 
 def model_identity(source: ModelSource) -> Any:

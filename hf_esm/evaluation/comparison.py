@@ -24,7 +24,7 @@ from ..methods import ROUTED, MergeMethod, describe_method, resolve_method
 from ..metrics import Metric, Outcome, resolve_metric
 from ..planning import MergeOptions, name_experts, plan_merge
 from ..tuners.routed import DECIDING
-from ..utils import code_identity, data_identity, fingerprint, processor_identity
+from ..utils import atomic_file, code_identity, data_identity, fingerprint, processor_identity
 from ..version import __version__
 from .evaluator import check_by_task, evaluate, expert_outcomes
 from .interference import Interference, measure_interference
@@ -193,10 +193,8 @@ class _Comparing:
             raise HfEsmError(
                 f"What the metric {self.metric.name!r} reads of a row, or a label, cannot be kept: {error}."
             ) from error
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(found, encoding="utf-8")
-        os.replace(partial, path)
+        with atomic_file(path) as partial:
+            partial.write_text(found, encoding="utf-8")
         return json.loads(found)
 
     def _test_key(self) -> list[Any]:

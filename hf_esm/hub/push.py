@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from peft import PeftConfig
 
 from ..checkpoints import CALIBRATION_FOLDER, HEADS_FOLDER, ROUTED_FOLDER, ROUTER_FEATURES
 from ..errors import HfEsmError
-from ..utils import staging_folder
+from ..utils import hub_errors, staging_folder
 from .cards import write_adapter_card
 from .hashes import read_hashes
 
@@ -42,7 +42,7 @@ def push_folder(
     if base_model is not None:
         check_routed(folder, str(folder))
     api = HfApi(token=token)
-    try:
+    with hub_errors(repo_id, again="Push again."):
         if base_model is not None:
             _check_same_weights(api, base_model, folder)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -65,14 +65,6 @@ def push_folder(
             config.save_pretrained(str(staging))
             write_adapter_card(staging, config)
             return upload(folder_path=staging, **kwargs)
-    except HfEsmError:
-        raise
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
-        raise HfEsmError(f"{repo_id}: the Hub refuses it: {str(error).splitlines()[0]}") from None
-    except Exception as error:
-        if isinstance(error, (OSError, TypeError, ValueError)) and not isinstance(error, ConnectionError):
-            raise  # a full disk, a folder that is not there, an argument that `upload_folder` has not
-        raise HfEsmError(f"{repo_id}: the connection to the Hub broke ({error}). Push again.") from error
 
 
 def _check_same_weights(api: HfApi, base_model: str, folder: Path) -> None:

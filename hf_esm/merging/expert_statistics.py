@@ -14,7 +14,7 @@ from ..data import Sample, encode, is_samples_file, read_rows
 from ..errors import HfEsmError
 from ..methods import MergeMethod
 from ..planning import MergeOptions, MergePlan, calibrated_widths
-from ..utils import together
+from ..utils import atomic_file, together
 
 
 def gather_statistics(
@@ -145,8 +145,7 @@ def calibrate_experts(
     if kept and options.resume_dir:
         with together(accelerator):
             for task, path in paths.items() if accelerator.is_main_process else ():
-                kept.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(path, kept / f"{task}.partial")
-                os.replace(kept / f"{task}.partial", kept / f"{task}.safetensors")
+                with atomic_file(kept / f"{task}.safetensors") as partial:
+                    shutil.copy2(path, partial)
         paths = {task: kept / f"{task}.safetensors" for task in paths}
     return {task: ActivationStatistics.load(path) for task, path in paths.items()}

@@ -1,7 +1,6 @@
 """Learning the mask and the coefficients of Concrete merging, on unlabelled samples (arXiv 2312.06173)."""
 
 import json
-import os
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ..data import Sample, collate
 from ..errors import HfEsmError
 from ..methods import ConcreteAdaMerging, final_mask, relaxed_mask
 from ..planning import MergePlan
+from ..utils import atomic_file
 from .alpha import CandidateModels
 
 
@@ -251,11 +251,9 @@ class _State:
 
     def save(self, step: int) -> None:
         if self.learner.accelerator.is_main_process:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".partial")
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
-            save_file(tensors, partial, {"format": FORMAT, "header": json.dumps({"step": step})})
-            os.replace(partial, self.path)
+            with atomic_file(self.path) as partial:
+                save_file(tensors, partial, {"format": FORMAT, "header": json.dumps({"step": step})})
         self.learner.accelerator.wait_for_everyone()
 
     def resume(self) -> int:

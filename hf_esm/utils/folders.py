@@ -6,8 +6,28 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Optional
 
 from ..errors import HfEsmError
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, suffix: Optional[str] = None) -> Iterator[Path]:
+    """A temporary path next to `path` to write to; the file gets its name when the block ends well.
+
+    Until then an earlier file of that name stays. After an error, the temporary file is removed. Missing parent
+    folders are made.
+
+    Args:
+        suffix: of the temporary path, for a writer that accepts no other; by default that of `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.partial{suffix or path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Work in progress that outlives an interrupt: where it stands, whose it is, and when it goes."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Optional
 
 from ..errors import HfEsmError
 from .fingerprints import fingerprint
+from .folders import atomic_file
 
 
 try:
@@ -92,6 +92,5 @@ class Work:
             self._lock.close()
 
     def _write(self, name: str, text: str) -> None:
-        partial = self.folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, self.folder / name)
+        with atomic_file(self.folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")

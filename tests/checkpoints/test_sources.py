@@ -177,8 +177,8 @@ def refusal(experts: dict[str, Any], **arguments: Any) -> str:
 
 REFUSED = {  # the second expert, the token, and what the error says
     "unknown": ("me/nothing", None, ABSENT),
-    "unknown tag": ("me/b@v9", None, "there is no such branch, tag or commit in me/b."),
-    "unknown commit": (f"me/b@{'0' * 40}", None, "there is no such branch, tag or commit in me/b."),
+    "unknown tag": ("me/b@v9", None, "there is no such branch, tag or commit in the repository."),
+    "unknown commit": (f"me/b@{'0' * 40}", None, "there is no such branch, tag or commit in the repository."),
     "no id": ("me/no thing", None, "neither a folder nor a Hub id."),
     "private": ("me/secret", None, ABSENT),
     "private, another's token": ("me/secret", "hf_other", ABSENT),

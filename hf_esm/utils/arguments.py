@@ -1,0 +1,130 @@
+"""Checks of what a caller passes: unknown names, with the likeliest one that was meant, and values of settings."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, fields
+from math import isfinite
+from numbers import Integral, Real
+from typing import Any, Optional
+
+from ..errors import HfEsmError
+
+
+# How errors describe a type, and which values have it. A bool is not a number.
+_KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
+    bool: ("true or false", (bool,)),
+    int: ("a whole number", (Integral,)),
+    float: ("a finite number", (Real,)),
+    str: ("a text", (str,)),
+    tuple: ("a list", (tuple, list)),
+    list: ("a list", (tuple, list)),
+    Mapping: ("a mapping", (Mapping,)),
+    dict: ("a mapping", (Mapping,)),
+}
+
+
+def closest_name(name: Any, known: Iterable[str]) -> Optional[str]:
+    """The known name that was likeliest meant by a misspelt one, or None if none is near."""
+    by_lower = {entry.lower(): entry for entry in known}
+    matches = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    return by_lower[matches[0]] if matches else None
+
+
+def check_known(names: Iterable[Any], known: Iterable[str], kind: str, where: str = "") -> None:
+    """Raise for the first of `names` that is not among the known ones.
+
+    Args:
+        names: what the caller wrote.
+        known: what there is, in the order of the error's list.
+        kind: what the names are, such as `"method"` or `"setting"`.
+        where: what the error begins with: a file, an argument or a method.
+
+    Raises:
+        HfEsmError: names the unknown one, the likeliest known one, and all that are known.
+
+    Example:
+        >>> check_known(["gama"], ["gamma", "factor"], "setting", "esm")
+        Traceback (most recent call last):
+        hf_esm.errors.HfEsmError: esm: there is no setting 'gama' (did you mean 'gamma'?); there are gamma, factor.
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            start = f"{where}: there" if where else "There"
+            meant = f" (did you mean {closest!r}?)" if (closest := closest_name(name, known)) else ""
+            raise HfEsmError(f"{start} is no {kind} {name!r}{meant}; there are {', '.join(known) or 'none'}.")
+
+
+def check_fields(options: Any, where: str = "") -> None:
+    """Raise if a field of a dataclass has a value of another type than its annotation, or outside its range.
+
+    A field's range is in its metadata: `least` and `most` are allowed values, `above` and `below` are not; `choices`
+    lists all that are allowed, of which errors name those that are not empty. Where an annotation cannot be resolved,
+    the type of the default counts. A tuple may be given as a list, a float as an int; numbers are finite. Fields of
+    any type but bool, int, float, str, tuple, list, mappings and classes are not checked.
+
+    Args:
+        options: an instance of a dataclass.
+        where: what the error begins with, such as the name of a method.
+
+    Raises:
+        HfEsmError: names the field, what it takes, and the value.
+    """
+    try:
+        hints = typing.get_type_hints(type(options))
+    except (NameError, TypeError):  # annotations that are imported for type checkers alone
+        hints = {}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        types_ = _types_of(hints.get(field.name), field)
+        if not _fits(value, types_, field.metadata):
+            start = f"{where}: " if where else ""
+            raise HfEsmError(f"{start}{field.name} must be {_describe(types_, field, value)}, not {value!r}.")
+
+
+def _types_of(annotation: Any, field: Field) -> list[Any]:
+    """The types that a field may have; empty if any may."""
+    if annotation is None:
+        annotation = Any if field.default is MISSING or field.default is None else type(field.default)
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    parts = [typing.get_origin(part) or part for part in (typing.get_args(annotation) if union else [annotation])]
+    return parts if all(isinstance(part, type) and part not in (Any, object) for part in parts) else []
+
+
+def _fits(value: Any, types_: list[Any], limits: Mapping[str, Any]) -> bool:
+    if types_ and not _has_type(value, types_):
+        return False
+    if value is None:
+        return True
+    if "choices" in limits:
+        return value in limits["choices"]
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return True
+    return (
+        (isinstance(value, Integral) or isfinite(value))
+        and value >= limits.get("least", value)
+        and value <= limits.get("most", value)
+        and not ("above" in limits and value <= limits["above"])
+        and not ("below" in limits and value >= limits["below"])
+    )
+
+
+def _has_type(value: Any, types_: list[Any]) -> bool:
+    if isinstance(value, bool):
+        return bool in types_
+    return isinstance(value, tuple(cls for kind in types_ for cls in _KINDS.get(kind, ("", (kind,)))[1]))
+
+
+def _describe(types_: list[Any], field: Field, value: Any) -> str:
+    """What a field takes, such as `a whole number, 1 or more`."""
+    limits = field.metadata
+    if "choices" in limits:
+        choices = [str(choice) for choice in limits["choices"] if choice not in ("", None)]
+        meant = f" (did you mean {closest!r}?)" if (closest := closest_name(value, choices)) else ""
+        return f"one of {', '.join(choices)}{meant}"
+    names = [_KINDS.get(kind, (f"a {kind.__name__}",))[0] for kind in types_ if kind is not type(None)]
+    words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+    bounds = " and ".join(f"{word} {limits[limit]}" for limit, word in words.items() if limit in limits)
+    return ", ".join(filter(None, (" or ".join(dict.fromkeys(names)) or "a number", bounds)))
