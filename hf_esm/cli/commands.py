@@ -18,7 +18,7 @@ from ..errors import HfEsmError
 from ..evaluation import METHODS_COMPARED, NOT_COMPARED, REPORT, add_comparison, compare, evaluate, update_card
 from ..hub import push_folder
 from ..merging import merge_models
-from ..methods import resolve_method
+from ..methods import METHODS, resolve_method
 from ..planning import MergeOptions, load_recipe
 from ..routing import RoutedModel
 
@@ -126,7 +126,8 @@ def _compared_methods(given: argparse.Namespace, request: Mapping[str, Any]) -> 
     if (rank := request.get("rank")) is None:
         return methods
     settings = [{"name": entry} if isinstance(entry, str) else entry for entry in methods]
-    routed = [isinstance(entry, Mapping) and entry.get("name") in ("esm++", "tsv-c") for entry in settings]
+    names = [str(entry.get("name")) if isinstance(entry, Mapping) else "" for entry in settings]
+    routed = [name in METHODS and METHODS[name]().routes for name in names]
     return [{"rank": rank, **one} if has else m for one, m, has in zip(settings, methods, routed, strict=True)]
 
 

@@ -20,10 +20,9 @@ from ..checkpoints import CALIBRATION_FOLDER, Access, model_identity, open_check
 from ..data import SampleOptions
 from ..errors import HfEsmError
 from ..merging import merge_models
-from ..methods import ROUTED, MergeMethod, describe_method, resolve_method
+from ..methods import MergeMethod, describe_method, resolve_method
 from ..metrics import Metric, Outcome, resolve_metric
 from ..planning import MergeOptions, name_experts, plan_merge
-from ..tuners.routed import DECIDING
 from ..utils import atomic_file, code_identity, data_identity, fingerprint, processor_identity
 from ..version import __version__
 from .evaluator import check_by_task, evaluate, expert_outcomes
@@ -246,7 +245,7 @@ class _Comparing:
 
     def _merge_and_measure(self, method: MergeMethod, seed: int, arguments: dict[str, Any]) -> dict[str, Any]:
         # A router of the merged model's features reads the proxies themselves.
-        reads_proxies = isinstance(method, ROUTED) and method.router == "discriminant"
+        reads_proxies = method.needs_features
         if method.needs_statistics:
             kept = self.statistics_folder(seed)
             if all((kept / f"{task}.safetensors").is_file() for task in self.experts) and not reads_proxies:
@@ -263,8 +262,7 @@ class _Comparing:
             rows = {"num_samples": self.num_test, "seed": 0, **self._test_options()}
             measure = {"metric": self.metric, "processor": self.processor, **asdict(self._access), **rows}
             scores = evaluate(target, self.test, **measure)
-            has_router = isinstance(method, ROUTED) and method.router in DECIDING
-            given = evaluate(target, self.test, route="oracle", **measure).outcomes if has_router else {}
+            given = evaluate(target, self.test, route="oracle", **measure).outcomes if method.decides else {}
         return {
             "alpha": merged.alpha,
             "alpha_scores": merged.alpha_scores,

@@ -6,9 +6,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..checkpoints import Checkpoint, LiveCheckpoint, LoraCheckpoint, ModelSource
 from ..hub import pipeline_of, template
-from ..methods import ROUTED
 from ..planning import MergePlan
-from ..tuners.routed import DECIDING
 from ..version import __version__
 
 
@@ -45,10 +43,10 @@ def write_card(
             for task, expert in plan.experts.items()
         ],
         method=plan.method.name,
-        routed=(routed := isinstance(plan.method, ROUTED)),
-        decides=routed and plan.method.router in DECIDING,
+        routed=plan.method.routes,
+        decides=plan.method.decides,
         predicts=all("classification" in pipeline_of(type(e.skeleton).__name__) for e in plan.experts.values()),
-        keeps_features=routed and plan.method.router == "discriminant",
+        keeps_features=plan.method.needs_features,
         alpha=alpha,
         licences=sorted(set(plan.licences.values()) - {"not stated"}),
         model_class=type(plan.base.skeleton).__name__,

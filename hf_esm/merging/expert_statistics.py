@@ -55,7 +55,7 @@ def gather_statistics(
             samples[task] = encode(rows, processors[task], expert.config, title, options)
         if statistics[task] is not None:
             statistics[task].check_fits(calibrated_widths(plan), task)
-    if getattr(method, "router", None) == "discriminant":
+    if method.needs_features:
         for task, found in statistics.items():
             if found is not None and not found.pooled:
                 raise HfEsmError(

@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from ..architecture import to_matrices
 from ..data import Sample, collate
 from ..errors import HfEsmError
-from ..methods import ConcreteAdaMerging, final_mask, relaxed_mask
+from ..methods import LearnedMask, final_mask, relaxed_mask
 from ..planning import MergePlan
 from ..utils import atomic_file
 from .alpha import CandidateModels
@@ -27,23 +26,6 @@ SAVE_EVERY = 100  # steps
 
 
 FORMAT = "hf_esm.concrete"
-
-
-@dataclass
-class LearnedMask:
-    """What was learned.
-
-    Attributes:
-        logits: of the mask, by the parameter's name in the base model: of each matrix that it holds, or of itself.
-        coefficients: `[T]` by the same names.
-    """
-
-    logits: Mapping[str, list[Tensor]]
-    coefficients: Mapping[str, Tensor]
-
-    def of(self, name: str, part: int = 0) -> Optional[tuple[Tensor, Tensor]]:
-        """Logits and coefficients of one matrix or parameter; None if nothing was learned of it."""
-        return (self.logits[name][part], self.coefficients[name]) if name in self.logits else None
 
 
 def learn_mask(
@@ -74,7 +56,7 @@ def learn_mask(
     state = _State(folder, learner) if folder is not None else None
     done = state.resume() if state is not None else 0
     stages = [("Learning the mask", 0, method.steps, learner.mask_step)]
-    if isinstance(method, ConcreteAdaMerging):
+    if method.adapts:
         total = method.steps + method.coefficient_steps
         stages.append(("Learning the coefficients", method.steps, total, learner.coefficient_step))
     for title, start, end, take in stages:
@@ -120,13 +102,13 @@ class _Learner:
             self.base[name] = weight.float().to(accelerator.device)
             self.updates[name] = deltas.to(accelerator.device)
             self.logits[name] = torch.zeros_like(self.base[name])
-        shared = not getattr(self.method, "layer_wise", False)
+        shared = not self.method.layer_wise
         count = len(self.tasks) if self.method.adapts else 1
         start = torch.full((count,), float(self.method.coefficient), device=accelerator.device)
         self.coefficients = {name: start if shared else start.clone() for name in self.names}
         self.mask_optimizer = torch.optim.Adam(list(self.logits.values()), lr=self.method.learning_rate)
         self.coefficient_optimizer = torch.optim.Adam(
-            self._distinct(self.coefficients), lr=getattr(self.method, "coefficient_rate", 1.0)
+            self._distinct(self.coefficients), lr=self.method.coefficient_rate
         )
 
     @staticmethod

@@ -3,7 +3,8 @@
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,7 +15,7 @@ from ..calibration import factor_bytes
 from ..checkpoints import Access, ModelSource, differing_processors, find_processors, open_checkpoint, resolve_source
 from ..errors import HfEsmError
 from ..hub import write_hashes
-from ..methods import ROUTED, resolve_method
+from ..methods import resolve_method
 from ..planning import (
     MergeOptions,
     MergePlan,
@@ -26,7 +27,7 @@ from ..planning import (
     plan_merge,
     torch_dtype,
 )
-from ..tuners.routed import DECIDING, check_separable
+from ..tuners.routed import check_separable
 from ..utils import algebra_device, bytes_of, default_accelerator, gather, main_first, publish_folder, together
 from .alpha import choose_alpha, read_validation
 from .expert_statistics import calibrate_experts, check_statistics, gather_statistics, taken_of_others
@@ -36,7 +37,7 @@ from .result import MergeResult
 from .routed_experts import write_experts
 from .run import MergeRun, lacking_resources, notices, shared_folder, work_in_progress
 from .updates import MergedUpdates
-from .weights import merge_weights, scale_layers
+from .weights import merge_weights, scale_layers, whole_updates
 
 
 def merge_models(
@@ -86,11 +87,7 @@ def merge_models(
     options = MergeOptions(**options)
     method = resolve_method(options.method)
     if options.rank is not None:
-        if not isinstance(method, ROUTED):
-            raise HfEsmError(
-                f"Method {method.name!r} has no experts, so no rank. Leave it out, or use 'esm++' or 'tsv-c'."
-            )
-        method = replace(method, rank=options.rank)
+        method = method.with_rank(options.rank)
     accelerator = accelerator or default_accelerator()
     run = MergeRun(options, accelerator, callback)
     experts = name_experts(experts)
@@ -102,11 +99,11 @@ def merge_models(
         sources |= {task: resolve_source(spec, f"expert '{task}'", access) for task, spec in experts.items()}
         opened = open_checkpoint(sources["base"], headers_only=dry_run)
         checkpoints = {task: open_checkpoint(sources[task], opened, dry_run) for task in experts}
-        if isinstance(method, ROUTED) and method.router in DECIDING:
+        if method.decides:
             for checkpoint in (opened, *checkpoints.values()):
                 check_separable(checkpoint.skeleton)
         plan = plan_merge(opened, checkpoints, method, options.heads, torch_dtype(options.dtype), sources)
-        if isinstance(method, ROUTED) and not any(is_routable(n, opened.linear.get(n)) for n in plan.heads.shared):
+        if method.routes and not any(is_routable(n, opened.linear.get(n)) for n in plan.heads.shared):
             raise HfEsmError(f"{opened.title} has no linear maps to route experts on. Merge it by another method.")
         return sources, plan
 
@@ -158,23 +155,23 @@ def merge_models(
                 else:
                     scratch.mkdir()
         with run.stage("calibrating", joined=False):
-            routed = isinstance(method, ROUTED)
-            keep_base = options.statistics_dir or (routed and method.router == "discriminant")
+            keep_base = options.statistics_dir or method.needs_features
             if method.needs_statistics:
                 progress = run.progress("Calibrating")
                 statistics |= calibrate_experts(plan, samples, options, accelerator, scratch, keep_base, progress)
         check_statistics(plan, statistics, run.warn)
-        if method.needs_samples:
-            with run.stage("learning", joined=False):
-                method.learned = learn_mask(
-                    plan,
-                    samples,
-                    accelerator,
-                    batch_size=options.batch_size,
-                    seed=options.seed,
-                    folder=scratch if options.resume_dir else None,
-                    progress=run.progress,
-                )
+        learn = partial(
+            learn_mask,
+            plan,
+            samples,
+            accelerator,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            folder=scratch if options.resume_dir else None,
+            progress=run.progress,
+        )
+        with run.stage("preparing", joined=not method.needs_samples):
+            thresholds = method.prepare(whole_updates(plan, learn, run.progress("Preparing")))
         with run.stage("merging"):
             rank, size = accelerator.process_index, accelerator.num_processes
             reports = merge_weights(
@@ -187,6 +184,7 @@ def merge_models(
                 bytes_of(options.max_memory, "max_memory") if options.max_memory else None,
                 resumable=options.resume_dir is not None,
                 device=algebra_device(accelerator),
+                thresholds=thresholds,
             )
         reports = {name: report for part in gather(accelerator, reports) for name, report in part.items()}
         scale_layers(reports, method, {name for name in reports if is_matrix(plan, name)})
@@ -207,7 +205,7 @@ def merge_models(
             write_model(folder, plan, updates, alpha, options, run.progress("Writing"), rank, size)
             if accelerator.is_main_process:
                 write_files(folder, plan, sources, processors, samples, statistics, calibration, options, result)
-        if routed:
+        if method.routes:
             with run.stage("adding experts", joined=False):
                 write_experts(
                     folder, scratch, plan, updates, alpha, statistics, samples, accelerator, options, run.progress
@@ -215,7 +213,7 @@ def merge_models(
         with run.stage("publishing"):
             if accelerator.is_main_process:
                 shutil.rmtree(folder / ".scratch", ignore_errors=True)
-                if routed:
+                if method.routes:
                     write_hashes(folder)
                 if output is not None:
                     publish_folder(folder, output, options.overwrite)

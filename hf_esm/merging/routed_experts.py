@@ -16,7 +16,7 @@ from ..calibration import ActivationStatistics, pooled_inputs
 from ..checkpoints import ROUTED_FOLDER, quiet_loading
 from ..data import Sample
 from ..planning import MergeOptions, MergePlan
-from ..routing import ROUTER_SETTINGS, RoutedExperts, expert_factors, residual_update
+from ..routing import RoutedExperts, expert_factors, residual_update
 from ..utils import algebra_device, fast_products, together
 from .updates import MergedUpdates
 
@@ -77,9 +77,9 @@ def _assemble(
     by_module = {task: {modules[name]: rows for name, rows in found.items()} for task, found in features.items()}
     experts = RoutedExperts(list(plan.experts), factors, prototypes, by_module, method.router)
     experts.expert_directions = method.directions
-    if method.router == "discriminant":
+    if method.needs_features:
         experts.depth = method.depth
-        experts.settings = {name: getattr(method, name) for name in ROUTER_SETTINGS}
+        experts.settings = method.router_settings
         experts.shift = {modules[name]: rows for name, rows in shift.items()}
     return experts
 
@@ -126,9 +126,9 @@ def _features(
     features: dict[str, Mapping[str, Tensor]] = {t: found.pooled for t, found in statistics.items() if found}
     shift: dict[str, Tensor] = {}
     # All tasks' features are of one model: a router would learn to tell two models apart.
-    if plan.method.router != "discriminant":
+    if not plan.method.needs_features:
         features = {task: {} for task in plan.experts}
-    elif plan.method.router_features == "merged" and samples.keys() >= statistics.keys():
+    elif plan.method.needs_merged_features and samples.keys() >= statistics.keys():
         for task, rows in samples.items():
             features[task] = pooled_inputs(
                 model,

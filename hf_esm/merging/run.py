@@ -16,7 +16,7 @@ from accelerate.utils import tqdm
 from ..calibration import ActivationStatistics
 from ..checkpoints import model_identity
 from ..errors import HfEsmError
-from ..methods import ROUTED, describe_method
+from ..methods import describe_method
 from ..planning import MergeOptions, MergePlan, check_disk, check_memory
 from ..utils import Work, bytes_of, gather, readable, staging_folder, together
 from ..version import __version__
@@ -65,7 +65,7 @@ def notices(plan: MergePlan, options: MergeOptions, validation: Any, score_fn: A
     given = [name for name, value in (("validation", validation), ("score_fn", score_fn)) if value is not None]
     found = [f"{name} is only used with alpha='auto'." for name in given if options.alpha != "auto"]
     if options.max_memory and plan.output_bytes > bytes_of(options.max_memory, "max_memory"):
-        whole = {"alpha='auto'": options.alpha == "auto", plan.method.name: isinstance(plan.method, ROUTED)}
+        whole = {"alpha='auto'": options.alpha == "auto", plan.method.name: plan.method.routes}
         size = readable(plan.output_bytes)
         found += [f"{what}: holds the whole merged model, {size} or more, in memory." for what in whole if whole[what]]
     return found

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..architecture import from_matrices, is_routable, layer_type, matrix_names, to_matrices
 from ..calibration import ActivationStatistics
-from ..checkpoints import Checkpoint, ShardedWriter
+from ..checkpoints import ShardedWriter
 from ..errors import HfEsmError
 from ..linalg import norm
-from ..methods import TIES, MergeMethod, Stack, magnitude_threshold, mean_update
+from ..methods import MergeMethod, Stack, WholeUpdates, mean_update
 from ..planning import MergePlan, merge_bytes
 from ..utils import fast_products, roomy
 from .updates import WeightReport
@@ -27,6 +27,18 @@ from .updates import WeightReport
 
 # Elements of a weight below which several are merged side by side.
 _SMALL = 4_000_000
+
+
+def whole_updates(
+    plan: MergePlan, learn_mask: Callable[[], Any], progress: Callable[[Iterable], Iterable]
+) -> WholeUpdates:
+    """Return the updates of all experts of a merge, as `MergeMethod.prepare` reads them."""
+    names = [name for name in plan.heads.shared if name in plan.base.trained]
+
+    def read(task: str) -> Iterator[Tensor]:
+        return (plan.experts[task].update(name, plan.base.tensor(name)) for name in names)
+
+    return WholeUpdates(tuple(plan.experts), read, learn_mask, progress)
 
 
 def merge_weights(
@@ -39,11 +51,13 @@ def merge_weights(
     max_memory: Optional[int] = None,
     resumable: bool = False,
     device: Optional[torch.device] = None,
+    thresholds: Sequence[float] = (),
 ) -> dict[str, WeightReport]:
     """Pass one: merge this process's share of the weights, one at a time, into a scratch file.
 
     Args:
         max_memory: bytes that the weights being read and merged side by side may take; see `planning.merge_bytes`.
+        thresholds: what `MergeMethod.prepare` returned.
         device: where the methods compute, as far as its memory goes; the CPU by default.
         resumable: keep a journal beside the scratch file, and leave out what it says was merged before.
     """
@@ -55,9 +69,8 @@ def merge_weights(
     units = [unit for unit in units if unit[0] not in reports]
     with (
         ShardedWriter(scratch, shapes, max_shard_size=2**62, stem=f"updates-{rank}", written=reports) as writer,
-        fast_products(getattr(plan.method, "tolerance", 0.0)),
+        fast_products(plan.method.tolerance),
     ):
-        thresholds = _trim_thresholds(plan, progress) if isinstance(plan.method, TIES) else []
         read = partial(_read_unit, plan=plan)
         merge = partial(_merge_unit, plan=plan, statistics=statistics, thresholds=thresholds, device=device)
         sizes = partial(_elements, plan)
@@ -150,7 +163,7 @@ def merge_units(plan: MergePlan, statistics: dict[str, Optional[ActivationStatis
     """
     shared = [name for name in plan.heads.shared if plan.base.dtype(name).is_floating_point]
     groups: dict[Any, list[str]] = defaultdict(list)
-    stacking = getattr(plan.method, "stack_shared_inputs", False) and all(s is not None for s in statistics.values())
+    stacking = plan.method.stacks_shared_inputs and all(s is not None for s in statistics.values())
     for name in shared:
         linear = plan.base.linear.get(name)
         if stacking and linear is not None and not linear.slices and all(name in s for s in statistics.values()):
@@ -166,17 +179,6 @@ def _elements(plan: MergePlan, unit: list[str]) -> int:
     return sum(math.prod(plan.base.shape(name)) for name in unit)
 
 
-def _trim_thresholds(plan: MergePlan, progress: Callable[[Iterable], Iterable]) -> list[float]:
-    """Per expert, the magnitude that the method's share of its whole update reaches."""
-    names = [name for name in plan.heads.shared if name in plan.base.trained]
-
-    def updates(expert: Checkpoint) -> Iterator[Tensor]:
-        return (expert.update(name, plan.base.tensor(name)) for name in names)
-
-    density = plan.method.density
-    return [magnitude_threshold(partial(updates, expert), density) for expert in progress(plan.experts.values())]
-
-
 def _read_unit(unit: list[str], plan: MergePlan) -> list[list[Tensor]]:
     """The updates of one weight, or of several by one another, by name and expert."""
     weights = {name: plan.base.tensor(name) for name in unit}
@@ -188,7 +190,7 @@ def _merge_unit(
     updates: list[list[Tensor]],
     plan: MergePlan,
     statistics: dict[str, Optional[ActivationStatistics]],
-    thresholds: list[float],
+    thresholds: Sequence[float],
     device: Optional[torch.device],
 ) -> dict[str, tuple[Tensor, WeightReport]]:
     """One weight of every expert merged, with its report; several names where they are stacked along the output."""
@@ -214,7 +216,7 @@ def _merge_unit(
                 statistics=[
                     found[name].to(device) if found and name in found else None for found in statistics.values()
                 ],
-                thresholds=thresholds,
+                thresholds=list(thresholds),
             )
         )
         for part, (name, *deltas) in enumerate(zip(names, *matrices.values(), strict=True))

@@ -5,20 +5,19 @@ write a `MergeMethod` with `name` and `merge(stack) -> Merged`, and give it a li
 """
 
 from .averaging import Mean, TaskArithmetic
-from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic, final_mask, relaxed_mask
+from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic, LearnedMask, final_mask, relaxed_mask
 from .essential import EssentialMerge, RoutedMerge, fuse_with_singular_values, part_taken_off
 from .isotropic import IsoC, IsoCTS
-from .registry import METHODS, ROUTED, describe_method, resolve_method
+from .registry import METHODS, describe_method, resolve_method
 from .regression import RegMean
 from .singular_vectors import TSVC, TSVM
 from .sparse import DARE, TIES, magnitude_threshold
-from .stack import InputStatistics, Merged, MergeMethod, Stack, mean_update
+from .stack import InputStatistics, Merged, MergeMethod, Stack, WholeUpdates, mean_update
 
 
 __all__ = [
     "DARE",
     "METHODS",
-    "ROUTED",
     "TIES",
     "TSVC",
     "TSVM",
@@ -28,6 +27,7 @@ __all__ = [
     "InputStatistics",
     "IsoC",
     "IsoCTS",
+    "LearnedMask",
     "Mean",
     "MergeMethod",
     "Merged",
@@ -35,6 +35,7 @@ __all__ = [
     "RoutedMerge",
     "Stack",
     "TaskArithmetic",
+    "WholeUpdates",
     "describe_method",
     "final_mask",
     "fuse_with_singular_values",

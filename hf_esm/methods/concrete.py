@@ -1,13 +1,14 @@
 """Concrete subspace learning (arXiv 2312.06173): task arithmetic and AdaMerging (2310.02575) under a learned mask."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar, Optional
 
 import torch
 from torch import Tensor
 
 from ..errors import HfEsmError
-from .stack import Merged, MergeMethod, Stack, mean_update
+from .stack import Merged, MergeMethod, Stack, WholeUpdates, mean_update
 
 
 def rescaled(mask: Tensor) -> Tensor:
@@ -27,6 +28,23 @@ def final_mask(logits: Tensor, expected: bool) -> Tensor:
 
 
 @dataclass
+class LearnedMask:
+    """A learned mask over all weights, and the coefficients of the task vectors.
+
+    Attributes:
+        logits: of the mask, by the parameter's name in the base model: of each matrix that it holds, or of itself.
+        coefficients: `[T]` by the same names.
+    """
+
+    logits: Mapping[str, list[Tensor]]
+    coefficients: Mapping[str, Tensor]
+
+    def of(self, name: str, part: int = 0) -> Optional[tuple[Tensor, Tensor]]:
+        """Logits and coefficients of one matrix or parameter; None if nothing was learned of it."""
+        return (self.logits[name][part], self.coefficients[name]) if name in self.logits else None
+
+
+@dataclass
 class ConcreteTaskArithmetic(MergeMethod):
     """Task arithmetic under a mask over all weights, learned so that the heads are sure of unlabelled samples.
 
@@ -38,7 +56,10 @@ class ConcreteTaskArithmetic(MergeMethod):
     name: ClassVar[str] = "concrete-task-arithmetic"
     needs_samples: ClassVar[bool] = True
     adapts: ClassVar[bool] = False  # the coefficients
-    learned: ClassVar[Any] = None  # set on the instance once it is known: see `concrete.LearnedMask`
+    layer_wise: ClassVar[bool] = False
+    coefficient_steps: ClassVar[int] = 0
+    coefficient_rate: ClassVar[float] = 1.0
+    learned: ClassVar[Optional[LearnedMask]] = None  # set on the instance by `prepare`
 
     coefficient: float = field(default=0.3, metadata={"help": "of every task vector; where it is learned, its start"})
     steps: int = field(default=2000, metadata={"help": "steps of learning the mask"})
@@ -53,6 +74,11 @@ class ConcreteTaskArithmetic(MergeMethod):
                 raise HfEsmError(f"{self.name}: {setting} must be above 0, not {getattr(self, setting)}.")
         if self.steps < 1:
             raise HfEsmError(f"{self.name}: steps must be 1 or more, not {self.steps}.")
+
+    def prepare(self, whole: WholeUpdates) -> list[float]:
+        """Learn the mask, and the coefficients if they are learned, on the samples."""
+        self.learned = whole.learn_mask()
+        return []
 
     def bodies_to_learn(self, tasks: int) -> int:
         return 6 + tasks if self.adapts else 7

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -104,6 +104,11 @@ class EssentialMerge(MergeMethod):
             uncalibrated=(r"(^|\.)(o_proj|out_proj|attention\.output\.dense|attn\.c_proj|attention\.dense)\.weight$",),
             stack_shared_inputs=True,
         )
+
+    @property
+    def stacks_shared_inputs(self) -> bool:
+        """Whether separate q, k and v projections are merged as one stacked weight."""
+        return self.stack_shared_inputs
 
     def merge(self, stack: Stack) -> Merged:
         if not stack.is_matrix:
@@ -212,6 +217,16 @@ class RoutedMerge(EssentialMerge):
         for setting in ("depth", "confidence"):
             if not 0 <= getattr(self, setting) <= 1:
                 raise HfEsmError(f"esm++: {setting} must be between 0 and 1, not {getattr(self, setting)}.")
+
+    @property
+    def needs_merged_features(self) -> bool:
+        """Whether the router reads features of the merged model, not those of the base."""
+        return self.router_features == "merged"
+
+    @property
+    def router_settings(self) -> dict[str, Any]:
+        """`top_k`, `mixing_temperature` and `confidence` of the discriminant router."""
+        return {name: getattr(self, name) for name in ("top_k", "mixing_temperature", "confidence")}
 
     @property
     def directions(self) -> str:

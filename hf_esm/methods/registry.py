@@ -39,10 +39,6 @@ METHODS: dict[str, Callable[[], MergeMethod]] = {
 }
 
 
-# Those whose outcome has an expert per task beside the static model: they also have `rank`, `router`, `expert_rank`.
-ROUTED = (RoutedMerge, TSVC)
-
-
 def resolve_method(method: str | Mapping[str, Any] | MergeMethod) -> MergeMethod:
     """A method from its name, from `{"name": …, setting: value}`, or a copy of one, which may learn something."""
     if isinstance(method, str):

@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import HfEsmError
-from .stack import Merged, MergeMethod, Stack
+from .stack import Merged, MergeMethod, Stack, WholeUpdates
 
 
 _LOW_BITS = 15  # of the 31 bits of a magnitude, so that both halves index a table of 65,536
@@ -60,6 +61,10 @@ class TIES(MergeMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_density(self.name, self.density)
+
+    def prepare(self, whole: WholeUpdates) -> list[float]:
+        """Return the magnitude, per expert, that `density` of its whole update reaches."""
+        return [magnitude_threshold(partial(whole.read, task), self.density) for task in whole.progress(whole.tasks)]
 
     def merge(self, stack: Stack) -> Merged:
         deltas = torch.stack(stack.deltas)

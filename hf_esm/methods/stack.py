@@ -1,5 +1,6 @@
 """What a merge method sees: one weight of every expert. And what it gives back."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from numbers import Integral, Real
@@ -81,6 +82,25 @@ class Merged:
     info: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class WholeUpdates:
+    """All updates of a merge, for what a method must know before it merges the first weight (`MergeMethod.prepare`).
+
+    Attributes:
+        tasks: names of the experts, in the order of a stack's updates.
+        read: reads the update of one task's expert, weight by weight, float32: of all weights that are merged, without
+            running means and other buffers. Each call starts at the first weight.
+        learn_mask: learns a mask over the updates on the calibration samples, with the settings of the method, a
+            Concrete one. All processes call it together.
+        progress: shows how far an iteration is.
+    """
+
+    tasks: tuple[str, ...]
+    read: Callable[[str], Iterator[Tensor]]
+    learn_mask: Callable[[], Any]
+    progress: Callable[[Iterable], Iterable] = iter
+
+
 class MergeMethod:
     """What `merge_models` asks of a method. Each is a dataclass of its settings.
 
@@ -92,6 +112,15 @@ class MergeMethod:
         needs_samples: whether something is learned on the calibration samples themselves before merging.
         layer_exponent: exponent of the scale between layers of one type, `(‖Δ_M‖ / mean ‖Δ_M‖)^layer_exponent`; 0 for
             none.
+        tolerance: share of the leading directions' energy that may be missed; above 0 matrices are multiplied in the
+            precision that the hardware multiplies fastest.
+        stacks_shared_inputs: whether linear maps that read one tensor (q, k and v) are merged as one weight.
+        router: `"prototype"`, `"discriminant"`, `"oracle"` or `"static"` (see `RoutedExpertsConfig`), if an expert per
+            task is written beside the merged model; empty if not. The five attributes below are read only then.
+        directions: what the experts approximate: `"residual"`, what the merged model lacks, or `"update"`.
+        needs_merged_features: whether the router reads features of the merged model, not those of the base.
+        depth: share of the blocks that run before a router of features decides.
+        router_settings: `top_k`, `mixing_temperature` and `confidence` of a router of features.
     """
 
     name: ClassVar[str]
@@ -100,6 +129,32 @@ class MergeMethod:
     needs_statistics: ClassVar[bool] = False
     needs_samples: ClassVar[bool] = False
     layer_exponent: ClassVar[float] = 0.0
+    tolerance: ClassVar[float] = 0.0
+    stacks_shared_inputs: ClassVar[bool] = False
+    router: ClassVar[str] = ""
+    directions: ClassVar[str] = "residual"
+    needs_merged_features: ClassVar[bool] = False
+    depth: ClassVar[float] = 1 / 3
+
+    @property
+    def routes(self) -> bool:
+        """Whether an expert per task is written beside the merged model."""
+        return bool(self.router)
+
+    @property
+    def decides(self) -> bool:
+        """Whether a router finds the task of an input."""
+        return self.router in ("prototype", "discriminant")
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether the router is made from features, the pooled inputs of the blocks."""
+        return self.router == "discriminant"
+
+    @property
+    def router_settings(self) -> dict[str, Any]:
+        """`top_k`, `mixing_temperature` and `confidence` of a router of features."""
+        return {}
 
     def __post_init__(self) -> None:
         """Refuse settings of another kind than their defaults."""
@@ -114,6 +169,29 @@ class MergeMethod:
 
     def merge(self, stack: Stack) -> Merged:
         """Merge one weight of all experts."""
+        raise NotImplementedError
+
+    def prepare(self, whole: WholeUpdates) -> list[float]:
+        """Learn from the whole model what merging one weight needs; called once, before the first weight is merged.
+
+        Returns the `thresholds` of every stack of the merge: one magnitude per expert, or none.
+        """
+        return []
+
+    def with_rank(self, rank: int) -> "MergeMethod":
+        """Copy the method with experts of this rank.
+
+        Raises:
+            HfEsmError: if the method writes no experts, or does not have a setting `rank`.
+        """
+        if not self.routes or "rank" not in {setting.name for setting in fields(self)}:
+            raise HfEsmError(
+                f"Method {self.name!r} has no experts, so no rank. Leave it out, or use 'esm++' or 'tsv-c'."
+            )
+        return replace(self, rank=rank)
+
+    def expert_rank(self, shape: torch.Size, tasks: int) -> int:
+        """Return the rank of each expert of a map `[d_out, d_in]`; asked only of a method that routes."""
         raise NotImplementedError
 
     def bodies_to_learn(self, tasks: int) -> int:

@@ -4,14 +4,13 @@ Comes in: the folder that a merge wrote. Goes out: a `RoutedModel` that generate
 experts, and takes one more or one less.
 """
 
-from .experts import ROUTER_SETTINGS, RoutedExperts, expert_factors, residual_update
+from .experts import RoutedExperts, expert_factors, residual_update
 from .explanations import Explanation, Prediction
 from .model import RoutedModel
 from .pipeline import RoutedPipeline
 
 
 __all__ = [
-    "ROUTER_SETTINGS",
     "Explanation",
     "Prediction",
     "RoutedExperts",

@@ -1,14 +1,13 @@
 """The experts of all tasks in one adapter, one of which each sample is routed to."""
 
 from ..registration import HfEsmPeftType, register
-from .config import DECIDING, RoutedExpertsConfig
+from .config import RoutedExpertsConfig
 from .layer import RoutedExpertsLayer, RoutedExpertsLinear
 from .model import RoutedExpertsModel, decide, fingerprint, recording, route, routing_state
 from .routing import ONE_PER_SAMPLE, Decision, Named, Route, check_separable
 
 
 __all__ = [
-    "DECIDING",
     "ONE_PER_SAMPLE",
     "Decision",
     "Named",
