@@ -11,7 +11,7 @@ $(VENV)/.installed: setup.py constraints.txt
 	touch $@
 
 test: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n auto --dist loadfile
 
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/hf-esm demo --output demo_output

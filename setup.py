@@ -42,7 +42,7 @@ setup(
     ],
     extras_require={
         "demo": ["matplotlib", "pillow", "scikit-learn"],
-        "test": ["matplotlib", "pillow", "pytest", "scikit-learn"],
+        "test": ["matplotlib", "pillow", "pytest", "pytest-xdist", "scikit-learn"],
         "quality": ["pytest", "ruff", "ty", "typos"],
     },
     entry_points={"console_scripts": ["hf-esm=hf_esm.cli:main"]},

@@ -13,9 +13,8 @@ from hf_esm.linalg import triangular_factor
 from hf_esm.methods.stack import InputStatistics
 
 
-# Every run draws its own seeds; a test's id shows its seed, and HF_ESM_TEST_SEED=<seed> repeats it.
-SEEDS = [int(os.environ["HF_ESM_TEST_SEED"])] if "HF_ESM_TEST_SEED" in os.environ else []
-SEEDS = SEEDS or [random.SystemRandom().randrange(2**32) for _ in range(2)]
+# Drawn in `tests/conftest.py`, once a run. A test's id shows its seed, and HF_ESM_TEST_SEED=<seed> repeats it.
+SEEDS = [int(seed) for seed in os.environ["HF_ESM_TEST_SEED"].split(",")]
 seeds = pytest.mark.parametrize("seed", SEEDS, ids="seed{}".format)
 
 SHAPES = {  # tokens, d_out, d_in, tasks

@@ -16,6 +16,7 @@ from support.tiny import WORDS, save_tokenizer
 
 
 LABELS = {"a": ["no", "yes"], "b": ["cold", "mild", "hot"], "c": ["left", "right", "up", "down"]}
+HEADS = {**LABELS, "sst2": ["negative", "positive"], "mrpc": ["not_equivalent", "equivalent"]}
 
 
 def texts(seed: int, count: int = 9) -> list[str]:
@@ -39,7 +40,7 @@ def base_model(vocabulary: int = 64) -> BertModel:
 
 def classifier(base: BertModel, task: str) -> BertForSequenceClassification:
     """The base with a fresh head for the labels of one task."""
-    config = BertConfig.from_dict({**base.config.to_dict(), "id2label": dict(enumerate(LABELS[task]))})
+    config = BertConfig.from_dict({**base.config.to_dict(), "id2label": dict(enumerate(HEADS[task]))})
     config.label2id = {label: i for i, label in config.id2label.items()}
     torch.manual_seed(len(task))
     model = BertForSequenceClassification(config).eval()
