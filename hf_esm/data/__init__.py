@@ -6,8 +6,8 @@ input each), and batches on a model's device.
 
 from .batches import batch_for, batch_indices, collate, reads_singly, to_generate_from
 from .options import RunOptions, SampleOptions
-from .rows import DataSpec, is_samples_file, read_rows, save_samples
-from .samples import Sample, encode, is_words, text_config
+from .rows import DataSpec, read_rows
+from .samples import Sample, encode, is_samples_file, is_words, save_samples, text_config
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Samples side by side: which of them share a batch, and the batch itself."""
+"""Batches: which samples run together, and their tensors on a model's device."""
 
 import inspect
 from collections import defaultdict
@@ -13,7 +13,13 @@ from .samples import Sample, text_config
 
 
 def batch_indices(samples: list[Sample], size: int, padded: bool = False) -> list[list[int]]:
-    """Which samples run together, `size` at most, largest first: those of one shape, or, `padded`, of like size."""
+    """Return the indices of the samples of each batch, the largest samples first.
+
+    Args:
+        samples: unbatched, unpadded model inputs.
+        size: samples per batch, at most.
+        padded: whether samples of similar size share a batch; otherwise only samples of the same shape do.
+    """
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i in sorted(range(len(samples)), key=lambda i: -max(value.numel() for value in samples[i].values())):
         shape = tuple((name, tuple(value.shape)) for name, value in sorted(samples[i].items()))
@@ -21,12 +27,15 @@ def batch_indices(samples: list[Sample], size: int, padded: bool = False) -> lis
     return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
-# Which mask says what of an input is padding.
+# The mask that marks the padding of an input.
 _MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
 
 
 def collate(samples: list[Sample], config: PretrainedConfig) -> dict[str, Tensor]:
-    """A batch, padded on the right; padding is 0 in every mask, and where tokens are padded there is one."""
+    """Return a batch, padded on the right: masks with 0, labels with -100, tokens with the padding token.
+
+    Samples without a mask get one if their tokens are padded.
+    """
     padding = {"input_ids": max(getattr(config, "pad_token_id", None) or 0, 0), "labels": -100}
     padding["decoder_input_ids"] = padding["input_ids"]
     batch = {}
@@ -41,15 +50,15 @@ def collate(samples: list[Sample], config: PretrainedConfig) -> dict[str, Tensor
 
 
 def batch_for(samples: list[Sample], model: PreTrainedModel) -> dict[str, Tensor]:
-    """Samples as a batch, padded on the right, on the model's device, pixels and sound in its dtype."""
+    """Return a batch, padded on the right, on the model's device; images and sound have the model's dtype."""
     device = next(model.parameters()).device
-    # Accelerate itself brings inputs to where a model runs that stands partly elsewhere.
+    # Accelerate moves the inputs of a model that is partly offloaded.
     batch = send_to_device(collate(samples, model.config), "cpu" if device.type == "meta" else device)
     return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in batch.items()}
 
 
 def to_generate_from(samples: list[Sample], model: PreTrainedModel) -> dict[str, Tensor]:
-    """A batch without what `generate` would refuse, such as a BERT tokenizer's `token_type_ids` beside a T5."""
+    """Return a batch without inputs that `generate` would refuse, such as BERT's `token_type_ids` for T5."""
     known = set(inspect.signature(model.forward).parameters)
     if model.config.is_encoder_decoder:
         known |= set(inspect.signature(model.get_encoder().forward).parameters)
@@ -57,5 +66,5 @@ def to_generate_from(samples: list[Sample], model: PreTrainedModel) -> dict[str,
 
 
 def reads_singly(config: PretrainedConfig) -> bool:
-    """Whether a classifier takes texts one at a time: decoders find each one's end by a padding token."""
+    """Return whether a classifier needs texts one by one: a decoder finds the end of a text by its padding token."""
     return getattr(text_config(config), "pad_token_id", 0) is None

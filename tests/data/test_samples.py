@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader
 from transformers import BertTokenizerFast, ViTImageProcessor, Wav2Vec2FeatureExtractor
 
 from hf_esm import ActivationStatistics, HfEsmError, MergePlan, calibrate, merge_models
-from hf_esm.checkpoints import stored as stored_files
+from hf_esm.checkpoints import FolderCheckpoint, LiveCheckpoint
 from hf_esm.checkpoints.layout import RECIPE_FILE
 from hf_esm.checkpoints.processors import differing_processors, find_processors
 from hf_esm.checkpoints.sources import ModelSource
 from hf_esm.data.options import SampleOptions
-from hf_esm.data.rows import read_rows, save_samples
-from hf_esm.data.samples import encode
+from hf_esm.data.rows import read_rows
+from hf_esm.data.samples import encode, save_samples
 from hf_esm.metrics.labels import LabelledSamples
 from hf_esm.metrics.scores import run
 from hf_esm.utils.fingerprints import data_identity
@@ -128,7 +128,7 @@ TEXT_FORMS = {  # the data, from a tokenizer and a folder, and the columns
     "ready-and-padded": (lambda t, folder: padded(t, SENTENCES), {}),
     "ready-and-padded-on-the-left": (lambda t, folder: padded(t, SENTENCES, padding_side="left"), {}),
     "ready-dataset": (lambda t, folder: datasets.Dataset.from_list(encoded(t)), {}),
-    "saved-proxies": (lambda t, folder: saved(as_tensors(encoded(t)), folder / "proxies.safetensors"), {}),
+    "saved-samples": (lambda t, folder: saved(as_tensors(encoded(t)), folder / "samples.safetensors"), {}),
 }
 PAIR_FORMS = {
     "lists": (lambda t, folder: [list(pair) for pair in PAIRS], {}),
@@ -294,7 +294,7 @@ def test_files_below_home_are_found(models, tmp_path, monkeypatch):
 def test_pictures_of_more_than_8_bits_are_refused(tmp_path):
     given, config = image_forms(tmp_path), ARCHITECTURES["vit"].build().config
     deep = Image.fromarray(np.full((16, 16), 1000, dtype=np.uint16))
-    with pytest.raises(HfEsmError, match="a picture of mode 'I;16', not of 8 bits"):
+    with pytest.raises(HfEsmError, match="an image of mode 'I;16' has more than 8 bits"):
         encode([deep], given.processor, config, "data", SampleOptions())
 
 
@@ -492,8 +492,8 @@ def test_a_dry_run_says_what_a_merge_would_be_and_reads_no_weight(models, tmp_pa
 
         get_tensor = refuse
 
-    monkeypatch.setattr(stored_files, "safe_open", Headers)
-    for checkpoint in (stored_files.FolderCheckpoint, stored_files.LiveCheckpoint):
+    monkeypatch.setattr("hf_esm.checkpoints.stored.safe_open", Headers)
+    for checkpoint in (FolderCheckpoint, LiveCheckpoint):
         monkeypatch.setattr(checkpoint, "tensor", refuse)
         monkeypatch.setattr(checkpoint, "load_model", refuse)
     live = BERT.build()
