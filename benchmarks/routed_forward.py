@@ -42,7 +42,7 @@ from hf_esm import RoutedModel, merge_models
 from hf_esm.checkpoints.heads import attach_head
 from hf_esm.data.batches import collate
 from hf_esm.data.options import SampleOptions
-from hf_esm.metrics.labels import load_labelled
+from hf_esm.metrics import load_labelled
 from hf_esm.metrics.scores import accuracy
 from hf_esm.routing.experts import load_experts
 from hf_esm.tuners.routed.model import route

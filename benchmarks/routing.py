@@ -34,8 +34,8 @@ from torch import Tensor
 from hf_esm import RoutedModel, merge_models
 from hf_esm.checkpoints.heads import attach_head
 from hf_esm.data.options import SampleOptions
-from hf_esm.metrics.labels import LabelledSamples, load_labelled
-from hf_esm.metrics.outputs import outputs_of
+from hf_esm.metrics import LabelledSamples, load_labelled
+from hf_esm.metrics.outputs import classes_of
 
 
 # Name, features, and what the experts' directions are of.
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def hits(model: Any, data: LabelledSamples) -> Tensor:
-    return (outputs_of(model, data.samples, batch_size=50) == data.labels).double()
+    return (classes_of(model, data.samples, batch_size=50) == data.labels).double()
 
 
 def score(model: RoutedModel, test: dict[str, LabelledSamples], mode: str = "") -> dict[str, Tensor]:

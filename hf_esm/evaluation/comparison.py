@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Optional
 
 import psutil
-import torch
 from accelerate import PartialState
 from accelerate.utils import tqdm
 
@@ -33,7 +32,7 @@ from .report import DRAWS, Cell, Comparison, summarise, write_report
 CACHE = "cache"
 
 
-CELL_VERSION = 1
+CELL_VERSION = 2
 
 
 # Options of a merge that are the comparison's own affair.
@@ -217,9 +216,10 @@ class _Comparing:
                 access=self._access,
                 options=SampleOptions(**{"num_samples": self.num_test, "seed": 0, **self._test_options()}),
             )
-            return {task: _outcome_out(outcome) for task, outcome in found.items()}
+            return {task: outcome.as_dict() for task, outcome in found.items()}
 
-        return {t: _outcome_in(o, self.metric) for t, o in self._cached("experts", self._test_key(), make).items()}
+        stored = self._cached("experts", self._test_key(), make)
+        return {task: Outcome.from_dict(outcome, self.metric) for task, outcome in stored.items()}
 
     def cell(self, method: MergeMethod, seed: int) -> Cell:
         arguments = self._merge_arguments(method, seed)
@@ -230,8 +230,8 @@ class _Comparing:
         return Cell(
             found["alpha"],
             {float(alpha): score for alpha, score in found["alpha_scores"].items()},
-            {task: _outcome_in(outcome, self.metric) for task, outcome in found["outcomes"].items()},
-            {task: _outcome_in(outcome, self.metric) for task, outcome in found["given"].items()},
+            {task: Outcome.from_dict(outcome, self.metric) for task, outcome in found["outcomes"].items()},
+            {task: Outcome.from_dict(outcome, self.metric) for task, outcome in found["given"].items()},
             found["seconds"],
             found["memory"],
             found["size"],
@@ -266,8 +266,8 @@ class _Comparing:
         return {
             "alpha": merged.alpha,
             "alpha_scores": merged.alpha_scores,
-            "outcomes": {task: _outcome_out(found) for task, found in scores.outcomes.items()},
-            "given": {task: _outcome_out(found) for task, found in given.items()},
+            "outcomes": {task: found.as_dict() for task, found in scores.outcomes.items()},
+            "given": {task: found.as_dict() for task, found in given.items()},
             "seconds": merged.seconds,
             "memory": memory[0],
             "size": size,
@@ -333,18 +333,6 @@ def _named(methods: Sequence[Any]) -> list[tuple[str, MergeMethod]]:
             raise HfEsmError(f"methods names {label!r} twice. Give one of them a `label`.")
         found[label] = method
     return list(found.items())
-
-
-def _outcome_out(outcome: Outcome) -> dict[str, Any]:
-    parts = {"outputs": outcome.outputs, "labels": outcome.labels}
-    stored = {name: part.tolist() if isinstance(part, torch.Tensor) else part for name, part in parts.items()}
-    return {**stored, **({"routed_to": outcome.routed_to} if outcome.routed_to else {})}
-
-
-def _outcome_in(stored: Mapping[str, Any], metric: Metric) -> Outcome:
-    parts = [stored["outputs"], stored["labels"]]
-    parts = parts if metric.compares_lists else map(torch.tensor, parts)
-    return Outcome(metric, *parts, stored.get("routed_to", []))
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from ..metrics import (
     plot_energy,
     plot_matrix,
     plot_task_scores,
-    right_answers,
 )
 from ..version import __version__
 from .interference import Interference
@@ -141,7 +140,7 @@ def summarise(
     draws = {t: torch.randint(n, (DRAWS, n), generator=generator) for t, n in _lengths(experts).items()}
     better = next(iter(experts.values())).metric.higher_is_better
     expert_scores = {task: experts[task].score for task in tasks}
-    expert_draws = {task: _drawn(experts[task], draws[task]) for task in tasks}
+    expert_draws = {task: experts[task].scores_of_draws(draws[task]) for task in tasks}
     rows: list[Row] = []
     first: Optional[tuple[float, Tensor]] = None
     for label, method in methods.items():
@@ -186,23 +185,12 @@ def _lengths(outcomes: Mapping[str, Outcome]) -> dict[str, int]:
     return {task: len(found.labels) for task, found in outcomes.items()}
 
 
-def _drawn(outcome: Outcome, draws: Tensor) -> Tensor:
-    """`[DRAWS]` float64: the score on each draw of rows."""
-    if outcome.metric.of_each is not None:
-        each = torch.tensor(list(map(outcome.metric.of_each, outcome.outputs, outcome.labels)), dtype=torch.float64)
-        return each[draws].mean(1)
-    if outcome.metric.is_share and not outcome.metric.compares_lists:
-        right, asked = right_answers(outcome.outputs, outcome.labels)
-        return right[draws].sum(1) / asked[draws].sum(1)
-    return torch.tensor([outcome.resampled(rows) for rows in draws], dtype=torch.float64)
-
-
 def _normalised_draws(
     outcomes: Mapping[str, Outcome], draws: Mapping[str, Tensor], experts: Mapping[str, Tensor], better: bool
 ) -> Tensor:
     parts = []
     for task, expert in experts.items():
-        drawn = _drawn(outcomes[task], draws[task])
+        drawn = outcomes[task].scores_of_draws(draws[task])
         parts.append(drawn / expert if better else expert / drawn)
     return torch.stack(parts).mean(0)
 

@@ -3,8 +3,8 @@
 Comes in: a model and labelled rows. Goes out: a metric's score, the outputs that it was computed from, and pictures.
 """
 
-from .labels import LabelledSamples, load_labelled
-from .metric import ACCURACY, Metric, resolve_metric, right_answers
+from .labels import LabelledSamples
+from .metric import ACCURACY, Metric, load_labelled, resolve_metric
 from .plots import COLOURS, plot_alpha_curves, plot_energy, plot_matrix, plot_task_scores, require_matplotlib
 from .scores import Outcome, Scores, accuracy, normalised, run
 
@@ -25,6 +25,5 @@ __all__ = [
     "plot_task_scores",
     "require_matplotlib",
     "resolve_metric",
-    "right_answers",
     "run",
 ]

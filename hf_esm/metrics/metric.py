@@ -1,87 +1,219 @@
-"""What a score is: accuracy, perplexity, a metric of the `evaluate` library, or a function of the caller's."""
+"""Metrics: the base class, one class for each kind of answer, and the built-in metrics."""
 
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
+from ..data import SampleOptions, read_rows
 from ..errors import HfEsmError
+from .labels import LabelledSamples, RowReader, with_classes, with_maps, with_references, with_targets, with_texts
+from .outputs import classes_of, likelihoods_of, overlaps_of, readings_of, texts_of
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A score of a model's outputs.
+    """Score of a model's outputs on labelled rows.
+
+    Each kind of answer has a subclass, which reads labels from rows (`load`), takes outputs from a model (`outputs`)
+    and scores both. `Metric(name, score)` makes a `ClassMetric`, and `Metric(name, score, read=…)` a `ReadMetric`.
+    Subclass one of the kinds, or `Metric` itself, for anything else.
 
     Attributes:
-        name: as recipes and tables write it.
-        score: outputs and labels of `N` samples to one number; labels as in `labels.LabelledSamples`. Outputs are
-            `[N]`: the class of highest logit, or the value of a head of one label; `[N, C]` bool: the labels whose
-            logits are positive, where several may hold; `[N, L]`: each token's class; for perplexity `[N, 2]`: summed
-            negative log-likelihood, and tokens; of maps `[N, 3, C]`, see `maps.overlaps_of`. Of texts, `N` answers and
-            lists of right ones. With `read`, `N` of what it gives, and of what rows have as their label.
-        higher_is_better: False for perplexity.
-        is_share: whether it is the share of samples (of tokens) that are right, so that its standard error is known.
-        reads_maps: whether it is of a class for each pixel.
-        reads_texts: whether it is of answers in words.
-        of_one_text: whether it compares an answer with one right text alone.
-        of_each: of one answer and the right ones, where the score is the mean of it.
-        read: for a head of any other kind, such as one that finds objects: what `score` wants to know of a sample,
-            made of the tensors that the model put out for it, by name and on the CPU (`logits`, `pred_boxes`, …).
-            Numbers, texts, lists, and dictionaries with texts as keys, which JSON can hold.
+        name: name in recipes and tables.
+        score: function of the outputs and labels of `N` rows that returns one number.
+        higher_is_better: False for errors, such as perplexity.
+        is_share: whether the score is the share of rows that are right, so that its standard error is known.
+        read: for a head of any other kind, such as a detector of objects: function of one sample's output tensors
+            (by name, on the CPU: `logits`, `pred_boxes`, …) that returns what `score` needs of them.
+
+    Example:
+        >>> from hf_esm import Metric
+        >>> def count_objects(outputs):
+        ...     return int((outputs["logits"].softmax(-1)[:, :-1].amax(1) > 0.5).sum())
+        >>> def share_right(counts, labels):
+        ...     return sum(count == label for count, label in zip(counts, labels)) / len(labels)
+        >>> metric = Metric("objects", share_right, read=count_objects)
+        >>> metric.score([2, 1], [2, 3])
+        0.5
     """
 
     name: str
     score: Callable[[Any, Any], float]
     higher_is_better: bool = True
     is_share: bool = False
-    reads_maps: bool = False
-    reads_texts: bool = False
-    of_one_text: bool = False
-    of_each: Optional[Callable[[str, Sequence[str]], float]] = None
-    read: Optional[Callable[[dict[str, Tensor]], Any]] = None
+    read: Optional[Callable[[dict[str, Tensor]], Any]] = field(default=None, kw_only=True)
+
+    def __new__(cls, *args: Any, read: Optional[Callable] = None, **settings: Any) -> "Metric":
+        kind = ClassMetric if read is None else ReadMetric
+        return object.__new__(kind if cls is Metric else cls)
+
+    def __post_init__(self) -> None:
+        if (self.read is not None) != isinstance(self, ReadMetric):
+            raise HfEsmError(f"Metric {self.name!r}: `read` goes with Metric(…) or ReadMetric(…), which needs it.")
+
+    def load(self, rows: list[Any], reader: RowReader) -> LabelledSamples:
+        """Encode rows, with labels in the form that `score` compares."""
+        raise NotImplementedError
+
+    def outputs(self, model: PreTrainedModel, data: LabelledSamples, batch_size: int) -> Tensor | list[Any]:
+        """Answers of a model to `N` samples, in the form that `score` compares.
+
+        Raises:
+            HfEsmError: if the metric cannot read the model's answers.
+        """
+        raise NotImplementedError
+
+    def labels(self, data: LabelledSamples) -> Tensor | list[Any]:
+        """The `N` labels that `score` compares the outputs with."""
+        return data.labels
+
+    def scores_of_draws(self, outputs: Tensor | list[Any], labels: Tensor | list[Any], draws: Tensor) -> Tensor:
+        """Score on each draw of rows: `[D]` float64, from indices `[D, N]` int64."""
+        scores = [self.score(_select(outputs, rows), _select(labels, rows)) for rows in draws]
+        return torch.tensor([float(score) for score in scores], dtype=torch.float64)
+
+
+def _select(parts: Tensor | list[Any], rows: Tensor) -> Tensor | list[Any]:
+    return parts[rows] if isinstance(parts, Tensor) else [parts[i] for i in rows]
+
+
+@dataclass(frozen=True)
+class ClassMetric(Metric):
+    """Score of classes or values: of samples, of tokens, or of several labels that may hold.
+
+    Outputs are as `outputs.classes_of` returns them, labels as `labels.with_classes`.
+    """
+
+    def load(self, rows: list[Any], reader: RowReader) -> LabelledSamples:
+        return with_classes(rows, reader)
+
+    def outputs(self, model: PreTrainedModel, data: LabelledSamples, batch_size: int) -> Tensor:
+        outputs = classes_of(model, data.samples, batch_size)
+        if outputs.shape != data.labels.shape:
+            raise HfEsmError(
+                f"{type(model).__name__} gives answers of shape {tuple(outputs.shape[1:])} per row, but the labels "
+                f"are of shape {tuple(data.labels.shape[1:])}. Give one label for each answer."
+            )
+        return outputs
+
+
+@dataclass(frozen=True)
+class AccuracyMetric(ClassMetric):
+    """Share of samples, or of labelled tokens, whose class is right."""
+
+    def outputs(self, model: PreTrainedModel, data: LabelledSamples, batch_size: int) -> Tensor:
+        if not model.can_generate() and model.config.num_labels == 1:
+            kind = type(model).__name__
+            raise HfEsmError(f"{kind} gives one value, not a class. Choose a metric of values, such as 'mse'.")
+        return super().outputs(model, data, batch_size)
+
+    def scores_of_draws(self, outputs: Tensor, labels: Tensor, draws: Tensor) -> Tensor:
+        right, counted = right_answers(outputs, labels)
+        return right[draws].sum(1) / counted[draws].sum(1)
+
+
+@dataclass(frozen=True)
+class PerplexityMetric(Metric):
+    """Score of the likelihood of texts. Outputs are as `outputs.likelihoods_of` returns them; labels are not read."""
+
+    def load(self, rows: list[Any], reader: RowReader) -> LabelledSamples:
+        return with_targets(rows, reader)
+
+    def outputs(self, model: PreTrainedModel, data: LabelledSamples, batch_size: int) -> Tensor:
+        return likelihoods_of(model, data.samples, batch_size)
+
+
+@dataclass(frozen=True)
+class SegmentationMetric(Metric):
+    """Score of classes of pixels. Outputs are as `outputs.overlaps_of` returns them, which counted the labels."""
+
+    def load(self, rows: list[Any], reader: RowReader) -> LabelledSamples:
+        return with_maps(rows, reader)
+
+    def outputs(self, model: PreTrainedModel, data: LabelledSamples, batch_size: int) -> Tensor:
+        return overlaps_of(model, data.samples, data.labels, batch_size)
+
+    def labels(self, data: LabelledSamples) -> Tensor:
+        """`[N]` zeros: the outputs hold all that the maps say."""
+        return torch.zeros(len(data.labels))
+
+
+@dataclass(frozen=True)
+class TextMetric(Metric):
+    """Score of answers in words. Outputs are `N` texts, labels `N` lists of right texts.
+
+    Attributes:
+        single: whether an answer is compared with one right text alone.
+        score_answer: function of one answer and its right texts, if `score` is the mean of its values.
+    """
+
+    single: bool = False
+    score_answer: Optional[Callable[[str, Sequence[str]], float]] = None
 
     @classmethod
-    def mean_of(cls, name: str, of_each: Callable[[str, Sequence[str]], float], is_share: bool = False) -> "Metric":
-        """A metric of texts that is the mean over them."""
+    def mean_of(
+        cls, name: str, score_answer: Callable[[str, Sequence[str]], float], is_share: bool = False
+    ) -> "TextMetric":
+        """Metric that is the mean of a score of each answer."""
 
         def score(answers: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
-            return sum(map(of_each, answers, accepted)) / len(answers)
+            return sum(map(score_answer, answers, accepted)) / len(answers)
 
-        return cls(name, score, is_share=is_share, reads_texts=True, of_each=of_each)
+        return cls(name, score, is_share=is_share, score_answer=score_answer)
 
-    @property
-    def needs_labels(self) -> bool:
-        return self is not PERPLEXITY
+    def load(self, rows: list[Any], reader: RowReader) -> LabelledSamples:
+        return with_texts(rows, reader, self.name, self.single)
 
-    @property
-    def compares_lists(self) -> bool:
-        """Whether outputs and labels are lists, rather than tensors."""
-        return self.reads_texts or self.read is not None
+    def outputs(self, model: PreTrainedModel, data: LabelledSamples, batch_size: int) -> list[str]:
+        return texts_of(model, data, batch_size)
+
+    def scores_of_draws(self, outputs: list[str], labels: list[list[str]], draws: Tensor) -> Tensor:
+        if self.score_answer is None:
+            return super().scores_of_draws(outputs, labels, draws)
+        return torch.tensor(list(map(self.score_answer, outputs, labels)), dtype=torch.float64)[draws].mean(1)
+
+
+@dataclass(frozen=True)
+class ReadMetric(Metric):
+    """Score of what `read` makes of each sample's outputs, for heads of any kind.
+
+    Outputs are a list of what `read` returns, labels a list of what the rows hold. Both must consist of numbers,
+    texts, lists, and dictionaries with texts as keys if `compare` is to cache them.
+    """
+
+    def load(self, rows: list[Any], reader: RowReader) -> LabelledSamples:
+        return with_references(rows, reader)
+
+    def outputs(self, model: PreTrainedModel, data: LabelledSamples, batch_size: int) -> list[Any]:
+        return readings_of(model, data.samples, self.read, batch_size)
 
 
 def right_answers(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """`[N]` and `[N]` float64: how many of a sample's answers are right, and how many there are: one, or as many as it
-    has labelled tokens. Where several labels may hold, all have to be right.
+    """Number of right answers in each sample, and of all that count: both `[N]` float64.
+
+    A sample has one answer, or as many as it has labelled tokens. Where several labels may hold, all must be right.
     """
-    right, asked = outputs == labels, labels != -100
+    right, counted = outputs == labels, labels != -100
     if labels.dtype == torch.bool:
-        right, asked = right.all(1), asked.all(1)
-    right, asked = (right & asked).double(), asked.double()
-    return right.reshape(len(labels), -1).sum(1), asked.reshape(len(labels), -1).sum(1)
+        right, counted = right.all(1), counted.all(1)
+    right, counted = (right & counted).double(), counted.double()
+    return right.reshape(len(labels), -1).sum(1), counted.reshape(len(labels), -1).sum(1)
 
 
 def _share_right(outputs: Tensor, labels: Tensor) -> float:
-    right, asked = right_answers(outputs, labels)
-    return float(right.sum() / asked.sum())
+    right, counted = right_answers(outputs, labels)
+    return float(right.sum() / counted.sum())
 
 
-def _perplexity(outputs: Tensor, labels: Tensor) -> float:
+def _perplexity(outputs: Tensor, _: Tensor) -> float:
     total, tokens = outputs.double().sum(0)
     if not tokens:
         raise HfEsmError("Perplexity: no sample has a token to predict. Give texts of two tokens or more.")
@@ -89,26 +221,26 @@ def _perplexity(outputs: Tensor, labels: Tensor) -> float:
 
 
 def _mean_iou(overlaps: Tensor, _: Tensor) -> float:
-    """Over all samples together, and the classes that are found or labelled in any."""
-    both, found, labelled = overlaps.double().sum(0)
-    either = found + labelled - both
+    """Mean over the classes that are answered or labelled in any sample, each over all samples together."""
+    both, answered, labelled = overlaps.double().sum(0)
+    either = answered + labelled - both
     if not either.any():
         raise HfEsmError("mean-iou: no pixel has a class. Give maps of classes that the model knows.")
     return float((both / either)[either > 0].mean())
 
 
 def _words(text: str) -> list[str]:
-    """The words that count, as SQuAD's evaluation has it: in lower case, without punctuation and English articles."""
+    """Words that count in SQuAD's evaluation: in lower case, without punctuation and English articles."""
     bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
-def _is_among(answer: str, accepted: Sequence[str]) -> float:
+def _is_accepted(answer: str, accepted: Sequence[str]) -> float:
     return float(any(_words(answer) == _words(text) for text in accepted))
 
 
 def _word_overlap(answer: str, accepted: Sequence[str]) -> float:
-    """The best F1 of an answer's words beside those of a right one."""
+    """F1 of an answer's words and those of the right text that is nearest."""
     return max(_f1(_words(answer), _words(text)) for text in accepted)
 
 
@@ -117,36 +249,73 @@ def _f1(answer: list[str], right: list[str]) -> float:
     return 2 * common / (len(answer) + len(right)) if answer and right else float(answer == right)
 
 
-ACCURACY = Metric("accuracy", _share_right, is_share=True)
+ACCURACY = AccuracyMetric("accuracy", _share_right, is_share=True)
 
 
-PERPLEXITY = Metric("perplexity", _perplexity, higher_is_better=False)
+PERPLEXITY = PerplexityMetric("perplexity", _perplexity, higher_is_better=False)
 
 
-MEAN_IOU = Metric("mean-iou", _mean_iou, reads_maps=True)
+MEAN_IOU = SegmentationMetric("mean-iou", _mean_iou)
 
 
-EXACT_MATCH = Metric.mean_of("exact-match", _is_among, is_share=True)
+EXACT_MATCH = TextMetric.mean_of("exact-match", _is_accepted, is_share=True)
 
 
-WORD_F1 = Metric.mean_of("word-f1", _word_overlap)
+WORD_F1 = TextMetric.mean_of("word-f1", _word_overlap)
 
 
 BUILT_IN = {metric.name: metric for metric in (ACCURACY, PERPLEXITY, MEAN_IOU, EXACT_MATCH, WORD_F1)}
 
 
-def resolve_metric(metric: Any) -> Metric:
-    """A metric from its name or from a function `(predictions, references) -> float`; higher is better.
+def load_labelled(
+    data: Any,
+    processor: Any,
+    config: PretrainedConfig,
+    title: str,
+    options: SampleOptions,
+    metric: Metric = ACCURACY,
+) -> LabelledSamples:
+    """Read, select and encode labelled rows.
 
-    Built in are `"accuracy"` (of tokens, where they have classes; of all labels together, where several may hold),
-    `"perplexity"` (of causal and sequence-to-sequence language models), `"mean-iou"` (of semantic segmentation: pixels
-    of a class that are rightly found over all that are found or labelled, mean over classes), and of models that
-    answer in words (extractive question answering, generation) `"exact-match"` and `"word-f1"`, which count words as
-    SQuAD (Rajpurkar et al., 2016) does. Any other name is loaded by the `evaluate` library, from the Hub or a folder;
-    of several numbers, the one of its name counts, or else the first. One whose predictions are strings (ROUGE, BLEU,
-    word error rate) is given the model's answers in words. A function is called with tensors, see `Metric.score`; as
-    in Transformers' Trainer, classes of tokens are padded, and references are -100 where none counts. For heads of
-    other kinds, give a `Metric` with `read`.
+    A row's label is in the column `label`, or the one that `options.columns` names, or `labels`. Which labels a row
+    may hold depends on the metric:
+
+    - classes: a class index or one of the model's label names; a number for a head of one label; a list of labels, or
+      of 0 or 1 for every label, where `config.problem_type` says that several may hold; a list with a label for each
+      word where the text is a list of words, or for each token of ready `input_ids` (-100 for tokens that do not
+      count);
+    - texts: the right text, a list of right texts, or SQuAD's `{"text": [...]}` (empty if there is no answer); by
+      default the column `text_target`;
+    - `mean-iou`: a map of classes of any size, as a picture or an array;
+    - `perplexity`: none;
+    - a metric with `read`: anything.
+
+    Args:
+        data: rows in any form that `merge_models` takes.
+        title: name of the rows in errors.
+        options: `num_samples` 0 takes all rows.
+
+    Raises:
+        HfEsmError: if a row has no label, or one that the model does not know.
+    """
+    return metric.load(read_rows(data, title, options), RowReader(processor, config, title, options))
+
+
+def resolve_metric(metric: Any) -> Metric:
+    """Metric by name, or from a function `(predictions, references) -> float` of which more is better.
+
+    Built in are `"accuracy"` (of samples; of tokens for token classifiers; of all labels together where several may
+    hold), `"perplexity"` (causal and sequence-to-sequence language models), `"mean-iou"` (semantic segmentation:
+    pixels of a class that are rightly answered over all that are answered or labelled, mean over classes), and, for
+    models that answer in words, `"exact-match"` and `"word-f1"`, which compare words as SQuAD does (Rajpurkar et al.,
+    2016, arXiv 1606.05250).
+
+    The `evaluate` library loads any other name, from the Hub or a folder. Of several numbers that a metric computes,
+    the one with the metric's name counts, or else the first. A metric of strings (ROUGE, BLEU, word error rate) reads
+    the model's answers in words.
+
+    A function gets tensors, see `ClassMetric`; as in Transformers' Trainer, classes of tokens are padded, and
+    references are -100 where no class counts. For heads of other kinds, give a `Metric` with `read`.
 
     Raises:
         HfEsmError: if there is no such metric.
@@ -155,55 +324,70 @@ def resolve_metric(metric: Any) -> Metric:
         return metric
     if callable(metric):
         name = getattr(metric, "__name__", "score")
-        return Metric(name if name.isidentifier() else "score", lambda found, labels: float(metric(found, labels)))
+        return ClassMetric(
+            name if name.isidentifier() else "score", lambda outputs, labels: float(metric(outputs, labels))
+        )
     if isinstance(metric, str) and metric in BUILT_IN:
         return BUILT_IN[metric]
-    return _of_library(metric)
+    return _library_metric(metric)
 
 
-def _of_library(metric: Any) -> Metric:
-    """A metric of the `evaluate` library; what it reads is told by its features."""
+def _library_metric(name: Any) -> Metric:
+    """Metric of the `evaluate` library; its features tell whether it compares texts."""
+    loaded = _load_from_library(name)
+    kinds = loaded.features if isinstance(loaded.features, list) else [loaded.features]
+    if any(not {"predictions", "references"} <= kind.keys() for kind in kinds):
+        raise HfEsmError(f"{name!r} does not compare predictions with references, so it cannot score a model.")
+    higher = not {str(name), loaded.name}.intersection(_ERRORS)
+    texts = [kind for kind in kinds if getattr(kind["predictions"], "dtype", "") == "string"]
+    if not texts:
+        return ClassMetric(str(name), _library_score_of_classes(loaded, name), higher)
+    single = all(getattr(kind["references"], "dtype", "") == "string" for kind in texts)
+    return TextMetric(str(name), _library_score_of_texts(loaded, name, single), higher, single=single)
+
+
+def _load_from_library(name: Any) -> Any:
     try:
         import evaluate
     except ImportError:
         raise HfEsmError(
-            f"There is no metric {metric!r}: there are {', '.join(BUILT_IN)}, functions, and, with `pip install "
-            "evaluate`, what `evaluate.load` knows."
+            f"There is no metric {name!r}. Use {', '.join(BUILT_IN)}, a function, or, after `pip install evaluate`, "
+            "any name that `evaluate.load` knows."
         ) from None
     try:
-        loaded = evaluate.load(str(metric))
-    except (ImportError, OSError, ValueError, RuntimeError) as error:  # one may need a package of its own
-        raise HfEsmError(f"The evaluate library cannot load the metric {metric!r}: {error}") from None
-
-    def compute(found: list, labels: list) -> float:
-        computed = loaded.compute(predictions=found, references=labels)
-        if isinstance(computed, Mapping):
-            computed = computed.get(loaded.name, next(iter(computed.values())))
-        if not isinstance(computed, Real):
-            raise HfEsmError(f"The metric {metric!r} gives no number but {computed!r:.80}. Choose one that does.")
-        return float(computed)
-
-    def score(found: Tensor, labels: Tensor) -> float:
-        if labels.dim() == 2 and labels.dtype != torch.bool:  # of tokens
-            found, labels = found[labels != -100], labels[labels != -100]
-        return compute(found.tolist(), labels.tolist())
-
-    def score_texts(found: list[str], accepted: list[list[str]]) -> float:
-        if of_one_text:
-            return compute(found, [text for (text,) in accepted])
-        most = max(map(len, accepted))  # some want as many of each
-        return compute(found, [[*texts, *texts[:1] * (most - len(texts))] for texts in accepted])
-
-    kinds = loaded.features if isinstance(loaded.features, list) else [loaded.features]
-    if any(not {"predictions", "references"} <= kind.keys() for kind in kinds):
-        raise HfEsmError(f"{metric!r} does not compare predictions with references: it is no metric of a model.")
-    kinds = [kind for kind in kinds if getattr(kind["predictions"], "dtype", "") == "string"]
-    of_one_text = all(getattr(kind["references"], "dtype", "") == "string" for kind in kinds)
-    higher = not {str(metric), loaded.name}.intersection(_ERRORS)
-    if kinds:
-        return Metric(str(metric), score_texts, higher, reads_texts=True, of_one_text=of_one_text)
-    return Metric(str(metric), score, higher)
+        return evaluate.load(str(name))
+    except (ImportError, OSError, ValueError, RuntimeError) as error:  # ImportError: some need a package of their own
+        raise HfEsmError(f"The evaluate library cannot load the metric {name!r}: {error}") from None
 
 
-# Metrics of the `evaluate` library of which less is better; it does not say so itself.
+def _library_score_of_classes(loaded: Any, name: Any) -> Callable[[Tensor, Tensor], float]:
+    def score(outputs: Tensor, labels: Tensor) -> float:
+        if labels.dim() == 2 and labels.dtype != torch.bool:  # classes of tokens
+            outputs, labels = outputs[labels != -100], labels[labels != -100]
+        return _computed(loaded, name, outputs.tolist(), labels.tolist())
+
+    return score
+
+
+def _library_score_of_texts(loaded: Any, name: Any, single: bool) -> Callable[[list[str], list[list[str]]], float]:
+    def score(answers: list[str], accepted: list[list[str]]) -> float:
+        if single:
+            return _computed(loaded, name, answers, [text for (text,) in accepted])
+        most = max(map(len, accepted))  # some metrics need the same number of right texts for every answer
+        return _computed(loaded, name, answers, [[*texts, *texts[:1] * (most - len(texts))] for texts in accepted])
+
+    return score
+
+
+def _computed(loaded: Any, name: Any, predictions: list, references: list) -> float:
+    """The number that a metric of the library computes."""
+    computed = loaded.compute(predictions=predictions, references=references)
+    if isinstance(computed, Mapping):
+        computed = computed.get(loaded.name, next(iter(computed.values())))
+    if not isinstance(computed, Real):
+        raise HfEsmError(f"The metric {name!r} gives {computed!r:.80}, not a number. Choose one that gives a number.")
+    return float(computed)
+
+
+# Metrics of the `evaluate` library of which less is better. The library itself does not say so.
 _ERRORS = ("brier_score", "cer", "character", "mae", "mape", "mase", "mse", "smape", "ter", "wer")

@@ -1,27 +1,26 @@
-"""What a model scored: outputs on one task's rows, and scores by task beside the experts'."""
+"""Outcomes on one task's rows, and scores by task with those of the experts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import HfEsmError
 from .labels import LabelledSamples
 from .metric import ACCURACY, Metric
-from .outputs import check_answers, outputs_of, overlaps_of, read_outputs, texts_of
 
 
-@dataclass
+@dataclass(repr=False)
 class Outcome:
-    """What a model put out on one task's rows, beside what was right.
+    """Outputs of a model on one task's rows, with the labels.
 
     Attributes:
-        metric: what makes a score of it.
-        outputs: as the metric reads them; see `metrics.Metric`.
-        labels: as in `labels.LabelledSamples`; of texts, the right ones of each row; with `metric.read`, references.
-        routed_to: `[N]` names, of a routed model: the task that each row was likeliest taken for.
+        metric: what scores them.
+        outputs: `N` outputs in the form that the kind of metric reads.
+        labels: `N` labels in the form that the kind of metric reads.
+        routed_to: of a routed model, `[N]` names: the likeliest task of each row.
     """
 
     metric: Metric
@@ -33,29 +32,33 @@ class Outcome:
     def score(self) -> float:
         return float(self.metric.score(self.outputs, self.labels))
 
-    def resampled(self, rows: Tensor) -> float:
-        """The score on other rows (`[N]` int64, with repetition)."""
-        if self.metric.compares_lists:
-            return float(self.metric.score([self.outputs[i] for i in rows], [self.labels[i] for i in rows]))
-        return float(self.metric.score(self.outputs[rows], self.labels[rows]))
+    def scores_of_draws(self, draws: Tensor) -> Tensor:
+        """Score on each draw of rows: `[D]` float64, from indices `[D, N]` int64, which may repeat."""
+        return self.metric.scores_of_draws(self.outputs, self.labels, draws)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Outputs, labels and routes as plain data."""
+        parts = {"outputs": self.outputs, "labels": self.labels}
+        plain = {name: part.tolist() if isinstance(part, Tensor) else part for name, part in parts.items()}
+        return {**plain, "tensors": isinstance(self.outputs, Tensor), "routed_to": self.routed_to}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any], metric: Metric) -> "Outcome":
+        """Outcome from what `as_dict` returned."""
+        parts = [stored["outputs"], stored["labels"]]
+        return cls(metric, *(map(torch.tensor, parts) if stored["tensors"] else parts), stored["routed_to"])
+
+    def __repr__(self) -> str:
+        return f"Outcome({self.metric.name} of {len(self.labels)} rows)"
 
 
 def run(model: PreTrainedModel, data: LabelledSamples, metric: Metric = ACCURACY, batch_size: int = 32) -> Outcome:
-    """A model's outputs on labelled samples, if the metric can read them."""
-    if metric.reads_texts:
-        return Outcome(metric, texts_of(model, data, batch_size), data.texts)
-    if metric.reads_maps:
-        return Outcome(metric, overlaps_of(model, data.samples, data.maps, batch_size), data.labels)
-    if metric.read is not None:
-        return Outcome(metric, read_outputs(model, data.samples, metric, batch_size), data.references)
-    check_answers(model, metric)
-    outputs = outputs_of(model, data.samples, metric, batch_size)
-    if metric.needs_labels and outputs.shape != data.labels.shape:
-        raise HfEsmError(
-            f"{type(model).__name__} gives answers of shape {tuple(outputs.shape[1:])} per row, but the labels are of "
-            f"shape {tuple(data.labels.shape[1:])}. Give one label for each answer."
-        )
-    return Outcome(metric, outputs, data.labels)
+    """Run a model on labelled samples.
+
+    Raises:
+        HfEsmError: if the metric cannot read the model's answers.
+    """
+    return Outcome(metric, metric.outputs(model, data, batch_size), metric.labels(data))
 
 
 def accuracy(model: PreTrainedModel, data: LabelledSamples, batch_size: int = 32) -> float:

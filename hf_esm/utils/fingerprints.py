@@ -30,7 +30,8 @@ def code_identity(function: Any) -> Any:
     imported from, whose other functions it may call. What the running script itself defines is known by its code.
     """
     if not callable(function) and is_dataclass(function):
-        return [code_identity(getattr(function, field.name)) for field in fields(function)]
+        kind = type(function)  # whose methods take part in what it does
+        return [code_identity(kind), *(code_identity(getattr(function, field.name)) for field in fields(function))]
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     file = getattr(module, "__file__", None) if getattr(module, "__name__", "__main__") != "__main__" else None
     return [Hasher.hash(function), files_identity(Path(file)) if file and callable(function) else None]

@@ -15,7 +15,7 @@ from hf_esm.cli.main import main
 from hf_esm.evaluation import comparison as comparing
 from hf_esm.evaluation.report import Cell, markdown_table, summarise, write_report
 from hf_esm.methods.averaging import Mean, TaskArithmetic
-from hf_esm.metrics.metric import ACCURACY, Metric, resolve_metric
+from hf_esm.metrics.metric import ACCURACY, AccuracyMetric, ClassMetric, Metric, resolve_metric
 from hf_esm.metrics.scores import Outcome
 from hf_esm.utils.fingerprints import code_identity, processor_identity
 from support.routed_toys import encoded, expert, logits, task_texts
@@ -302,6 +302,11 @@ def test_metrics_of_a_module_are_known_by_its_file(tmp_path, monkeypatch):
     (tmp_path / "own_metric.py").write_text("def share(found, right):\n    return 0.5\n" * 2)
     assert all(now != then for now, then in zip([code_identity(own_metric.share), code_identity(metric)], before))
     assert code_identity(lambda: 1) != code_identity(lambda: 2)
+
+
+def test_metrics_of_another_kind_are_other_metrics():
+    same = {"name": "share", "score": len}
+    assert code_identity(ClassMetric(**same)) == code_identity(Metric(**same)) != code_identity(AccuracyMetric(**same))
 
 
 @pytest.mark.parametrize(("metric", "says"), [("accuracy", "within one standard error"), (len, "with the best score")])

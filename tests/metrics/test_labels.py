@@ -9,9 +9,8 @@ from transformers import AutoModel, BertTokenizerFast
 
 from hf_esm import HfEsmError, evaluate, merge_models
 from hf_esm.data.options import SampleOptions
-from hf_esm.evaluation.report import _drawn
-from hf_esm.metrics.labels import LabelledSamples, load_labelled
-from hf_esm.metrics.metric import ACCURACY, resolve_metric
+from hf_esm.metrics.labels import LabelledSamples
+from hf_esm.metrics.metric import ACCURACY, Metric, load_labelled, resolve_metric
 from hf_esm.metrics.scores import run
 from support.helpers import perturbed, save
 from support.tiny import BERT, SPECIAL
@@ -85,7 +84,8 @@ def test_accuracy_of_tokens_is_the_share_of_labelled_ones(tokenizer, batch_size)
     assert asked == 11
     assert outcome.score == pytest.approx(right / asked)
     draws = torch.randint(3, (20, 3), generator=torch.Generator().manual_seed(0))
-    assert _drawn(outcome, draws).tolist() == pytest.approx([outcome.resampled(rows) for rows in draws])
+    one_by_one = Metric.scores_of_draws(ACCURACY, outcome.outputs, outcome.labels, draws)
+    assert outcome.scores_of_draws(draws).tolist() == pytest.approx(one_by_one.tolist())
 
 
 def test_metrics_of_a_library_read_the_labelled_tokens_alone(tokenizer, monkeypatch):
@@ -155,7 +155,7 @@ def test_several_labels_are_right_together(form):
     outcome = run(model, data, ACCURACY, 2)
     assert outcome.score == pytest.approx(2 / 3)
     draws = torch.tensor([[0, 0, 0], [2, 2, 2], [0, 2, 2]])
-    assert _drawn(outcome, draws).tolist() == pytest.approx([1, 0, 1 / 3])
+    assert outcome.scores_of_draws(draws).tolist() == pytest.approx([1, 0, 1 / 3])
 
     def hits(found, labels):
         return float((found & labels).sum())
@@ -183,14 +183,14 @@ def test_labels_that_do_not_fit_are_refused(tokenizer, row, says):
 @pytest.mark.parametrize(
     ("label", "config", "says"),
     [
-        (0.9, {}, "row 0: a label is 0.9, but the expert gives a class"),
+        (0.9, {}, "row 0: a label is 0.9, but the expert answers a class"),
         (-0.5, {}, "a label is -0.5"),
         (float("nan"), {}, "a label is nan. Leave the row out"),
         (float("inf"), {"num_labels": 1}, "a label is inf. Leave the row out"),
         (
             [0, 1, 0, 1],
             {"problem_type": "multi_label_classification"},
-            r"\[0, 1, 0, 1\] name one twice.*each of the 3",
+            r"\[0, 1, 0, 1\] name a class twice.*each of the 3",
         ),
         ([0.4, 1.0, 0.9], {"problem_type": "multi_label_classification"}, "a label is 0.4"),
     ],
@@ -223,7 +223,7 @@ def test_of_several_choices_any_may_be_right():
 
 
 def test_several_labels_are_given_as_a_list():
-    with pytest.raises(HfEsmError, match="gives several per row: give a list"):
+    with pytest.raises(HfEsmError, match="answers several labels per row: give a list"):
         load_labelled([{"input_ids": [5, 6], "label": 1}], None, classifier().config, "rows", EVERYTHING)
 
 

@@ -1,18 +1,20 @@
 """Scores other than accuracy: perplexity, values, metrics of a library, functions."""
 
 import math
+import pickle
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hf_esm import HfEsmError, evaluate, merge_models
+from hf_esm import HfEsmError, Metric, evaluate, merge_models
 from hf_esm.calibration.collection import collect_statistics
 from hf_esm.data.options import SampleOptions
-from hf_esm.metrics.labels import LabelledSamples, load_labelled
-from hf_esm.metrics.metric import ACCURACY, PERPLEXITY, resolve_metric
-from hf_esm.metrics.outputs import outputs_of, texts_of
+from hf_esm.metrics.labels import LabelledSamples
+from hf_esm.metrics.metric import ACCURACY, PERPLEXITY, ClassMetric, ReadMetric, load_labelled, resolve_metric
+from hf_esm.metrics.outputs import classes_of, texts_of
 from hf_esm.metrics.scores import Scores, run
 from support.architectures import T5
 from support.helpers import VOCABULARY, perturbed, save
@@ -91,8 +93,7 @@ def test_inputs_that_generating_would_refuse_are_left_out():
 
     tokenizer = Tokens()
     answers = [
-        texts_of(model, LabelledSamples(rows, NONE, texts=[["1 2"]] * 4, tokenizer=tokenizer))
-        for rows in (with_types, samples)
+        texts_of(model, LabelledSamples(rows, [["1 2"]] * 4, tokenizer=tokenizer)) for rows in (with_types, samples)
     ]
     assert answers[0] == answers[1]
 
@@ -158,7 +159,7 @@ def test_a_head_of_one_label_gives_values():
     model = BERT.build("BertForSequenceClassification", vocab_size=VOCABULARY, num_labels=1).eval()
     samples = token_samples(3)
     expected = torch.stack([model(**{k: v[None] for k, v in s.items()}).logits[0, 0] for s in samples])
-    assert torch.allclose(outputs_of(model, samples, batch_size=3), expected, atol=1e-5)
+    assert torch.allclose(classes_of(model, samples, batch_size=3), expected, atol=1e-5)
 
     def error(found, labels):
         return -float((found - labels).square().mean())
@@ -210,7 +211,7 @@ def test_metrics_that_give_no_number_are_named(monkeypatch):
     loaded = Numbers("many")
     loaded.compute = lambda predictions, references: {"f1": [0.5] * len(predictions)}
     monkeypatch.setitem(sys.modules, "evaluate", SimpleNamespace(load=lambda name: loaded))
-    with pytest.raises(HfEsmError, match=r"'many' gives no number but \[0.5, 0.5\]"):
+    with pytest.raises(HfEsmError, match=r"'many' gives \[0.5, 0.5\], not a number"):
         resolve_metric("many").score(torch.zeros(2), torch.zeros(2))
 
 
@@ -246,3 +247,43 @@ def test_scores_where_less_is_better_are_normalised_the_other_way_round():
     assert Scores({"a": 4.0}, {}).normalised is None
     assert Scores({"a": 0.0, "b": 0.5}, {"a": 0.2, "b": 0.5}, metric="wer", higher_is_better=False).normalised is None
     assert Scores({"a": 0.0}, {"a": 0.2}).normalised == 0.0
+
+
+def test_a_metric_is_of_the_kind_that_its_arguments_say():
+    assert type(Metric("f1", len)) is type(Metric("f1", len, read=None)) is ClassMetric
+    read = Metric("f1", len, higher_is_better=False, read=sum)
+    assert type(read) is type(pickle.loads(pickle.dumps(read))) is ReadMetric
+    assert (read.name, read.score, read.read, read.higher_is_better) == ("f1", len, sum, False)
+    for kind, read in ((ClassMetric, sum), (ReadMetric, None)):
+        with pytest.raises(HfEsmError, match="Metric 'f1': `read` goes with"):
+            kind("f1", len, read=read)
+
+
+@dataclass(frozen=True)
+class Margin(Metric):
+    """A metric of a user: how far the highest logit is above the label's."""
+
+    def load(self, rows, reader):
+        labels = torch.tensor(reader.labels(rows))
+        return LabelledSamples(reader.encode(reader.unlabelled(rows)), labels)
+
+    @torch.no_grad()
+    def outputs(self, model, data, batch_size):
+        return torch.cat([model(**{k: v[None] for k, v in s.items()}).logits for s in data.samples])
+
+
+def test_a_kind_of_a_users_own_is_evaluated(models, tmp_path):
+    margin = Margin("margin", lambda logits, labels: (logits.amax(1) - logits[range(len(labels)), labels]).mean())
+    data = {task: rows(task) for task in "ab"}
+    wrong = {task: [{**row, "label": 1 - row["label"]} for row in data[task]] for task in "ab"}
+    right, other = (evaluate(models / "a", {"a": given["a"]}, metric=margin).model["a"] for given in (data, wrong))
+    assert right == 0 < other
+    outcome = run(expert("a"), LabelledSamples(encoded(task_texts("a", 5)), NONE[:1].expand(16)), margin)
+    draws = torch.tensor([[0] * 16, [1] * 16])
+    each = (outcome.outputs.amax(1) - outcome.outputs[:, 0])[:2]
+    assert torch.allclose(outcome.scores_of_draws(draws), each.double())
+
+
+def test_an_outcome_is_printed_without_its_tensors():
+    outcome = run(GPT2.build().eval(), LabelledSamples(token_samples(0), NONE), PERPLEXITY)
+    assert repr(outcome) == "Outcome(perplexity of 7 rows)"

@@ -11,10 +11,7 @@ from transformers import AutoModel
 
 from hf_esm import HfEsmError, evaluate, merge_models
 from hf_esm.data.options import SampleOptions
-from hf_esm.evaluation.comparison import _outcome_in, _outcome_out
-from hf_esm.evaluation.report import _drawn
-from hf_esm.metrics.labels import load_labelled
-from hf_esm.metrics.metric import ACCURACY, EXACT_MATCH, WORD_F1, resolve_metric
+from hf_esm.metrics.metric import ACCURACY, EXACT_MATCH, WORD_F1, Metric, load_labelled, resolve_metric
 from hf_esm.metrics.outputs import LONGEST_SPAN, texts_of
 from hf_esm.metrics.scores import Outcome, run
 from support.architectures import T5
@@ -95,7 +92,7 @@ def test_an_answer_is_the_likeliest_span_of_the_context(tokenizer, seed, batch_s
     for row, answer in list(zip(rows, expected))[::2]:
         row["answers"] = ["plot", answer.upper() + "!"]
     data = load_labelled(rows, tokenizer, model.config, "rows", SQUAD, EXACT_MATCH)
-    right = [answer in data.texts[i] for i, answer in enumerate(expected)]
+    right = [answer in data.labels[i] for i, answer in enumerate(expected)]
     assert right[::2] == [True] * 5
     assert run(model, data, EXACT_MATCH, batch_size).score == pytest.approx(sum(right) / len(right))
 
@@ -123,18 +120,18 @@ def test_no_answer_is_one_where_some_questions_have_none(tokenizer):
     assert "" not in texts_of(model, data)
     rows[3]["answers"] = "☃"  # is an answer, if none that the tokenizer knows
     data = load_labelled(rows, tokenizer, model.config, "rows", SQUAD, EXACT_MATCH)
-    assert data.texts[3] == ["☃"]
+    assert data.labels[3] == ["☃"]
     assert "" not in texts_of(model, data)
     rows[3]["answers"] = {"text": [], "answer_start": []}
     data = load_labelled(rows, tokenizer, model.config, "rows", SQUAD, EXACT_MATCH)
-    assert data.texts[3] == [""]
+    assert data.labels[3] == [""]
     expected = spans(model, tokenizer, rows, some_unanswerable=True)
     assert 0 < expected.count("") < len(expected)
     assert texts_of(model, data, 5) == expected
 
 
 def test_words_count_as_in_squad():
-    exact, overlap = EXACT_MATCH.of_each, WORD_F1.of_each
+    exact, overlap = EXACT_MATCH.score_answer, WORD_F1.score_answer
     assert exact("The  Film!", ["plot", "film"]) == 1
     assert exact("theatre", ["atre"]) == 0
     assert exact("a good film", ["good"]) == 0
@@ -167,7 +164,7 @@ def test_texts_are_written_as_each_prompt_alone_would_have_it(writers, build, ba
         row["label"] = [answer, "dull"]
     data = load_labelled(rows, writers, model.config, "rows", PLAIN, EXACT_MATCH)
     model.generation_config.max_new_tokens = 6
-    right = [answer in accepted for answer, accepted in zip(expected, data.texts)]
+    right = [answer in accepted for answer, accepted in zip(expected, data.labels)]
     outcome = run(model, data, EXACT_MATCH, batch_size)
     assert outcome.score == pytest.approx(sum(right) / 7)
     assert outcome.score >= 3 / 7 - 1e-6
@@ -180,11 +177,11 @@ def test_what_is_to_be_written_may_stand_in_the_column_of_targets(writers):
     model = T5.build(vocab_size=SIZE).eval()
     rows = [{"text": "so so", "text_target": "good film"}]
     data = load_labelled(rows, writers, model.config, "rows", PLAIN, WORD_F1)
-    assert data.texts == [["good film"]]
+    assert data.labels == [["good film"]]
     assert "labels" not in data.samples[0]
     ready = [{"input_ids": data.samples[0]["input_ids"], "labels": [5, 6], "label": "good film"}]
     again = load_labelled(ready, writers, model.config, "rows", PLAIN, WORD_F1)
-    assert again.texts == data.texts
+    assert again.labels == data.labels
     assert "labels" not in again.samples[0]
     assert texts_of(model, again) == texts_of(model, data)
 
@@ -224,7 +221,7 @@ def test_metrics_of_texts_of_the_evaluate_library_read_all_answers_together(writ
         drawn = torch.tensor([0, 0, 3])
         of_these = [lengths[i] for i in drawn]
         expected = sum(abs(a - b) for a, b in of_these) / sum(b for _, b in of_these)
-        assert outcome.resampled(drawn) == pytest.approx(expected)
+        assert float(outcome.scores_of_draws(drawn[None])) == pytest.approx(expected)
     rows[4]["label"] = ["film", "good film"]
     outcome = run(model, load_labelled(rows, writers, model.config, "rows", PLAIN, metric), metric)
     assert outcome.score != expected
@@ -237,11 +234,11 @@ def test_answers_are_kept_between_comparisons_and_drawn_row_by_row():
     answers, right = ["good film", "plot", "dull so"], [["film"], ["plot", "so"], [""]]
     for metric in (EXACT_MATCH, WORD_F1):
         outcome = Outcome(metric, answers, right, ["a", "b", "a"])
-        assert _outcome_in(json.loads(json.dumps(_outcome_out(outcome))), metric) == outcome
+        assert Outcome.from_dict(json.loads(json.dumps(outcome.as_dict())), metric) == outcome
         draws = torch.randint(3, (20, 3), generator=torch.Generator().manual_seed(2))
-        expected = [outcome.resampled(rows) for rows in draws]
+        expected = Metric.scores_of_draws(metric, answers, right, draws).tolist()
         assert len(set(expected)) > 2
-        assert _drawn(outcome, draws).tolist() == pytest.approx(expected)
+        assert outcome.scores_of_draws(draws).tolist() == pytest.approx(expected)
 
 
 def test_rows_and_models_without_answers_in_words_are_refused(tokenizer):
@@ -250,20 +247,20 @@ def test_rows_and_models_without_answers_in_words_are_refused(tokenizer):
     def load(row, metric=EXACT_MATCH, processor=tokenizer):
         return load_labelled([row], processor, config, "rows", PLAIN, metric)
 
-    with pytest.raises(HfEsmError, match="row 0: exact-match needs the right text, or a list of them, not 1"):
+    with pytest.raises(HfEsmError, match="row 0: exact-match needs the right text, or a list of right texts, not 1"):
         load({"text": "good", "label": 1})
     with pytest.raises(HfEsmError, match="row 0 needs a label"):
         load({"text": "good"})
     with pytest.raises(HfEsmError, match="row 0 needs a label"):
         load("good")
-    with pytest.raises(HfEsmError, match="word-f1 reads texts, and there is no tokenizer"):
+    with pytest.raises(HfEsmError, match="word-f1 compares texts and needs a tokenizer"):
         load({"input_ids": [5, 6], "label": "good"}, WORD_F1, None)
     data = load({"text": "good", "label": "good"})
     with pytest.raises(HfEsmError, match="Give rows of a question and its context"):
         run(reader(), data, EXACT_MATCH)
     with pytest.raises(HfEsmError, match="BertForSequenceClassification gives no text"):
         run(BERT.build("BertForSequenceClassification").eval(), data, EXACT_MATCH)
-    with pytest.raises(HfEsmError, match="exact-match and word-f1"):
+    with pytest.raises(HfEsmError, match="exact-match or word-f1"):
         run(reader(), load({"text": "good", "label": 1}, ACCURACY), ACCURACY)
 
 

@@ -9,8 +9,8 @@ from transformers import SegformerConfig, SegformerImageProcessor, ViTConfig, Vi
 
 from hf_esm import HfEsmError, compare, evaluate, merge_models, update_card
 from hf_esm.data.options import SampleOptions
-from hf_esm.metrics.labels import LabelledSamples, load_labelled, read_map
-from hf_esm.metrics.metric import MEAN_IOU, resolve_metric
+from hf_esm.metrics.labels import LabelledSamples, read_map
+from hf_esm.metrics.metric import MEAN_IOU, load_labelled, resolve_metric
 from hf_esm.metrics.outputs import overlaps_of
 from hf_esm.metrics.scores import run
 from support.helpers import Architecture, perturbed, save
@@ -94,10 +94,10 @@ def test_mean_iou_is_that_of_transformers_answers(batch_size):
     answers = PROCESSOR.post_process_semantic_segmentation(model(**inputs), sizes)
     assert len(torch.cat([answer.flatten() for answer in answers]).unique()) > 2
     outcome = run(model, data, resolve_metric("mean-iou"), batch_size)
-    assert outcome.score == pytest.approx(mean_iou(answers, data.maps, 4), abs=1e-12)
+    assert outcome.score == pytest.approx(mean_iou(answers, data.labels, 4), abs=1e-12)
     drawn = torch.tensor([3, 0, 3])
-    expected = mean_iou([answers[i] for i in drawn], [data.maps[i] for i in drawn], 4)
-    assert outcome.resampled(drawn) == pytest.approx(expected, abs=1e-12)
+    expected = mean_iou([answers[i] for i in drawn], [data.labels[i] for i in drawn], 4)
+    assert float(outcome.scores_of_draws(drawn[None])) == pytest.approx(expected, abs=1e-12)
 
 
 def test_mean_iou_of_what_is_known():
@@ -129,7 +129,7 @@ def test_maps_that_a_processor_made_are_not_reduced_again():
     config = SegformerConfig(num_labels=4)
     found = load_labelled(ready, reducing, config, "rows", EVERYTHING, MEAN_IOU)
     raw = load_labelled([{"image": image, "label": label}], reducing, config, "rows", EVERYTHING, MEAN_IOU)
-    assert torch.equal(found.maps[0], raw.maps[0]) and set(found.maps[0].unique().tolist()) == {-100, 0, 1, 2, 3}
+    assert torch.equal(found.labels[0], raw.labels[0]) and set(found.labels[0].unique().tolist()) == {-100, 0, 1, 2, 3}
     assert torch.equal(found.samples[0]["pixel_values"], raw.samples[0]["pixel_values"])
     assert found.samples[0].keys() == raw.samples[0].keys() == {"pixel_values"}
 
@@ -139,11 +139,11 @@ def test_models_and_metrics_that_do_not_fit_are_refused():
         ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
     ).eval()
     sample = {"pixel_values": torch.randn(3, 16, 16)}
-    data = LabelledSamples([sample], torch.zeros(1), maps=[torch.zeros(4, 4, dtype=torch.int64)])
+    data = LabelledSamples([sample], [torch.zeros(4, 4, dtype=torch.int64)])
     with pytest.raises(HfEsmError, match="ViTForImageClassification gives no class per pixel"):
         run(images, data, MEAN_IOU)
     rows = [{**sample, "labels": torch.zeros(4, 4, dtype=torch.int64)}]
-    with pytest.raises(HfEsmError, match="of pixels, there is mean-iou"):
+    with pytest.raises(HfEsmError, match="for classes of pixels, use the metric mean-iou"):
         load_labelled(rows, None, segmenter().config, "rows", EVERYTHING)
     config = BERT.build("BertForSequenceClassification").config
     with pytest.raises(HfEsmError, match="rows: row 0 needs a label"):

@@ -11,8 +11,8 @@ from transformers.models.yolos.modeling_yolos import YolosObjectDetectionOutput
 
 from hf_esm import HfEsmError, Metric, compare, evaluate, merge_models
 from hf_esm.data.options import SampleOptions
-from hf_esm.evaluation.report import _drawn
-from hf_esm.metrics.labels import LabelledSamples, load_labelled
+from hf_esm.metrics.labels import LabelledSamples
+from hf_esm.metrics.metric import load_labelled
 from hf_esm.metrics.scores import Outcome, run
 from support.helpers import Architecture, perturbed, save
 from support.pictures import picture
@@ -65,13 +65,13 @@ def test_each_row_is_read_by_itself(batch_size):
 
     metric = Metric("sums", lambda found, right: torch.tensor(found).sum(), read=read)
     references = [f"object {i}" for i in range(5)]
-    outcome = run(model, LabelledSamples(samples, torch.zeros(5), references=references), metric, batch_size)
+    outcome = run(model, LabelledSamples(samples, references), metric, batch_size)
     expected = [model(pixel_values=sample["pixel_values"][None]).logits[0] for sample in samples]
     assert all(torch.allclose(torch.tensor(f), e, atol=1e-5) for f, e in zip(outcome.outputs, expected, strict=True))
     assert outcome.labels == references
     assert all({"logits", "pred_boxes", "last_hidden_state"} <= keys for keys in seen)
     again = torch.stack([expected[i] for i in (4, 0, 4)]).sum()
-    assert outcome.resampled(torch.tensor([4, 0, 4])) == pytest.approx(float(again), rel=1e-4)
+    assert float(outcome.scores_of_draws(torch.tensor([[4, 0, 4]]))) == pytest.approx(float(again), rel=1e-4)
 
 
 def test_outputs_that_are_of_no_row_are_left_out():
@@ -88,7 +88,7 @@ def test_outputs_that_are_of_no_row_are_left_out():
 
     samples = [{"pixel_values": torch.full((2,), float(i))} for i in range(3)]
     metric = Metric("names", lambda found, right: 0.0, read=lambda outputs: [*outputs, float(outputs["logits"][0])])
-    outcome = run(Stub(), LabelledSamples(samples, torch.zeros(3), references=[0] * 3), metric)
+    outcome = run(Stub(), LabelledSamples(samples, [0] * 3), metric)
     assert outcome.outputs == [["logits", float(i)] for i in range(3)]
 
 
@@ -97,7 +97,7 @@ def test_labels_stay_what_they_are():
     rows = [{"pixel_values": torch.zeros(3, 16, 16), "objects": label}]
     named = SampleOptions(num_samples=0, columns={"label": "objects"})
     found = load_labelled(rows, PROCESSOR, detector(4).config, "rows", named, DETECTION)
-    assert found.references == [label]
+    assert found.labels == [label]
     assert found.samples[0].keys() == {"pixel_values"}
     with pytest.raises(HfEsmError, match="rows: row 0 needs a label"):
         load_labelled(rows, PROCESSOR, detector(4).config, "rows", EVERYTHING, DETECTION)
@@ -108,7 +108,8 @@ def test_labels_stay_what_they_are():
 def test_shares_of_what_is_read_have_intervals():
     metric = Metric("right", lambda found, right: sum(map(eq, found, right)) / len(right), is_share=True, read=len)
     outcome = Outcome(metric, [1, 2, 3], [1, 2, 4])
-    assert _drawn(outcome, torch.tensor([[0, 1, 2], [2, 2, 2], [0, 0, 0]])).tolist() == pytest.approx([2 / 3, 0, 1])
+    draws = torch.tensor([[0, 1, 2], [2, 2, 2], [0, 0, 0]])
+    assert outcome.scores_of_draws(draws).tolist() == pytest.approx([2 / 3, 0, 1])
 
 
 def test_detectors_merge_and_are_compared(tmp_path):
