@@ -113,7 +113,7 @@ def test_calibration_samples_are_not_needed(merged, tmp_path):
 
 def test_experts_are_refused_over_another_model(models, merged):
     other = AutoModel.from_pretrained(models / "base")
-    assert "over another model than this BertModel" in error_of(PeftModel.from_pretrained, other, merged / "routed")
+    assert "of another model than this BertModel" in error_of(PeftModel.from_pretrained, other, merged / "routed")
     PeftModel.from_pretrained(AutoModel.from_pretrained(merged), merged / "routed")
 
 

@@ -189,7 +189,7 @@ def test_a_router_over_several_texts_per_sample_is_refused(models, monkeypatch):
                 merge_models(base, experts, progress=False, **arguments)
 
 
-@pytest.mark.parametrize(("name", "says"), [("xlnet", "read tokens first"), ("llava", "reads text beside something")])
+@pytest.mark.parametrize(("name", "says"), [("xlnet", "read tokens first"), ("llava", "reads text with any number")])
 @pytest.mark.parametrize("router", ["discriminant", "prototype"])
 def test_a_router_over_samples_that_cannot_be_told_apart_is_refused_early(monkeypatch, name, says, router):
     forbid_calibration(monkeypatch)

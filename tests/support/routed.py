@@ -19,9 +19,9 @@ from hf_esm import HfEsmError
 from hf_esm.architecture import canonical_names
 from hf_esm.calibration.collection import pooled_inputs
 from hf_esm.routing.experts import RoutedExperts
+from hf_esm.tuners.routed import Decision, Route
 from hf_esm.tuners.routed.layer import RoutedExpertsLayer
 from hf_esm.tuners.routed.model import recording
-from hf_esm.tuners.routed.routing import Decision, Route
 from support.architectures import DECODER, ENCODER, GPT
 from support.helpers import VOCABULARY, Architecture, Samples, perturbed, save, token_inputs
 

@@ -575,7 +575,7 @@ def test_bad_input_is_refused_and_leaves_nothing(cases, tmp_path):
 def test_unsupported_modules_and_ranks_are_refused(cases):
     config = EssentialComponentsConfig(target_modules=["word_embeddings"])
     refused("'bert.embeddings.word_embeddings' is a Embedding", get_peft_model, fresh(cases["bert"]), config)
-    refused("version 2; this hf_esm reads 1", EssentialComponentsConfig, format_version=2)
+    refused("version 2; this hf_esm reads version 1", EssentialComponentsConfig, format_version=2)
     refused("rank 0", EssentialComponentsConfig, r=0)
     refused("rank 0", EssentialComponentsConfig, rank_pattern={"query": 0})
 
@@ -587,10 +587,10 @@ def test_a_file_that_lacks_components_is_refused_and_so_are_adapter_names(cases,
     lost = next(name for name in stored if name.endswith("components_C"))
     save_file({name: tensor for name, tensor in stored.items() if name != lost}, tmp_path / "left" / WEIGHTS)
     model = PeftModel.from_pretrained(fresh(case), tmp_path / "left").eval()
-    refused("its file lacks essential components", logits, model)
-    refused("its file lacks essential components", model.merge_and_unload)
+    refused("has no essential_components_", logits, model)
+    refused("has no essential_components_", model.merge_and_unload)
     whole = loaded(case, "left")
-    refused("one set of adapters per batch", whole, input_ids=torch.tensor([[5, 6]]), adapter_names=["left"])
+    refused("the same adapters to a whole batch", whole, input_ids=torch.tensor([[5, 6]]), adapter_names=["left"])
 
 
 def test_broken_and_quantised_weights_are_not_merged(cases):

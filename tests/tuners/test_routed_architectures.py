@@ -270,7 +270,7 @@ def test_states_that_nothing_was_decided_about_are_refused(load):
         states = model.get_base_model().get_encoder()(**batch)
         copied = BaseModelOutput(last_hidden_state=states[0].clone())
         given = {"attention_mask": batch["attention_mask"], "max_new_tokens": 2}
-        with pytest.raises(HfEsmError, match=r"answers states of an encoder that has decided nothing"):
+        with pytest.raises(HfEsmError, match=r"reads encoder states without a decision"):
             model.generate(encoder_outputs=copied, **given)
         with route(model, "static"):
             model.generate(encoder_outputs=copied, **given)

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_esm.tuners.routed import Decision, Route
 from hf_esm.tuners.routed.layer import add_by_expert, grouping_pays
 from hf_esm.tuners.routed.model import decide, route, routing_state
-from hf_esm.tuners.routed.routing import Decision, Route
 from support.routed import (
     KINDS,
     ROUTERS,

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_esm.tuners.routed.config import RoutedExpertsConfig
+from hf_esm.tuners.routed.frames import CloseFrame, Frame, OpenFrame
 from hf_esm.tuners.routed.model import recording, route, routing_state
-from hf_esm.tuners.routed.routing import CloseFrame, Frame, OpenFrame
 from support.architectures import ARCHITECTURES
 from support.routed import (
     KINDS,
@@ -289,7 +289,7 @@ CONFIG = {"tasks": TASKS, "router": "prototype"}
         ({"router": "discriminant"}, "needs the modules that it reads"),
         ({"tasks": []}, "tasks of different names"),
         ({"tasks": ["a", "a"]}, "tasks of different names"),
-        ({"format_version": 1}, "format version 1; this hf_esm reads 3"),
+        ({"format_version": 1}, "format version 1; this hf_esm reads version 3"),
         ({"target_modules": ["query"]}, "query: adapter 'default' has no routed_experts_prototypes"),
     ],
 )
@@ -307,7 +307,7 @@ def test_bad_settings_are_refused(cases, settings, message):
         ("switch", "wi", ".mlp.experts.expert_0.wi' reads some of each sample's tokens"),
         ("xlnet", "layer_1", "XLNetModel read tokens first"),
         ("longformer", "query", "LongformerModel read tokens first"),
-        ("llava", "q_proj", "LlavaForConditionalGeneration reads text beside something else"),
+        ("llava", "q_proj", "LlavaForConditionalGeneration reads text with any number"),
     ],
 )
 def test_modules_and_models_that_cannot_be_routed_are_refused(name, module, message):

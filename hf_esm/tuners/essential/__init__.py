@@ -1,4 +1,4 @@
-"""One task's essential components as an adapter: the truncated essential subspace decomposition of its update."""
+"""The essential components of one task's update as an adapter: a truncated essential subspace decomposition."""
 
 from ..registration import HfEsmPeftType, register
 from .config import EssentialComponentsConfig

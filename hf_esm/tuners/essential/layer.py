@@ -3,36 +3,36 @@
 from typing import Any, Optional
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import HfEsmError
+from ..base import AdapterLayer
 
 
-class EssentialComponentsLayer(BaseTunerLayer):
-    """What a module with essential components holds, by adapter.
+class EssentialComponentsLayer(AdapterLayer):
+    """The essential components on one linear map, by adapter.
 
     Attributes:
-        essential_components_E: directions `[d_out, r]`; orthonormal columns, strongest first, unless trained.
-        essential_components_C: their coordinates `[r, d_in]`; the adapter's update of the weight is `E C`.
+        essential_components_E: directions `[d_out, r]`, float32: orthonormal columns, strongest first, unless trained.
+        essential_components_C: coordinates along them `[r, d_in]`, float32; the adapter's update of the weight is
+            `E C`.
     """
 
     adapter_layer_names = ("essential_components_E", "essential_components_C")
 
-    def __init__(self, base_layer: nn.Module):
-        self.base_layer = base_layer
+    def __init__(self, base_layer: nn.Module, name: str):
+        super().__init__(base_layer, name)
         self.essential_components_E = nn.ParameterDict()
         self.essential_components_C = nn.ParameterDict()
-        self.known_loaded: set[str] = set()
-        self._disable_adapters = False
-        self.merged_adapters = []
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, r: int, inference_mode: bool = False) -> None:
-        """Make room for an adapter. One to train changes nothing before: E is zero, C as LoRA's A. What has to come
-        from a file is NaN until it is loaded.
+        """Add the tensors of an adapter.
+
+        A new adapter does not change the output: E is zero, and C is initialised as LoRA's A. Tensors that come from a
+        file are NaN until the file is loaded.
         """
         directions, coordinates = torch.zeros(self.out_features, r), torch.empty(r, self.in_features)
         nn.init.kaiming_uniform_(coordinates, a=5**0.5)
@@ -44,35 +44,25 @@ class EssentialComponentsLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
-        # PEFT's own brings them to the base's dtype, too: in bfloat16 the directions are orthonormal no more.
-        for name in self.adapter_layer_names:
-            factors = getattr(self, name)
-            if adapter_name in factors and not factors[adapter_name].is_meta:
-                factors[adapter_name] = factors[adapter_name].to(device or self.weight.device)
-
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """`E` and `C`, once it is known that they were loaded: PEFT only warns of a file that lacks some."""
-        found = self.essential_components_E[adapter], self.essential_components_C[adapter]
-        if not torch.compiler.is_compiling() and adapter not in self.known_loaded:
-            if any(factor.is_meta or bool(factor.isnan().any()) for factor in found):
-                raise HfEsmError(
-                    f"Adapter '{adapter}': its file lacks essential components of a {type(self.base_layer).__name__} "
-                    f"[{self.out_features}, {self.in_features}], or holds NaN. Write it again."
-                )
-            self.known_loaded.add(adapter)
-        return found
+        """`E [d_out, r]` and `C [r, d_in]` of an adapter.
+
+        Raises:
+            HfEsmError: if the adapter's file lacked one of them.
+        """
+        self.ensure_loaded(adapter)
+        return self.essential_components_E[adapter], self.essential_components_C[adapter]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
 
 class EssentialComponentsLinear(nn.Module, EssentialComponentsLayer):
-    """`y = x (W + Σ E C)ᵀ + b` over the active adapters, for `nn.Linear` and `Conv1D`; `E C` is never built."""
+    """`y = x (W + Σ E C)ᵀ + b` over the active adapters, for `nn.Linear` and `Conv1D`. `E C` is never computed."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, inference_mode: bool = False):
+    def __init__(self, base_layer: nn.Module, name: str, adapter_name: str, r: int, inference_mode: bool = False):
         super().__init__()
-        EssentialComponentsLayer.__init__(self, base_layer)
+        EssentialComponentsLayer.__init__(self, base_layer, name)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, inference_mode)
 
@@ -91,10 +81,10 @@ class EssentialComponentsLinear(nn.Module, EssentialComponentsLayer):
         return result.to(dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """`E C`, as the base layer stores its weight."""
+        """`E C`, in the orientation in which the base layer stores its weight."""
         directions, coordinates = self.factors(adapter)
-        delta = directions @ coordinates
-        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+        update = directions @ coordinates
+        return update.T if isinstance(self.get_base_layer(), Conv1D) else update
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         for adapter in check_adapters_to_merge(self, adapter_names):
@@ -111,10 +101,13 @@ class EssentialComponentsLinear(nn.Module, EssentialComponentsLayer):
         weight = self.get_base_layer().weight
         if not weight.is_floating_point():
             raise HfEsmError(
-                f"Essential components cannot be merged into a quantised {type(self.get_base_layer()).__name__}. "
-                "Load the base without quantisation to merge."
+                f"{self.name} is a quantised {type(self.get_base_layer()).__name__}, into which essential components "
+                "cannot be merged. Load the base without quantisation."
             )
         changed = (weight + sign * self.get_delta_weight(adapter)).to(weight.dtype)
         if safe and not changed.isfinite().all():
-            raise HfEsmError(f"Merging adapter '{adapter}' gives NaN or infinite weights. It is broken; leave it out.")
+            raise HfEsmError(
+                f"{self.name}: merging adapter '{adapter}' gives NaN or infinite weights. The adapter is broken; "
+                "leave it out."
+            )
         weight.data = changed

@@ -1,30 +1,28 @@
 """Essential components on the linear maps of a whole model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from ...errors import HfEsmError
+from ..base import AdapterModel, check_linear
 from .config import EssentialComponentsConfig
 from .layer import EssentialComponentsLayer, EssentialComponentsLinear
 
 
-class EssentialComponentsModel(BaseTuner):
-    """One task's essential components (arXiv 2602.20208), `Δ ≈ E C`, beside the weights of a model.
+class EssentialComponentsModel(AdapterModel):
+    """A model with the essential components `E C` of one task's update on its weights (arXiv 2602.20208).
 
-    An adapter of these keeps its factors in float32 over a base of any dtype. `essential_components` writes one from
-    a fine-tuned model, `fuse_components` makes one of several; it can be trained as any other.
+    Factors are float32 over a base of any dtype. `essential_components` writes such an adapter from a fine-tuned
+    model, and `fuse_components` makes one adapter of several. The adapter can be trained as any other PEFT adapter.
     """
 
     prefix: str = "essential_components_"
     tuner_layer_cls = EssentialComponentsLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    adapter_names_error = (
+        "Essential components apply the same adapters to a whole batch. For adapter_names, write the components as "
+        "LoRA adapters (`essential_components(…, as_lora=True)`)."
+    )
 
     def _create_and_replace(
         self,
@@ -40,27 +38,6 @@ class EssentialComponentsModel(BaseTuner):
         if isinstance(target, EssentialComponentsLayer):
             target.update_layer(adapter_name, rank, config.inference_mode)
             return
-        layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(layer, (nn.Linear, Conv1D)):
-            raise HfEsmError(
-                f"'{current_key}' is a {type(layer).__name__}: essential components are of nn.Linear and Conv1D "
-                "alone. Leave it out of target_modules."
-            )
-        adapted = EssentialComponentsLinear(target, adapter_name, rank, config.inference_mode)
-        if adapter_name not in self.active_adapters:
-            adapted.requires_grad_(False)
-        self._replace_module(parent, target_name, adapted, target)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise HfEsmError(
-                "Essential components take one set of adapters per batch. For adapter_names, write them as LoRA "
-                "adapters (`essential_components(…, as_lora=True)`)."
-            )
-        yield
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own also sets `weight` on what is put back when an adapter is unloaded, which a head of several
-        # layers among `modules_to_save` does not have. Devices are the layer's concern.
-        setattr(parent, child_name, new_module)
+        check_linear(target, current_key, "essential components")
+        layer = EssentialComponentsLinear(target, current_key, adapter_name, rank, config.inference_mode)
+        self.add_layer(adapter_name, layer, parent, target_name, target)

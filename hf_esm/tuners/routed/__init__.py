@@ -1,10 +1,11 @@
-"""The experts of all tasks in one adapter, one of which each sample is routed to."""
+"""The experts of all tasks in one adapter; each sample is routed to its experts."""
 
 from ..registration import HfEsmPeftType, register
 from .config import RoutedExpertsConfig
+from .frames import check_separable
 from .layer import RoutedExpertsLayer, RoutedExpertsLinear
 from .model import RoutedExpertsModel, decide, fingerprint, recording, route, routing_state
-from .routing import ONE_PER_SAMPLE, Decision, Named, Route, check_separable
+from .routes import ONE_PER_SAMPLE, Decision, Named, Route
 
 
 __all__ = [

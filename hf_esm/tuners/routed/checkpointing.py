@@ -1,4 +1,4 @@
-"""Gradient checkpointing: what the backward pass computes again is routed as it was the first time."""
+"""Gradient checkpointing: the backward pass computes blocks again with the routes of the forward pass."""
 
 import functools
 from collections.abc import Callable
@@ -10,16 +10,16 @@ from torch import nn
 from ...errors import HfEsmError
 
 
-# Called in the forward pass; what it returns gives a context in which layers find the routes of that moment.
+# Is called in the forward pass; its result opens a context in which layers see the routes of that moment.
 Hold = Callable[[], Callable[[], AbstractContextManager]]
 
 
 def keep_routes(model: nn.Module, hold: Hold) -> None:
-    """Have every checkpointed block of a model that is about to run find its routes when it is computed again.
+    """Keep the routes of the forward pass for every checkpointed block of a model that is about to run.
 
     Raises:
-        HfEsmError: if blocks are checkpointed in the reentrant way, which computes them the first time without a
-            graph, and again as a forward pass of its own.
+        HfEsmError: if checkpointing is reentrant: it first computes blocks without a graph, and then again as separate
+            forward passes.
     """
     for module in model.modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
@@ -28,38 +28,38 @@ def keep_routes(model: nn.Module, hold: Hold) -> None:
         settings = getattr(function, "keywords", {})
         if settings.get("use_reentrant") is not False:
             raise HfEsmError(
-                "Routed experts cannot be trained under reentrant gradient checkpointing: the routes would be lost. "
-                "Call gradient_checkpointing_enable({'use_reentrant': False})."
+                "Reentrant gradient checkpointing loses the routes of routed experts. Call "
+                "gradient_checkpointing_enable({'use_reentrant': False})."
             )
-        given = settings.get("context_fn")
-        if isinstance(given, _Contexts):
-            if given.hold == hold:
+        context_fn = settings.get("context_fn")
+        if isinstance(context_fn, _Contexts):
+            if context_fn.hold == hold:
                 continue
-            given = given.others  # the routed adapter that it was for is no longer there
-        module._gradient_checkpointing_func = functools.partial(function, context_fn=_Contexts(hold, given))
+            context_fn = context_fn.inner  # the routed adapter of `context_fn` has been unloaded
+        module._gradient_checkpointing_func = functools.partial(function, context_fn=_Contexts(hold, context_fn))
 
 
 class _Contexts:
-    """A `context_fn` of `torch.utils.checkpoint`, around another one if there is one."""
+    """A `context_fn` of `torch.utils.checkpoint` that restores routes around the `inner` one, if there is one."""
 
-    def __init__(self, hold: Hold, others: Optional[Callable]):
-        self.hold, self.others = hold, others
+    def __init__(self, hold: Hold, inner: Optional[Callable]):
+        self.hold, self.inner = hold, inner
 
     def __call__(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        first, again = self.others() if self.others else (nullcontext(), nullcontext())
-        return first, _Again(self.hold(), again)
+        forward, recompute = self.inner() if self.inner else (nullcontext(), nullcontext())
+        return forward, _Recompute(self.hold(), recompute)
 
 
-class _Again:
-    """Around computing a block again, as often as it takes."""
+class _Recompute:
+    """Context in which a block is computed again, any number of times."""
 
-    def __init__(self, resumed: Callable[[], AbstractContextManager], other: AbstractContextManager):
-        self.resumed, self.other = resumed, other
+    def __init__(self, routes: Callable[[], AbstractContextManager], inner: AbstractContextManager):
+        self.routes, self.inner = routes, inner
 
     def __enter__(self) -> None:
         self.stack = ExitStack()
-        self.stack.enter_context(self.resumed())
-        self.stack.enter_context(self.other)
+        self.stack.enter_context(self.routes())
+        self.stack.enter_context(self.inner)
 
     def __exit__(self, *error: Any) -> Optional[bool]:
         return self.stack.__exit__(*error)

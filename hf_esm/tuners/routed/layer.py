@@ -5,34 +5,50 @@ from typing import Any, Optional
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...errors import HfEsmError
+from ..base import AdapterLayer
 from .config import RoutedExpertsConfig
+from .frames import Frame, RoutingState
 from .pooling import pool, sample_rows
-from .routing import Decided, Decision, Frame, Named, Route, RoutingState, forced_route, vote
+from .routes import (
+    Decision,
+    Named,
+    Route,
+    discriminate,
+    encoder_vote,
+    forced_route,
+    nearest_prototype,
+    project,
+)
 
 
 NOT_MERGEABLE = (
     "Routed experts depend on the sample and cannot be merged into one weight. `hf-esm export` (or "
-    "`RoutedModel.export_lora`) writes each expert as a LoRA adapter, which can."
+    "`RoutedModel.export_lora`) writes each expert as a LoRA adapter, which can be merged."
 )
 
 
-class RoutedExpertsLayer(BaseTunerLayer):
-    """What a module with routed experts holds, by adapter, for `T` tasks.
+class Decided(Exception):
+    """Ends a forward pass that only its decision was needed of."""
+
+
+class RoutedExpertsLayer(AdapterLayer):
+    """The experts of `T` tasks on one linear map, and the module's part of the router, by adapter, in float32.
 
     Attributes:
-        routed_experts_A: `[T, r, d_in]`, the experts' coordinates `Eᵀ δ`.
-        routed_experts_B: `[T, d_out, r]`, their essential directions `E`; expert t adds `x Aᵀ Bᵀ`.
-        routed_experts_prototypes: `[T, d_in]`, normalised mean inputs, with a prototype router.
-        routed_experts_projection: `[K + 1, d_in]`, in the modules that a discriminant router reads: orthonormal
-            directions over all of them, and the mean input.
-        routed_experts_classes: `[T, K]`, in the one that decides: the tasks' means in these directions.
-        routed_experts_precision: `[2, K + 1]`, there too: one over the variance along and beside the directions, and
-            the mean of all along them, with its squared norm.
+        routed_experts_A: `[T, r, d_in]`, coordinates of the experts along their directions.
+        routed_experts_B: `[T, d_out, r]`, essential directions of the experts; expert `t` adds `x A_tᵀ B_tᵀ`.
+        routed_experts_prototypes: `[T, d_in]`, normalised mean inputs of the experts, for a prototype router.
+        routed_experts_projection: `[K + 1, d_in]`, in modules that a discriminant router reads: this module's columns
+            of the directions, which are orthonormal over all readers, and of the mean input.
+        routed_experts_classes: `[T, K]`, in the module that decides: means of the tasks along the directions.
+        routed_experts_precision: `[2, K + 1]`, in the module that decides. First row: inverse variances along the
+            directions, and across them. Second row: the mean of all tasks along the directions, and its squared norm.
+        state: shared by the routed layers and hooks of a model.
+        tower: name of the tower that the linear map belongs to, "" in a model without towers.
+        reads_once: whether the linear map reads the samples first, and may then read inputs that are not samples.
     """
 
     adapter_layer_names = ("routed_experts_A", "routed_experts_B")
@@ -44,23 +60,19 @@ class RoutedExpertsLayer(BaseTunerLayer):
     )
 
     def __init__(self, base_layer: nn.Module, state: RoutingState, name: str, tower: str, reads_once: bool):
-        self.base_layer = base_layer
-        self.state, self.name, self.tower, self.reads_once = state, name, tower, reads_once
+        super().__init__(base_layer, name)
+        self.state, self.tower, self.reads_once = state, tower, reads_once
         self.configs: dict[str, RoutedExpertsConfig] = {}
-        self.known_loaded: set[str] = set()
         self.routed_experts_A, self.routed_experts_B = nn.ParameterDict(), nn.ParameterDict()
         for buffers in self.other_param_names:
             setattr(self, buffers, BufferDict(persistent=True))
-        self._disable_adapters = False
-        self.merged_adapters = []
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, config: RoutedExpertsConfig, rank: int) -> None:
-        """Make room for an adapter; what has to come from its file is NaN until it is loaded."""
+        """Add the tensors of an adapter; those that come from its file are NaN until the file is loaded."""
         self.configs[adapter_name] = config = config.of_tower(self.tower)
         self.known_loaded.discard(adapter_name)
         count, width, directions = len(config.tasks), self.in_features, config.directions
-        from_file = config.inference_mode or config.base_fingerprint is not None  # the latter, to train on
+        from_file = config.inference_mode or config.base_fingerprint is not None  # the latter when training goes on
         if rank:
             a, b = torch.randn(count, rank, width) * width**-0.5, torch.zeros(count, self.out_features, rank)
             if from_file:
@@ -76,23 +88,6 @@ class RoutedExpertsLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
-        # PEFT's own brings them to the base's dtype, too: in bfloat16 routes change.
-        for name in (*self.adapter_layer_names, *self.other_param_names):
-            held = getattr(self, name)
-            if adapter_name in held and not held[adapter_name].is_meta:
-                held[adapter_name] = held[adapter_name].to(device or self.weight.device)
-
-    def check_loaded(self, adapter: str) -> None:
-        """Refuse an adapter whose file lacked some of its tensors, of which PEFT only warns."""
-        for name in (*self.adapter_layer_names, *self.other_param_names):
-            held = getattr(self, name)
-            if adapter in held and (held[adapter].is_meta or bool(held[adapter].isnan().any())):
-                raise HfEsmError(
-                    f"{self.name}: adapter '{adapter}' has no {name}. Its file lacks it, or holds NaN: write it again."
-                )
-        self.known_loaded.add(adapter)
-
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
@@ -102,8 +97,9 @@ class RoutedExpertsLayer(BaseTunerLayer):
 
 
 class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
-    """`y = x Wᵀ + b + Σ w (x A_tᵀ) B_tᵀ` over each sample's own `t` and `w`, for `nn.Linear` and `Conv1D`, in the
-    precision of `y`.
+    """`y = x Wᵀ + b + Σ w_t (x A_tᵀ) B_tᵀ` over the experts `t` of each sample, for `nn.Linear` and `Conv1D`.
+
+    Experts are added in the precision of `y`.
     """
 
     def __init__(
@@ -114,14 +110,14 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         self._active_adapter = adapter_name
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RoutedExpertsLinear":
-        """Adapters go where the base goes, but are held in float32: in half precision routes change."""
+        """Move adapters with the base, but keep them in float32: half precision changes routes."""
 
-        def keep(tensor: Tensor) -> Tensor:
-            found = fn(tensor)
-            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         for name, child in self.named_children():
-            child._apply(fn if name == "base_layer" else keep)
+            child._apply(fn if name == "base_layer" else keep_dtype)
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -142,15 +138,23 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         frame.read.add(self.name)
         for adapter in self.active_adapters:
             if adapter in self.configs:
-                if not torch.compiler.is_compiling() and adapter not in self.known_loaded:
-                    self.check_loaded(adapter)
+                self.ensure_loaded(adapter)
                 route = self._route(adapter, frame, rows, x)
                 if route is not None and adapter in self.routed_experts_A:
                     result = self._add_experts(result, adapter, rows, route)
         return result
 
+    def _frame(self) -> Optional[Frame]:
+        """The frame of this pass; in a projection behind a tower, the frame of the tower."""
+        local = self.state.local
+        if self.tower and not self.name.startswith(f"{self.tower}."):
+            return local.towers.get(self.tower)
+        return local.frames[-1] if local.frames else None
+
     def _add_to_all(self, result: Tensor, x: Tensor) -> Tensor:
-        """To what is made of no sample (relative positions), the expert that the caller named for all of them."""
+        """Add the one expert that the caller named for all samples to an input that does not come from samples, such
+        as relative positions.
+        """
         named, shape = self.state.local.forced, result.shape
         for adapter in self.active_adapters:
             if isinstance(named, Named) and isinstance(named.names, str) and adapter in self.routed_experts_A:
@@ -159,13 +163,6 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
                     rows = x.reshape(1, -1, x.shape[-1])
                     result = self._add_experts(result.reshape(1, -1, result.shape[-1]), adapter, rows, route)
         return result.reshape(shape)
-
-    def _frame(self) -> Optional[Frame]:
-        """What is known of the samples of this pass; of what was projected from a tower, that tower's."""
-        local = self.state.local
-        if self.tower and not self.name.startswith(f"{self.tower}."):
-            return local.towers.get(self.tower)
-        return local.frames[-1] if local.frames else None
 
     def _add_experts(self, result: Tensor, adapter: str, rows: Tensor, route: Route) -> Tensor:
         a, b = self.routed_experts_A[adapter], self.routed_experts_B[adapter]
@@ -181,92 +178,84 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         return added.reshape(result.shape).to(result.dtype)
 
     def _route(self, adapter: str, frame: Frame, rows: Tensor, x: Tensor) -> Optional[Route]:
-        config, local = self.configs[adapter], self.state.local
-        if local.forced is not None and not isinstance(local.forced, Decision):
-            return forced_route(local.forced, config.tasks, rows.shape[0], rows.device, frame)
+        """The route of an adapter's experts in this module; None if no expert is added."""
+        config, forced = self.configs[adapter], self.state.local.forced
+        if forced is not None and not isinstance(forced, Decision):
+            repeats = frame.cache is not None or frame.encoder_states is not None
+            return forced_route(forced, config.tasks, rows.shape[0], rows.device, repeats)
         if config.router == "oracle":
             raise HfEsmError(f"Adapter '{adapter}' has no router. Name the tasks: `with route(model, tasks)`.")
         if not config.decides:
             return None
         key = adapter if config.router == "discriminant" else (adapter, self.name)
         if key not in frame.decisions and not frame.decoding:
-            if isinstance(local.forced, Decision):
-                if config.router == "prototype" or adapter in self.routed_experts_classes:
-                    frame.decisions[key] = local.forced
-            else:
-                # In half precision routes change; and no gradient goes through a choice.
-                with torch.autocast(rows.device.type, enabled=False), torch.no_grad():
-                    self._find(adapter, frame, rows, x)
-            if key in frame.decisions and local.records is not None:
-                local.records.append((adapter, self.name, frame.decisions[key]))
-                if local.deciding and config.router == "discriminant":
-                    raise Decided
-        answers = frame.encoder_states is not None and not frame.decoding and local.forced is None
-        if answers and config.router == "discriminant" and adapter not in {**frame.decisions, **frame.evidence}:
-            raise HfEsmError(
-                f"{self.name} answers states of an encoder that has decided nothing about them: they were copied, or "
-                "come from elsewhere. Give what the encoder of this model returned, or name the tasks: `with "
-                "route(model, tasks)`."
-            )
+            self._decide(key, adapter, frame, rows, x)
+        if config.router == "discriminant" and forced is None:
+            self._check_encoder_decided(adapter, frame)
         return frame.decisions[key].route if key in frame.decisions else None
 
-    def _find(self, adapter: str, frame: Frame, rows: Tensor, x: Tensor) -> None:
-        """Do this module's part in the decision."""
-        if self.configs[adapter].router == "prototype":
-            # What a decoder reads at first is the same for every sample, and grows: the encoder's modules vote.
-            answering = frame.encoder_states is not None and x is not frame.encoder_states
-            found = vote(adapter, frame) if answering else None
-            found = found or self._compare(adapter, pool(rows, frame, x, self.name))
-            frame.decisions[adapter, self.name] = found
-        elif adapter in self.routed_experts_projection:
-            self._read(adapter, frame, pool(rows, frame, x, self.name))
+    def _decide(self, key: Any, adapter: str, frame: Frame, rows: Tensor, x: Tensor) -> None:
+        """Take this module's part in the decision, and record the decision if it is made here."""
+        config, local = self.configs[adapter], self.state.local
+        if local.forced is not None:
+            if config.router == "prototype" or adapter in self.routed_experts_classes:
+                frame.decisions[key] = local.forced
+        else:
+            # Half precision would change routes, and no gradient passes through a choice.
+            with torch.autocast(rows.device.type, enabled=False), torch.no_grad():
+                if config.router == "prototype":
+                    frame.decisions[key] = self._compare(adapter, frame, rows, x)
+                elif adapter in self.routed_experts_projection:
+                    self._read(adapter, frame, rows, x)
+        if key in frame.decisions and local.records is not None:
+            local.records.append((adapter, self.name, frame.decisions[key]))
+            if local.deciding and config.router == "discriminant":
+                raise Decided
 
-    def _compare(self, adapter: str, pooled: Tensor) -> Decision:
-        """The published router: the task whose prototype has the largest cosine with the pooled input."""
-        prototypes = self.routed_experts_prototypes[adapter]
-        cosines = F.normalize(pooled, dim=-1) @ F.normalize(prototypes.float(), dim=-1).T
-        return Decision(Route(cosines.argmax(-1)), cosines)
+    def _compare(self, adapter: str, frame: Frame, rows: Tensor, x: Tensor) -> Decision:
+        """The decision of a prototype router."""
+        # A decoder first reads a start token, which is equal for all samples: the modules of the encoder vote.
+        in_decoder = frame.encoder_states is not None and x is not frame.encoder_states
+        vote = encoder_vote(adapter, frame.decisions) if in_decoder else None
+        return vote or nearest_prototype(pool(rows, frame, x, self.name), self.routed_experts_prototypes[adapter])
 
-    def _read(self, adapter: str, frame: Frame, pooled: Tensor) -> None:
-        """Leave what the discriminant needs of this module's input; the last reader decides."""
-        found = pooled @ self.routed_experts_projection[adapter].float().T
-        found = torch.cat([found, pooled.square().sum(-1, keepdim=True)], dim=1)
-        earlier = frame.evidence.get(adapter)
-        frame.evidence[adapter] = found = found if earlier is None else earlier.to(found.device) + found
+    def _read(self, adapter: str, frame: Frame, rows: Tensor, x: Tensor) -> None:
+        """Add this module's evidence for a discriminant router; the last reader decides."""
+        evidence = project(pool(rows, frame, x, self.name), self.routed_experts_projection[adapter])
+        if adapter in frame.evidence:
+            evidence = frame.evidence[adapter].to(evidence.device) + evidence
+        frame.evidence[adapter] = evidence
         if adapter in self.routed_experts_classes:
             del frame.evidence[adapter]
-            frame.decisions[adapter] = self._decide(adapter, found)
+            classes, precision = self.routed_experts_classes[adapter], self.routed_experts_precision[adapter]
+            frame.decisions[adapter] = discriminate(evidence, classes, precision, self.configs[adapter])
 
-    def _decide(self, adapter: str, found: Tensor) -> Decision:
-        """Probabilities of the tasks under normal distributions of one covariance, and the distance from all; the
-        likeliest tasks' experts, each by a flatter probability, so that what is left is the static model's.
-        """
-        config = self.configs[adapter]
-        precision, offset = self.routed_experts_precision[adapter].float()
-        along = found[:, :-2] - offset[:-1]
-        beside = (found[:, -1] - 2 * found[:, -2] + offset[-1] - along.square().sum(-1)).clamp_min(0)
-        apart = along[:, None] - self.routed_experts_classes[adapter].float()
-        distances = apart.square() @ precision[:-1]
-        probabilities = torch.softmax(distances / (-2 * config.temperature), dim=-1)
-        flatter = torch.softmax(distances / (-2 * config.temperature * config.mixing_temperature), dim=-1)
-        weights, experts = flatter.topk(min(config.top_k, len(config.tasks)), dim=-1)
-        weights, distance = (256 * weights).round() / 256, None  # the same whatever the last bits, and in bfloat16
-        if config.threshold is not None:
-            distance = (distances.min(-1).values + beside * precision[-1]) / config.threshold
-            weights = weights * (distance <= 1)[:, None]
-        return Decision(Route(experts, weights), probabilities, distance)
+    def _check_encoder_decided(self, adapter: str, frame: Frame) -> None:
+        """Refuse encoder states in a decoder if the encoder has not decided about them."""
+        if frame.encoder_states is None or frame.decoding or adapter in {**frame.decisions, **frame.evidence}:
+            return
+        raise HfEsmError(
+            f"{self.name} reads encoder states without a decision of the router: they were copied, or are not from "
+            "this model's encoder. Pass on what the encoder of this model returned, or name the tasks: `with "
+            "route(model, tasks)`."
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         raise HfEsmError(NOT_MERGEABLE)
 
     def unmerge(self) -> None:
-        """Nothing was merged."""
+        """Do nothing, since experts are never merged."""
+
+
+# Bytes that a CPU copies in about the time in which `add_by_expert` handles one more expert.
+_TURN = 1_000_000
 
 
 def grouping_pays(experts: Tensor, a: Tensor, b: Tensor, tokens: int) -> bool:
-    """Whether to go through a batch expert by expert, which copies samples, rather than to gather every sample's own
-    experts, which copies these: where samples of few tokens, as in generation, share experts. Not while compiling, nor
-    on other devices, which would have to wait.
+    """Whether `add_by_expert` is faster than gathering the factors of each sample's experts.
+
+    Gathering copies factors, and `add_by_expert` copies samples: it is faster where samples of few tokens share
+    experts, as in generation. Never while compiling, nor on a GPU, which would have to wait for the CPU.
     """
     if tokens >= a.shape[1] or experts.device.type != "cpu" or torch.compiler.is_compiling():
         return False
@@ -275,26 +264,23 @@ def grouping_pays(experts: Tensor, a: Tensor, b: Tensor, tokens: int) -> bool:
 
 
 def add_by_expert(rows: Tensor, a: Tensor, b: Tensor, experts: Tensor, weights: Optional[Tensor]) -> Tensor:
-    """`Σ w (x A_tᵀ) B_tᵀ` `[B, L, d_out]` of every sample of `rows` `[B, L, d_in]`, one expert after another,
-    without the samples that it is not added to.
+    """`Σ w_t (x A_tᵀ) B_tᵀ` `[B, L, d_out]` for samples `[B, L, d_in]`, one expert after another.
+
+    Each expert is computed for the samples that it is added to.
     """
     added = rows.new_zeros(*rows.shape[:2], b.shape[1])
     for expert in experts.unique().tolist():
-        of_it = _listed(experts) == expert
-        shares = (of_it if weights is None else of_it * _listed(weights)).sum(1)
-        own = shares.nonzero()[:, 0]
-        hidden = rows[own] @ a[expert].to(rows.dtype).mT
+        chosen = _listed(experts) == expert
+        shares = (chosen if weights is None else chosen * _listed(weights)).sum(1)
+        samples = shares.nonzero()[:, 0]
+        hidden = rows[samples] @ a[expert].to(rows.dtype).mT
         if weights is not None:
-            hidden = hidden * shares[own].to(hidden.dtype)[:, None, None]
-        hidden = (hidden @ b[expert].to(rows.dtype).mT).to(added.dtype)  # autocast computes in another
-        added.index_add_(0, own, hidden)
+            hidden = hidden * shares[samples].to(hidden.dtype)[:, None, None]
+        hidden = (hidden @ b[expert].to(rows.dtype).mT).to(added.dtype)  # autocast may use another dtype
+        added.index_add_(0, samples, hidden)
     return added
 
 
 def _listed(part: Tensor) -> Tensor:
-    """A route's experts or weights as `[B, k]`."""
+    """The experts or weights of a route as `[B, k]`."""
     return part.reshape(len(part), -1)
-
-
-# Bytes that a CPU copies in about the time that a turn for one more expert takes.
-_TURN = 1_000_000

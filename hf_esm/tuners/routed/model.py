@@ -1,60 +1,45 @@
-"""Routed experts on the linear maps of a whole model."""
+"""Routed experts on the linear maps of a whole model; routes that the caller names; decisions without a full pass."""
 
 import hashlib
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Optional
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ...architecture import tower_of, towers
 from ...errors import HfEsmError
+from ..base import AdapterModel, check_linear
 from .config import RoutedExpertsConfig
-from .layer import NOT_MERGEABLE, RoutedExpertsLayer, RoutedExpertsLinear
-from .routing import Decided, Decision, Named, Route, RoutingState, check_separable, inseparable, install, uninstall
+from .frames import RoutingState, check_separable, inseparable, install, uninstall
+from .layer import NOT_MERGEABLE, Decided, RoutedExpertsLayer, RoutedExpertsLinear
+from .routes import Decision, Named, Route
 
 
 logger = logging.getLogger(__name__)
 
 
-class RoutedExpertsModel(BaseTuner):
-    """A merged model with one low-rank expert per task and linear map beside it (ESM++, arXiv 2606.19164).
+class RoutedExpertsModel(AdapterModel):
+    """A merged model with a low-rank expert of every task on its linear maps (ESM++, arXiv 2606.19164).
 
-    Each sample is routed by itself: what it gets depends neither on its batchmates nor on padding. `merge_models` with
-    `method="esm++"` makes such an adapter.
+    Each sample is routed by itself: its output depends neither on the other samples of its batch nor on padding.
+    `merge_models` with `method="esm++"` writes such an adapter.
     """
 
     prefix: str = "routed_experts_"
     tuner_layer_cls = RoutedExpertsLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    adapter_names_error = "Experts are chosen by the router or by `route(model, tasks)`, not by adapter_names."
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
-        expected = config.base_fingerprint
         if config.decides:
             check_separable(model)
-        if expected is not None:
-            present = dict(model.named_modules())
-            missing = [name for name in config.modules if name not in present]
-            found = None if missing else fingerprint(model, config.modules)
-            if not missing and found is None:
-                logger.warning(
-                    "Adapter '%s': the weights below cannot be compared with those that its experts were made over.",
-                    adapter_name,
-                )
-            if missing or (found and not found.items() & expected.items()):
-                why = f"it has no '{missing[0]}'" if missing else "their weights differ"
-                raise HfEsmError(
-                    f"Adapter '{adapter_name}' holds experts over another model than this {type(model).__name__}: "
-                    f"{why}. Load it over the merged model that it was made with."
-                )
+        if config.base_fingerprint is not None:
+            _check_fingerprint(model, adapter_name, config)
         if routing_state(model) is None:
             self._state = RoutingState()
             install(model, self._state)
@@ -71,41 +56,25 @@ class RoutedExpertsModel(BaseTuner):
         **kwargs: Any,
     ) -> None:
         rank = config.rank_pattern.get(f"^{current_key}", config.r)
-        if not isinstance(target, RoutedExpertsLayer):
-            layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-            if not isinstance(layer, (nn.Linear, Conv1D)):
-                raise HfEsmError(
-                    f"'{current_key}' is a {type(layer).__name__}: experts can be routed on nn.Linear and Conv1D "
-                    "alone. Leave it out of target_modules."
-                )
-            if ".experts." in f".{current_key}":  # of a mixture
-                raise HfEsmError(
-                    f"'{current_key}' reads some of each sample's tokens, so that samples cannot be told apart. Leave "
-                    "it out of target_modules."
-                )
-            state = routing_state(self.model) or self._state
-            # DeBERTa's shared projections read its relative positions, too, which are of no sample.
-            reads_once = bool(getattr(parent, "share_att_key", False))
-            tower = tower_of(current_key, towers(self.model))
-            target = RoutedExpertsLinear(target, state, current_key, tower, adapter_name, reads_once)
-            if adapter_name not in self.active_adapters:
-                target.requires_grad_(False)
-            self._replace_module(parent, target_name, target, None)
-        target.update_layer(adapter_name, config, rank)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: Any) -> None:
-        # PEFT's own also sets `weight` on what is put back when an adapter is unloaded, which a head of several
-        # layers does not have. Devices are the layer's concern.
-        setattr(parent, child_name, new_module)
+        if isinstance(target, RoutedExpertsLayer):
+            target.update_layer(adapter_name, config, rank)
+            return
+        check_linear(target, current_key, "routed experts")
+        if ".experts." in f".{current_key}":  # of a mixture of experts
+            raise HfEsmError(
+                f"'{current_key}' reads some of each sample's tokens, so that samples cannot be told apart. Leave it "
+                "out of target_modules."
+            )
+        state = routing_state(self.model) or self._state
+        # DeBERTa's shared projections read relative positions after the samples.
+        reads_once = bool(getattr(parent, "share_att_key", False))
+        tower = tower_of(current_key, towers(self.model))
+        layer = RoutedExpertsLinear(target, state, current_key, tower, adapter_name, reads_once)
+        self.add_layer(adapter_name, layer, parent, target_name, target)
+        layer.update_layer(adapter_name, config, rank)
 
     def _check_merge_allowed(self) -> None:
         raise HfEsmError(NOT_MERGEABLE)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise HfEsmError("Experts are chosen by the router or by `route(model, tasks)`, not by adapter_names.")
-        yield
 
     def unload(self) -> nn.Module:
         model = super().unload()
@@ -113,64 +82,56 @@ class RoutedExpertsModel(BaseTuner):
         return model
 
 
-def routing_state(model: nn.Module) -> Optional[RoutingState]:
-    """What the routed layers of a model share; None if it has none."""
-    return next((module.state for module in model.modules() if isinstance(module, RoutedExpertsLayer)), None)
+def fingerprint(model: nn.Module, modules: Iterable[str]) -> Optional[dict[str, str]]:
+    """Hashes of some weights of each module, rounded to bfloat16 and to float16, by dtype.
 
-
-@contextmanager
-def route(model: nn.Module, tasks: str | Sequence[str] | Any) -> Iterator[None]:
-    """Within it, this thread's samples get the experts that are named.
-
-    Args:
-        model: a model with a routed adapter.
-        tasks: a task for all samples, one per sample, a `Route`, what a discriminant router decided (a `Decision`), or
-            `"static"` for no expert. A task for all samples is added to what is made of no sample, too, such as
-            DeBERTa's relative positions.
-
-    Raises:
-        HfEsmError: if there is no such task, or several over a model whose samples cannot be told apart; in the
-            forward pass, if there is not one per sample.
+    In whatever dtype a model is loaded, at least one of the hashes is that of the stored weights. They tell the model
+    under the experts from the base, and from other merges. None if weights cannot be read (offloaded, quantised).
     """
-    state = _state_of(model)
-    layers = [module for module in model.modules() if isinstance(module, RoutedExpertsLayer)]
-    if not isinstance(tasks, (Route, Decision)):
-        known = {
-            task
-            for layer in layers
-            for adapter, config in layer.configs.items()
-            if adapter in layer.active_adapters
-            for task in config.tasks
-        }
-        if not isinstance(tasks, str):
-            tasks = list(tasks) if isinstance(tasks, Iterable) else [tasks]
-        named = [tasks] if isinstance(tasks, str) else tasks
-        if not named:
-            raise HfEsmError("route names no task. Give one for all samples, or one each.")
-        if unknown := [task for task in named if task not in known and task != "static"]:
-            there = ", ".join(sorted(known))
-            raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {there}, or 'static'.")
-        if why := None if isinstance(tasks, str) else inseparable(model):
-            if len(set(tasks)) != 1:
-                raise HfEsmError(f"{why}: its samples cannot be told apart. Name one task for all of a batch.")
-            tasks = tasks[0]
-        tasks = Named.of(tasks, {tuple(config.tasks) for layer in layers for config in layer.configs.values()})
-    before, state.local.forced = state.local.forced, tasks
-    try:
-        yield
-    finally:
-        state.local.forced = before
+    hashes = {dtype: hashlib.sha256() for dtype in (torch.bfloat16, torch.float16)}
+    for name in sorted(modules):
+        module = model.get_submodule(name)
+        for weight in (getattr(module, "weight", None), getattr(module, "bias", None)):
+            if weight is None:
+                continue
+            if weight.is_meta or not weight.is_floating_point() or weight.itemsize == 1:
+                return None
+            values = weight.detach().flatten()
+            sample = values[:: max(len(values) // 256, 1)].cpu()
+            for dtype, digest in hashes.items():
+                digest.update(f"{name} {tuple(weight.shape)}".encode())
+                digest.update(sample.to(dtype).view(torch.int16).numpy().tobytes())
+    return {str(dtype).removeprefix("torch."): digest.hexdigest() for dtype, digest in hashes.items()}
 
 
-@contextmanager
-def recording(model: nn.Module) -> Iterator[list[tuple[str, str, Decision]]]:
-    """Within it, this thread's decisions are listed: adapter, module that decided, and the decision."""
-    state = _state_of(model)
-    before, state.local.records = state.local.records, []
-    try:
-        yield state.local.records
-    finally:
-        state.local.records = before
+def _check_fingerprint(model: nn.Module, adapter: str, config: RoutedExpertsConfig) -> None:
+    """Refuse a model that is not the one under which the adapter's experts were made."""
+    modules = dict(model.named_modules())
+    missing = [name for name in config.modules if name not in modules]
+    if missing:
+        reason = f"it has no '{missing[0]}'"
+    else:
+        hashes = fingerprint(model, config.modules)
+        if hashes is None:
+            logger.warning(
+                "Adapter '%s': the weights of this %s cannot be read, so that they cannot be compared with those "
+                "that the experts were made for.",
+                adapter,
+                type(model).__name__,
+            )
+            return
+        if hashes.items() & config.base_fingerprint.items():
+            return
+        reason = "their weights differ"
+    raise HfEsmError(
+        f"Adapter '{adapter}' has experts of another model than this {type(model).__name__}: {reason}. Load the "
+        "adapter over the merged model that it was made with."
+    )
+
+
+def routing_state(model: nn.Module) -> Optional[RoutingState]:
+    """The state that the routed layers of a model share; None if it has no routed layers."""
+    return next((module.state for module in model.modules() if isinstance(module, RoutedExpertsLayer)), None)
 
 
 def _state_of(model: nn.Module) -> RoutingState:
@@ -180,39 +141,72 @@ def _state_of(model: nn.Module) -> RoutingState:
     return state
 
 
-def fingerprint(model: nn.Module, modules: Iterable[str]) -> Optional[dict[str, str]]:
-    """Hashes of some weights of each module, rounded to bfloat16 and to float16: in whatever dtype a model is loaded,
-    one of them is that of the stored weights. None where weights cannot be read (offloaded, quantised).
+@contextmanager
+def route(model: nn.Module, tasks: str | Sequence[str] | Route | Decision) -> Iterator[None]:
+    """Within this context, samples of this thread get the named experts.
 
-    It tells the model that experts were made over from its neighbours: the base, another merge.
+    Args:
+        model: a model with a routed adapter.
+        tasks: one task for all samples, one task per sample, a `Route`, a `Decision` of a discriminant router, or
+            `"static"` for no expert. One task for all samples is also added to inputs that do not come from samples,
+            such as DeBERTa's relative positions.
+
+    Raises:
+        HfEsmError: if there is no such task, or there are several over a model whose samples cannot be told apart; in
+            the forward pass, if there is not one task per sample.
     """
-    found = {dtype: hashlib.sha256() for dtype in (torch.bfloat16, torch.float16)}
-    for name in sorted(modules):
-        module = model.get_submodule(name)
-        for weight in (getattr(module, "weight", None), getattr(module, "bias", None)):
-            if weight is None:
-                continue
-            if weight.is_meta or not weight.is_floating_point() or weight.itemsize == 1:
-                return None
-            rows = weight.detach().flatten()
-            sample = rows[:: max(len(rows) // 256, 1)].cpu()
-            for dtype, digest in found.items():
-                digest.update(f"{name} {tuple(weight.shape)}".encode())
-                digest.update(sample.to(dtype).view(torch.int16).numpy().tobytes())
-    return {str(dtype).removeprefix("torch."): digest.hexdigest() for dtype, digest in found.items()}
+    state = _state_of(model)
+    forced = tasks if isinstance(tasks, (Route, Decision)) else _named(model, tasks)
+    before, state.local.forced = state.local.forced, forced
+    try:
+        yield
+    finally:
+        state.local.forced = before
 
 
-def decide(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, str, Decision]]:
-    """The decisions on a batch; with a discriminant router, no block after the deciding one is run, of an
-    encoder-decoder the encoder alone, and of two towers those that have something to read.
+def _named(model: nn.Module, tasks: str | Sequence[str]) -> Named:
+    """The tasks that a caller names, checked."""
+    layers = [module for module in model.modules() if isinstance(module, RoutedExpertsLayer)]
+    if not isinstance(tasks, str):
+        tasks = list(tasks) if isinstance(tasks, Iterable) else [tasks]
+    names = [tasks] if isinstance(tasks, str) else tasks
+    if not names:
+        raise HfEsmError("route names no task. Give one for all samples, or one per sample.")
+    active = [layer.configs[name] for layer in layers for name in layer.configs if name in layer.active_adapters]
+    known = {task for config in active for task in config.tasks}
+    if unknown := [task for task in names if task not in known and task != "static"]:
+        raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {', '.join(sorted(known))}, or 'static'.")
+    if not isinstance(tasks, str) and (reason := inseparable(model)):
+        if len(set(tasks)) != 1:
+            raise HfEsmError(f"{reason}: its samples cannot be told apart. Name one task for all of a batch.")
+        tasks = tasks[0]
+    return Named.of(tasks, {tuple(config.tasks) for layer in layers for config in layer.configs.values()})
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[list[tuple[str, str, Decision]]]:
+    """Within this context, list the decisions of this thread: adapter, module that decided, decision."""
+    state = _state_of(model)
+    before, state.local.records = state.local.records, []
+    try:
+        yield state.local.records
+    finally:
+        state.local.records = before
+
+
+def decide(model: nn.Module, inputs: Mapping[str, Any]) -> list[tuple[str, str, Decision]]:
+    """The decisions on a batch, as `recording` lists them.
+
+    A discriminant router ends the pass when it has decided. Of an encoder-decoder, the encoder alone runs; of two
+    towers, those with inputs in the batch.
     """
     local = _state_of(model).local
     with recording(model) as records:
-        for reader, read in _readers(model, inputs):
+        for part, part_inputs in _deciding_parts(model, inputs):
             local.deciding = True
             try:
-                with _uncompiled if _is_compiled(model) else nullcontext():  # a pass that is broken off cannot be
-                    reader(**read)
+                with _uncompiled if _is_compiled(model) else nullcontext():  # compiled passes cannot be ended early
+                    part(**part_inputs)
             except Decided:
                 pass
             finally:
@@ -226,7 +220,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 class _Uncompiled:
-    """Within it, nothing is compiled: one stance, which is all that torch has, for however many threads are in it."""
+    """Context in which nothing is compiled. Torch has one stance for the process, which all threads inside share."""
 
     def __init__(self) -> None:
         self.lock, self.inside, self.stance = threading.Lock(), 0, ExitStack()
@@ -237,7 +231,7 @@ class _Uncompiled:
                 self.stance.enter_context(torch.compiler.set_stance("force_eager"))
             self.inside += 1
 
-    def __exit__(self, *raised: Any) -> None:
+    def __exit__(self, *error: Any) -> None:
         with self.lock:
             self.inside -= 1
             if not self.inside:
@@ -247,20 +241,20 @@ class _Uncompiled:
 _uncompiled = _Uncompiled()
 
 
-def _readers(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[Callable, dict[str, Any]]]:
-    """The parts of a model that decide, and what of a batch each reads."""
+def _deciding_parts(model: nn.Module, inputs: Mapping[str, Any]) -> list[tuple[Callable, dict[str, Any]]]:
+    """The parts of a model that decide, each with its inputs in a batch."""
     whole = getattr(model, "get_base_model", lambda: model)()
     if whole.config.is_encoder_decoder:
         encoder = whole.get_encoder()
-        return [(encoder, _known(encoder.forward, inputs))]
+        return [(encoder, _arguments(encoder.forward, inputs))]
     if not towers(whole):
-        return [(model, inputs)]
+        return [(model, dict(inputs))]
     names = ("get_text_features", "get_image_features", "get_audio_features")
     parts = [getattr(whole, name) for name in names if hasattr(whole, name)]
-    read = [(part, _known(part, inputs)) for part in parts]
-    return [(part, own) for part, own in read if next(iter(inspect.signature(part).parameters)) in own]
+    given = [(part, _arguments(part, inputs)) for part in parts]
+    return [(part, inputs) for part, inputs in given if next(iter(inspect.signature(part).parameters)) in inputs]
 
 
-def _known(function: Callable, inputs: dict[str, Any]) -> dict[str, Any]:
+def _arguments(function: Callable, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs that a function takes."""
     return {name: value for name, value in inputs.items() if name in inspect.signature(function).parameters}

@@ -1,4 +1,4 @@
-"""What a layer's input says of each sample: its rows, and their mean over real tokens."""
+"""The rows of each sample in a layer's input, and their mean over real tokens."""
 
 from typing import Any, Optional
 
@@ -6,21 +6,27 @@ import torch
 from torch import Tensor
 
 from ...errors import HfEsmError
-from .routing import Frame, SoundMask
+from .frames import Frame, SoundMask
 
 
 def sample_rows(x: Tensor, batch: int) -> Optional[Tensor]:
-    """A layer's input as `[B, rows, d]`, or None if it is made of no sample (relative positions)."""
+    """A layer's input as `[B, rows, d]`; None if it does not come from samples (relative positions)."""
     if x.dim() < 2 or not batch or x.shape[0] % batch:
         return None
     return x if x.dim() == 3 and x.shape[0] == batch else x.reshape(batch, -1, x.shape[-1])
 
 
 def pool(rows: Tensor, frame: Frame, x: Tensor, module: str) -> Tensor:
-    """The mean over each sample's real tokens, `[B, d]` float32.
+    """The mean over each sample's real tokens, `[B, d]` float32; over those of the prompt, if the frame has one.
+
+    Args:
+        rows: the layer's input as `[B, n, d]`.
+        frame: of the forward pass.
+        x: the layer's input, as the layer was given it.
+        module: name of the layer.
 
     Raises:
-        HfEsmError: if the mask is of another length than the layer's input, or a sample has no real token.
+        HfEsmError: if the mask has another length than the layer's input, or a sample has no real token.
     """
     from_encoder = frame.encoder_states is not None and x is frame.encoder_states
     real = _real_tokens(frame.encoder_mask if from_encoder else frame.mask, rows, frame.past, module)
@@ -37,23 +43,23 @@ def pool(rows: Tensor, frame: Frame, x: Tensor, module: str) -> Tensor:
 
 
 def _real_tokens(mask: Any, rows: Tensor, past: int, module: str) -> Optional[Tensor]:
-    """`[B, n]` bool from any mask that a model hands on; None where all tokens are real."""
+    """Mask of real tokens `[B, n]` bool, from any kind of mask that models use; None where all tokens are real."""
     if isinstance(mask, SoundMask):
         mask = mask.frames(rows.shape[1])
-    if isinstance(mask, dict):  # one per kind of attention
+    if isinstance(mask, dict):  # one mask for each kind of attention
         mask = mask.get("full_attention", next(iter(mask.values())))
     if not isinstance(mask, Tensor):
         return None
     length = rows.shape[1]
-    if mask.dim() == 4:  # what a query sees of itself: causal and sliding windows let it
+    if mask.dim() == 4:  # causal and sliding windows let every real token see itself: the diagonal
         mask = mask[:, 0].diagonal(offset=past, dim1=-2, dim2=-1)
         mask = mask if mask.dtype == torch.bool else mask >= 0
     mask = mask.bool()
     if mask.dim() == 2 and mask.shape[1] > length and past:
         mask = mask[:, past : past + length]
     if mask.shape == rows.shape[:2]:
-        return mask.to(rows.device)  # the model may be spread over several
-    if length == 1 or bool(mask.all()):  # pooled already, or nothing is padded
+        return mask.to(rows.device)  # the model may be on several devices
+    if length == 1 or bool(mask.all()):  # a pooled input, or a batch without padding
         return None
     raise HfEsmError(
         f"{module}: the attention mask has {tuple(mask.shape)} positions and the layer reads {tuple(rows.shape[:2])}, "
