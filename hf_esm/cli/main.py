@@ -11,6 +11,7 @@ from typing import Optional
 from datasets import disable_progress_bars
 
 from ..errors import HfEsmError
+from ..utils import in_flags
 from .parser import build_parser
 
 
@@ -24,7 +25,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         with _interruptible():
             given.run(given)
     except HfEsmError as error:
-        print(f"hf-esm: {error}", file=sys.stderr)
+        print(f"hf-esm: {in_flags(str(error), given.flags)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         going_on = " The same command goes on with the work." if getattr(given, "resume_dir", None) else ""

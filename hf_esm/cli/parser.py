@@ -8,7 +8,7 @@ import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
@@ -199,7 +199,7 @@ def _command(
         name, help=summary, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--traceback", action="store_true", help="show where an unexpected error comes from")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, flags=parser._option_string_actions)  # a live view of all flags
     return parser
 
 
@@ -233,7 +233,7 @@ def _add_flags(
         how: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
         if kind is bool:
             how["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is Mapping:
+        elif field.name == "columns":
             how |= {"action": "extend", "nargs": "+", "metavar": "NAME=VALUE"}
         elif field.name == "heads":
             how |= {"action": "extend", "nargs": "+", "metavar": "MODULE"}

@@ -69,7 +69,7 @@ class CandidateModels:
         self._shared = set(plan.heads.shared)
         self.body: dict[str, torch.Tensor] = {}
         self.whole = self._build(plan.base, []) if whole else None
-        self.by_task = {} if whole else {t: self._build(e, plan.heads.own[t]) for t, e in plan.experts.items()}
+        self.by_task = {} if whole else {t: self._build(e, plan.heads.by_task[t]) for t, e in plan.experts.items()}
 
     def _build(self, checkpoint: Checkpoint, own: list[str]) -> PreTrainedModel:
         model = self.plan.base.load_model_as(type(checkpoint.skeleton), checkpoint.config).float().to(self.device)

@@ -18,7 +18,7 @@ def write_card(
     `num_samples` holds the number of proxy samples of each expert that was calibrated.
     """
     licences = set(plan.licences.values())
-    task_heads = [task for task, own in plan.heads.own.items() if own]
+    task_heads = [task for task, own in plan.heads.by_task.items() if own]
     data = ModelCardData(
         base_model=[source.repo_id for source in sources.values() if source.repo_id] or None,
         base_model_relation="merge" if any(source.repo_id for source in sources.values()) else None,
@@ -38,7 +38,7 @@ def write_card(
                 "revision": expert.revision,
                 "kind": "LoRA" if isinstance(expert, LoraCheckpoint) else type(expert.skeleton).__name__,
                 "licence": plan.licences.get(task, "not stated"),
-                "labels": list(expert.config.id2label.values()) if plan.heads.own[task] else [],
+                "labels": list(expert.config.id2label.values()) if plan.heads.by_task[task] else [],
             }
             for task, expert in plan.experts.items()
         ],

@@ -17,6 +17,7 @@ from ..errors import HfEsmError
 from ..hub import write_hashes
 from ..methods import resolve_method
 from ..planning import (
+    MergeData,
     MergeOptions,
     MergePlan,
     check_arguments,
@@ -91,7 +92,7 @@ def merge_models(
     accelerator = accelerator or default_accelerator()
     run = MergeRun(options, accelerator, callback)
     experts = name_experts(experts)
-    check_arguments(options, method, experts, calibration, validation, score_fn, processor)
+    check_arguments(options, method, experts, MergeData(calibration, validation, score_fn, processor))
     access = Access(token, options.allow_pickle, options.trust_remote_code)
 
     def read_headers() -> tuple[dict[str, ModelSource], MergePlan]:

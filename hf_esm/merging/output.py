@@ -103,7 +103,7 @@ def write_files(
     if processors["base"] is not None:
         _with_chat_template(processors).save_pretrained(folder)
     for task, expert in plan.experts.items():
-        save_head(folder, task, expert, plan.heads.own[task])
+        save_head(folder, task, expert, plan.heads.by_task[task])
     recorded = _record_calibration(folder, plan, calibration, samples, options)
     recipe = {
         "recipe_version": RECIPE_VERSION,

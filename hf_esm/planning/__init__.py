@@ -4,9 +4,9 @@ Comes in: the caller's arguments, or a recipe. Goes out: a checked `MergePlan`, 
 wrong.
 """
 
-from .arguments import check_arguments, check_replaceable, name_experts, torch_dtype
+from .arguments import MergeData, check_arguments, check_replaceable, name_experts
 from .checks import check_disk, check_memory, check_values
-from .options import MergeOptions
+from .options import MergeOptions, torch_dtype
 from .plan import MergePlan, calibrated_widths, plan_merge
 from .recipe import RECIPE_VERSION, absolute_path, load_recipe
 from .resources import merge_bytes
@@ -14,6 +14,7 @@ from .resources import merge_bytes
 
 __all__ = [
     "RECIPE_VERSION",
+    "MergeData",
     "MergeOptions",
     "MergePlan",
     "absolute_path",

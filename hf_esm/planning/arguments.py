@@ -1,146 +1,202 @@
-"""The caller's arguments, checked before any file is opened."""
+"""Checks of the caller's arguments, made before any file is opened."""
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
-
-from ..checkpoints import CALIBRATION_FOLDER, RECIPE_FILE
+from ..checkpoints import CALIBRATION_FOLDER, RECIPE_FILE, ModelSpec
+from ..data import DataSpec
 from ..errors import HfEsmError
 from ..methods import MergeMethod
-from ..utils import WORK_FOLDER
+from ..utils import WORK_FOLDER, check_known
 from .options import MergeOptions
 
 
-_LONGEST_NAME = 100  # of a task, which names files
+_LONGEST_NAME = 100  # of a task, whose name is the name of files and folders
 
 
-TAKEN = ("base", "static", "none")  # what stands beside the tasks: the base, no expert, none of the tasks
+_RESERVED = ("base", "static", "none")  # as tasks: the base, no expert, none of the tasks
 
 
-def name_experts(experts: Any) -> dict[str, Any]:
-    """Experts by task name, from a mapping, pairs, or a list of paths (named by their last part)."""
+@dataclass(frozen=True)
+class MergeData:
+    """The data of a merge, as the caller passes it to `merge_models`.
+
+    Attributes:
+        calibration: samples or statistics by task, or the folder of all statistics.
+        validation: labelled rows by task.
+        score_fn: function of a model, or one by task.
+        processor: tokenizer or processor for models that have none in their folders.
+    """
+
+    calibration: Optional[Mapping[str, Any] | str | os.PathLike] = None
+    validation: Optional[Mapping[str, DataSpec]] = None
+    score_fn: Optional[Callable[[Any], float] | Mapping[str, Callable[[Any], float]]] = None
+    processor: Any = None
+
+    def calibration_of(self, task: str) -> Any:
+        """Return the samples or statistics of one task as the caller passed them; None if there are none."""
+        if isinstance(self.calibration, (str, os.PathLike)):
+            return Path(self.calibration).expanduser() / f"{task}.safetensors"
+        return (self.calibration or {}).get(task)
+
+
+def name_experts(experts: Any) -> dict[str, ModelSpec]:
+    """Return the experts by task name.
+
+    Args:
+        experts: a mapping from task names to models, a list of pairs of both, or a list of folders and ids, whose last
+            part names the task.
+
+    Raises:
+        HfEsmError: if there are fewer than two, if a name is taken twice, or if it cannot be a task's name.
+    """
     if not isinstance(experts, Mapping):
         if isinstance(experts, (str, os.PathLike)) or not isinstance(experts, Iterable):
-            given = repr(experts) if isinstance(experts, str) else type(experts).__name__
-            raise HfEsmError(f"experts: give models by task name, or a list of folders and ids, not {given}.")
+            wrong = repr(experts) if isinstance(experts, str) else f"a {type(experts).__name__}"
+            raise HfEsmError(f"`experts` must be models by task name, or a list of folders and ids, not {wrong}.")
         pairs = [_named(expert) for expert in experts]
         names = [name for name, _ in pairs]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise HfEsmError(f"Two experts are named {sorted(twice)[0]!r}. Give each task a name of its own.")
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise HfEsmError(f"Two experts are named {sorted(repeated)[0]!r}. Give each task a name of its own.")
         experts = dict(pairs)
     for name in experts:
-        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name) or name in TAKEN:
-            taken = ", ".join(TAKEN)
-            quoted = "" if isinstance(name, str) else "; in YAML, put it in quotes"
-            raise HfEsmError(f"Task name {name!r}: use letters, digits, '.', '_' and '-'{quoted} (taken are {taken}).")
-        if len(name) > _LONGEST_NAME:
-            raise HfEsmError(f"Task name {name[:20]!r}…: of {len(name)} letters; use {_LONGEST_NAME} at most.")
+        _check_task_name(name)
     if len(experts) < 2:
-        raise HfEsmError(f"Merging takes at least two experts; got {list(experts) or 'none'}.")
+        raise HfEsmError(f"A merge takes at least two experts; `experts` has {', '.join(experts) or 'none'}.")
     return dict(experts)
 
 
+def _check_task_name(name: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name) or name in _RESERVED:
+        quotes = "" if isinstance(name, str) else " (in YAML, put it in quotes)"
+        raise HfEsmError(
+            f"{name!r} cannot be the name of a task{quotes}: use letters, digits, '.', '_' and '-', and none of "
+            f"{', '.join(_RESERVED)}."
+        )
+    if len(name) > _LONGEST_NAME:
+        raise HfEsmError(f"The task name {name[:20]!r}… has {len(name)} letters; use at most {_LONGEST_NAME}.")
+
+
 def _named(expert: Any) -> tuple[str, Any]:
-    """An entry of a list of experts, with its task's name."""
+    """Return an entry of a list of experts with the name of its task."""
     if isinstance(expert, (tuple, list)) and len(expert) == 2:
         return tuple(expert)
     path = expert.get("path") if isinstance(expert, Mapping) else expert
     if not isinstance(path, (str, os.PathLike)):
-        raise HfEsmError(f"experts: a list takes folders and ids; give a {type(expert).__name__} by task name.")
+        raise HfEsmError(
+            f"`experts`: a list takes folders and ids. Pass a {type(expert).__name__} by task name, as "
+            "{'task': model}."
+        )
     return Path(path).name.partition("@")[0], expert
 
 
 def check_arguments(
-    options: MergeOptions,
-    method: MergeMethod,
-    experts: dict,
-    calibration: Any,
-    validation: Any,
-    score_fn: Any,
-    processor: Any = None,
+    options: MergeOptions, method: MergeMethod, experts: Mapping[str, ModelSpec], data: MergeData
 ) -> None:
-    """What can be said before any file is opened."""
-    if isinstance(processor, (str, os.PathLike)):
-        raise HfEsmError(f"processor takes a loaded one, not {processor!r}: AutoProcessor.from_pretrained(…).")
-    for scored in score_fn.values() if isinstance(score_fn, Mapping) else (score_fn,):
-        if scored is not None and not callable(scored):
-            raise HfEsmError(f"score_fn must be a function of a model, or one per task, not {scored!r}.")
-    for what, given in (("calibration", calibration), ("validation", validation)):
-        folder = what == "calibration" and isinstance(given, (str, os.PathLike))
-        if given is not None and not folder and not isinstance(given, Mapping):
-            raise HfEsmError(f"{what} must name each task's own, as {{'task': …}}; got a {type(given).__name__}.")
-    for what, given in (("calibration", calibration), ("validation", validation), ("score_fn", score_fn)):
-        if isinstance(given, Mapping) and (unknown := given.keys() - experts.keys()):
-            raise HfEsmError(
-                f"{what} names {sorted(unknown)[0]!r}, which is no expert; there are {', '.join(experts)}."
-            )
+    """Raise an error for arguments that cannot be right, whatever the files hold.
+
+    Raises:
+        HfEsmError: on data of a wrong kind or of unknown tasks, on a search of `alpha` without data, and on folders
+            that cannot be made, or whose replacement would remove something else.
+    """
+    _check_kinds(data)
+    for name in ("calibration", "validation", "score_fn"):
+        if isinstance(by_task := getattr(data, name), Mapping):
+            check_known(by_task, experts, "expert", f"`{name}`")
     if options.alpha == "auto":
-        if not method.tunable:
-            raise HfEsmError(f"Method {method.name!r} has no alpha to choose; leave alpha out.")
-        if validation is None and score_fn is None:
-            raise HfEsmError("alpha='auto' needs validation rows per task, or score_fn. Or give alpha a number.")
-        scored = validation if score_fn is None else score_fn
-        if isinstance(scored, Mapping) and (lacking := experts.keys() - scored.keys()):
-            what = "validation rows" if score_fn is None else "score_fn"
-            raise HfEsmError(f"alpha='auto': there are no {what} for {sorted(lacking)[0]!r}.")
-    for what in ("output_dir", "statistics_dir", "resume_dir"):
-        place = getattr(options, what)
-        if place is None:
-            continue
-        if not isinstance(place, (str, os.PathLike)):
-            raise HfEsmError(f"{what} must be a folder, not {place!r}.")
-        whole = Path(place).expanduser().resolve()
-        above = whole.parents if what == "output_dir" else (whole, *whole.parents)
-        if blocked := [path for path in above if path.exists() and not path.is_dir()]:
-            raise HfEsmError(f"{what} {place}: {blocked[0]} is a file. Choose another folder.")
-        work = options.resume_dir and (Path(options.resume_dir).expanduser() / WORK_FOLDER).resolve()
-        if work and what != "resume_dir" and whole.is_relative_to(work):
-            raise HfEsmError(f"{what} {place} stands in the work of resume_dir, which goes away. Choose another.")
+        _check_search(method, experts, data)
+    for name in ("output_dir", "statistics_dir", "resume_dir"):
+        _check_folder(options, name)
     if options.output_dir:
-        _check_output(options, {"calibration": calibration, "validation": validation})
+        _check_output(options, data)
 
 
-def _check_output(options: MergeOptions, data: dict[str, Any]) -> None:
-    """Refuse an output folder that cannot be made, or whose replacement would take away something else."""
+def _check_kinds(data: MergeData) -> None:
+    """Raise an error for data of a wrong type."""
+    if isinstance(data.processor, (str, os.PathLike)):
+        raise HfEsmError(
+            f"`processor` must be a loaded one, not {data.processor!r}. Pass AutoProcessor.from_pretrained(…)."
+        )
+    for function in data.score_fn.values() if isinstance(data.score_fn, Mapping) else (data.score_fn,):
+        if function is not None and not callable(function):
+            raise HfEsmError(f"`score_fn` must be a function of a model, or one per task, not {function!r}.")
+    for name in ("calibration", "validation"):
+        passed = getattr(data, name)
+        is_folder = name == "calibration" and isinstance(passed, (str, os.PathLike))
+        if passed is not None and not is_folder and not isinstance(passed, Mapping):
+            raise HfEsmError(f"`{name}` must be data by task, as {{'task': …}}, not a {type(passed).__name__}.")
+
+
+def _check_search(method: MergeMethod, experts: Mapping[str, ModelSpec], data: MergeData) -> None:
+    """Raise an error if alpha cannot be searched."""
+    if not method.tunable:
+        raise HfEsmError(f"The method {method.name!r} has no alpha to choose. Leave `alpha` out.")
+    if data.validation is None and data.score_fn is None:
+        raise HfEsmError(
+            "`alpha='auto'` needs labelled rows per task (`validation`) or a function that scores models "
+            "(`score_fn`). Or pass a number as `alpha`."
+        )
+    name = "validation" if data.score_fn is None else "score_fn"
+    scored = getattr(data, name)
+    if isinstance(scored, Mapping) and (lacking := sorted(experts.keys() - scored.keys())):
+        raise HfEsmError(f"`alpha='auto'`: `{name}` has nothing for {lacking[0]!r}. Add it, or give `alpha` a number.")
+
+
+def _check_folder(options: MergeOptions, name: str) -> None:
+    """Raise an error if the folder that an option names cannot be one, or is inside work that will be removed."""
+    folder = getattr(options, name)
+    if folder is None:
+        return
+    path = Path(folder).expanduser().resolve()
+    above = path.parents if name == "output_dir" else (path, *path.parents)
+    if files := [parent for parent in above if parent.exists() and not parent.is_dir()]:
+        raise HfEsmError(f"`{name}` {folder}: {files[0]} is a file. Choose another folder.")
+    work = options.resume_dir and (Path(options.resume_dir).expanduser() / WORK_FOLDER).resolve()
+    if work and name != "resume_dir" and path.is_relative_to(work):
+        raise HfEsmError(
+            f"`{name}` {folder} is inside the work in progress of `resume_dir`, which will be removed. Choose another "
+            "folder."
+        )
+
+
+def _check_output(options: MergeOptions, data: MergeData) -> None:
+    """Raise an error if the output folder cannot be made, or if its replacement would remove something else."""
     output = Path(options.output_dir).expanduser()
-    whole = output.resolve()
-    if Path.cwd().is_relative_to(whole):
-        raise HfEsmError(f"output_dir {output} is, or holds, the current folder. Choose another.")
+    resolved = output.resolve()
+    if Path.cwd().is_relative_to(resolved):
+        raise HfEsmError(f"`output_dir` {output} is the current folder, or contains it. Choose another folder.")
     check_replaceable(output, options.overwrite, "output_dir")
-    inside = {"statistics_dir": options.statistics_dir, "resume_dir": options.resume_dir}
-    for what, given in data.items():
-        by_task = given if isinstance(given, Mapping) else {"all": given}
-        inside |= {f"{what} of '{task}'": spec for task, spec in by_task.items()}
-    for what, given in inside.items():
-        path = given.get("path") if isinstance(given, Mapping) else given
-        place = Path(path).expanduser().resolve() if isinstance(path, (str, os.PathLike)) else None
-        if place and place.is_relative_to(whole) and not place.is_relative_to(whole / CALIBRATION_FOLDER):
+    places: dict[str, Any] = {"`statistics_dir`": options.statistics_dir, "`resume_dir`": options.resume_dir}
+    for name in ("calibration", "validation"):
+        passed = getattr(data, name)
+        by_task = passed if isinstance(passed, Mapping) else {"all": passed}
+        places |= {f"{name} of '{task}'": rows for task, rows in by_task.items()}
+    for name, place in places.items():
+        path = place.get("path") if isinstance(place, Mapping) else place
+        inside = Path(path).expanduser().resolve() if isinstance(path, (str, os.PathLike)) else None
+        if inside and inside.is_relative_to(resolved) and not inside.is_relative_to(resolved / CALIBRATION_FOLDER):
             raise HfEsmError(
-                f"{what} ({path}) stands in output_dir {output}, which would be replaced. Choose another output_dir."
+                f"{name} ({path}) is inside `output_dir` {output}, which will be replaced. Choose another "
+                "`output_dir`."
             )
 
 
 def check_replaceable(output: Path, overwrite: bool, name: str = "folder") -> None:
-    """Refuse to write where something stands, unless a merge wrote it and it is to be overwritten; `name` is what the
-    caller calls the folder.
+    """Raise an error if something exists at `output`, unless a merge wrote it and it is to be overwritten.
+
+    Args:
+        name: of the argument that names the folder, for the error.
     """
+    name = f"`{name}`" if name != "folder" else name
     if not output.exists() and not output.is_symlink():
         return
     if not overwrite:
-        flag = " (--overwrite)" if name == "output_dir" else ""
-        raise HfEsmError(f"{output} exists. Choose another {name}, or pass overwrite=True{flag}.")
+        raise HfEsmError(f"{output} exists. Choose another {name}, or pass `overwrite=True`.")
     if output.is_symlink():
         raise HfEsmError(f"{output} is a link, so it is not overwritten. Name the folder that it leads to.")
     if not output.is_dir() or (any(output.iterdir()) and not (output / RECIPE_FILE).is_file()):
-        raise HfEsmError(f"{output} is not what a merge wrote, so it is not overwritten. Choose another {name}.")
-
-
-def torch_dtype(name: Optional[str]) -> Optional[torch.dtype]:
-    dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
-    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise HfEsmError(f"dtype must be a floating-point dtype of torch such as 'bfloat16', not {name!r}.")
-    return dtype if name is not None else None
+        raise HfEsmError(f"{output} was not written by a merge, so it is not overwritten. Choose another {name}.")

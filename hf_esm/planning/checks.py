@@ -83,7 +83,7 @@ def check_values(plan: MergePlan, progress: Any = iter) -> None:
         if not names:
             raise HfEsmError(f"{plan.experts[task].title} equals the base in every merged weight. Leave it out.")
     plan.unchanged = frozenset(plan.heads.shared) - frozenset.union(*map(frozenset, changed.values()))
-    for task, names in plan.heads.own.items():
+    for task, names in plan.heads.by_task.items():
         for name in names:
             _check_finite(plan.experts[task].tensor(name), plan.experts[task], name)
 

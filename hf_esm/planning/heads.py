@@ -1,4 +1,4 @@
-"""Which weights are merged, and which every task keeps as its head."""
+"""Which weights are merged, and which each task keeps as its head."""
 
 import copy
 import logging
@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..architecture import body_key, body_prefix
 from ..checkpoints import Checkpoint, LoraCheckpoint
 from ..errors import HfEsmError
+from ..utils import closest_name
 
 
 logger = logging.getLogger(__name__)
@@ -24,86 +25,103 @@ class HeadPlan:
 
     Attributes:
         shared: canonical names of the weights that are merged.
-        own: per task, canonical names of the weights that it keeps to itself.
-        kept_from_base: canonical names of weights of the base that no merge touches.
-        warnings: what the user should know.
+        by_task: per task, canonical names of the weights of its head: all that its model keeps for itself.
+        kept_from_base: canonical names of the weights that the merged model takes from the base unchanged.
+        warnings: messages for the user.
     """
 
     shared: list[str]
-    own: dict[str, list[str]]
+    by_task: dict[str, list[str]]
     kept_from_base: list[str]
     warnings: list[str] = field(default_factory=list)
 
 
 def plan_heads(base: Checkpoint, experts: dict[str, Checkpoint], heads: str | Iterable[str] = "auto") -> HeadPlan:
-    """Decide for every weight whether it is merged, kept per task, or left as the base has it.
+    """Decide for every weight whether it is merged, kept per task, or taken from the base.
 
-    A weight outside the model's body is merged where the base and all experts have it in one shape and predict the
-    same (tokens of a vocabulary, or labels of the same names; LABEL_0 is no name, and adapters name none), and is the
-    task's own otherwise.
-    With a head of its own, a task also keeps those weights of the body that feed nothing but that head, such as
-    BERT's pooler: see `readouts`.
+    A weight outside the model's body is merged if the base and all experts have it in one shape and predict the same
+    things (tokens of a vocabulary, or labels of the same names; `LABEL_0` is not a name, and adapters name none).
+    Otherwise it belongs to the task's head. The head also includes the weights of the body that feed nothing but the
+    head, such as BERT's pooler: see `readouts`.
 
     Args:
-        heads: `"auto"` for the above; `"merge"` to merge all that base and experts share; `"keep"` to let every task
-            keep its head even where heads agree; or the names of the modules that each task keeps
-            (`["pooler", "classifier"]`, names as inside the body).
+        heads: `"auto"` for the rule above; `"merge"` to merge every weight that the base and all experts share;
+            `"keep"` to keep every head per task, even where heads agree; or names of the modules that each task keeps
+            (`["pooler", "classifier"]`, named as inside the body).
+
+    Raises:
+        HfEsmError: if `heads` is of another kind, or names a module that no expert has.
     """
-    listed = not isinstance(heads, str) and isinstance(heads, Iterable)
-    if not listed and heads not in ("auto", "merge", "keep"):
-        raise HfEsmError(f"heads must be 'auto', 'merge', 'keep' or a list of module names, not {heads!r}.")
+    if heads not in ("auto", "merge", "keep") if isinstance(heads, str) else not isinstance(heads, Iterable):
+        raise HfEsmError(f"`heads` must be 'auto', 'merge', 'keep' or a list of module names, not {heads!r}.")
     common = [name for name in base.names if all(name in expert.names for expert in experts.values())]
     warnings: list[str] = []
     if not isinstance(heads, str):
-        kept = _named_modules(list(heads), experts)
+        kept = _weights_of_modules(list(heads), experts)
     elif heads == "merge":
         kept = set()
     else:
-        kept = set()
-        agree = heads == "auto" and _labels_agree(base, experts.values())
-        known: dict[str, Optional[set[str]]] = {}
-        for expert in experts.values():
-            head = [name for name in expert.names if not _in_body(expert, name)]
-            own = [name for name in head if not (agree and name in common and _one_shape(name, base, experts))]
-            kept.update(own)
-            if own:
-                body = body_key(expert.skeleton)
-                found = known[body] if body in known else known.setdefault(body, readouts(expert.skeleton))
-                if found is None:
-                    warnings.append(
-                        f"{expert.title}: could not tell which weights of its body feed only its head (no dummy input "
-                        "runs through it); all of the body is merged. Pass `heads=[…]` to name modules to keep."
-                    )
-                kept.update(found or ())
+        mergeable = set(common) if heads == "auto" and _labels_agree(base, experts.values()) else set()
+        mergeable = {name for name in mergeable if _one_shape(name, base, experts)}
+        kept = _weights_of_heads(experts.values(), mergeable, warnings)
     shared = [name for name in common if name not in kept]
     merged = set(shared)
-    own = {task: [name for name in expert.names if name not in merged] for task, expert in experts.items()}
-    return HeadPlan(shared, own, [name for name in base.names if name not in merged], warnings)
+    by_task = {task: [name for name in expert.names if name not in merged] for task, expert in experts.items()}
+    return HeadPlan(shared, by_task, [name for name in base.names if name not in merged], warnings)
 
 
-def readouts(model: PreTrainedModel) -> Optional[set[str]]:
-    """Canonical names of the weights of the model's body that its hidden states do not depend on.
+def _weights_of_heads(experts: Iterable[Checkpoint], mergeable: set[str], warnings: list[str]) -> set[str]:
+    """Return the weights outside the bodies that are not mergeable, and those of the bodies that feed only them."""
+    kept: set[str] = set()
+    for expert in experts:
+        head = {name for name in expert.names if not _in_body(expert, name)} - mergeable
+        kept |= head
+        if not head:
+            continue
+        feeding = readouts(expert.skeleton)
+        if feeding is None:
+            warnings.append(
+                f"{expert.title}: could not tell which weights of its body feed only its head (no dummy input runs "
+                "through it), so all of the body is merged. To keep modules per task, name them: `heads=[…]`."
+            )
+        kept |= feeding or set()
+    return kept
 
-    The body is run once on a dummy input; a weight with a path in the autograd graph to one of the body's outputs but
-    none to the first (the hidden states) feeds only what a head reads out, like BERT's and ViT's pooler. It runs on
-    the meta device, or, where the model's code looks at values, with one layer on the CPU. None where neither runs.
+
+_known_readouts: dict[tuple[type, str], Optional[frozenset[str]]] = {}
+
+
+def readouts(model: PreTrainedModel) -> Optional[frozenset[str]]:
+    """Return canonical names of the weights of the model's body that its hidden states do not depend on.
+
+    The body is run once on a dummy input. A weight with a path in the autograd graph to one of the body's outputs but
+    none to the first output (the hidden states) feeds only the head, like BERT's and ViT's pooler. The body runs on
+    the meta device, or, where the model's code looks at values, with one layer on the CPU. The result is None if it
+    runs on neither. One run per architecture and process; later calls return its result.
     """
+    architecture = (type(model), body_key(model))
+    if architecture not in _known_readouts:
+        _known_readouts[architecture] = _find_readouts(model)
+    return _known_readouts[architecture]
+
+
+def _find_readouts(model: PreTrainedModel) -> Optional[frozenset[str]]:
     prefix = body_prefix(model)
     if not prefix:
-        return set()
+        return frozenset()
     for device, prepare in (("meta", copy.deepcopy), ("cpu", _shallow)):
         try:
             config = prepare(model.config)
             with torch.device(device):
                 body = getattr(type(model)(config).eval(), prefix.rstrip("."))
-                return _unread(body)
+                return frozenset(_unread(body))
         except Exception as error:
             logger.debug("no dummy input runs through %s on %s: %s", type(model).__name__, device, error)
     return None
 
 
 def _unread(body: PreTrainedModel) -> set[str]:
-    """Names of the parameters that some output of the body depends on, but not the first."""
+    """Return names of the parameters that some output of the body depends on, but the first output does not."""
     parameters = {name: p.requires_grad_() for name, p in body.named_parameters() if p.is_floating_point()}
     with torch.enable_grad():
         outputs = [t for t in body(**_dummy_inputs(body), return_dict=True).values() if isinstance(t, Tensor)]
@@ -122,7 +140,7 @@ def _unread(body: PreTrainedModel) -> set[str]:
 
 
 def _shallow(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of the same model with one layer, and one entry in what it lists by layer."""
+    """Copy a config with one layer instead of many, and with one entry in each list that has an entry per layer."""
     config = copy.deepcopy(config)
     for name in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
         depth = getattr(config, name, None)
@@ -135,7 +153,7 @@ def _shallow(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _dummy_inputs(body: PreTrainedModel) -> dict[str, Tensor]:
-    """The smallest input that the body takes, by its main input's name."""
+    """Return small inputs of zeros of the kind that the body takes, by argument name."""
     config, name = body.config, body.main_input_name
     if name == "pixel_values":
         size = getattr(config, "image_size", 224)
@@ -163,10 +181,10 @@ def _one_shape(name: str, base: Checkpoint, experts: dict[str, Checkpoint]) -> b
 
 
 def _labels_agree(base: Checkpoint, experts: Iterable[Checkpoint]) -> bool:
-    """Whether base and experts, where they have labels at all, have the same ones.
+    """Whether the base and the experts have the same labels, or none.
 
-    Two experts are not of one task because both have Transformers' default names, nor because an adapter with a head
-    of its own has the base's names, as it stores none; but this matters to classifiers alone.
+    Default names (`LABEL_0`) do not show that two classifiers are of one task. Neither do the labels of an adapter
+    that changes its head: it stores no labels and takes the names of the base.
     """
     checkpoints = [base, *experts]
     adapted = any(
@@ -179,17 +197,25 @@ def _labels_agree(base: Checkpoint, experts: Iterable[Checkpoint]) -> bool:
     return len(maps) == 1 and not (unnamed and classifies)
 
 
-def _named_modules(modules: list[str], experts: dict[str, Checkpoint]) -> set[str]:
-    """The weights inside the modules that the user named, by canonical or live name."""
-    found: set[str] = set()
+def _weights_of_modules(modules: list[str], experts: dict[str, Checkpoint]) -> set[str]:
+    """Return the weights inside the modules that the user named, by canonical or live name."""
+    weights: set[str] = set()
     for module in modules:
-        hits = {
+        inside = {
             name
             for expert in experts.values()
             for name, live in expert.names.items()
             if name.startswith(f"{module}.") or live.startswith(f"{module}.") or module in (name, live)
         }
-        if not hits:
-            raise HfEsmError(f"heads: no expert has a module named {module!r}.")
-        found |= hits
-    return found
+        if not inside:
+            modules_of = {part for expert in experts.values() for name in expert.names for part in _modules(name)}
+            meant = f" Did you mean {closest!r}?" if (closest := closest_name(module, modules_of)) else ""
+            raise HfEsmError(f"`heads`: no expert has a module named {module!r}.{meant}")
+        weights |= inside
+    return weights
+
+
+def _modules(name: str) -> list[str]:
+    """Return names of all modules that hold a weight: `encoder`, `encoder.layer`, …"""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -1,46 +1,61 @@
-"""The options of `merge_models` in one place: keyword arguments, recipes and command line flags are read off here."""
+"""The options of `merge_models`: the one source of its keyword arguments, of recipe keys and of flags."""
 
+import os
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import isfinite
 from numbers import Real
 from typing import Any, Optional
 
+import torch
+
 from ..data import RunOptions
 from ..errors import HfEsmError
-from ..methods import METHODS
+from ..methods import METHODS, MergeMethod
+from ..metrics import Metric
 from ..utils import bytes_of
 
 
 @dataclass
 class MergeOptions(RunOptions):
-    """Everything about a merge but the models and the data.
+    """Everything about a merge except the models and the data. `merge_models` takes each field as an argument.
 
     Attributes:
-        method: name of a method, `{"name": …, setting: value}`, or its settings dataclass.
-        alpha: scale of the merged update; a number, `"auto"` to choose it on validation data, or None for the
-            method's default.
-        metric: what validation rows are scored by; see `metrics.resolve_metric`.
-        rank: of the experts, for `method="esm++"` and `"tsv-c"`.
-        heads: what every task keeps to itself; see `heads.plan_heads`.
-        dtype: of the written weights, by its name in torch; by default each keeps the base's.
-        output_dir: folder to write, which must not exist yet.
-        overwrite: replace the output folder, once the new one is whole.
-        max_shard_size: largest file of weights.
-        statistics_dir: folder to keep the activation statistics in, one file per task, for later merges.
-        resume_dir: folder to keep work in progress in (statistics, what is being learned, merged weights): a merge
-            that was interrupted goes on from there. It goes away with a merge that ends well.
+        method: name of a method, `{"name": …, setting: value}`, or an instance of its class.
+        alpha: scale of the merged update; a number, `"auto"` to choose the number on validation data, or None for the
+            default of the method.
+        metric: what validation rows are scored by: a name, a function, or a `Metric`; see `metrics.resolve_metric`.
+        rank: rank of each expert of `method="esm++"` and `"tsv-c"`, per linear map; by default that of the method.
+        heads: which weights each task keeps for itself: `"auto"`, `"merge"`, `"keep"`, or names of modules; see
+            `planning.heads.plan_heads`.
+        dtype: floating-point dtype of the written weights, such as `"bfloat16"`; by default each weight keeps the
+            dtype of the base.
+        output_dir: folder for the merged model, which must not exist yet; by default a temporary one.
+        overwrite: replace an earlier merged model in the output folder, when the new one is complete.
+        max_shard_size: size of the largest file of weights: `"5GB"`, or a number of bytes.
+        statistics_dir: folder in which the activation statistics are kept for later merges, one file per task.
+        resume_dir: folder for work in progress (statistics, learned masks, merged weights). After an interruption, the
+            same call continues from there. The work is removed when the merge has succeeded.
+
+    Raises:
+        HfEsmError: if a value is of another kind than its field, or out of range.
+
+    Example:
+        >>> from hf_esm import MergeOptions
+        >>> options = MergeOptions(method={"name": "esm", "gamma": 0.2}, alpha=0.8)
+        >>> options.num_samples, options.max_shard_size
+        (32, '5GB')
     """
 
-    method: Any = field(
-        default="esm",
-        metadata={"help": f"merge method: {', '.join(METHODS)}"},
+    method: str | Mapping[str, Any] | MergeMethod = field(
+        default="esm", metadata={"help": f"merge method: {', '.join(METHODS)}"}
     )
     alpha: Optional[float | str] = field(
         default=None,
         metadata={"help": "scale of the merged update: a number, or 'auto' to choose it on validation data"},
     )
-    metric: Any = field(
+    metric: str | os.PathLike | Metric | Callable[..., float] = field(
         default="accuracy",
         metadata={
             "help": "what 'auto' goes by: accuracy, perplexity, mean-iou, exact-match, word-f1, or one of the "
@@ -48,25 +63,38 @@ class MergeOptions(RunOptions):
         },
     )
     rank: Optional[int] = field(default=None, metadata={"help": "rank of the experts of esm++ and tsv-c", "least": 1})
-    heads: Any = field(
-        default="auto", metadata={"help": "what tasks keep to themselves: auto, merge, keep, or module names"}
+    heads: str | Iterable[str] = field(
+        default="auto", metadata={"help": "what tasks keep for themselves: auto, merge, keep, or module names"}
     )
-    dtype: Optional[str] = field(default=None, metadata={"help": "dtype of the written weights (default: the base's)"})
-    output_dir: Optional[str] = field(default=None, metadata={"help": "folder to write; it must not exist yet"})
+    dtype: Optional[str | torch.dtype] = field(
+        default=None, metadata={"help": "dtype of the written weights (default: the base's)"}
+    )
+    output_dir: Optional[str | os.PathLike] = field(
+        default=None, metadata={"help": "folder to write; it must not exist yet"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace the output folder"})
-    max_shard_size: str = field(default="5GB", metadata={"help": "largest file of weights"})
-    statistics_dir: Optional[str] = field(
+    max_shard_size: str | int | float = field(default="5GB", metadata={"help": "largest file of weights"})
+    statistics_dir: Optional[str | os.PathLike] = field(
         default=None, metadata={"help": "folder to keep the activation statistics in, for later merges"}
     )
-    resume_dir: Optional[str] = field(
-        default=None, metadata={"help": "folder to keep work in progress in; an interrupted merge goes on from there"}
+    resume_dir: Optional[str | os.PathLike] = field(
+        default=None, metadata={"help": "folder to keep work in progress in; an interrupted merge continues there"}
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.alpha, str) and self.alpha != "auto":  # YAML takes 1e0 for a text
+        if isinstance(self.alpha, str) and self.alpha != "auto":  # YAML reads 1e0 as a text
             with suppress(ValueError):
                 self.alpha = float(self.alpha)
         if self.alpha not in (None, "auto") and not (isinstance(self.alpha, Real) and isfinite(self.alpha)):
-            raise HfEsmError(f"alpha must be a number or 'auto', not {self.alpha!r}.")
+            raise HfEsmError(f"`alpha` must be a finite number or 'auto', not {self.alpha!r}.")
+        super().__post_init__()
+        torch_dtype(self.dtype)
         bytes_of(self.max_shard_size, "max_shard_size")
+
+
+def torch_dtype(dtype: Optional[str | torch.dtype]) -> Optional[torch.dtype]:
+    """Return the floating-point dtype of this name in torch; None for None."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise HfEsmError(f"`dtype` must be a floating-point dtype of torch such as 'bfloat16', not {dtype!r}.")
+    return found

@@ -63,8 +63,8 @@ class MergePlan:
         for task, expert in self.experts.items():
             kind = "LoRA adapter" if isinstance(expert, LoraCheckpoint) else type(expert.skeleton).__name__
             commit = f" @ {expert.revision[:12]}" if expert.revision else ""
-            labels = f", {expert.config.num_labels} labels" if self.heads.own[task] else ""
-            own = f", keeps {len(self.heads.own[task])} weights of its own" if self.heads.own[task] else ""
+            labels = f", {expert.config.num_labels} labels" if self.heads.by_task[task] else ""
+            own = f", keeps {len(self.heads.by_task[task])} weights of its own" if self.heads.by_task[task] else ""
             lines.append(f"  {task}: {expert.source or 'live model'}{commit}, {kind}{labels}{own}")
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items() if count)
         lines += [

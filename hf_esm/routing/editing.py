@@ -108,7 +108,7 @@ def add_expert(
         config,
         experts,
         output,
-        lambda staging: save_head(staging, task, opened, plan.heads.own[task]),
+        lambda staging: save_head(staging, task, opened, plan.heads.by_task[task]),
         f"'{task}' was added, from {opened.source or 'a live model'}"
         f"{f' @ {opened.revision}' if opened.revision else ''} (licence: {plan.licences[task]})",
     )

@@ -181,7 +181,8 @@ def test_an_adapter_merges_as_the_model_that_peft_makes_of_it(case, tmp_path):
         for name, weight in base.items():
             assert relative_error(merged[name] - weight, literal[name] - weight) < 1e-5, (method, name)
         assert any(not torch.equal(merged[name], weight) for name, weight in base.items())
-    head = {live for name, live in found.plan.experts["lora"].names.items() if name in found.plan.heads.own["lora"]}
+    kept = found.plan.heads.by_task["lora"]
+    head = {live for name, live in found.plan.experts["lora"].names.items() if name in kept}
     assert {part for part in HEAD if any(part in live for live in head)} == set(case.own)
     task_model, trained = found.load_task_model("lora"), made.model.state_dict()
     assert type(task_model) is type(made.model)
@@ -322,9 +323,11 @@ def test_adapters_name_no_labels_so_that_their_heads_are_their_own(made, tmp_pat
         train(base, LoraConfig(**CLASSIFY)).save_pretrained(tmp_path / task)
         experts[task] = tmp_path / task
     plan = merge_models(tmp_path / "base", experts, method="mean", dry_run=True)
-    assert all({name.partition(".")[0] for name in own} == {"pooler", "classifier"} for own in plan.heads.own.values())
+    assert all(
+        {name.partition(".")[0] for name in own} == {"pooler", "classifier"} for own in plan.heads.by_task.values()
+    )
     assert not any(
-        merge_models(tmp_path / "base", experts, method="mean", heads="merge", dry_run=True).heads.own.values()
+        merge_models(tmp_path / "base", experts, method="mean", heads="merge", dry_run=True).heads.by_task.values()
     )
 
 
@@ -335,7 +338,7 @@ def test_adapters_that_leave_the_head_alone_leave_it_to_all(tmp_path):
     settings = {"target_modules": ["query"], "task_type": None, "modules_to_save": None}
     train(base, LoraConfig(**CLASSIFY | settings)).save_pretrained(tmp_path / "lora")
     experts = {"lora": tmp_path / "lora", "full": save(perturbed(base, 0.1, 1), tmp_path / "full")}
-    assert not any(merge_models(tmp_path / "base", experts, method="mean", dry_run=True).heads.own.values())
+    assert not any(merge_models(tmp_path / "base", experts, method="mean", dry_run=True).heads.by_task.values())
 
 
 def test_an_adapter_is_an_update_in_float32_and_writes_no_copy_of_the_model(classifier, tmp_path, monkeypatch):

@@ -228,7 +228,7 @@ def test_grey_and_transparent_pictures_are_read_in_colour(tmp_path):
         ({"text": ["a", "b"], "text_pair": ["a"]}, "the column 'text_pair' is not as long as 'text'"),
         ({"path": ["a", "b"], "text": 3}, "the column 'text' is not as long as 'path'"),
         ({"path": "csv", "data_files": "{}/data.csv", "columns": {"text": "no"}}, "data: row 0 has no column 'no'"),
-        ({"path": "csv", "data_files": "{}/data.csv", "columns": {"words": "a"}}, "columns must name the columns of"),
+        ({"path": "csv", "data_files": "{}/data.csv", "columns": {"words": "a"}}, "no kind of column 'words'"),
         ("{}/empty.txt", "empty.txt is empty"),
         ([{"text": ["a"]}, {"text": []}], "data: sample 1 has no words"),
         ([{"input_ids": [5, 6, 7], "attention_mask": [1] * 5}], "has 3 tokens, but an attention_mask of 5"),

@@ -257,25 +257,25 @@ REFUSED = {
     },
     "task-of-no-text": (
         lambda models: {"experts": {1: models.left, "right": models.right}, "calibration": {}},
-        ["Task name 1", "in YAML, put it in quotes"],
+        ["1 cannot be the name of a task", "in YAML, put it in quotes"],
     ),
     "task-of-a-long-name": (
         lambda models: {"experts": {"a" * 200: models.left, "right": models.right}, "calibration": {}},
-        ["of 200 letters", "100 at most"],
+        ["has 200 letters", "at most 100"],
     ),
     "heads-of-no-kind": (options(heads=3), ["heads must be", "not 3"]),
     "processor-by-name": (options(processor="me/bert"), ["processor", "'me/bert'", "AutoProcessor.from_pretrained"]),
-    "score-by-name": (options(alpha="auto", score_fn="acc"), ["score_fn must be a function", "'acc'"]),
+    "score-by-name": (options(alpha="auto", score_fn="acc"), ["score_fn` must be a function", "'acc'"]),
     "score-by-name-of-a-task": (
         options(alpha="auto", score_fn={"left": len, "right": 3}),
-        ["score_fn must be a function", "not 3"],
+        ["score_fn` must be a function", "not 3"],
     ),
     "statistics-in-the-work": (
         lambda models: {
             "resume_dir": str(models.folder / "work"),
             "statistics_dir": str(models.folder / "work" / WORK / "kept"),
         },
-        ["statistics_dir", "stands in the work of resume_dir"],
+        ["statistics_dir", "is inside the work in progress of `resume_dir`"],
     ),
     # The data.
     "calibration-of-an-unknown-task": (options(calibration={"up": text_samples(1)}), ["calibration", "'up'", "left"]),
@@ -325,7 +325,7 @@ REFUSED = {
     # Where it goes.
     "output-exists": (
         lambda models: (models.folder / "merged").mkdir(),
-        ["merged exists", "Choose another output_dir", "overwrite=True"],
+        ["merged exists", "Choose another `output_dir`", "overwrite=True"],
     ),
     "output-is-an-expert": (
         lambda models: {"output_dir": written_by_a_merge(models.right), "overwrite": True},
@@ -337,7 +337,7 @@ REFUSED = {
     ),
     "output-of-somebody-else": (
         lambda models: {"output_dir": str(models.left), "overwrite": True},
-        ["left is not what a merge wrote", "not overwritten", "Choose another"],
+        ["left was not written by a merge", "not overwritten", "Choose another"],
     ),
     "output-below-a-file": (
         lambda models: {"output_dir": str(models.left / "config.json" / "merged")},
@@ -350,18 +350,18 @@ REFUSED = {
     "overwrite-as-a-word": (options(overwrite="false"), ["overwrite", "true or false", "'false'"]),
     "statistics-in-the-output": (
         lambda models: {"statistics_dir": str(models.folder / "merged" / "stats")},
-        ["statistics_dir", "stands in output_dir", "Choose another"],
+        ["statistics_dir", "is inside `output_dir`", "Choose another"],
     ),
     "work-in-the-output": (
         lambda models: {"resume_dir": str(models.folder / "merged")},
-        ["resume_dir", "stands in output_dir", "Choose another"],
+        ["resume_dir", "is inside `output_dir`", "Choose another"],
     ),
     "samples-in-the-output": (
         lambda models: (
             {"output_dir": written_by_a_merge(models.folder / "old"), "overwrite": True}
             | {"calibration": {"left": str(models.folder / "old" / "left.jsonl"), "right": text_samples(2)}}
         ),
-        [OF_LEFT, "stands in output_dir", "Choose another"],
+        [OF_LEFT, "is inside `output_dir`", "Choose another"],
     ),
     "no-space": (full_disk, ["merged", "1 kB are free", "Make room"]),
     # The options.
@@ -381,7 +381,7 @@ REFUSED = {
         options(alpha="auto", score_fn={"left": lambda model: 0.0}),
         ["alpha='auto'", "score_fn", "'right'"],
     ),
-    "auto-without-alpha": (labelled(0, method="mean", calibration=None), ["'mean'", "leave alpha out"]),
+    "auto-without-alpha": (labelled(0, method="mean", calibration=None), ["'mean'", "Leave `alpha` out"]),
     "label-out-of-range": (labelled(3), ["validation of 'left'", "label 3", "3 classes"]),
     "label-below-zero": (labelled(-1), ["validation of 'left'", "label -1", "3 classes"]),
     "label-unknown": (labelled("sad"), ["validation of 'left'", "'sad'", "LABEL_0"]),

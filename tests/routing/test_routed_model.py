@@ -296,7 +296,7 @@ def test_heads_that_were_trained_are_saved(merged, tmp_path):
 def test_saving_replaces_what_a_merge_wrote_and_nothing_else(merged, routed, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("…")
-    with pytest.raises(HfEsmError, match="is not what a merge wrote"):
+    with pytest.raises(HfEsmError, match="was not written by a merge"):
         routed.save_pretrained(tmp_path / "mine", overwrite=True)
     (tmp_path / "link").symlink_to(merged)
     with pytest.raises(HfEsmError, match="is a link"):
