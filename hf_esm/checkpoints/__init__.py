@@ -9,7 +9,11 @@ from .base import Checkpoint, LiveCheckpoint, quiet_loading
 from .conversion import output_dtype, to_stored, write_plan
 from .heads import attach_head, load_task_model, save_head
 from .layout import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     CALIBRATION_FOLDER,
+    CARD_FILE,
+    CONFIG_FILE,
     HASHES_FILE,
     HEAD_WEIGHTS,
     HEADS_FOLDER,
@@ -19,6 +23,7 @@ from .layout import (
     ROUTED_FOLDER,
     ROUTER_FEATURES,
     STATISTICS_FILE,
+    WEIGHTS_FILE,
 )
 from .lora_export import rank_settings, write_adapter, write_lora_adapter
 from .processors import differing_processors, find_processors, first_processor, load_processor
@@ -37,7 +42,11 @@ from .stored import FolderCheckpoint
 
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
     "CALIBRATION_FOLDER",
+    "CARD_FILE",
+    "CONFIG_FILE",
     "HASHES_FILE",
     "HEADS_FOLDER",
     "HEAD_WEIGHTS",
@@ -47,6 +56,7 @@ __all__ = [
     "ROUTED_FOLDER",
     "ROUTER_FEATURES",
     "STATISTICS_FILE",
+    "WEIGHTS_FILE",
     "Access",
     "Checkpoint",
     "FolderCheckpoint",

@@ -1,31 +1,30 @@
-"""Every file and folder name in a merged model's folder."""
+"""Every file and folder name in the folder of a merged model."""
 
-# What stands in every folder that a merge wrote.
+# As Transformers and PEFT name them:
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+# The card, as the Hub names it, and the folder of its pictures:
+CARD_FILE = "README.md"
+PICTURES_FOLDER = "comparison"
+
+# In every folder that a merge wrote:
 RECIPE_FILE = "merge_recipe.yaml"
-
-
 REPORT_FILE = "merge_report.json"
 
-
-PICTURES_FOLDER = "comparison"  # of its card, if there are any
-
-
-CALIBRATION_FOLDER = "calibration"  # beside a merged model: the samples that were given in memory
-
-
+# A folder for each task, with the task's config and the weights that the task keeps for itself:
 HEADS_FOLDER = "heads"
-
-
 HEAD_WEIGHTS = "head.safetensors"
 
+# Samples that the caller passed in memory, which the recipe names:
+CALIBRATION_FOLDER = "calibration"
 
+# In the folder of a routed model: the adapter, with the features of its router, and hashes of what is loaded:
 ROUTED_FOLDER = "routed"
-
-
 ROUTER_FEATURES = "router_features.safetensors"
-
-
 HASHES_FILE = "hashes.json"
 
-
+# Beside the weights of an expert:
 STATISTICS_FILE = "esm_statistics.safetensors"

@@ -1,4 +1,4 @@
-"""From what a user writes for a model to a checkpoint: an id, a folder, an adapter, a live model."""
+"""Sources: what a user names as a model (a Hub id, a folder, an adapter, a live model), opened as a checkpoint."""
 
 import os
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ import transformers
 from datasets.fingerprint import Hasher
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -18,11 +19,17 @@ from ..errors import HfEsmError
 from ..utils import files_identity, hub_errors
 from .adapters import LoraCheckpoint
 from .base import Checkpoint, LiveCheckpoint
+from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_FILE, CONFIG_FILE
 from .stored import FolderCheckpoint, TensorFiles, stored_dtype
 
 
 # How a user names a model: a folder, a Hub id, `{"path": …, "revision": …}`, or a live model.
 ModelSpec = str | os.PathLike | Mapping[str, Any] | PreTrainedModel
+
+_PICKLE_REMEDY = "If it has pickle weights, which can run code when read, and you trust it, pass `allow_pickle=True`."
+
+# Everything in a repository but weights: configs, tokenizers, templates, code, the card.
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", CARD_FILE]
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,11 @@ class ModelSource:
     """A model that a user named, with a Hub revision resolved to its commit.
 
     Attributes:
-        title: what messages call it, such as `expert 'sst2' (me/bert-sst2)`.
-        model: the live model, if one was given.
-        folder: where its files are; for a Hub id, the snapshot with the small files.
+        title: name of the model in messages, such as `expert 'sst2' (me/bert-sst2)`.
+        model: the live model, if one was passed.
+        folder: folder of its files; for a Hub id, the snapshot with the small files.
         repo_id: its id on the Hub, if it has one.
-        revision: the commit on the Hub.
+        revision: its commit on the Hub.
         access: how it is opened.
     """
 
@@ -62,21 +69,22 @@ class ModelSource:
 
     @property
     def is_adapter(self) -> bool:
+        """Whether the source is a PEFT adapter alone, without the weights of a model."""
         folder = self.folder
-        return folder is not None and (folder / "adapter_config.json").is_file() and not self._has_weights()
+        return folder is not None and (folder / ADAPTER_CONFIG).is_file() and not self._is_full_model()
 
     @property
     def stores_weights(self) -> bool:
-        """Whether weights of a whole model stand in the folder already."""
+        """Whether the folder holds the weights of a full model."""
         return any(any(self.folder.glob(names)) for names in ("model*.safetensors*", "pytorch_model*.bin*"))
 
-    def _has_weights(self) -> bool:
-        """Whether a full model stands there; of a Hub model, only small files were fetched so far."""
-        return self.stores_weights or (self.repo_id is not None and (self.folder / "config.json").is_file())
+    def _is_full_model(self) -> bool:
+        """Whether the source is a full model. The weights of a Hub model may not be downloaded yet."""
+        return self.stores_weights or (self.repo_id is not None and (self.folder / CONFIG_FILE).is_file())
 
     @property
-    def record(self) -> Any:
-        """How a recipe names it again."""
+    def record(self) -> str | dict[str, Optional[str]]:
+        """The name of the model in a recipe."""
         if self.repo_id:
             return {"path": self.repo_id, "revision": self.revision}
         if self.model is not None:
@@ -84,44 +92,31 @@ class ModelSource:
         return str(self.folder)
 
     def card(self) -> str:
-        """The text of its README, empty if it has none."""
-        if self.folder is not None and (self.folder / "README.md").is_file():
-            return (self.folder / "README.md").read_text(encoding="utf-8")
+        """Return the text of the model card; empty if there is none."""
+        if self.folder is not None and (self.folder / CARD_FILE).is_file():
+            return (self.folder / CARD_FILE).read_text(encoding="utf-8")
         return ""
 
     def fetch(self, weights: str = "*.safetensors") -> None:
-        """Download the weights of a Hub model, or those of its safetensors files that fit a pattern."""
+        """Download the weights of a Hub model: the safetensors files whose names match a pattern."""
         if not self.repo_id:
             return
         patterns = [weights, *_SMALL_FILES] + (["*.bin"] if self.access.allow_pickle else [])
-        self.folder = Path(
-            _on_hub(
-                self.title,
-                snapshot_download,
-                self.repo_id,
-                self.revision,
-                self.access.token,
-                allow_patterns=patterns,
-                ignore_patterns=["*/*"],
-            )
-        )
+        self.folder = _snapshot(self.title, self.repo_id, self.revision, self.access.token, patterns)
         if not self.access.allow_pickle and not any(self.folder.glob(weights)):
             raise HfEsmError(f"{self.title}: there are no safetensors weights in it. {_PICKLE_REMEDY}")
 
 
-_PICKLE_REMEDY = "If it has pickle weights, which can run code when read, and you trust it, pass allow_pickle=True."
-
-
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "README.md"]
-
-
 def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> ModelSource:
-    """Find out what `spec` names, and its commit; fetches small files only.
+    """Find out what `spec` names, and its commit. Of a Hub model, only small files are downloaded.
 
     Args:
         spec: a folder, a Hub id (`"me/model"`, `"me/model@revision"`), `{"path": …, "revision": …}`, or a live model.
-        title: what messages call it.
-        access: how it is opened.
+        title: name of the model in messages, such as `base`; `spec` is added.
+        access: how the model is opened.
+
+    Raises:
+        HfEsmError: if `spec` names no model; `HubError` if the Hub refuses it or cannot be reached.
     """
     if isinstance(spec, PreTrainedModel):
         return ModelSource(f"{title} ({type(spec).__name__})", model=spec, access=access)
@@ -135,85 +130,105 @@ def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> Mo
         spec, revision = spec.get("path"), spec.get("revision")
     if not isinstance(spec, (str, os.PathLike)):
         raise HfEsmError(f"{title}: expected a Hub id, a folder or a live model, not {type(spec).__name__}.")
-    folder = Path(spec).expanduser()
-    title = f"{title} ({spec})"
+    folder, title = Path(spec).expanduser(), f"{title} ({spec})"
     if folder.is_dir():
         return ModelSource(title, folder=folder, access=access)
     repo_id, revision = _hub_id(spec, title, revision)
-    snapshot = Path(
-        _on_hub(
-            title,
-            snapshot_download,
-            repo_id,
-            revision,
-            access.token,
-            allow_patterns=_SMALL_FILES,
-            ignore_patterns=["*/*"],
-        )
-    )
-    return ModelSource(title, folder=snapshot, repo_id=repo_id, revision=snapshot.name, access=access)
+    folder = _snapshot(title, repo_id, revision, access.token, _SMALL_FILES)
+    return ModelSource(title, folder=folder, repo_id=repo_id, revision=folder.name, access=access)
 
 
 def whole_folder(
     spec: str | os.PathLike, title: str, revision: Optional[str] = None, token: Optional[str | bool] = None
 ) -> Path:
-    """The folder that `spec` names, with everything in it; that of a Hub id is downloaded."""
+    """Return the folder that `spec` names, with all its files; a Hub repository is downloaded."""
     folder = Path(spec).expanduser()
     if folder.is_dir():
         return folder
     repo_id, revision = _hub_id(spec, title, revision)
-    return Path(_on_hub(title, snapshot_download, repo_id, revision, token))
+    return _snapshot(title, repo_id, revision, token)
 
 
 def _hub_id(spec: str | os.PathLike, title: str, revision: Optional[str]) -> tuple[str, Optional[str]]:
-    """Id and revision of what is no folder: `me/model`, `me/model@revision`."""
+    """Split `me/model` or `me/model@revision` into id and revision."""
     if str(spec).startswith((".", "/", "~")) or str(spec).count("/") > 1:
         raise HfEsmError(f"{title}: there is no such folder.")
     repo_id, _, tag = str(spec).partition("@")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise HfEsmError(f"{title}: neither a folder nor a Hub id.") from None
     return repo_id, revision or tag or None
 
 
+def _snapshot(
+    title: str, repo_id: str, revision: Optional[str], token: Optional[str | bool], patterns: Optional[list[str]] = None
+) -> Path:
+    """Download a repository, or the files in its root that match one of the patterns; returns their folder."""
+    below_root = ["*/*"] if patterns else None
+    with hub_errors(title):
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=below_root
+            )
+        )
+
+
 def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, headers_only: bool = False) -> Checkpoint:
-    """The checkpoint behind a source: its names, shapes and dtypes now, its weights when they are asked for.
+    """Open the checkpoint of a source: names, shapes and dtypes now, each weight when it is asked for.
 
     Args:
         base: the base model, which an adapter needs.
-        headers_only: read no more than names and shapes; for a Hub model, weights are not downloaded.
+        headers_only: read names and shapes alone; the weights of a Hub model are not downloaded.
+
+    Raises:
+        HfEsmError: if the source cannot be opened.
     """
     if source.model is not None:
         return LiveCheckpoint(source.model, source.title)
-    if source.stores_weights and (source.folder / "adapter_config.json").is_file():
+    if source.stores_weights and (source.folder / ADAPTER_CONFIG).is_file():
         raise HfEsmError(
-            f"{source.title}: a whole model and a PEFT adapter stand in it, and Transformers would put one on the "
-            "other. Move one of them away: the adapter, if it is merged into the weights."
+            f"{source.title}: the folder holds a full model and a PEFT adapter, which Transformers would add to the "
+            "model. Move one of them away: the adapter, if it is merged into the weights."
         )
     if source.is_adapter:
-        if base is None:
-            raise HfEsmError(f"{source.title} is a PEFT adapter; the base must be a full model.")
-        # An adapter is small, and its shapes alone do not say what it changes.
-        source.fetch("adapter_model.safetensors" if headers_only else "*.safetensors")
-        checkpoint = LoraCheckpoint(source.folder, source.title, base, source.access.allow_pickle)
+        checkpoint = _open_adapter(source, base, headers_only)
     else:
-        config, model_class = resolve_class(source)
-        whole = not headers_only or not source.repo_id or is_offline_mode()
-        files = None if whole else _hub_headers(source)
-        if files is None:
-            source.fetch()
-            files = TensorFiles.open(source.folder, source.title, source.access.allow_pickle)
-        options = {"trust_remote_code": True} if source.access.trust_remote_code else {}
-        checkpoint = FolderCheckpoint(source.folder, source.title, model_class, config, files, load_options=options)
+        checkpoint = _open_folder(source, headers_only)
     checkpoint.source, checkpoint.revision = source.repo_id or str(source.folder), source.revision
     return checkpoint
 
 
+def _open_adapter(source: ModelSource, base: Optional[Checkpoint], headers_only: bool) -> LoraCheckpoint:
+    if base is None:
+        raise HfEsmError(f"{source.title} is a PEFT adapter; the base must be a full model.")
+    # An adapter is small, and its shapes alone do not tell which weights it changes.
+    source.fetch(ADAPTER_WEIGHTS if headers_only else "*.safetensors")
+    return LoraCheckpoint(source.folder, source.title, base, source.access.allow_pickle)
+
+
+def _open_folder(source: ModelSource, headers_only: bool) -> FolderCheckpoint:
+    config, model_class = resolve_class(source)
+    files = _hub_headers(source) if headers_only and source.repo_id and not is_offline_mode() else None
+    if files is None:
+        source.fetch()
+        files = TensorFiles.open(source.folder, source.title, source.access.allow_pickle)
+    options = {"trust_remote_code": True} if source.access.trust_remote_code else {}
+    return FolderCheckpoint(source.folder, source.title, model_class, config, files, load_options=options)
+
+
 def resolve_class(source: ModelSource) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
-    """The config, and the class that its `architectures` names."""
-    if not (source.folder / "config.json").is_file():
-        raise HfEsmError(f"{source.title}: no config.json (nor adapter_config.json) in {source.folder}.")
+    """Return the config, and the class that its `architectures` names.
+
+    Raises:
+        HfEsmError: if there is no usable config, or Transformers does not know the class.
+    """
+    if not (source.folder / CONFIG_FILE).is_file():
+        raise HfEsmError(f"{source.title}: no {CONFIG_FILE} (nor {ADAPTER_CONFIG}) in {source.folder}.")
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.access.trust_remote_code)
     except (ValueError, OSError) as error:
-        raise HfEsmError(f"{source.title}: its config.json cannot be used: {error}") from None
+        raise HfEsmError(f"{source.title}: its {CONFIG_FILE} cannot be used: {error}") from None
     architecture = (config.architectures or [None])[0]
     if architecture is None:
         return config, AutoModel._model_mapping[type(config)]
@@ -224,18 +239,20 @@ def resolve_class(source: ModelSource) -> tuple[PretrainedConfig, type[PreTraine
     ]
     if references and source.access.trust_remote_code:
         return config, get_class_from_dynamic_module(references[0], source.folder)
-    remedy = "Pass trust_remote_code=True if you trust its code." if references else "Upgrade transformers."
+    remedy = "Pass `trust_remote_code=True` if you trust its code." if references else "Upgrade transformers."
     raise HfEsmError(f"{source.title}: Transformers {transformers.__version__} has no class {architecture}. {remedy}")
 
 
 def _hub_headers(source: ModelSource) -> Optional[TensorFiles]:
-    """Names, shapes and dtypes of a Hub model's weights, from the first bytes of its files; None where there are only
-    pickle files, which cannot be read in part, and they are allowed.
+    """Read names, shapes and dtypes of a Hub model's weights from the first bytes of its files.
+
+    Returns None if there are only pickle files, which cannot be read in part, and they are allowed.
     """
     try:
-        metadata = _on_hub(
-            source.title, HfApi(token=source.access.token).get_safetensors_metadata, source.repo_id, source.revision
-        )
+        with hub_errors(source.title):
+            metadata = HfApi(token=source.access.token).get_safetensors_metadata(
+                source.repo_id, revision=source.revision
+            )
     except NotASafetensorsRepoError:
         if source.access.allow_pickle:
             return None
@@ -249,24 +266,15 @@ def _hub_headers(source: ModelSource) -> Optional[TensorFiles]:
     }
 
     def refuse(key: str) -> torch.Tensor:
-        raise RuntimeError(f"{source.title}: only headers were read, '{key}' was not downloaded")
+        raise RuntimeError(f"{source.title}: only headers were read; '{key}' was not downloaded")
 
     return TensorFiles(headers, refuse)
 
 
-def _on_hub(title: str, call: Any, repo_id: str, revision: Optional[str], token: Any = None, **options: Any) -> Any:
-    """The result of a call of the Hub client, with its errors in the words of the user who named the model."""
-    if token is not None:
-        options["token"] = token
-    with hub_errors(title):
-        try:
-            return call(repo_id, revision=revision, **options)
-        except HFValidationError:
-            raise HfEsmError(f"{title}: neither a folder nor a Hub id.") from None
-
-
 def model_identity(source: ModelSource) -> Any:
-    """A model's commit on the Hub, the sizes and times of its files, or a hash of its weights if it is a live one."""
+    """Return what changes with the model, for cache keys: a hash of a live model's weights, the commit on the Hub, or
+    the names, sizes and times of a folder's files.
+    """
     if source.model is not None:
         return Hasher.hash({name: tensor.detach().cpu() for name, tensor in source.model.state_dict().items()})
     if source.revision is not None:
