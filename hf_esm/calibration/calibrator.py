@@ -48,7 +48,7 @@ def calibrate(
         num_samples: number of samples, chosen at random if there are more; 0 takes all.
         seed: seed of that choice.
         max_length: number of tokens that a text is cut to; by default what the model takes, at most 512.
-        columns: names of the columns that hold `text`, `text_pair`, `text_target`, `image` and `audio`, if they differ.
+        columns: names of the columns that hold `text`, `text_pair`, `text_target`, `image`, `audio`, if they differ.
         batch_size: samples per batch and process.
         max_memory: memory for the model and its statistics, as `"16GB"` or bytes; the rest goes to disk.
         allow_pickle: read `.bin` checkpoints, which can run code.
@@ -74,7 +74,7 @@ def calibrate(
         num_samples=num_samples,
         seed=seed,
         max_length=max_length,
-        columns=columns or {},
+        columns=columns,
         batch_size=batch_size,
         max_memory=max_memory,
         allow_pickle=allow_pickle,

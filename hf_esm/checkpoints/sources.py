@@ -162,7 +162,11 @@ def _hub_id(spec: str | os.PathLike, title: str, revision: Optional[str]) -> tup
 
 
 def _snapshot(
-    title: str, repo_id: str, revision: Optional[str], token: Optional[str | bool], patterns: Optional[list[str]] = None
+    title: str,
+    repo_id: str,
+    revision: Optional[str],
+    token: Optional[str | bool],
+    patterns: Optional[list[str]] = None,
 ) -> Path:
     """Download a repository, or the files in its root that match one of the patterns; returns their folder."""
     below_root = ["*/*"] if patterns else None

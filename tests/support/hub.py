@@ -19,7 +19,7 @@ def process(hub: HubServer, home: Path, offline: bool = False) -> Iterator[Calla
     """Runs functions in a process whose client knows this Hub alone."""
     before = dict(os.environ)
     for name in before:
-        if name.startswith("HF_") and not name.startswith("HF_ESM_") or name.lower().endswith("_proxy"):
+        if (name.startswith("HF_") and not name.startswith("HF_ESM_")) or name.lower().endswith("_proxy"):
             del os.environ[name]
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline))}
     os.environ.update(settings, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
