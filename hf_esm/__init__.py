@@ -1,39 +1,59 @@
-"""Merge fine-tunes of one checkpoint into one multi-task model, in the Hugging Face ecosystem, without training."""
+"""Merge fine-tunes of one checkpoint into one multi-task model, in the Hugging Face ecosystem, without training.
 
-from .calibration.calibrator import calibrate
-from .calibration.collection import collect_statistics
-from .calibration.statistics import ActivationStatistics
-from .checkpoints.heads import load_task_model
-from .checkpoints.lora_export import write_lora_adapter
-from .errors import HfEsmError
-from .evaluation.card import add_comparison, update_card
-from .evaluation.comparison import compare
-from .evaluation.evaluator import evaluate
-from .evaluation.interference import Interference, measure_interference
-from .evaluation.report import Comparison
-from .merging.components import essential_components, fuse_components
-from .merging.merge import merge_models
-from .merging.result import MergeResult
-from .methods.averaging import Mean, TaskArithmetic
-from .methods.concrete import ConcreteAdaMerging, ConcreteTaskArithmetic
-from .methods.essential import EssentialMerge, RoutedMerge
-from .methods.isotropic import IsoC, IsoCTS
-from .methods.registry import METHODS
-from .methods.regression import RegMean
-from .methods.singular_vectors import TSVC, TSVM
-from .methods.sparse import DARE, TIES
-from .metrics.metric import Metric
-from .metrics.scores import Scores
-from .planning.plan import MergePlan
-from .planning.recipe import load_recipe
-from .routing.explanations import Explanation, Prediction
-from .routing.model import RoutedModel
-from .routing.pipeline import RoutedPipeline
-from .tuners.essential.config import EssentialComponentsConfig
-from .tuners.essential.model import EssentialComponentsModel
-from .tuners.routed.config import RoutedExpertsConfig
-from .tuners.routed.model import RoutedExpertsModel
+The public names are loaded when they are first used, so that `import hf_esm` itself loads neither torch nor peft. The
+PEFT types of `hf_esm.tuners` are registered as soon as both hf_esm and peft are imported, in either order.
+"""
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import HfEsmError, HubError
 from .version import __version__
+
+
+if TYPE_CHECKING:
+    from .calibration import ActivationStatistics, calibrate, collect_statistics
+    from .checkpoints import load_task_model, write_lora_adapter
+    from .evaluation import (
+        Comparison,
+        Interference,
+        add_comparison,
+        compare,
+        evaluate,
+        measure_interference,
+        update_card,
+    )
+    from .merging import MergeResult, essential_components, fuse_components, merge_models
+    from .methods import (
+        DARE,
+        METHODS,
+        TIES,
+        TSVC,
+        TSVM,
+        ConcreteAdaMerging,
+        ConcreteTaskArithmetic,
+        EssentialMerge,
+        InputStatistics,
+        IsoC,
+        IsoCTS,
+        Mean,
+        Merged,
+        MergeMethod,
+        RegMean,
+        RoutedMerge,
+        Stack,
+        TaskArithmetic,
+    )
+    from .metrics import Metric, Scores
+    from .planning import MergeOptions, MergePlan, load_recipe
+    from .routing import Explanation, Prediction, RoutedModel, RoutedPipeline
+    from .tuners import (
+        EssentialComponentsConfig,
+        EssentialComponentsModel,
+        RoutedExpertsConfig,
+        RoutedExpertsModel,
+    )
 
 
 __all__ = [
@@ -51,12 +71,17 @@ __all__ = [
     "EssentialMerge",
     "Explanation",
     "HfEsmError",
+    "HubError",
+    "InputStatistics",
     "Interference",
     "IsoC",
     "IsoCTS",
     "Mean",
+    "MergeMethod",
+    "MergeOptions",
     "MergePlan",
     "MergeResult",
+    "Merged",
     "Metric",
     "Prediction",
     "RegMean",
@@ -66,6 +91,7 @@ __all__ = [
     "RoutedModel",
     "RoutedPipeline",
     "Scores",
+    "Stack",
     "TaskArithmetic",
     "__version__",
     "add_comparison",
@@ -82,3 +108,109 @@ __all__ = [
     "update_card",
     "write_lora_adapter",
 ]
+
+
+# The wing that each public name is loaded from, as type checkers read it above.
+_NAMES = {
+    "calibration": ("ActivationStatistics", "calibrate", "collect_statistics"),
+    "checkpoints": ("load_task_model", "write_lora_adapter"),
+    "evaluation": (
+        "Comparison",
+        "Interference",
+        "add_comparison",
+        "compare",
+        "evaluate",
+        "measure_interference",
+        "update_card",
+    ),
+    "merging": ("MergeResult", "essential_components", "fuse_components", "merge_models"),
+    "methods": (
+        "DARE",
+        "METHODS",
+        "TIES",
+        "TSVC",
+        "TSVM",
+        "ConcreteAdaMerging",
+        "ConcreteTaskArithmetic",
+        "EssentialMerge",
+        "InputStatistics",
+        "IsoC",
+        "IsoCTS",
+        "Mean",
+        "MergeMethod",
+        "Merged",
+        "RegMean",
+        "RoutedMerge",
+        "Stack",
+        "TaskArithmetic",
+    ),
+    "metrics": ("Metric", "Scores"),
+    "planning": ("MergeOptions", "MergePlan", "load_recipe"),
+    "routing": ("Explanation", "Prediction", "RoutedModel", "RoutedPipeline"),
+    "tuners": (
+        "EssentialComponentsConfig",
+        "EssentialComponentsModel",
+        "RoutedExpertsConfig",
+        "RoutedExpertsModel",
+    ),
+}
+
+
+_WING_OF = {name: wing for wing, names in _NAMES.items() for name in names}
+
+
+_MODULES = {*_NAMES, "architecture", "cli", "data", "hub", "linalg", "utils"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    if name not in _WING_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_WING_OF[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
+
+
+class _PeftFinder:
+    """Finder that registers the PEFT types of `hf_esm.tuners` right after peft is first imported, and leaves then."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "peft":
+            return None
+        for finder in sys.meta_path:
+            if finder is not self and (spec := finder.find_spec(name, path, target)) is not None:
+                spec.loader = _PeftLoader(spec.loader, self)
+                return spec
+        return None
+
+
+class _PeftLoader:
+    """peft's own loader, which is put back into its place, and what follows when it is done."""
+
+    def __init__(self, loader: Any, finder: _PeftFinder):
+        self.loader, self.finder = loader, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: Any) -> Any:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+        import_module(".tuners", __name__)
+
+
+if sys.modules.get("peft") is None:
+    sys.meta_path.insert(0, _PeftFinder())
+# `import_module` waits for another thread that is importing peft. If peft itself imports hf_esm, the classes of peft
+# do not exist yet; then the first use of `hf_esm.tuners` registers the types.
+elif not getattr(import_module("peft").__spec__, "_initializing", False):
+    import_module(".tuners", __name__)

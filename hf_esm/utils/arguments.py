@@ -153,4 +153,4 @@ def _describe(types_: list[Any], field: Field, value: Any) -> str:
     names = [_KINDS.get(kind, (f"a {kind.__name__}",))[0] for kind in types_ if kind is not type(None)]
     words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
     bounds = " and ".join(f"{word} {limits[limit]}" for limit, word in words.items() if limit in limits)
-    return ", ".join(filter(None, (" or ".join(dict.fromkeys(names)) or "a number", bounds)))
+    return ", ".join(filter(None, (" or ".join(dict.fromkeys(names)) or "a finite number", bounds)))
