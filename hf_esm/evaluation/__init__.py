@@ -1,11 +1,12 @@
 """Measuring merged models.
 
-Comes in: folders and labelled rows. Goes out: scores, a comparison of methods with intervals and pictures, and how
-much experts are in each other's way.
+Comes in: folders of models, and labelled rows. Goes out: scores, a comparison of methods with intervals and pictures,
+the interference between experts, and all of these in a model's card.
 """
 
 from .card import add_comparison, update_card
-from .comparison import METHODS_COMPARED, NOT_COMPARED, compare
+from .cells import NOT_COMPARED
+from .comparison import METHODS_COMPARED, compare
 from .evaluator import evaluate
 from .interference import Interference, measure_interference
 from .report import REPORT, Comparison

@@ -1,19 +1,22 @@
-"""Running a merged or routed model, and its experts, on each task's rows."""
+"""Running a merged or routed model, and its experts, on the labelled rows of each task."""
 
 import copy
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
 from typing import Any, Optional
 
 from peft import PeftConfig
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoints import (
     HEADS_FOLDER,
     ROUTED_FOLDER,
     Access,
+    ModelSpec,
     first_processor,
     load_processor,
     load_task_model,
@@ -21,157 +24,205 @@ from ..checkpoints import (
     resolve_source,
     whole_folder,
 )
-from ..data import SampleOptions
+from ..data import DataSpec, SampleOptions
 from ..errors import HfEsmError
-from ..metrics import ACCURACY, Metric, Outcome, Scores, load_labelled, resolve_metric, run
+from ..metrics import LabelledSamples, Metric, MetricSpec, Outcome, Scores, load_labelled, resolve_metric, run
 from ..routing import RoutedModel
-from ..utils import default_accelerator
+from ..utils import check_known, closest_name, default_accelerator
+
+
+ROUTES = ("routed", "oracle", "static")
 
 
 def evaluate(
     model: str | os.PathLike,
-    data: Mapping[str, Any],
+    data: Mapping[str, DataSpec],
     *,
-    experts: Optional[Mapping[str, Any]] = None,
-    base: Any = None,
-    metric: Any = "accuracy",
+    experts: Optional[Mapping[str, ModelSpec]] = None,
+    base: Optional[ModelSpec] = None,
+    metric: MetricSpec = "accuracy",
     processor: Any = None,
     route: str = "routed",
     batch_size: int = 32,
+    num_samples: int = 0,
+    seed: int = 0,
+    max_length: Optional[int] = None,
+    columns: Optional[Mapping[str, str]] = None,
     token: Optional[str | bool] = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-    **options: Any,
 ) -> Scores:
-    """Score of a merged model on each task's rows, with the task's own head.
+    """Score a merged model on the rows of each task, with the head of that task.
 
-    Of an ESM++ model, the router chooses the expert while the head is the task's: how often the two agree is in
-    `Scores.routing`.
+    In an ESM++ model, the router chooses the expert, while the head is always the task's. `Scores.routing` says how
+    often the router chooses the task's expert.
 
     Args:
-        model: folder or Hub id that `merge_models` wrote, or any sequence or image classifier, or language model.
-        data: by task, labelled rows (column `label`: class index or label name, or a number for a head of one label)
-            in any form that `merge_models` takes. Perplexity needs no labels; where answers are words, the label is
-            the right text, a list of them, or SQuAD's `answers`.
-        experts: by task, the expert to measure beside it, as `merge_models` takes it, each with what reads its rows
-            beside it.
-        base: what experts that are LoRA adapters stand on; by default, the base that they name.
+        model: folder or Hub id of a merged model, or of any classifier or language model.
+        data: by task, labelled rows in any form that `merge_models` takes. The column `label` holds a class index, a
+            label name, a number for a head of one label, or, for metrics of texts, the right text, a list of right
+            texts, or SQuAD's `answers`. Perplexity needs no labels.
+        experts: by task, experts to score as well, each on its own task, as `merge_models` takes them. Each is run
+            with the tokenizer or processor in its own folder.
+        base: base model of experts that are LoRA adapters; by default the one that the adapter names.
         metric: `"accuracy"`, `"perplexity"`, `"mean-iou"`, `"exact-match"`, `"word-f1"`, the name of a metric of the
-            `evaluate` library, a function of predictions and references, or a `Metric`; see `metrics.resolve_metric`.
-        processor: tokenizer or processor, where none stands beside the model.
-        route: of a model with experts: `"routed"`, `"oracle"` (each task's expert for its rows; what a model without
-            a router gets in any case), or `"static"`.
-        token, allow_pickle, trust_remote_code: as for `merge_models`.
-        options: fields of `SampleOptions`; all rows are used unless `num_samples` says otherwise.
+            `evaluate` library, a function of predictions and references, or a `Metric`.
+        processor: tokenizer or processor, if the folders of the models hold none.
+        route: for a routed model, `"routed"`, `"oracle"` (each task's expert for its rows, as always without a
+            router), or `"static"` (no expert).
+        batch_size: number of samples per batch.
+        num_samples: number of rows per task, chosen at random if there are more; 0 takes all.
+        seed: seed of that choice.
+        max_length: number of tokens that a text is cut to; by default what the model takes, at most 512.
+        columns: names of the columns that hold `text`, `text_pair`, `text_target`, `image`, `audio` and `label`, if
+            they differ.
+        token: access token for the Hub; by default the one that `hf auth login` stored.
+        allow_pickle: read `.bin` checkpoints, which can run code.
+        trust_remote_code: run code that comes with a model.
+
+    Returns:
+        Scores by task. Print them for a table.
+
+    Raises:
+        HfEsmError: if a model or rows cannot be read, or the metric cannot read the model's answers.
+
+    Example:
+        >>> from hf_esm import evaluate
+        >>> scores = evaluate("merged", {"sst2": sst2_rows}, experts={"sst2": "bert-sst2"})
+        >>> 0 <= scores.model["sst2"] <= 1
+        True
+        >>> sorted(scores.expert)
+        ['sst2']
     """
-    if unknown := options.keys() - {f.name for f in fields(SampleOptions)}:
-        raise TypeError(f"evaluate has no argument {sorted(unknown)[0]!r}")
-    options = SampleOptions(**{"num_samples": 0, **options})
-    if not isinstance(batch_size, int) or batch_size < 1:
+    options = SampleOptions(num_samples=num_samples, seed=seed, max_length=max_length, columns=columns)
+    experts = experts or {}
+    _check_arguments(model, data, experts, route, batch_size)
+    access = Access(token, allow_pickle, trust_remote_code)
+    measurement = Measurement(data, resolve_metric(metric), options, access, processor, batch_size)
+    folder = whole_folder(model, str(model), token=token)
+    outcomes = measurement.merged_outcomes(folder, str(model), route)
+    expert_outcomes = measurement.expert_outcomes(experts, base, fallback=folder)
+    return Scores(
+        model={task: outcome.score for task, outcome in outcomes.items()},
+        expert={task: outcome.score for task, outcome in expert_outcomes.items()},
+        routing={task: outcome.routed_share(task) for task, outcome in outcomes.items() if outcome.routed_to},
+        metric=measurement.metric.name,
+        higher_is_better=measurement.metric.higher_is_better,
+        outcomes=outcomes,
+    )
+
+
+def _check_arguments(model: Any, data: Any, experts: Mapping[str, Any], route: str, batch_size: Any) -> None:
+    if not isinstance(batch_size, Integral) or batch_size < 1:
         raise HfEsmError(f"batch_size must be a whole number, 1 or more, not {batch_size!r}.")
     if not isinstance(model, (str, os.PathLike)):
         raise HfEsmError(f"evaluate takes a folder or a Hub id, not a {type(model).__name__}.")
-    metric = resolve_metric(metric)
-    device = default_accelerator().device
-    experts = experts or {}
+    if route not in ROUTES:
+        meant = f" (did you mean {closest!r}?)" if (closest := closest_name(route, ROUTES)) else ""
+        raise HfEsmError(f"route must be 'routed', 'oracle' or 'static', not {route!r}{meant}.")
     check_by_task(data, "data")
-    if lacking := experts.keys() - data.keys():
-        raise HfEsmError(f"There are no rows to measure the expert {sorted(lacking)[0]!r} on.")
-    access = Access(token, allow_pickle, trust_remote_code)
-    folder = whole_folder(model, str(model), token=token)
-    beside = processor or load_processor(folder, trust_remote_code)
+    check_known(experts, data, "task", "data")
 
-    def outcome(model: PreTrainedModel, task: str) -> Outcome:
-        rows = load_labelled(data[task], beside, model.config, f"data of '{task}'", options, metric)
-        return run(model.to(device), rows, metric, batch_size)
 
-    if route not in ("routed", "oracle", "static"):
-        raise HfEsmError(f"route must be 'routed', 'oracle' or 'static', not {route!r}.")
-    if (folder / ROUTED_FOLDER).is_dir():
-        routed = RoutedModel.from_pretrained(folder, trust_remote_code=trust_remote_code).to(device)
+def check_by_task(rows: Any, argument: str) -> None:
+    """Raise `HfEsmError` for rows that are not a mapping by task."""
+    if not isinstance(rows, Mapping) or not rows:
+        raise HfEsmError(
+            f"{argument}: give labelled rows by task, such as {{'sst2': 'sst2_test.jsonl'}}, not {rows!r}."
+        )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Labelled rows of several tasks, and how models are run on them.
+
+    Attributes:
+        data: labelled rows by task.
+        metric: what scores the outputs.
+        options: how rows are selected and encoded.
+        access: how models are opened.
+        processor: tokenizer or processor for all models; None takes the one in each model's folder.
+        batch_size: number of samples per batch.
+    """
+
+    data: Mapping[str, DataSpec]
+    metric: Metric
+    options: SampleOptions
+    access: Access
+    processor: Any = None
+    batch_size: int = 32
+
+    def merged_outcomes(self, folder: Path, title: str, route: str = "routed") -> dict[str, Outcome]:
+        """Outcomes of a merged model on every task, each with the task's head.
+
+        Args:
+            folder: the model's folder.
+            title: name of the model in errors.
+            route: see `evaluate`.
+        """
+        processor = self._processor_in(folder)
+        if (folder / ROUTED_FOLDER).is_dir():
+            return self._routed_outcomes(folder, route, processor)
+        has_heads = (folder / HEADS_FOLDER).is_dir()
+        outcomes = {}
+        for task in self.data:
+            model = self._with_head(folder, task) if has_heads else _load_model(folder, title, None, self.access)
+            outcomes[task] = self._outcome(model, task, processor)
+        return outcomes
+
+    def expert_outcomes(
+        self, experts: Mapping[str, ModelSpec], base: Optional[ModelSpec] = None, fallback: Optional[Path] = None
+    ) -> dict[str, Outcome]:
+        """Outcomes of each expert on its own task.
+
+        Args:
+            experts: experts by task.
+            base: base model of LoRA adapters; by default the one that they name.
+            fallback: folder whose processor is used if neither the expert nor the base has one.
+        """
+        outcomes = {}
+        for task, spec in experts.items():
+            sources = [resolve_source(spec, f"expert '{task}'", self.access)]
+            sources += [resolve_source(base, "base", self.access)] if base is not None else []
+            processor = self.processor or first_processor(sources, self.access.trust_remote_code)
+            if processor is None and fallback is not None:
+                processor = self._processor_in(fallback)
+            outcomes[task] = self._outcome(_load_model(spec, f"expert '{task}'", base, self.access), task, processor)
+        return outcomes
+
+    def _routed_outcomes(self, folder: Path, route: str, processor: Any) -> dict[str, Outcome]:
+        routed = RoutedModel.from_pretrained(folder, trust_remote_code=self.access.trust_remote_code)
+        routed = routed.to(default_accelerator().device)
         if route == "routed" and not routed.config.decides:
             route = "oracle"
-        merged = {}
-        for task in data:
+        outcomes = {}
+        for task in self.data:
             forced = {"oracle": task, "static": "static"}.get(route)
             with routed.route(forced) if forced else nullcontext():
-                merged[task] = outcome(routed.task_model(task), task)
+                outcomes[task] = self._outcome(routed.task_model(task), task, processor)
             if not forced:
-                config = routed.task_model(task).config
-                rows = load_labelled(data[task], beside, config, task, options, metric)
-                merged[task].routed_to = [e.likeliest for e in routed.explain(rows.samples, batch_size)]
-    else:
-        has_heads = (folder / HEADS_FOLDER).is_dir()
-        trusted = {"trust_remote_code": True} if trust_remote_code else {}
+                rows = self._rows(task, processor, routed.task_model(task).config)
+                explanations = routed.explain(rows.samples, self.batch_size)
+                outcomes[task].routed_to = [explanation.likeliest for explanation in explanations]
+        return outcomes
 
-        def load(task: str) -> PreTrainedModel:
-            return load_task_model(folder, task, **trusted) if has_heads else _load(folder, str(model), None, access)
+    def _outcome(self, model: PreTrainedModel, task: str, processor: Any) -> Outcome:
+        rows = self._rows(task, processor, model.config)
+        return run(model.to(default_accelerator().device), rows, self.metric, self.batch_size)
 
-        merged = {task: outcome(load(task), task) for task in data}
-    own = expert_outcomes(
-        experts,
-        data,
-        base=base,
-        metric=metric,
-        processor=processor,
-        fallback=beside,
-        batch_size=batch_size,
-        access=access,
-        options=options,
-    )
-    return Scores(
-        {task: found.score for task, found in merged.items()},
-        {task: found.score for task, found in own.items()},
-        {
-            task: found.routed_to.count(task) / len(found.routed_to)
-            for task, found in merged.items()
-            if found.routed_to
-        },
-        metric.name,
-        metric.higher_is_better,
-        merged,
-    )
+    def _rows(self, task: str, processor: Any, config: PretrainedConfig) -> LabelledSamples:
+        return load_labelled(self.data[task], processor, config, f"data of '{task}'", self.options, self.metric)
+
+    def _processor_in(self, folder: Path) -> Any:
+        return self.processor or load_processor(folder, self.access.trust_remote_code)
+
+    def _with_head(self, folder: Path, task: str) -> PreTrainedModel:
+        trusted = {"trust_remote_code": True} if self.access.trust_remote_code else {}
+        return load_task_model(folder, task, **trusted)
 
 
-def check_by_task(rows: Any, what: str) -> None:
-    """Refuse rows that are not given by task."""
-    if not isinstance(rows, Mapping) or not rows:
-        raise HfEsmError(f"{what}: give labelled rows by task, such as {{'sst2': 'sst2_test.jsonl'}}, not {rows!r}.")
-
-
-def expert_outcomes(
-    experts: Mapping[str, Any],
-    data: Mapping[str, Any],
-    *,
-    base: Any = None,
-    metric: Metric = ACCURACY,
-    processor: Any = None,
-    fallback: Any = None,
-    batch_size: int = 32,
-    access: Access,
-    options: SampleOptions,
-) -> dict[str, Outcome]:
-    """What each expert puts out on its own task's rows.
-
-    Args:
-        experts, data, processor: as `evaluate` takes them; a processor is looked for beside each expert, then beside
-            the base; `fallback` is what there is where none is found.
-        base: what LoRA adapters stand on; by default, the base that they name.
-        access: how models are opened.
-    """
-    device, found = default_accelerator().device, {}
-    for task, spec in experts.items():
-        sources = [resolve_source(spec, f"expert '{task}'", access)]
-        sources += [resolve_source(base, "base", access)] if base is not None else []
-        own = processor or first_processor(sources, access.trust_remote_code) or fallback
-        model = _load(spec, f"expert '{task}'", base, access).to(device)
-        rows = load_labelled(data[task], own, model.config, f"data of '{task}'", options, metric)
-        found[task] = run(model, rows, metric, batch_size)
-    return found
-
-
-def _load(spec: Any, title: str, base: Any, access: Access) -> PreTrainedModel:
-    """A model in the class that its config names, or a LoRA adapter merged into `base`, or the base that it names."""
+def _load_model(spec: ModelSpec, title: str, base: Optional[ModelSpec], access: Access) -> PreTrainedModel:
+    """Model of the class that its config names. A LoRA adapter is merged into `base`, or into the base it names."""
     source = resolve_source(spec, title, access)
     if source.model is not None:
         return copy.deepcopy(source.model).eval()
@@ -179,6 +230,5 @@ def _load(spec: Any, title: str, base: Any, access: Access) -> PreTrainedModel:
         return open_checkpoint(source).load_model()
     if base is None and (base := PeftConfig.from_pretrained(source.folder).base_model_name_or_path) is None:
         raise HfEsmError(f"{title} is a LoRA adapter that names no base. Give `base`.")
-    return open_checkpoint(
-        source, open_checkpoint(resolve_source(base, f"base of {source.title}", access))
-    ).load_model()
+    opened_base = open_checkpoint(resolve_source(base, f"base of {source.title}", access))
+    return open_checkpoint(source, opened_base).load_model()

@@ -1,4 +1,4 @@
-"""How much the experts of a merge are in each other's way, layer by layer, before any method has been chosen."""
+"""Interference between the experts of a merge, layer by layer, before any method is chosen."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -9,19 +9,23 @@ from torch import Tensor
 
 from ..architecture import is_routable, to_matrices
 from ..calibration import ActivationStatistics
-from ..errors import HfEsmError
 from ..linalg import essential_subspace, truncated_svd
 from ..methods import InputStatistics
 from ..planning import MergePlan
+from ..utils import check_known
 
 
-def singular_task_interference(deltas: list[Tensor]) -> float:
-    """STI of one matrix (*Task Singular Vectors*, arXiv 2412.00081): `‖(UᵀU − I) Σ (VᵀV − I)‖₁`, the sum of absolute
-    entries, of the leading `⌊min(d)/T⌋` singular triplets of `T` updates `[d_out, d_in]`, stacked. 0 if the tasks'
-    singular vectors are orthogonal.
+def singular_task_interference(updates: list[Tensor]) -> float:
+    """Singular task interference (STI) of one linear map: `‖(UᵀU − I) Σ (VᵀV − I)‖₁`, the sum of absolute entries.
+
+    `U`, `Σ` and `V` hold the leading `⌊min(d)/T⌋` singular triplets of every update, side by side (*Task Singular
+    Vectors*, arXiv 2412.00081). 0 if the singular vectors of the tasks are orthogonal.
+
+    Args:
+        updates: `T` updates `[d_out, d_in]`.
     """
-    rank = max(min(deltas[0].shape) // len(deltas), 1)
-    triplets = [truncated_svd(delta, rank) for delta in deltas if delta.any()]
+    rank = max(min(updates[0].shape) // len(updates), 1)
+    triplets = [truncated_svd(update, rank) for update in updates if update.any()]
     if not triplets:
         return 0.0
     left = torch.cat([u for u, _, _ in triplets], dim=1)
@@ -32,48 +36,56 @@ def singular_task_interference(deltas: list[Tensor]) -> float:
 
 
 def subspace_overlap(bases: list[Tensor]) -> Tensor:
-    """`‖E_sᵀ E_t‖²_F / min(r_s, r_t)` of every two tasks: the share of one's subspace that lies in the other's.
+    """Overlap of every two subspaces, `‖E_sᵀ E_t‖²_F / min(r_s, r_t)`: the share of one that lies in the other.
 
     Args:
         bases: per task, orthonormal columns `[d_out, r_t]`.
 
-    Returns `[T, T]` float64 in [0, 1]; two random subspaces overlap by `r / d_out`.
+    Returns:
+        `[T, T]` float64 in [0, 1]. Two random subspaces of rank `r` overlap by about `r / d_out`.
     """
-    found = torch.zeros(len(bases), len(bases), dtype=torch.float64)
-    for s, one in enumerate(bases):
-        for t, other in enumerate(bases):
-            smaller = min(one.shape[1], other.shape[1])
-            found[s, t] = (one.T @ other).square().sum() / smaller if smaller else 0.0
-    return found
+    overlap = torch.zeros(len(bases), len(bases), dtype=torch.float64)
+    for s, first in enumerate(bases):
+        for t, second in enumerate(bases):
+            smaller = min(first.shape[1], second.shape[1])
+            overlap[s, t] = (first.T @ second).square().sum() / smaller if smaller else 0.0
+    return overlap
 
 
-def energy_kept(delta: Tensor, inputs: InputStatistics, ranks: list[int]) -> tuple[list[float], list[float]]:
-    """Share of the output shift `X Δᵀ` that is kept by the leading essential directions, and by the leading left
-    singular vectors of `Δ`, at each rank. Both are 1 for a shift of zero.
+def energy_kept(update: Tensor, inputs: InputStatistics, ranks: list[int]) -> tuple[list[float], list[float]]:
+    """Share of the energy of the output shift `X Δᵀ` that the leading directions carry, at each rank.
+
+    Args:
+        update: `Δ`, `[d_out, d_in]`.
+        inputs: statistics of the inputs `X`.
+        ranks: numbers of directions.
+
+    Returns:
+        Shares of the essential directions, and of the left singular vectors of `Δ`. All are 1 for a shift of zero.
     """
-    shift = inputs.factor.double() @ delta.double().T
+    shift = inputs.factor.double() @ update.double().T
     total = shift.square().sum()
     if total == 0:
         return [1.0] * len(ranks), [1.0] * len(ranks)
-    essential = essential_subspace(inputs.factor, delta, max(ranks)).directions
-    singular, _, _ = truncated_svd(delta, max(ranks))
-    kept = []
+    essential = essential_subspace(inputs.factor, update, max(ranks)).directions
+    singular, _, _ = truncated_svd(update, max(ranks))
+    shares = []
     for directions in (essential, singular):
         energies = (shift @ directions).square().sum(0).cumsum(0) / total
-        kept.append([float(energies[min(rank, len(energies)) - 1]) if len(energies) else 0.0 for rank in ranks])
-    return kept[0], kept[1]
+        shares.append([float(energies[min(rank, len(energies)) - 1]) if len(energies) else 0.0 for rank in ranks])
+    return shares[0], shares[1]
 
 
 @dataclass
 class LayerInterference:
-    """Of one linear map.
+    """Interference in one linear map.
 
     Attributes:
-        name: the weight's name in the base model.
+        name: name of the weight in the base model.
         sti: singular task interference.
-        overlap: `[T, T]`, of the tasks' subspaces of rank `⌊min(d)/T⌋`: essential ones, or, without statistics, of
-            left singular vectors.
-        ranks: where the energies are given.
+        overlap: `[T, T]`, overlap of the tasks' subspaces of rank `⌊min(d)/T⌋`: essential subspaces, or, without
+            statistics, left singular ones.
+        ranks: ranks of the energies.
         essential_energy, singular_energy: per task, the share of the output shift that is kept at each rank; empty
             without statistics.
     """
@@ -86,13 +98,13 @@ class LayerInterference:
     singular_energy: dict[str, list[float]]
 
 
-@dataclass
+@dataclass(repr=False)
 class Interference:
-    """Of a whole merge.
+    """Interference between the experts of a merge.
 
     Attributes:
-        tasks: in the order of the overlaps.
-        layers: of every linear map that is merged, those of a mixture's experts left out.
+        tasks: tasks in the order of the overlaps.
+        layers: interference in every merged linear map, without those of a mixture's experts.
     """
 
     tasks: list[str]
@@ -100,26 +112,27 @@ class Interference:
 
     @property
     def sti(self) -> float:
-        """Mean over layers; 0 where there are none."""
+        """Mean over layers; 0 without layers."""
         return sum(layer.sti for layer in self.layers) / max(len(self.layers), 1)
 
     @property
     def overlap(self) -> list[list[float]]:
-        """`[T, T]`, mean over layers; of zeros where there are none."""
+        """`[T, T]`, mean over layers; zeros without layers."""
         if not self.layers:
             return torch.zeros(len(self.tasks), len(self.tasks)).tolist()
         return torch.tensor([layer.overlap for layer in self.layers]).mean(0).tolist()
 
     def energy(self) -> dict[str, list[tuple[float, float]]]:
-        """Mean over layers and tasks of the energy kept, as pairs of rank (as a share of `min(d)`) and energy, of
-        `"essential"` and of `"singular"` directions. Empty without statistics.
+        """Energy kept by `"essential"` and by `"singular"` directions, mean over layers and tasks.
+
+        Pairs of a rank, as a share of `min(d)`, and the energy at that rank. Empty without statistics.
         """
-        found: dict[str, list[tuple[float, float]]] = {}
+        energies: dict[str, list[tuple[float, float]]] = {}
         for kind in ("essential", "singular"):
             rows = [values for layer in self.layers for values in getattr(layer, f"{kind}_energy").values()]
             if rows:
-                found[kind] = list(zip(SHARES, torch.tensor(rows).mean(0).tolist(), strict=True))
-        return found
+                energies[kind] = list(zip(SHARES, torch.tensor(rows).mean(0).tolist(), strict=True))
+        return energies
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -132,11 +145,14 @@ class Interference:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Interference":
-        """What `as_dict` gave."""
+        """Interference from what `as_dict` returned."""
         return cls(stored["tasks"], [LayerInterference(**layer) for layer in stored["layers"]])
 
+    def __repr__(self) -> str:
+        return f"Interference({', '.join(self.tasks)}; STI {self.sti:.3g} over {len(self.layers)} linear maps)"
 
-# Ranks at which energies are given, as shares of a matrix's smaller side.
+
+# Ranks of the energies, as shares of a matrix's smaller side.
 SHARES = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
@@ -145,35 +161,43 @@ def measure_interference(
     statistics: Mapping[str, Optional[ActivationStatistics]],
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Interference:
-    """Interference between the experts of a merge.
+    """Measure the interference between the experts of a merge.
+
+    Needs memory for one weight of every expert at a time.
 
     Args:
-        plan: `MergeResult.plan` of any merge of them.
-        statistics: by task, as `calibrate` gave them or `ActivationStatistics.load` reads them from `statistics_dir`;
-            None where there are none.
+        plan: `MergeResult.plan` of any merge of the experts.
+        statistics: by task, what `calibrate` returned or `ActivationStatistics.load` reads from `statistics_dir`; None
+            for experts without.
+        progress: wraps the iteration over the linear maps, such as `tqdm`.
 
-    Memory: one weight of every expert at a time.
+    Raises:
+        HfEsmError: if `statistics` names a task that is not in the plan.
     """
-    if unknown := statistics.keys() - plan.experts.keys():
-        there = ", ".join(plan.experts)
-        raise HfEsmError(f"There are statistics of {sorted(unknown)[0]!r}, which is no expert; there are {there}.")
-    statistics = {task: statistics.get(task) for task in plan.experts}
-    layers = []
+    check_known(statistics, plan.experts, "expert", "statistics")
     names = [name for name in plan.heads.shared if is_routable(name, plan.base.linear.get(name))]
-    for name in progress(names):
-        linear, weight = plan.base.linear[name], plan.base.tensor(name)
-        deltas = [to_matrices(expert.update(name, weight), linear)[0] for expert in plan.experts.values()]
-        known = [found[name] if found is not None and name in found else None for found in statistics.values()]
-        calibrated = len(known) == len(deltas) and all(inputs is not None for inputs in known)
-        side = min(deltas[0].shape)
-        rank, ranks = max(side // len(deltas), 1), [max(round(share * side), 1) for share in SHARES]
-        essential, singular = {}, {}
-        if calibrated:
-            bases = [essential_subspace(i.factor, d, rank).directions for d, i in zip(deltas, known, strict=True)]
-            for task, delta, inputs in zip(plan.experts, deltas, known, strict=True):
-                essential[task], singular[task] = energy_kept(delta, inputs, ranks)
-        else:
-            bases = [truncated_svd(delta, rank)[0] for delta in deltas]
-        sti, overlap = singular_task_interference(deltas), subspace_overlap(bases).tolist()
-        layers.append(LayerInterference(plan.base.names[name], sti, overlap, ranks, essential, singular))
+    layers = [_layer_interference(plan, name, statistics) for name in progress(names)]
     return Interference(list(plan.experts), layers)
+
+
+def _layer_interference(
+    plan: MergePlan, name: str, statistics: Mapping[str, Optional[ActivationStatistics]]
+) -> LayerInterference:
+    linear, weight = plan.base.linear[name], plan.base.tensor(name)
+    updates = {task: to_matrices(e.update(name, weight), linear)[0] for task, e in plan.experts.items()}
+    inputs = {task: statistics[task][name] for task in updates if _has_inputs(statistics.get(task), name)}
+    side = min(next(iter(updates.values())).shape)
+    rank, ranks = max(side // len(updates), 1), [max(round(share * side), 1) for share in SHARES]
+    essential, singular = {}, {}
+    if len(inputs) == len(updates):
+        bases = [essential_subspace(inputs[t].factor, update, rank).directions for t, update in updates.items()]
+        for task, update in updates.items():
+            essential[task], singular[task] = energy_kept(update, inputs[task], ranks)
+    else:
+        bases = [truncated_svd(update, rank)[0] for update in updates.values()]
+    sti, overlap = singular_task_interference(list(updates.values())), subspace_overlap(bases).tolist()
+    return LayerInterference(plan.base.names[name], sti, overlap, ranks, essential, singular)
+
+
+def _has_inputs(statistics: Optional[ActivationStatistics], name: str) -> bool:
+    return statistics is not None and name in statistics

@@ -4,7 +4,7 @@ Comes in: a model and labelled rows. Goes out: a metric's score, the outputs tha
 """
 
 from .labels import LabelledSamples
-from .metric import ACCURACY, Metric, load_labelled, resolve_metric
+from .metric import ACCURACY, Metric, MetricSpec, load_labelled, resolve_metric
 from .plots import COLOURS, plot_alpha_curves, plot_energy, plot_matrix, plot_task_scores, require_matplotlib
 from .scores import Outcome, Scores, accuracy, normalised, run
 
@@ -14,6 +14,7 @@ __all__ = [
     "COLOURS",
     "LabelledSamples",
     "Metric",
+    "MetricSpec",
     "Outcome",
     "Scores",
     "accuracy",

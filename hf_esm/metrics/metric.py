@@ -1,5 +1,6 @@
 """Metrics: the base class, one class for each kind of answer, and the built-in metrics."""
 
+import os
 import re
 import string
 from collections import Counter
@@ -267,6 +268,10 @@ WORD_F1 = TextMetric.mean_of("word-f1", _word_overlap)
 BUILT_IN = {metric.name: metric for metric in (ACCURACY, PERPLEXITY, MEAN_IOU, EXACT_MATCH, WORD_F1)}
 
 
+# What users name a metric by: a built-in name, a name or folder of the `evaluate` library, a function, or a metric.
+MetricSpec = str | os.PathLike | Metric | Callable[..., float]
+
+
 def load_labelled(
     data: Any,
     processor: Any,
@@ -301,7 +306,7 @@ def load_labelled(
     return metric.load(read_rows(data, title, options), RowReader(processor, config, title, options))
 
 
-def resolve_metric(metric: Any) -> Metric:
+def resolve_metric(metric: MetricSpec) -> Metric:
     """Metric by name, or from a function `(predictions, references) -> float` of which more is better.
 
     Built in are `"accuracy"` (of samples; of tokens for token classifiers; of all labels together where several may
@@ -332,7 +337,7 @@ def resolve_metric(metric: Any) -> Metric:
     return _library_metric(metric)
 
 
-def _library_metric(name: Any) -> Metric:
+def _library_metric(name: str | os.PathLike) -> Metric:
     """Metric of the `evaluate` library; its features tell whether it compares texts."""
     loaded = _load_from_library(name)
     kinds = loaded.features if isinstance(loaded.features, list) else [loaded.features]
@@ -346,7 +351,7 @@ def _library_metric(name: Any) -> Metric:
     return TextMetric(str(name), _library_score_of_texts(loaded, name, single), higher, single=single)
 
 
-def _load_from_library(name: Any) -> Any:
+def _load_from_library(name: str | os.PathLike) -> Any:
     try:
         import evaluate
     except ImportError:

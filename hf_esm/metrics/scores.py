@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..utils import plain_table
 from .labels import LabelledSamples
 from .metric import ACCURACY, Metric
 
@@ -35,6 +36,10 @@ class Outcome:
     def scores_of_draws(self, draws: Tensor) -> Tensor:
         """Score on each draw of rows: `[D]` float64, from indices `[D, N]` int64, which may repeat."""
         return self.metric.scores_of_draws(self.outputs, self.labels, draws)
+
+    def routed_share(self, task: str) -> float:
+        """Share of the rows whose likeliest task is `task`."""
+        return self.routed_to.count(task) / len(self.routed_to)
 
     def as_dict(self) -> dict[str, Any]:
         """Outputs, labels and routes as plain data."""
@@ -66,17 +71,17 @@ def accuracy(model: PreTrainedModel, data: LabelledSamples, batch_size: int = 32
     return run(model, data, ACCURACY, batch_size).score
 
 
-@dataclass
+@dataclass(repr=False)
 class Scores:
-    """A model's scores by task, beside the expert's own where it was measured.
+    """Scores of a model by task, with those of the experts where they were measured.
 
     Attributes:
-        model: score of the model; accuracy is in [0, 1].
-        expert: of each task's own expert.
-        routing: of a routed model, the share of the task's samples that the router took for it.
+        model: score of the model by task; accuracy is in [0, 1].
+        expert: score of each task's expert.
+        routing: for a routed model, share of the task's samples whose likeliest task it is.
         metric: name of the metric.
-        higher_is_better: whether more of it is better.
-        outcomes: what the model's scores were computed from.
+        higher_is_better: False for errors, such as perplexity.
+        outcomes: by task, the outputs that the model's scores were computed from.
     """
 
     model: dict[str, float]
@@ -84,7 +89,7 @@ class Scores:
     routing: dict[str, float] = field(default_factory=dict)
     metric: str = ACCURACY.name
     higher_is_better: bool = True
-    outcomes: dict[str, Outcome] = field(default_factory=dict, repr=False)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     @property
     def average(self) -> float:
@@ -92,13 +97,14 @@ class Scores:
 
     @property
     def normalised(self) -> Optional[float]:
-        """Mean over tasks of the score divided by the expert's (the other way round where less is better); None where
-        what it is divided by is not above 0 in every task.
+        """Mean over tasks of the score divided by the expert's; for errors, the expert's divided by the score.
+
+        None if a divisor is not above 0 or missing.
         """
         return normalised(self.model, self.expert, self.higher_is_better)
 
     def shown(self, score: Optional[float]) -> str:
-        """A score as tables show it: accuracy in percent."""
+        """A score as tables show it, accuracy in percent."""
         if score is None:
             return ""
         return f"{100 * score:.1f}" if self.metric == ACCURACY.name else f"{score:.3f}"
@@ -114,21 +120,26 @@ class Scores:
         }
 
     def __str__(self) -> str:
-        width = max(len(task) for task in [*self.model, "average"])
-        title = max(len(self.metric), 8)
-        lines = [
-            f"{'task':{width}}  {self.metric:>{title}}"
-            + ("  expert" if self.expert else "")
-            + ("  task found" if self.routing else "")
-        ]
-        for task, score in self.model.items():
-            beside = f"  {self.shown(self.expert[task]):>6}" if task in self.expert else ""
-            found = f"  {100 * self.routing[task]:10.1f}" if task in self.routing else ""
-            lines.append(f"{task:{width}}  {self.shown(score):>{title}}{beside}{found}")
-        lines.append(f"{'average':{width}}  {self.shown(self.average):>{title}}")
+        table = [["task", f"{self.metric:>8}"], *([task, self.shown(score)] for task, score in self.model.items())]
+        if self.expert:
+            table = _joined(table, ["expert", *(self.shown(self.expert.get(task)) for task in self.model)])
+        if self.routing:
+            shares = [f"{100 * self.routing[task]:.1f}" if task in self.routing else "" for task in self.model]
+            table = _joined(table, ["task found", *shares])
+        average = ["average", self.shown(self.average)]
+        lines = plain_table([*table, average + [""] * (len(table[0]) - 2)])
         if self.normalised is not None:
             lines[-1] += f"  ({100 * self.normalised:.1f} % of the experts)"
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        scores = ", ".join(f"{task} {score:.4g}" for task, score in self.model.items())
+        return f"Scores({self.metric}: {scores})"
+
+
+def _joined(table: list[list[str]], column: list[str]) -> list[list[str]]:
+    """Table with one more column."""
+    return [[*row, cell] for row, cell in zip(table, column, strict=True)]
 
 
 def normalised(

@@ -309,7 +309,7 @@ def test_experts_are_scored_with_their_own_tokenizer_over_the_base_that_is_given
     data = ["--data", f"c={write_rows(tmp_path / 'c.jsonl', rows)}"]
     command = ["evaluate", merged, *data, "--expert", f"c={tmp_path / 'lora'}"]
     assert run(*command, "--base", models / "base") == 0
-    with pytest.raises(TypeError, match="evaluate has no argument 'metrc'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'metrc'"):
         evaluate(merged, {"c": rows}, metrc="accuracy")
     for wrong, says in (({"batch_size": 0}, "batch_size must be"), ({}, "takes a folder or a Hub id, not a dict")):
         with pytest.raises(HfEsmError, match=says):
@@ -348,7 +348,7 @@ REFUSED = {
     "no classifier": ("evaluate {}/base --data a={}/right.jsonl", "BertModel gives no class per sample"),
     "expert without rows": (
         "evaluate {}/a --data a={}/right.jsonl --expert b={}/b",
-        "no rows to measure the expert 'b'",
+        "data: there is no task 'b'; there are a",
     ),
     "unknown task to score": ("evaluate {}/merged --data z={}/right.jsonl", "no task 'z'. It has a, b."),
 }

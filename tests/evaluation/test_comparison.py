@@ -5,18 +5,25 @@ import json
 import random
 import re
 import shutil
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
 
 from hf_esm import Comparison, HfEsmError, Interference, add_comparison, compare, evaluate, merge_models
 from hf_esm.cli.main import main
-from hf_esm.evaluation import comparison as comparing
-from hf_esm.evaluation.report import Cell, markdown_table, summarise, write_report
+from hf_esm.data.options import SampleOptions
+from hf_esm.evaluation.cells import NOT_COMPARED, Cell, Inputs
+from hf_esm.evaluation.comparison import describe_rules, name_methods
+from hf_esm.evaluation.report import comparison_table, write_report
+from hf_esm.evaluation.summary import summarise
 from hf_esm.methods.averaging import Mean, TaskArithmetic
 from hf_esm.metrics.metric import ACCURACY, AccuracyMetric, ClassMetric, Metric, resolve_metric
-from hf_esm.metrics.scores import Outcome
+from hf_esm.metrics.scores import Outcome, Scores
+from hf_esm.planning.options import MergeOptions
 from hf_esm.utils.fingerprints import code_identity, processor_identity
 from support.routed_toys import encoded, expert, logits, task_texts
 from support.tiny import save_tokenizer, snapshot
@@ -109,7 +116,7 @@ def test_a_report_goes_into_a_card_and_replaces_an_earlier_one(arguments, compar
     text = card.read_text()
     assert text.count("## Comparison") == text.count("## Limits") == 1
     section = text.split("## Comparison")[1].split("\n## Limits")[0]
-    assert "\n".join(markdown_table(found)) in section
+    assert "\n".join(comparison_table(found)) in section
     pictures = re.findall(r"\]\((.+?\.png)\)", section)
     assert {path.name for path in folder.glob("*.png")} == {Path(picture).name for picture in pictures}
     assert all((tmp_path / "merged" / picture).is_file() for picture in pictures)
@@ -132,7 +139,7 @@ def test_a_second_run_does_only_what_is_new(arguments, compared, monkeypatch):
             assert options["calibration"] is None or "statistics" in str(options["calibration"])
         return merge(*args, **options)
 
-    monkeypatch.setattr("hf_esm.evaluation.comparison.merge_models", watched)
+    monkeypatch.setattr("hf_esm.evaluation.cells.merge_models", watched)
     again = compare(**arguments, methods=METHODS, seeds=(0, 1), output_dir=folder)
     assert made == []
     assert again.as_dict() == found.as_dict()
@@ -189,13 +196,15 @@ def test_intervals_are_paired_and_as_wide_as_theory_says(metric):
 
 
 REFUSED = {
-    "no rows of a task": ({"test": {"a": [{"text": "x", "label": 0}]}}, "no test rows of 'b'"),
-    "rows of no task": ({"test": {t: [{"text": "x", "label": 0}] for t in "abc"}}, "test names 'c'"),
-    "an option of its own": ({"alpha": 1.0}, "compare sets alpha itself"),
+    "no rows of a task": ({"test": {"a": [{"text": "x", "label": 0}]}}, "test: there are no rows for the expert 'b'"),
+    "rows of no task": (
+        {"test": {t: [{"text": "x", "label": 0}] for t in "abc"}},
+        "test: there is no expert 'c'; there are a, b",
+    ),
     "a method twice": ({"methods": ["esm", "esm"]}, "names 'esm' twice"),
     "an unknown method": ({"methods": ["esm", "best"]}, "no method 'best'"),
     "one method, not in a list": ({"methods": "esm"}, "must be a list"),
-    "no seed": ({"seeds": []}, "one seed at least"),
+    "no seed": ({"seeds": []}, "at least one seed"),
 }
 
 
@@ -223,9 +232,9 @@ def test_the_command_compares_what_it_is_told_to(tmp_path, monkeypatch, recipe, 
     path.write_text(f"base: b\nexperts: {{a: a, b: b}}\ntest: {{a: a.jsonl}}\noutput_dir: r\n{recipe}\n")
     flags = flags.split() + (["{name: esm++, rank: 4}"] if flags == "--methods" else [])
     assert main(["compare", str(path), *flags]) == 0
-    found = [label for label, _ in comparing._named(asked["methods"])]
+    found = list(name_methods(asked["methods"]))
     assert found[: len(labels)] == labels
-    assert not asked.keys() & comparing.NOT_COMPARED
+    assert not asked.keys() & NOT_COMPARED
 
 
 def test_settings_beside_a_list_of_methods_are_refused(tmp_path, capsys):
@@ -309,14 +318,15 @@ def test_metrics_of_another_kind_are_other_metrics():
     assert code_identity(ClassMetric(**same)) == code_identity(Metric(**same)) != code_identity(AccuracyMetric(**same))
 
 
-@pytest.mark.parametrize(("metric", "says"), [("accuracy", "within one standard error"), (len, "with the best score")])
-def test_the_report_says_how_alpha_was_chosen(arguments, tmp_path, metric, says):
-    made = comparing._Comparing(
+@pytest.mark.parametrize(
+    ("metric", "says"), [("accuracy", "within one standard error"), (len, "the value with the best score")]
+)
+def test_the_report_says_how_alpha_was_chosen(arguments, metric, says):
+    made = Inputs(
         **{name: arguments[name] for name in ("base", "experts", "test", "calibration")},
-        methods=[], folder=tmp_path, validation={}, seeds=(0,), num_test=0, processor=None, token=None,
-        given={"metric": metric},
+        validation={}, num_test=0, processor=None, token=None, options=MergeOptions(), metric=resolve_metric(metric),
     )  # fmt: skip
-    assert says in made.how()[0]
+    assert says in describe_rules(made, (0,))[0]
 
 
 def test_a_model_that_is_never_right_has_nothing_and_ties_are_shown():
@@ -324,6 +334,36 @@ def test_a_model_that_is_never_right_has_nothing_and_ties_are_shown():
     never = {task: outcome(0.0) for task in "ab"}
     rows = summarise({"one": Mean(), "two": Mean()}, {n: {0: cell(never)} for n in ("one", "two")}, experts)
     assert [row.normalised for row in rows] == [0.0, 0.0]
-    table = markdown_table(Comparison(rows, {"a": 1.0, "b": 1.0}, "accuracy", [], Interference([], [])))
+    table = comparison_table(Comparison(rows, {"a": 1.0, "b": 1.0}, "accuracy", [], Interference([], [])))
     assert "+0.0 (+0.0 to +0.0)" in table[-1]
     assert "+0.0" not in table[-2]
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "not_taken"),
+    [(evaluate, SampleOptions, set()), (compare, MergeOptions, NOT_COMPARED)],
+)
+def test_parameters_are_the_fields_of_the_options_with_their_defaults(function, options, not_taken):
+    parameters, types, expected = signature(function).parameters, get_type_hints(function), get_type_hints(options)
+    assert not parameters.keys() & not_taken
+    for field in fields(options):
+        if field.name in not_taken or (function, field.name) == (compare, "output_dir"):
+            continue
+        default = 0 if (function, field.name) == (evaluate, "num_samples") else field.default
+        assert parameters[field.name].default == default, field.name
+        assert types[field.name] == expected[field.name], field.name
+
+
+@pytest.mark.parametrize("option", sorted(NOT_COMPARED))
+def test_what_a_comparison_sets_itself_is_not_taken(arguments, tmp_path, option):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+        compare(**arguments, output_dir=tmp_path, **{option: None})
+
+
+def test_results_are_printed_in_one_line(compared):
+    _, found = compared
+    lines = [repr(found), repr(found.rows[0]), repr(found.interference), repr(Scores({"a": 0.5}, {"a": 1.0}))]
+    assert lines[0] == "Comparison(accuracy; tasks a, b; " + ", ".join(row.label for row in found.rows) + ")"
+    assert lines[1].startswith("Row('mean', normalised ")
+    assert lines[2].startswith("Interference(a, b; STI ") and lines[2].endswith(" over 12 linear maps)")
+    assert lines[3] == "Scores(accuracy: a 0.5)"

@@ -1,0 +1,270 @@
+"""Cells of a comparison: each is one method with one seed, merged and measured once, and then read from a cache."""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Optional
+
+import psutil
+
+from ..calibration import ActivationStatistics
+from ..checkpoints import CALIBRATION_FOLDER, Access, ModelSpec, model_identity, open_checkpoint, resolve_source
+from ..data import DataSpec, SampleOptions
+from ..errors import HfEsmError
+from ..merging import merge_models
+from ..methods import MergeMethod, describe_method
+from ..metrics import Metric, Outcome
+from ..planning import MergeOptions, plan_merge
+from ..utils import atomic_file, code_identity, data_identity, fingerprint, processor_identity
+from ..version import __version__
+from .evaluator import Measurement
+from .interference import Interference, measure_interference
+
+
+CACHE = "cache"
+
+
+CELL_VERSION = 2  # of the cached files and of what their names depend on
+
+
+# Options of `merge_models` that `compare` does not take: it sets them itself.
+NOT_COMPARED = {"method", "alpha", "rank", "seed", "overwrite", "statistics_dir", "resume_dir", "max_shard_size"}
+
+
+@dataclass
+class Cell:
+    """One method with one choice of samples, merged and measured.
+
+    Attributes:
+        alpha: scale of the merged update.
+        alpha_scores: mean validation score by α, if α was searched.
+        outcomes: by task, outcomes of the merged model on the test rows.
+        oracle_outcomes: by task, outcomes with the task's expert, for a method whose router decides.
+        seconds: time by stage of the merge.
+        memory: growth of the process's resident memory while merging, in bytes.
+        size: size of the written weights (static model, experts, heads), in bytes.
+    """
+
+    alpha: float
+    alpha_scores: dict[float, float]
+    outcomes: dict[str, Outcome]
+    oracle_outcomes: dict[str, Outcome]
+    seconds: dict[str, float]
+    memory: int
+    size: int
+
+    def as_dict(self) -> dict[str, Any]:
+        outcomes = {name: _plain_outcomes(getattr(self, name)) for name in ("outcomes", "oracle_outcomes")}
+        numbers = {name: getattr(self, name) for name in ("alpha", "alpha_scores", "seconds", "memory", "size")}
+        return {**numbers, **outcomes}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any], metric: Metric) -> "Cell":
+        """Cell from what `as_dict` returned, read back from JSON."""
+        outcomes = {name: _outcomes_from(stored[name], metric) for name in ("outcomes", "oracle_outcomes")}
+        scores = {float(alpha): score for alpha, score in stored["alpha_scores"].items()}
+        return cls(**{**stored, **outcomes, "alpha_scores": scores})
+
+
+def _plain_outcomes(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    return {task: outcome.as_dict() for task, outcome in outcomes.items()}
+
+
+def _outcomes_from(stored: Mapping[str, Any], metric: Metric) -> dict[str, Outcome]:
+    return {task: Outcome.from_dict(outcome, metric) for task, outcome in stored.items()}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Models, data and options that all methods of a comparison share.
+
+    Attributes:
+        base, experts, test, calibration, validation, num_test, processor, token: see `compare`.
+        options: options of every merge.
+        metric: what scores the test rows and the validation rows.
+    """
+
+    base: ModelSpec
+    experts: Mapping[str, ModelSpec]
+    test: Mapping[str, DataSpec]
+    calibration: Any
+    validation: Optional[Mapping[str, DataSpec]]
+    num_test: int
+    processor: Any
+    token: Optional[str | bool]
+    options: MergeOptions
+    metric: Metric
+
+    @property
+    def access(self) -> Access:
+        return Access(self.token, self.options.allow_pickle, self.options.trust_remote_code)
+
+    @property
+    def measurement(self) -> Measurement:
+        """The test rows, which all models answer."""
+        options = SampleOptions(self.num_test, 0, self.options.max_length, self.options.columns)
+        return Measurement(self.test, self.metric, options, self.access, self.processor)
+
+    def merge_arguments(self, method: MergeMethod, seed: int) -> dict[str, Any]:
+        """Arguments of `merge_models` for one cell, except the models and the output."""
+        shared = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
+        tuned = method.tunable and self.validation is not None
+        needs_data = method.needs_statistics or method.needs_samples
+        return {
+            **{name: value for name, value in shared.items() if name not in {*NOT_COMPARED, "output_dir"}},
+            "method": method,
+            "seed": seed,
+            "progress": False,
+            "alpha": "auto" if tuned else None,
+            "calibration": self.calibration if needs_data else None,
+            "validation": self.validation if tuned else None,
+            "processor": self.processor,
+            "token": self.token,
+        }
+
+    def uses_samples(self, method: MergeMethod) -> bool:
+        """Whether a merge by this method depends on the choice of samples."""
+        return self.merge_arguments(method, 0)["calibration"] is not None
+
+
+class CellStore:
+    """Cells and everything else that a comparison measures, each computed once.
+
+    A result is a JSON file, whose name is a fingerprint of all that the result depends on.
+
+    Attributes:
+        inputs: what the methods share.
+        folder: folder of the comparison.
+    """
+
+    def __init__(self, inputs: Inputs, folder: Path):
+        self.inputs, self.folder = inputs, folder
+        models = {"base": inputs.base, **inputs.experts}
+        self._identity = [
+            {name: model_identity(resolve_source(spec, name, inputs.access)) for name, spec in models.items()},
+            processor_identity(inputs.processor),
+        ]
+        metric = inputs.options.metric
+        self._test_identity = [
+            {task: data_identity(rows) for task, rows in inputs.test.items()},
+            inputs.num_test,
+            inputs.options.max_length,
+            inputs.options.columns,
+            metric if isinstance(metric, str) else code_identity(metric),
+        ]
+
+    def expert_outcomes(self) -> dict[str, Outcome]:
+        """Outcome of each task's expert on the test rows."""
+        inputs = self.inputs
+        stored = self._cached(
+            "experts",
+            self._test_identity,
+            lambda: _plain_outcomes(inputs.measurement.expert_outcomes(inputs.experts, inputs.base)),
+        )
+        return _outcomes_from(stored, inputs.metric)
+
+    def cell(self, method: MergeMethod, seed: int) -> Cell:
+        """The cell of a method and a seed."""
+        arguments = self.inputs.merge_arguments(method, seed)
+        known = {name: value for name, value in arguments.items() if name not in ("method", "processor", "token")}
+        known |= {name: data_identity(arguments[name]) for name in ("calibration", "validation")}
+        known["metric"] = self.inputs.metric.name  # the test identity holds its code
+        key = [describe_method(method), method.default_alpha, known, self._test_identity]
+        stored = self._cached("cell", key, lambda: self._merge_and_measure(method, seed, arguments).as_dict())
+        return Cell.from_dict(stored, self.inputs.metric)
+
+    def interference(self, method: MergeMethod, seed: int) -> Interference:
+        """Interference between the experts, with the cached statistics of a seed if any method needed them.
+
+        Args:
+            method: any method; it decides nothing but what a merge plan needs to know.
+        """
+        folder, inputs = self._statistics_folder(seed), self.inputs
+        files = {task: folder / f"{task}.safetensors" for task in inputs.experts}
+        complete = all(path.is_file() for path in files.values())
+
+        def measure() -> dict[str, Any]:
+            base = open_checkpoint(resolve_source(inputs.base, "base", inputs.access))
+            experts = {
+                task: open_checkpoint(resolve_source(spec, f"expert '{task}'", inputs.access), base)
+                for task, spec in inputs.experts.items()
+            }
+            plan = plan_merge(base, experts, method, inputs.options.heads)
+            statistics = {t: ActivationStatistics.load(path) if complete else None for t, path in files.items()}
+            return measure_interference(plan, statistics).as_dict()
+
+        key = [complete, str(folder), inputs.options.heads]
+        return Interference.from_dict(self._cached("interference", key, measure))
+
+    def _cached(self, kind: str, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A result as plain data, from its file, or computed and written."""
+        name = fingerprint(CELL_VERSION, __version__, self._identity, key)
+        path = self.folder / CACHE / f"{kind}-{name}.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            text = json.dumps(compute())
+        except TypeError as error:
+            raise HfEsmError(
+                f"What the metric {self.inputs.metric.name!r} reads of outputs, or a label, cannot be cached as JSON "
+                f"({error}). Let `read` return numbers, texts, lists and dictionaries."
+            ) from error
+        with atomic_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+        return json.loads(text)
+
+    def _statistics_folder(self, seed: int) -> Path:
+        """Folder of the statistics of one choice of samples, which all methods use."""
+        samples = {f.name: getattr(self.inputs.options, f.name) for f in fields(SampleOptions) if f.name != "seed"}
+        key = fingerprint(__version__, self._identity, data_identity(self.inputs.calibration), samples, seed)
+        return self.folder / CACHE / f"statistics-{key}"
+
+    def _merge_and_measure(self, method: MergeMethod, seed: int, arguments: dict[str, Any]) -> Cell:
+        inputs = self.inputs
+        if method.needs_statistics:
+            statistics = self._statistics_folder(seed)
+            complete = all((statistics / f"{task}.safetensors").is_file() for task in inputs.experts)
+            if complete and not method.needs_features:  # features of the merged model come from the samples themselves
+                arguments = {**arguments, "calibration": statistics}
+            elif not isinstance(inputs.calibration, (str, os.PathLike)) and inputs.calibration is not None:
+                arguments = {**arguments, "statistics_dir": str(statistics)}
+        with TemporaryDirectory(dir=self.folder, prefix=".merging-") as scratch:
+            target = Path(scratch) / "model"
+            with _peak_memory() as memory:
+                merged = merge_models(inputs.base, inputs.experts, output_dir=str(target), **arguments)
+            weights = [path for path in target.rglob("*.safetensors") if CALIBRATION_FOLDER not in path.parts]
+            measure = inputs.measurement.merged_outcomes
+            return Cell(
+                alpha=merged.alpha,
+                alpha_scores=merged.alpha_scores,
+                outcomes=measure(target, str(target)),
+                oracle_outcomes=measure(target, str(target), "oracle") if method.decides else {},
+                seconds=merged.seconds,
+                memory=memory[0],
+                size=sum(path.stat().st_size for path in weights),
+            )
+
+
+@contextmanager
+def _peak_memory() -> Iterator[list[int]]:
+    """List whose one number, after the block, is the largest growth of resident memory meanwhile, in bytes."""
+    process, over, peak = psutil.Process(), threading.Event(), [0]
+    start = process.memory_info().rss
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            peak[0] = max(peak[0], process.memory_info().rss - start)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+        peak[0] = max(peak[0], process.memory_info().rss - start)

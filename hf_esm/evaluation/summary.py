@@ -1,0 +1,183 @@
+"""Rows of a comparison: scores of each method, with intervals from draws of test rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from ..methods import MergeMethod, describe_method
+from ..metrics import Outcome, normalised
+from .cells import Cell
+
+
+DRAWS = 1000  # of the bootstrap
+
+
+@dataclass(repr=False)
+class Row:
+    """One method's row of the report. Shares are in [0, 1]; intervals hold 95 % of a bootstrap over test rows.
+
+    Attributes:
+        label: name of the row.
+        method: name and settings of the method.
+        alphas: α by seed; empty for a method without α.
+        tasks: score by task, mean over seeds.
+        average: mean over tasks.
+        normalised: mean over tasks of the score divided by the expert's score.
+        interval: interval of `normalised`.
+        difference: `normalised` minus that of the first row.
+        difference_interval: interval of `difference`; both rows are scored on the same draws.
+        by_seed: `normalised` by seed of the choice of samples.
+        routing: by task, share of its rows whose likeliest task it is; empty without a router.
+        confusion: `[T, T]`, share of a task's rows (first index) whose likeliest task is the second; empty without a
+            router.
+        alpha_scores: by seed, the mean validation score by α, if α was searched.
+        seconds: time to merge, calibration and search for α included; mean over seeds.
+        memory: see `Cell`; the largest over seeds.
+        size: see `Cell`; the largest over seeds.
+    """
+
+    label: str
+    method: dict[str, Any]
+    alphas: dict[int, float]
+    tasks: dict[str, float]
+    average: float
+    normalised: float
+    interval: tuple[float, float]
+    difference: float
+    difference_interval: tuple[float, float]
+    by_seed: dict[int, float]
+    routing: dict[str, float]
+    confusion: list[list[float]]
+    alpha_scores: dict[int, dict[float, float]]
+    seconds: float
+    memory: int
+    size: int
+
+    def __repr__(self) -> str:
+        return f"Row({self.label!r}, normalised {self.normalised:.3f}, average {self.average:.3f})"
+
+
+@dataclass(frozen=True)
+class _ExpertScores:
+    """Scores of the experts, and draws of test rows.
+
+    Attributes:
+        draws: by task, indices of rows, `[DRAWS, N]` int64.
+        scores: by task, the expert's score.
+        drawn: by task, the expert's score on each draw, `[DRAWS]` float64.
+        higher_is_better: whether more of the metric is better.
+    """
+
+    draws: dict[str, Tensor]
+    scores: dict[str, float]
+    drawn: dict[str, Tensor]
+    higher_is_better: bool
+
+    @classmethod
+    def of(cls, outcomes: Mapping[str, Outcome]) -> "_ExpertScores":
+        generator, draws = torch.Generator().manual_seed(0), {}
+        for task, outcome in outcomes.items():
+            count = len(outcome.labels)
+            draws[task] = torch.randint(count, (DRAWS, count), generator=generator)
+        return cls(
+            draws,
+            {task: outcome.score for task, outcome in outcomes.items()},
+            {task: outcome.scores_of_draws(draws[task]) for task, outcome in outcomes.items()},
+            next(iter(outcomes.values())).metric.higher_is_better,
+        )
+
+    def normalised(self, outcomes: Mapping[str, Outcome]) -> float:
+        """Mean over tasks of the score divided by the expert's; NaN if an expert's score is not above 0."""
+        scores = {task: outcomes[task].score for task in self.scores}
+        share = normalised(scores, self.scores, self.higher_is_better)
+        return float("nan") if share is None else share
+
+    def normalised_draws(self, outcomes: Mapping[str, Outcome]) -> Tensor:
+        """`[DRAWS]` float64: the same on each draw."""
+        shares = []
+        for task, expert in self.drawn.items():
+            drawn = outcomes[task].scores_of_draws(self.draws[task])
+            shares.append(drawn / expert if self.higher_is_better else expert / drawn)
+        return torch.stack(shares).mean(0)
+
+
+def summarise(
+    methods: Mapping[str, MergeMethod],
+    cells: Mapping[str, Mapping[int, Cell]],
+    expert_outcomes: Mapping[str, Outcome],
+) -> list[Row]:
+    """Rows of the report, in the order of `methods`.
+
+    A method whose router decides has a second row, in which the task of every test row is given.
+
+    Args:
+        methods: methods by label.
+        cells: by label and seed.
+        expert_outcomes: outcome of each task's expert on the same test rows.
+    """
+    experts = _ExpertScores.of(expert_outcomes)
+    rows: list[Row] = []
+    first: Optional[tuple[float, Tensor]] = None
+    for label, method in methods.items():
+        by_seed = cells[label]
+        variants = {label: {seed: cell.outcomes for seed, cell in by_seed.items()}}
+        if all(cell.oracle_outcomes for cell in by_seed.values()):
+            variants[f"{label}, tasks given"] = {seed: cell.oracle_outcomes for seed, cell in by_seed.items()}
+        for name, outcomes in variants.items():
+            shares = {seed: experts.normalised(found) for seed, found in outcomes.items()}
+            value = sum(shares.values()) / len(shares)
+            draws = torch.stack([experts.normalised_draws(found) for found in outcomes.values()]).mean(0)
+            first = first or (value, draws)
+            rows.append(
+                Row(
+                    label=name,
+                    method=describe_method(method),
+                    normalised=value,
+                    interval=_interval(draws),
+                    difference=value - first[0],
+                    difference_interval=_interval(draws - first[1]),
+                    by_seed=shares,
+                    **_scores(outcomes),
+                    **_routes(outcomes),
+                    **_costs(method, by_seed),
+                )
+            )
+    return rows
+
+
+def _interval(draws: Tensor) -> tuple[float, float]:
+    """95 % interval of the draws that have a score. On some draws an expert, which scores are divided by, has none."""
+    draws = torch.where(draws.isfinite(), draws, torch.nan)
+    low, high = draws.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _scores(outcomes: Mapping[int, Mapping[str, Outcome]]) -> dict[str, Any]:
+    tasks = next(iter(outcomes.values()))
+    scores = {task: sum(found[task].score for found in outcomes.values()) / len(outcomes) for task in tasks}
+    return {"tasks": scores, "average": sum(scores.values()) / len(scores)}
+
+
+def _routes(outcomes: Mapping[int, Mapping[str, Outcome]]) -> dict[str, Any]:
+    """Confusion of the router, mean over seeds; empty without a router that decided."""
+    if not all(outcome.routed_to for found in outcomes.values() for outcome in found.values()):
+        return {"routing": {}, "confusion": []}
+    tasks = list(next(iter(outcomes.values())))
+    confusion = [
+        [sum(found[task].routed_share(taken) for found in outcomes.values()) / len(outcomes) for taken in tasks]
+        for task in tasks
+    ]
+    return {"routing": {task: confusion[i][i] for i, task in enumerate(tasks)}, "confusion": confusion}
+
+
+def _costs(method: MergeMethod, cells: Mapping[int, Cell]) -> dict[str, Any]:
+    return {
+        "alphas": {seed: cell.alpha for seed, cell in cells.items()} if method.tunable else {},
+        "alpha_scores": {seed: cell.alpha_scores for seed, cell in cells.items() if cell.alpha_scores},
+        "seconds": sum(sum(cell.seconds.values()) for cell in cells.values()) / len(cells),
+        "memory": max(cell.memory for cell in cells.values()),
+        "size": max(cell.size for cell in cells.values()),
+    }
