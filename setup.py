@@ -42,7 +42,7 @@ setup(
     ],
     extras_require={
         "demo": ["matplotlib", "pillow", "scikit-learn"],
-        "test": ["matplotlib", "pillow", "pytest", "pytest-xdist", "scikit-learn"],
+        "test": ["matplotlib", "pillow", "pytest", "pytest-xdist", "scikit-learn", "setuptools>=77"],
         "quality": ["pytest", "ruff", "ty", "typos"],
     },
     entry_points={"console_scripts": ["hf-esm=hf_esm.cli:main"]},

@@ -1,8 +1,8 @@
-"""Which method merges these experts best? Measure several, with intervals, pictures and a report.
+"""Compare several methods on the same experts, with intervals, pictures and a report.
 
     pip install ".[demo]" && python examples/compare_methods.py
 
-Any fine-tunes of one checkpoint will do: put your own ids below.
+Replace the ids below by your own: any fine-tunes of one checkpoint.
 """
 
 from datasets import load_dataset
@@ -27,10 +27,10 @@ comparison = compare(
     "FacebookAI/roberta-base",
     EXPERTS,
     methods=["esm", "task-arithmetic", "tsv-m", "iso-cts", {"name": "esm++", "rank": 8}],
-    calibration={task: rows(task, "train", 64, seed=0) for task in EXPERTS},  # labels are not looked at
-    validation={task: rows(task, "train", 100, seed=1) for task in EXPERTS},  # α is chosen on these
+    calibration={task: rows(task, "train", 64, seed=0) for task in EXPERTS},  # labels are ignored
+    validation={task: rows(task, "train", 100, seed=1) for task in EXPERTS},  # α is chosen on these rows
     test={task: rows(task, "validation", 300, seed=0) for task in EXPERTS},
-    seeds=(0, 1),  # of the 32 proxies out of 64
+    seeds=(0, 1),  # each draws another 32 of the 64 samples
     max_length=128,
     allow_pickle=True,  # these experts have no safetensors files
     output_dir="comparison",

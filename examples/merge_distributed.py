@@ -1,11 +1,11 @@
-r"""Merge on several processes: each runs its share of the calibration samples and merges its share of the weights.
+r"""Merge on several processes, which share the calibration samples and the weights to merge.
 
     accelerate launch --num_processes 4 examples/merge_distributed.py --base bert-base-uncased \
         --expert sst2=me/bert-sst2 mrpc=me/bert-mrpc-lora --calibration sst2=sst2.txt mrpc=mrpc.jsonl --output-dir out
 
-That starts one process per accelerator. On CPUs alone, Accelerate leaves starting them to MPI (`mpirun -n 4 accelerate
-launch --cpu --num_processes 4 …`) or to PyTorch (`ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 4 …`). A recipe needs
-no script: `accelerate launch --num_processes 4 -m hf_esm.cli merge recipe.yaml`.
+This command starts one process per accelerator. On CPUs alone, start the processes by MPI (`mpirun -n 4 accelerate
+launch --cpu --num_processes 4 …`) or by PyTorch (`ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 4 …`). A recipe does
+not need a script: `accelerate launch --num_processes 4 -m hf_esm.cli merge recipe.yaml`.
 """
 
 import argparse
@@ -28,15 +28,15 @@ parser.add_argument(
 )
 parser.add_argument("--output-dir", required=True, help="folder to write")
 parser.add_argument("--allow-pickle", action="store_true", help="read models that have no safetensors files")
-given = parser.parse_args()
+arguments = parser.parse_args()
 
 accelerator = Accelerator()
 result = merge_models(
-    given.base,
-    dict(given.expert),
-    calibration=dict(given.calibration),
-    output_dir=given.output_dir,
-    allow_pickle=given.allow_pickle,
+    arguments.base,
+    dict(arguments.expert),
+    calibration=dict(arguments.calibration),
+    output_dir=arguments.output_dir,
+    allow_pickle=arguments.allow_pickle,
     accelerator=accelerator,
 )
-accelerator.print(result)  # the result is the same on every process; the main process alone writes
+accelerator.print(result)  # every process has the result; only the main process prints

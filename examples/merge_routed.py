@@ -1,8 +1,8 @@
-"""Merge fine-tunes from the Hub into one routed model, ask it without naming the task, and hand it on.
+"""Merge fine-tunes from the Hub into one routed model, predict without naming the task, and export the experts.
 
     pip install . && python examples/merge_routed.py
 
-Any fine-tunes of one checkpoint will do: put your own ids below.
+Replace the ids below by your own: any fine-tunes of one checkpoint.
 """
 
 from datasets import load_dataset
@@ -18,7 +18,7 @@ merge_models(
     BASE,
     EXPERTS,
     calibration=samples,
-    num_samples=128,  # more proxies make a better router
+    num_samples=128,  # more samples make a better router
     method="esm++",
     rank=32,
     allow_pickle=True,  # these experts have no safetensors files
@@ -27,10 +27,11 @@ merge_models(
 
 model = RoutedModel.from_pretrained("routed")
 texts = ["a deep and meaningful film .", "The more we study , the more discover ."]
-for text, found in zip(texts, model.predict(texts), strict=True):
-    print(f"{text!r}: {found.task}, {found.label} ({found.score:.0%}){'' if found.sure else ', unsure'}")
+for text, prediction in zip(texts, model.predict(texts), strict=True):
+    sureness = "sure" if prediction.sure else "unsure"
+    print(f"{text!r}: {prediction.task} ({sureness}), {prediction.label} ({prediction.score:.0%})")
 print(model.explain(texts)[0])
 print(model.predict(texts, tasks="cola"))  # the task is known
 
-model.export_lora("adapters")  # ordinary LoRA adapters over the static model in routed/
+model.export_lora("adapters")  # ordinary LoRA adapters of the static model in routed/
 # model.push_to_hub("me/roberta-routed")

@@ -2,7 +2,7 @@
 
     pip install . && python examples/merge_text.py
 
-Any fine-tunes of one checkpoint will do: put your own ids below.
+Replace the ids below by your own: any fine-tunes of one checkpoint.
 """
 
 from datasets import load_dataset
@@ -32,15 +32,16 @@ def rows(task: str, split: str, count: int) -> list[dict]:
 result = merge_models(
     BASE,
     EXPERTS,
-    calibration={task: rows(task, "train", 32) for task in EXPERTS},  # labels are not looked at
-    validation={task: rows(task, "train", 100) for task in EXPERTS},
+    calibration={task: rows(task, "train", 32) for task in EXPERTS},  # labels are ignored
+    validation={task: rows(task, "train", 100) for task in EXPERTS},  # α is chosen on these rows
     alpha="auto",
     max_length=128,
     allow_pickle=True,  # these three experts have no safetensors files
     output_dir="roberta-merged",
 )
 print(result)
-print(evaluate("roberta-merged", {task: rows(task, "validation", 300) for task in EXPERTS}, experts=EXPERTS))
+test = {task: rows(task, "validation", 300) for task in EXPERTS}
+print(evaluate("roberta-merged", test, experts=EXPERTS, allow_pickle=True))
 
 model, tokenizer = load_task_model("roberta-merged", "sst2"), AutoTokenizer.from_pretrained("roberta-merged")
 print(pipeline("text-classification", model=model, tokenizer=tokenizer)("One model for all of it: a delight."))

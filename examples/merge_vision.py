@@ -2,7 +2,7 @@
 
     pip install . && python examples/merge_vision.py
 
-Any fine-tunes of one checkpoint will do: put your own ids below.
+Replace the ids below by your own: any fine-tunes of one checkpoint.
 """
 
 from datasets import load_dataset
