@@ -1,4 +1,4 @@
-"""Scores and comparisons in the card of a merged model."""
+"""Scores and comparisons written into the card of a merged model."""
 
 import os
 import shutil
@@ -10,85 +10,108 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from transformers import AutoConfig
 
-from ..checkpoints import HEADS_FOLDER, PICTURES_FOLDER
+from ..checkpoints import CARD_FILE, HEADS_FOLDER, PICTURES_FOLDER
+from ..data import DataSpec
 from ..errors import HfEsmError
 from ..hub import pipeline_of, with_section
 from ..metrics import Scores
+from ..utils import markdown_table
+from .report import REPORT
 
 
-def update_card(folder: str | os.PathLike, scores: Scores, data: Mapping[str, Any]) -> Path:
-    """Put scores into the card of a merged model: as evaluation entries in its metadata, which the Hub shows, and as a
-    table before its limits. Earlier results are replaced.
+def update_card(folder: str | os.PathLike, scores: Scores, data: Mapping[str, DataSpec]) -> Path:
+    """Write scores into the card of a merged model, in place of earlier ones.
+
+    They become evaluation results in the metadata, which the Hub shows, and a table before the section "Limits".
 
     Args:
-        folder: what `merge_models` wrote.
-        scores: what `evaluate` gave.
-        data: what they were measured on, as `evaluate` took it; data sets of the Hub are named.
+        folder: folder that `merge_models` wrote.
+        scores: what `evaluate` returned.
+        data: rows that the scores were measured on, as `evaluate` took them. Data sets of the Hub are named.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        HfEsmError: if the folder holds no card.
     """
-    path = Path(folder).expanduser() / "README.md"
-    if not path.is_file():
-        raise HfEsmError(f"{folder}: there is no model card (README.md) in it.")
-    card = ModelCard.load(path)
-    card.data.model_name = Path(folder).expanduser().resolve().name
+    folder = Path(folder).expanduser()
+    if not (folder / CARD_FILE).is_file():
+        raise HfEsmError(f"{folder}: there is no model card ({CARD_FILE}). Give a folder that `merge_models` wrote.")
+    card = ModelCard.load(folder / CARD_FILE)
+    card.data.model_name = folder.resolve().name
     card.data.eval_results = [
-        EvalResult(
-            task_type=pipeline_of(_class_of(path.parent, task)),
-            dataset_type=_dataset(spec := data.get(task), task),
-            dataset_name=task,
-            dataset_config=spec.get("name") if isinstance(spec, Mapping) else None,
-            dataset_split=spec.get("split") if isinstance(spec, Mapping) else None,
-            metric_type=scores.metric,
-            metric_value=round(score, 6),
-        )
+        _result(folder, task, score, data.get(task), scores.metric)
         for task, score in scores.model.items()
         if isfinite(score)
     ]
-    rows = [
-        f"| {task} | {scores.shown(score)} | {scores.shown(scores.expert.get(task))} |"
-        for task, score in scores.model.items()
-    ]
-    share = f" ({100 * scores.normalised:.1f} % of the experts)" if scores.normalised is not None else ""
-    rows.append(f"| average | {scores.shown(scores.average)}{share} | |")
-    card.text = with_section(
-        card.text, "Results", "\n".join([f"| task | {scores.metric} | its expert |", "|---|--:|--:|", *rows])
+    card.text = with_section(card.text, "Results", "\n".join(_results_table(scores)))
+    card.save(folder / CARD_FILE)
+    return folder / CARD_FILE
+
+
+def _result(folder: Path, task: str, score: float, rows: Any, metric: str) -> EvalResult:
+    """One score as the Hub's metadata has it."""
+    described = rows if isinstance(rows, Mapping) else {}
+    return EvalResult(
+        task_type=pipeline_of(_model_class(folder, task)),
+        dataset_type=_dataset_id(rows) or task,
+        dataset_name=task,
+        dataset_config=described.get("name"),
+        dataset_split=described.get("split"),
+        metric_type=metric,
+        metric_value=round(score, 6),
     )
-    card.save(path)
+
+
+def _dataset_id(rows: Any) -> str:
+    """Id of a data set on the Hub; empty for local files and for rows in memory."""
+    path = rows.get("path") if isinstance(rows, Mapping) else None
+    if not isinstance(path, str) or "data_files" in rows or Path(path).expanduser().exists():
+        return ""
     return path
 
 
-def _dataset(spec: Any, task: str) -> str:
-    """The id of a data set on the Hub, or, of what stands on this machine or in memory, the task's name."""
-    named = spec.get("path") if isinstance(spec, Mapping) else None
-    local = not isinstance(named, str) or "data_files" in spec or Path(named).expanduser().exists()
-    return task if local else named
+def _model_class(folder: Path, task: str) -> str:
+    head = folder / HEADS_FOLDER / task
+    config = AutoConfig.from_pretrained(head if head.is_dir() else folder)
+    return (config.architectures or [""])[0]
+
+
+def _results_table(scores: Scores) -> list[str]:
+    rows = [[task, scores.shown(score), scores.shown(scores.expert.get(task))] for task, score in scores.model.items()]
+    share = f" ({100 * scores.normalised:.1f} % of the experts)" if scores.normalised is not None else ""
+    average = ["average", f"{scores.shown(scores.average)}{share}", ""]
+    return markdown_table([["task", scores.metric, "its expert"], *rows, average])
 
 
 def add_comparison(folder: str | os.PathLike, report: str | os.PathLike) -> Path:
-    """Put what `compare` found into the card of a merged model, pictures and all, before its limits. An earlier
-    comparison is replaced.
+    """Write a comparison, with its pictures, into the card of a merged model, in place of an earlier one.
 
     Args:
-        folder: what `merge_models` wrote.
+        folder: folder that `merge_models` wrote.
         report: the `output_dir` of `compare`.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        HfEsmError: if one of the folders is of another kind.
     """
     folder, report = Path(folder).expanduser(), Path(report).expanduser()
-    for path in (folder / "README.md", report / "report.md"):
+    pictures = folder / PICTURES_FOLDER
+    for path in (folder / CARD_FILE, report / REPORT):
         if not path.is_file():
             raise HfEsmError(f"{path} is missing: {folder} must be a merged model's folder, {report} a comparison's.")
-    if report.resolve().is_relative_to((folder / PICTURES_FOLDER).resolve()):
-        raise HfEsmError(f"{report}: the card's own pictures stand there. Compare into another folder.")
-    shutil.rmtree(folder / PICTURES_FOLDER, ignore_errors=True)
-    (folder / PICTURES_FOLDER).mkdir()
+    if report.resolve().is_relative_to(pictures.resolve()):
+        raise HfEsmError(f"{report}: this folder is for the card's own pictures. Compare into another folder.")
+    shutil.rmtree(pictures, ignore_errors=True)
+    pictures.mkdir()
     for picture in report.glob("*.png"):
-        shutil.copy(picture, folder / PICTURES_FOLDER)
-    _, _, text = (report / "report.md").read_text(encoding="utf-8").partition("\n")  # after its title
+        shutil.copy(picture, pictures)
+    _, _, text = (report / REPORT).read_text(encoding="utf-8").partition("\n")  # without its title
     text = text.replace("\n## ", "\n### ").replace("](", f"]({PICTURES_FOLDER}/")
-    card = ModelCard.load(folder / "README.md")
+    card = ModelCard.load(folder / CARD_FILE)
     card.text = with_section(card.text, "Comparison", text.strip())
-    card.save(folder / "README.md")
-    return folder / "README.md"
-
-
-def _class_of(folder: Path, task: str) -> str:
-    own = folder / HEADS_FOLDER / task
-    return (AutoConfig.from_pretrained(own if own.is_dir() else folder).architectures or [""])[0]
+    card.save(folder / CARD_FILE)
+    return folder / CARD_FILE

@@ -130,7 +130,7 @@ def compare(
 def name_methods(methods: Sequence[Any]) -> dict[str, MergeMethod]:
     """Methods by the labels of their rows: a method's `label`, or its name and the settings that are not defaults."""
     if isinstance(methods, (str, Mapping)) or not methods:
-        raise HfEsmError("methods must be a list of methods, such as [esm, tsv-m].")
+        raise HfEsmError("`methods` must be a list of methods, such as [esm, tsv-m].")
     named: dict[str, MergeMethod] = {}
     for entry in methods:
         label = None
@@ -140,7 +140,7 @@ def name_methods(methods: Sequence[Any]) -> dict[str, MergeMethod]:
         method = resolve_method(entry)
         label = str(label or _label_of(entry, method))
         if label in named:
-            raise HfEsmError(f"methods names {label!r} twice. Give one of them a `label`.")
+            raise HfEsmError(f"`methods` names {label!r} twice. Give one of them a `label`.")
         named[label] = method
     return named
 
@@ -160,14 +160,14 @@ def _check(inputs: Inputs, methods: Mapping[str, MergeMethod], seeds: Sequence[i
     """Raise `HfEsmError` for all that can be seen before any weight is read."""
     if PartialState().num_processes > 1:
         raise HfEsmError("compare runs in one process; start it without `accelerate launch`.")
-    check_by_task(inputs.test, "test")
-    check_known(inputs.test, inputs.experts, "expert", "test")
+    check_by_task(inputs.test, "`test`")
+    check_known(inputs.test, inputs.experts, "expert", "`test`")
     if missing := inputs.experts.keys() - inputs.test.keys():
         raise HfEsmError(
-            f"test: there are no rows for the expert {min(missing)!r}. Add them, or leave the expert out."
+            f"`test`: there are no rows for the expert {min(missing)!r}. Add them, or leave the expert out."
         )
     if not seeds:
-        raise HfEsmError("seeds must hold at least one seed.")
+        raise HfEsmError("`seeds` must hold at least one seed.")
     for method in methods.values():
         merge_models(inputs.base, inputs.experts, dry_run=True, **inputs.merge_arguments(method, seeds[0]))
 
@@ -177,7 +177,7 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise HfEsmError(
-            f"{folder}: this folder cannot be made ({error.strerror}). Choose another output_dir."
+            f"{folder}: this folder cannot be made ({error.strerror}). Choose another `output_dir`."
         ) from None
 
 

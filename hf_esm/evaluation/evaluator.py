@@ -28,7 +28,7 @@ from ..data import DataSpec, SampleOptions
 from ..errors import HfEsmError
 from ..metrics import LabelledSamples, Metric, MetricSpec, Outcome, Scores, load_labelled, resolve_metric, run
 from ..routing import RoutedModel
-from ..utils import check_known, closest_name, default_accelerator
+from ..utils import check_known, default_accelerator, did_you_mean
 
 
 ROUTES = ("routed", "oracle", "static")
@@ -118,10 +118,11 @@ def _check_arguments(model: Any, data: Any, experts: Mapping[str, Any], route: s
     if not isinstance(model, (str, os.PathLike)):
         raise HfEsmError(f"evaluate takes a folder or a Hub id, not a {type(model).__name__}.")
     if route not in ROUTES:
-        meant = f" (did you mean {closest!r}?)" if (closest := closest_name(route, ROUTES)) else ""
-        raise HfEsmError(f"route must be 'routed', 'oracle' or 'static', not {route!r}{meant}.")
-    check_by_task(data, "data")
-    check_known(experts, data, "task", "data")
+        raise HfEsmError(
+            f"`route` must be 'routed', 'oracle' or 'static', not {route!r}{did_you_mean(route, ROUTES)}."
+        )
+    check_by_task(data, "`data`")
+    check_known(experts, data, "task", "`data`")
 
 
 def check_by_task(rows: Any, argument: str) -> None:

@@ -174,7 +174,7 @@ def measure_interference(
     Raises:
         HfEsmError: if `statistics` names a task that is not in the plan.
     """
-    check_known(statistics, plan.experts, "expert", "statistics")
+    check_known(statistics, plan.experts, "expert", "`statistics`")
     names = [name for name in plan.heads.shared if is_routable(name, plan.base.linear.get(name))]
     layers = [_layer_interference(plan, name, statistics) for name in progress(names)]
     return Interference(list(plan.experts), layers)

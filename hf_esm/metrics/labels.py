@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from ..data import Sample, SampleOptions, encode, is_words
 from ..errors import HfEsmError
+from ..utils import did_you_mean
 
 
 @dataclass
@@ -76,7 +77,12 @@ class RowReader:
         if isinstance(row, Mapping):
             label = next((row[column] for column in columns if row.get(column) is not None), None)
         if label is None:
-            raise HfEsmError(f"{self.row_title(index)} needs a label; name its column with columns={{'label': …}}.")
+            others = [name for name in row if name not in columns] if isinstance(row, Mapping) else []
+            meant = did_you_mean(columns[0], others)
+            raise HfEsmError(
+                f"{self.row_title(index)} needs a label in the column {columns[0]!r}{meant}. If it is in another "
+                "column, name that in `columns={'label': …}`."
+            )
         return label.tolist() if hasattr(label, "tolist") else label
 
     def labels(self, rows: list[Any]) -> list[Any]:
@@ -129,7 +135,10 @@ def with_texts(rows: list[Any], reader: RowReader, metric: str, single: bool = F
     """
     tokenizer = getattr(reader.processor, "tokenizer", reader.processor)
     if not hasattr(tokenizer, "decode"):
-        raise HfEsmError(f"{reader.title}: {metric} compares texts and needs a tokenizer. Pass `processor=`.")
+        raise HfEsmError(
+            f"{reader.title}: {metric} compares texts and needs a tokenizer. Save one in the model's folder, or pass "
+            "`processor`."
+        )
     target = reader.column("text_target")
     accepted = [_right_texts(reader.label(row, i, target), reader.row_title(i), metric) for i, row in enumerate(rows)]
     for i, texts in enumerate(accepted):
@@ -202,7 +211,10 @@ def _one_label(label: Any, config: PretrainedConfig, title: str) -> float:
     """Class index of a label, or the value for a head of one label."""
     if isinstance(label, str):
         if label not in config.label2id:
-            raise HfEsmError(f"{title}: the expert has no label {label!r}; it has {list(config.label2id)[:10]}.")
+            meant = did_you_mean(label, config.label2id)
+            raise HfEsmError(
+                f"{title}: the expert has no label {label!r}{meant}; it has {list(config.label2id)[:10]}."
+            )
         return config.label2id[label]
     try:
         value = float(label)

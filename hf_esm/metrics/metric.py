@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..data import SampleOptions, read_rows
 from ..errors import HfEsmError
+from ..utils import did_you_mean
 from .labels import LabelledSamples, RowReader, with_classes, with_maps, with_references, with_targets, with_texts
 from .outputs import classes_of, likelihoods_of, overlaps_of, readings_of, texts_of
 
@@ -352,17 +353,18 @@ def _library_metric(name: str | os.PathLike) -> Metric:
 
 
 def _load_from_library(name: str | os.PathLike) -> Any:
+    meant = did_you_mean(name, BUILT_IN)
     try:
         import evaluate
     except ImportError:
         raise HfEsmError(
-            f"There is no metric {name!r}. Use {', '.join(BUILT_IN)}, a function, or, after `pip install evaluate`, "
-            "any name that `evaluate.load` knows."
+            f"There is no metric {name!r}{meant}. Use {', '.join(BUILT_IN)}, a function, or, after "
+            "`pip install evaluate`, any name that `evaluate.load` knows."
         ) from None
     try:
         return evaluate.load(str(name))
     except (ImportError, OSError, ValueError, RuntimeError) as error:  # ImportError: some need a package of their own
-        raise HfEsmError(f"The evaluate library cannot load the metric {name!r}: {error}") from None
+        raise HfEsmError(f"The evaluate library cannot load the metric {name!r}{meant}: {error}") from None
 
 
 def _library_score_of_classes(loaded: Any, name: Any) -> Callable[[Tensor, Tensor], float]:

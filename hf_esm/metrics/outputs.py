@@ -177,8 +177,8 @@ def _span_answers(model: PreTrainedModel, data: LabelledSamples) -> Callable[[li
     """Function from indices of samples to the tokens of the answers that the model points at."""
     if not data.contexts:
         raise HfEsmError(
-            f"{type(model).__name__} answers questions about a text. Give rows of a question and its context: "
-            "columns={'text': 'question', 'text_pair': 'context', 'label': 'answers'}."
+            f"{type(model).__name__} answers questions about a text. Give rows of a question and its context, "
+            "and name their columns in `columns`, such as text: question, text_pair: context, label: answers."
         )
     some_unanswerable = any("" in accepted for accepted in data.labels)
 
@@ -196,7 +196,7 @@ def _spans(
     outputs = model(**batch_for(samples, model))
     starts, ends = (getattr(outputs, name, None) for name in ("start_logits", "end_logits"))
     if starts is None or ends is None:
-        raise HfEsmError(f"{type(model).__name__} gives no logits of an answer's start and end; give score_fn.")
+        raise HfEsmError(f"{type(model).__name__} gives no logits of an answer's start and end; give `score_fn`.")
     spans = []
     for sample, context, start, end in zip(samples, contexts, starts.double().cpu(), ends.double().cpu(), strict=True):
         length = len(context)

@@ -34,6 +34,12 @@ def closest_name(name: Any, known: Iterable[str]) -> Optional[str]:
     return by_lower[matches[0]] if matches else None
 
 
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """Words for an error about an unknown name: ` (did you mean 'gamma'?)`, or nothing if no known name is near."""
+    closest = closest_name(name, known)
+    return f" (did you mean {closest!r}?)" if closest else ""
+
+
 def check_known(names: Iterable[Any], known: Iterable[str], kind: str, where: str = "") -> None:
     """Raise for the first of `names` that is not among the known ones.
 
@@ -55,7 +61,7 @@ def check_known(names: Iterable[Any], known: Iterable[str], kind: str, where: st
     for name in names:
         if name not in known:
             start = f"{where}: there" if where else "There"
-            meant = f" (did you mean {closest!r}?)" if (closest := closest_name(name, known)) else ""
+            meant = did_you_mean(name, known)
             raise HfEsmError(f"{start} is no {kind} {name!r}{meant}; there are {', '.join(known) or 'none'}.")
 
 
@@ -148,8 +154,7 @@ def _describe(types_: list[Any], field: Field, value: Any) -> str:
     limits = field.metadata
     if "choices" in limits:
         choices = [str(choice) for choice in limits["choices"] if choice not in ("", None)]
-        meant = f" (did you mean {closest!r}?)" if (closest := closest_name(value, choices)) else ""
-        return f"one of {', '.join(choices)}{meant}"
+        return f"one of {', '.join(choices)}{did_you_mean(value, choices)}"
     names = [_KINDS.get(kind, (f"a {kind.__name__}",))[0] for kind in types_ if kind is not type(None)]
     words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
     bounds = " and ".join(f"{word} {limits[limit]}" for limit, word in words.items() if limit in limits)

@@ -196,10 +196,13 @@ def test_intervals_are_paired_and_as_wide_as_theory_says(metric):
 
 
 REFUSED = {
-    "no rows of a task": ({"test": {"a": [{"text": "x", "label": 0}]}}, "test: there are no rows for the expert 'b'"),
+    "no rows of a task": (
+        {"test": {"a": [{"text": "x", "label": 0}]}},
+        "`test`: there are no rows for the expert 'b'",
+    ),
     "rows of no task": (
         {"test": {t: [{"text": "x", "label": 0}] for t in "abc"}},
-        "test: there is no expert 'c'; there are a, b",
+        "`test`: there is no expert 'c'; there are a, b",
     ),
     "a method twice": ({"methods": ["esm", "esm"]}, "names 'esm' twice"),
     "an unknown method": ({"methods": ["esm", "best"]}, "no method 'best'"),

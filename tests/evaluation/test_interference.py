@@ -65,7 +65,7 @@ def test_statistics_are_matched_by_task(tmp_path):
     known = {task: calibrate(models / task, task_texts(task), progress=False) for task in "ab"}
     turned = dict(reversed(known.items()))
     assert measure_interference(plan, turned).as_dict() == measure_interference(plan, known).as_dict()
-    with pytest.raises(HfEsmError, match="statistics: there is no expert 'c'; there are a, b"):
+    with pytest.raises(HfEsmError, match="`statistics`: there is no expert 'c'; there are a, b"):
         measure_interference(plan, known | {"c": known["a"]})
 
 

@@ -168,7 +168,7 @@ def test_several_labels_are_right_together(form):
     [
         ({"tokens": ["ada", "and"], "tags": [1]}, "rows: row 0 has 2 words or tokens, but the labels \\[1\\]"),
         ({"tokens": ["ada", "and"], "tags": [1, 7]}, "label 7, but the expert knows 3 classes"),
-        ({"tokens": ["ada"], "tags": ["ORG"]}, "no label 'ORG'"),
+        ({"tokens": ["ada"], "tags": ["ORG"]}, "no label 'ORG'; it has"),
         ({"tokens": "ada and", "tags": [1, 0]}, "set problem_type to 'multi_label_classification'"),
         ({"tokens": ["ada"]}, "row 0 needs a label"),
         ({"input_ids": [5, 6], "tags": [-100, -100]}, "no token has a label other than -100"),
@@ -232,3 +232,16 @@ def test_a_label_for_each_token_is_nothing_that_a_classifier_answers(tokenizer):
     data = load_labelled(ROWS, tokenizer, tagger().config, "rows", COLUMNS)
     with pytest.raises(HfEsmError, match=r"answers of shape \(\) per row, but the labels are of shape \(9,\)"):
         run(model, data)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"tokens": ["ada"], "tag": ["PER"]}, r"needs a label in the column 'tags' \(did you mean 'tag'\?\)"),
+        ({"tokens": ["ada"], "tags": None, "id": 1}, "needs a label in the column 'tags'. If it is in another"),
+        ({"tokens": ["ada"], "tags": ["PRE"]}, r"no label 'PRE' \(did you mean 'PER'\?\); it has"),
+    ],
+)
+def test_errors_name_the_column_or_label_that_was_likeliest_meant(tokenizer, row, says):
+    with pytest.raises(HfEsmError, match=says):
+        load_labelled([row], tokenizer, tagger().config, "rows", COLUMNS)

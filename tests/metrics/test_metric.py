@@ -109,6 +109,21 @@ def test_perplexity_is_of_the_labels_that_rows_come_with():
     assert run(model, bare, PERPLEXITY).score != pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"experts": {"ast2": "anywhere"}},
+            r"`data`: there is no task 'ast2' \(did you mean 'sst2'\?\); there are sst2",
+        ),
+        ({"route": "oracel"}, r"'static', not 'oracel' \(did you mean 'oracle'\?\)"),
+    ],
+)
+def test_names_that_evaluate_does_not_know_are_refused_with_what_was_likeliest_meant(changes, says):
+    with pytest.raises(HfEsmError, match=says):
+        evaluate("anywhere", {"sst2": [{"text": "a", "label": 0}]}, **changes)
+
+
 @pytest.mark.parametrize("rows", ["rows.jsonl", {}, [{"text": "a", "label": 0}]])
 def test_rows_that_are_not_given_by_task_are_refused(rows):
     with pytest.raises(HfEsmError, match="give labelled rows by task"):
@@ -237,6 +252,8 @@ def test_unknown_metrics_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluate", None)
     with pytest.raises(HfEsmError, match=r"no metric 'f7'.*pip install evaluate"):
         resolve_metric("f7")
+    with pytest.raises(HfEsmError, match=r"no metric 'acuracy' \(did you mean 'accuracy'\?\)"):
+        resolve_metric("acuracy")
     with pytest.raises(HfEsmError, match="no metric"):
         resolve_metric(["accuracy"])
 
