@@ -6,13 +6,19 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..tuners.routed import RoutedExpertsConfig
 from ..version import __version__
 
 
-def write_adapter_card(folder: Path, config: RoutedExpertsConfig) -> None:
-    """Write `README.md` of a routed adapter that stands without its static model."""
-    base = config.base_model_name_or_path
+def write_adapter_card(folder: Path, base: str, tasks: list[str], decides: bool, model_class: str) -> None:
+    """Write `README.md` of a routed adapter that is stored apart from its static model.
+
+    Args:
+        folder: the adapter's folder.
+        base: Hub id of the static model.
+        tasks: names of the experts.
+        decides: whether the adapter has a router.
+        model_class: class of the static model.
+    """
     data = ModelCardData(
         base_model=base,
         base_model_relation="adapter",
@@ -23,21 +29,21 @@ def write_adapter_card(folder: Path, config: RoutedExpertsConfig) -> None:
         data,
         template_str=template("routed_adapter.md"),
         base=base,
-        tasks=config.tasks,
-        decides=config.decides,
-        model_class=(config.auto_mapping or {}).get("base_model_class", "AutoModel"),
+        tasks=tasks,
+        decides=decides,
+        model_class=model_class,
         version=__version__,
     ).save(folder / "README.md")
 
 
 def with_section(text: str, title: str, body: str) -> str:
-    """A card's text with a section of this title before its limits, in place of an earlier one."""
+    """A card's text with a section before its limits, in place of an earlier section of this title."""
     text = re.sub(rf"## {title}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
     before, limits, after = text.partition("## Limits")
     return f"{before.rstrip()}\n\n## {title}\n\n{body}\n\n{limits}{after}"
 
 
-# The Hub's name of a task, by how the class of its model ends.
+# The Hub's name of a task, by the end of a model class's name.
 _PIPELINES = {
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",
@@ -49,11 +55,12 @@ _PIPELINES = {
 
 
 def pipeline_of(model_class: str) -> str:
+    """The Hub's name of the task that a model class is for, `"other"` if it is not known."""
     return next((kind for ending, kind in _PIPELINES.items() if model_class.endswith(ending)), "other")
 
 
 def template(name: str) -> str:
-    """A card's template, from the installed package or from the checkout that it is developed in."""
+    """The text of a card's template, from the installed package or from the checkout in which it is developed."""
     packaged = resources.files("hf_esm") / "model_cards" / name
     source = packaged if packaged.is_file() else Path(__file__).parents[2] / "model_cards" / name
     return source.read_text(encoding="utf-8")

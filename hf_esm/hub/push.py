@@ -1,4 +1,4 @@
-"""What a merge wrote, uploaded to the Hub: the whole folder, or its routed adapter alone."""
+"""Uploads of a merged model to the Hub: the whole folder, or its routed adapter alone."""
 
 import shutil
 from functools import partial
@@ -17,10 +17,14 @@ from .hashes import read_hashes
 
 
 def check_routed(folder: Path, title: str) -> None:
+    """Refuse a folder without routed experts.
+
+    Args:
+        folder: a model's folder.
+        title: the model, as the user named it.
+    """
     if not (folder / ROUTED_FOLDER / "adapter_config.json").is_file():
-        raise HfEsmError(
-            f"{title}: no experts in {ROUTED_FOLDER}/. It takes a model that method 'esm++' or 'tsv-c' wrote."
-        )
+        raise HfEsmError(f"{title}: no experts in {ROUTED_FOLDER}/. Use a model of method 'esm++' or 'tsv-c'.")
 
 
 def push_folder(
@@ -33,11 +37,22 @@ def push_folder(
     revision: Optional[str] = None,
     **kwargs: Any,
 ) -> Any:
-    """Upload a merged model's folder, or, with `base_model`, its routed adapter alone.
+    """Upload a merged model's folder; with `base_model`, its routed adapter alone.
+
+    Args:
+        folder: a folder that a merge wrote. Calibration samples in it are not uploaded.
+        repo_id: repository on the Hub, which is created if it does not exist.
+        base_model: Hub id of the static model.
+        private: whether the repository is to be private.
+        token: access token for the Hub.
+        revision: branch, which is created if it does not exist.
+        kwargs: passed to `HfApi.upload_folder`.
+
+    Returns the result of `HfApi.upload_folder`.
 
     Raises:
-        HfEsmError: if the Hub refuses it, the repository is public and a private one is wanted, or `base_model` is not
-            the static model that the adapter fits.
+        HfEsmError: if the Hub refuses the upload, the repository is public but a private one is wanted, or
+            `base_model` is not the static model of the adapter.
     """
     if base_model is not None:
         check_routed(folder, str(folder))
@@ -47,37 +62,46 @@ def push_folder(
             _check_same_weights(api, base_model, folder)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.repo_info(repo_id).private:
-            raise HfEsmError(f"{repo_id} is there already, and public. Make it private, or choose another name.")
+            raise HfEsmError(f"{repo_id} exists already, and is public. Make it private, or choose another name.")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         upload = partial(api.upload_folder, repo_id=repo_id, revision=revision)
-        if base_model is None:
-            ignored = kwargs.pop("ignore_patterns", None) or []
-            ignored = [f"{CALIBRATION_FOLDER}/*", *([ignored] if isinstance(ignored, str) else ignored)]
-            gone = {"delete_patterns": [f"{HEADS_FOLDER}/*", f"{ROUTED_FOLDER}/*"]}  # of tasks that are here no more
-            return upload(folder_path=folder, ignore_patterns=ignored, **gone | kwargs)
-        with staging_folder(folder.parent / f"{folder.name}-adapter") as staging:
-            shutil.copytree(
-                folder / ROUTED_FOLDER, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(ROUTER_FEATURES)
-            )
-            config = PeftConfig.from_pretrained(str(staging))
-            config.base_model_name_or_path = base_model
-            config.save_pretrained(str(staging))
-            write_adapter_card(staging, config)
-            return upload(folder_path=staging, **kwargs)
+        if base_model is not None:
+            with staging_folder(folder.parent / f"{folder.name}-adapter") as staging:
+                _stage_adapter(folder, staging, base_model)
+                return upload(folder_path=staging, **kwargs)
+        ignored = kwargs.pop("ignore_patterns", None) or []
+        ignored = [f"{CALIBRATION_FOLDER}/*", *([ignored] if isinstance(ignored, str) else ignored)]
+        stale = {"delete_patterns": [f"{HEADS_FOLDER}/*", f"{ROUTED_FOLDER}/*"]}  # files of tasks that were removed
+        return upload(folder_path=folder, ignore_patterns=ignored, **stale | kwargs)
+
+
+def _stage_adapter(folder: Path, staging: Path, base_model: str) -> None:
+    """Copy the routed adapter in `folder` to `staging`, with a card and the Hub id of its base."""
+    shutil.copytree(
+        folder / ROUTED_FOLDER, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(ROUTER_FEATURES)
+    )
+    config = PeftConfig.from_pretrained(str(staging))
+    config.base_model_name_or_path = base_model
+    config.save_pretrained(str(staging))
+    model_class = (config.auto_mapping or {}).get("base_model_class", "AutoModel")
+    write_adapter_card(staging, base_model, config.tasks, config.decides, model_class)
 
 
 def _check_same_weights(api: HfApi, base_model: str, folder: Path) -> None:
-    """Raise if a model on the Hub is not the static model in `folder`, as far as its files' hashes tell."""
+    """Refuse a model on the Hub that is not the static model in `folder`, as far as the hashes of its files tell."""
     try:
         files = api.model_info(base_model, files_metadata=True).siblings
     except RepositoryNotFoundError:
         raise HfEsmError(f"{base_model}: not on the Hub, or private. Push the static model there first.") from None
     except HFValidationError:
         raise HfEsmError(
-            f"{base_model}: no id of a model on the Hub. Name it as owner/name, without a revision."
+            f"{base_model} is not the id of a model on the Hub. Name it as owner/name, without a revision."
         ) from None
     hosted = {file.rfilename: file.lfs and file.lfs.sha256 for file in files}
     for name, digest in read_hashes(folder, str(folder)).items():
         if name.startswith("model") and hosted.get(name, "none") not in (None, digest):
-            raise HfEsmError(f"{base_model}: its {name} is not that of {folder}, which the experts fit. Push that.")
+            raise HfEsmError(
+                f"{base_model}: its {name} is not that of {folder}, which the experts fit. Push the static model in "
+                "that folder."
+            )

@@ -1,7 +1,7 @@
 """A model that routes each sample to experts (ESM++, arXiv 2606.19164).
 
-Comes in: the folder that a merge wrote. Goes out: a `RoutedModel` that generates, predicts, explains, exports its
-experts, and takes one more or one less.
+Comes in: the folder that a merge wrote. Goes out: a `RoutedModel`, which generates, predicts, explains its routes,
+exports its experts, and gains or loses one expert.
 """
 
 from .experts import RoutedExperts, expert_factors, residual_update

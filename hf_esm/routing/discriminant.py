@@ -1,4 +1,4 @@
-"""Routers in closed form: which task a sample belongs to, from the pooled inputs of a few modules."""
+"""Routers in closed form, which find the task of a sample from the pooled inputs of a few modules."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,17 +21,18 @@ MAX_DIRECTIONS = 256
 
 @dataclass
 class Discriminant:
-    """Normal distributions of one covariance around every task's mean, kept along `K` directions of `D` features.
+    """Normal distributions of one covariance around the tasks' means, along `K` directions of `D` features.
 
     Attributes:
-        directions: `[K, D]` float64, orthonormal rows: those that tell the tasks apart, and the widest ones.
-        center: `[D]`, the mean feature.
-        classes: `[T, K]`, the tasks' means along the directions, from the center.
-        precision: `[K + 1]`, one over the variance along each direction, and beside all of them.
-        temperature: of the probabilities; chosen on held-out samples.
-        threshold: distance that 95 % of the held-out samples stay within.
-        shrinkage: of the covariance towards a multiple of the identity; chosen on held-out samples.
-        accuracy: share of held-out samples that found their task.
+        directions: `[K, D]` float64, orthonormal rows: the directions that separate the tasks, and those of the
+            largest variance.
+        center: `[D]`, mean of the tasks' mean features.
+        classes: `[T, K]`, the tasks' means along the directions, relative to the center.
+        precision: `[K + 1]`, inverse variance along each direction, and across all directions.
+        temperature: temperature of the probabilities, chosen on held-out samples.
+        threshold: distance within which 95 % of the held-out samples are.
+        shrinkage: share of a multiple of the identity in the covariance, chosen on held-out samples.
+        accuracy: share of held-out samples whose nearest task is their own.
     """
 
     directions: Tensor
@@ -44,18 +45,24 @@ class Discriminant:
     accuracy: float = float("nan")
 
     def distances(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared Mahalanobis distances: `[N, T]` to each task along the directions, and `[N]` beside them."""
+        """Squared Mahalanobis distances of features `[N, D]`: `[N, T]` to each task along the directions, and `[N]`
+        across the directions.
+        """
         centered = features.double() - self.center
         along = centered @ self.directions.T
-        beside = (centered.square().sum(-1) - along.square().sum(-1)).clamp_min(0) * self.precision[-1]
-        return (along[:, None] - self.classes).square() @ self.precision[:-1], beside
+        across = (centered.square().sum(-1) - along.square().sum(-1)).clamp_min(0) * self.precision[-1]
+        return (along[:, None] - self.classes).square() @ self.precision[:-1], across
 
 
 def fit_discriminant(features: Mapping[str, Tensor], max_directions: int = MAX_DIRECTIONS) -> Discriminant:
-    """A router from each task's features `[N_t, D]`.
+    """Fit a router to the features `[N_t, D]` of each task.
 
     Shrinkage, temperature and threshold are chosen by cross-validation: shrinkage and temperature by the
     log-likelihood of the held-out samples' tasks, the threshold so that one held-out sample in twenty is farther.
+
+    Args:
+        features: by task.
+        max_directions: maximal number `K` of directions, unless there are more tasks.
     """
     x = torch.cat([rows.double() for rows in features.values()])
     y = torch.repeat_interleave(torch.arange(len(features)), torch.tensor([len(rows) for rows in features.values()]))
@@ -70,21 +77,23 @@ def fit_discriminant(features: Mapping[str, Tensor], max_directions: int = MAX_D
                 x[fold == k]
             )
         held_out[shrinkage] = near, far
-    own = torch.arange(len(x)), y
+    true_task = torch.arange(len(x)), y
     _, shrinkage, temperature = max(
-        (float(torch.log_softmax(near / (-2 * t), dim=-1)[own].mean()), s, t)
+        (float(torch.log_softmax(near / (-2 * t), dim=-1)[true_task].mean()), s, t)
         for s, (near, _) in held_out.items()
         for t in TEMPERATURES
     )
     near, far = held_out[shrinkage]
-    found = _fit(x, y, shrinkage, max_directions)
-    found.temperature, found.threshold = temperature, float((near.min(-1).values + far).quantile(0.95))
-    found.accuracy = float((near.argmin(-1) == y).double().mean())
-    return found
+    router = _fit(x, y, shrinkage, max_directions)
+    router.temperature, router.threshold = temperature, float((near.min(-1).values + far).quantile(0.95))
+    router.accuracy = float((near.argmin(-1) == y).double().mean())
+    return router
 
 
 def _fit(x: Tensor, y: Tensor, shrinkage: float, max_directions: int) -> Discriminant:
-    """In the space of the samples, whose number is small, rather than that of the features."""
+    """The router of features `[N, D]` and task indices `[N]`. Decomposes the samples, of which there are few, rather
+    than a covariance of the features.
+    """
     count = int(y.max()) + 1
     means = torch.stack([x[y == t].mean(0) for t in range(count)])
     center = means.mean(0)
@@ -93,11 +102,12 @@ def _fit(x: Tensor, y: Tensor, shrinkage: float, max_directions: int) -> Discrim
     variances = (1 - shrinkage) * values.square() / freedom
     floor = shrinkage * values.square().sum() / freedom / x.shape[1]
     apart = means - center
-    # Samples that do not vary leave the tasks as far apart as float32 can tell, and no farther.
+    # Where samples do not vary, the variance is the least with which float32 can separate the tasks.
     floor = torch.maximum(floor, 1e-6 * apart.square().mean()).clamp_min(torch.finfo(torch.float32).tiny)
-    # Σ⁻¹ of the means, and the widest directions: with both, distances along them order the tasks as all would.
-    seen = apart @ rows.T
-    solved = (apart - seen @ rows) / floor + (seen / (variances + floor)) @ rows
+    # Along Σ⁻¹ of the means, distances order the tasks as they do along all directions. The rest of the directions are
+    # those of the largest variance.
+    along = apart @ rows.T
+    solved = (apart - along @ rows) / floor + (along / (variances + floor)) @ rows
     directions = _span(solved / solved.norm(dim=1, keepdim=True).clamp_min(1e-300))
     rest = rows - (rows @ directions.T) @ directions
     widest = _span(rest * (values / values[0].clamp_min(1e-300))[:, None])
@@ -111,6 +121,6 @@ def _fit(x: Tensor, y: Tensor, shrinkage: float, max_directions: int) -> Discrim
 
 
 def _span(rows: Tensor) -> Tensor:
-    """Orthonormal rows that span the same, the direction of most rows first."""
-    _, sizes, found = torch.linalg.svd(rows, full_matrices=False)
-    return found[sizes > 1e-9]
+    """Orthonormal rows with the span of `rows`, the direction that they share most first."""
+    _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
+    return directions[sizes > 1e-9]

@@ -2,9 +2,10 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from peft import PeftConfig
@@ -21,6 +22,7 @@ from ..checkpoints import (
     Access,
     Checkpoint,
     ModelSource,
+    ModelSpec,
     open_checkpoint,
     resolve_source,
     save_head,
@@ -28,147 +30,192 @@ from ..checkpoints import (
 from ..errors import HfEsmError
 from ..hub import write_hashes
 from ..methods import RoutedMerge
-from ..planning import calibrated_widths, check_values, load_recipe, name_experts, plan_merge
+from ..planning import MergePlan, calibrated_widths, check_values, load_recipe, name_experts, plan_merge
 from ..tuners.routed import RoutedExpertsConfig
-from ..utils import publish_folder, staging_folder
+from ..utils import check_known, publish_folder, staging_folder
 from .experts import RoutedExperts, expert_factors, load_experts, residual_update
 
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class ExpertSpec:
+    """An expert to add, as the caller of `RoutedModel.add_expert` names it."""
+
+    task: str
+    expert: ModelSpec
+    statistics: Any
+    base: Optional[ModelSpec]
+    access: Access
+
+
 def add_expert(
-    folder: Path,
-    static: PreTrainedModel,
-    config: RoutedExpertsConfig,
-    task: str,
-    expert: Any,
-    statistics: Any,
-    output: Path,
-    token: Any = None,
-    trust_remote_code: bool = False,
-    base: Any = None,
+    folder: Path, static: PreTrainedModel, config: RoutedExpertsConfig, spec: ExpertSpec, output: Path
 ) -> Path:
     """See `RoutedModel.add_expert`; `static` and `config` are those of the model in `folder`."""
+    task = spec.task
     if task in config.tasks:
         raise HfEsmError(f"There is an expert for {task!r} already. Remove it first, or choose another name.")
-    name_experts({**dict.fromkeys(config.tasks), task: expert})
-    access = Access(token, trust_remote_code=trust_remote_code)
-    root = open_checkpoint(resolve_source(str(folder), "the merged model", access))
-    source = resolve_source(expert, f"expert '{task}'", access)
-    over = None
-    if source.is_adapter:  # its update is over the base that it was trained on, not over the merged model
-        named = PeftConfig.from_pretrained(source.folder)
-        spec = {"path": named.base_model_name_or_path, "revision": named.revision}
-        over = open_checkpoint(resolve_source(spec, f"base of {source.title}", access))
-    opened = open_checkpoint(source, over)
-    keeps = any((folder / HEADS_FOLDER).glob(f"*/{HEAD_WEIGHTS}"))
-    heads = "keep" if keeps else "auto"
-    plan = plan_merge(root, {task: opened}, RoutedMerge(), heads, sources={task: source})
-    check_values(plan)
+    name_experts({**dict.fromkeys(config.tasks), task: spec.expert})
+    merged = open_checkpoint(resolve_source(str(folder), "the merged model", spec.access))
+    source, expert, adapted = _open_expert(spec)
+    heads = "keep" if any((folder / HEADS_FOLDER).glob(f"*/{HEAD_WEIGHTS}")) else "auto"
+    plan = _check_weights(merged, task, expert, source, heads)
     experts = load_experts(folder)
-    modules = {root.names[name].removesuffix(".weight"): name for name in root.linear}
-    if lacking := [module for module in experts.factors if modules[module] not in opened.names]:
-        raise HfEsmError(f"'{task}': no weight for '{lacking[0]}'. Is it a fine-tune of this base?")
-    if statistics is not None or config.router != "static":  # TSV-C's experts are of singular vectors
-        statistics = _statistics(task, source, statistics)
+    names = {merged.names[name].removesuffix(".weight"): name for name in merged.linear}
+    if missing := [names[module] for module in experts.factors if names[module] not in expert.names]:
+        raise HfEsmError(f"'{task}' has no weight '{missing[0]}'. Is it a fine-tune of this base?")
+    statistics = None
+    if spec.statistics is not None or config.router != "static":  # experts of TSV-C need no statistics
+        statistics = _open_statistics(spec, source)
         statistics.check_fits(calibrated_widths(plan), task)
-        taken_of = statistics.provenance.model
-        if taken_of and opened.source and Path(taken_of).name != Path(opened.source).name:
-            logger.warning("'%s': its statistics were taken of %s, not of %s.", task, taken_of, opened.source)
-        if lacking := [module for module in experts.factors if modules[module] not in statistics]:
-            raise HfEsmError(f"'{task}': no statistics for '{lacking[0]}'. Were they taken of this expert?")
-    if lacking := [module for module in experts.modules if modules[module] not in statistics.pooled]:
-        raise HfEsmError(
-            f"The statistics of '{task}' do not hold what the base's blocks read, which makes the router. "
-            "Calibrate again with the base (`hf-esm calibrate --base`)."
-        )
-    tuned_from = None
+        _check_statistics(statistics, task, expert, experts, names)
+    base = None
     if experts.expert_directions == "update":
-        tuned_from = over or _base(folder, base, access)
-        check_values(plan_merge(tuned_from, {task: opened}, RoutedMerge(), heads, sources={task: source}))
-    for module, (a, b) in experts.factors.items():
-        name, update = modules[module], None
-        linear = root.linear[name]
-        (residual,) = to_matrices(residual_update(opened, name, root.tensor(name)), linear)
-        if tuned_from is not None:
-            (update,) = to_matrices(opened.update(name, tuned_from.tensor(name)), linear)
-        new_a, new_b = expert_factors(residual, statistics and statistics[name], a.shape[1], update=update)
-        experts.factors[module] = torch.cat([a, new_a[None]]), torch.cat([b, new_b[None]])
-        if module in experts.prototypes:
-            prototype = torch.nn.functional.normalize(statistics[name].mean, dim=0)
-            experts.prototypes[module] = torch.cat([experts.prototypes[module], prototype[None]])
+        base = adapted or _open_base(folder, spec)
+        _check_weights(base, task, expert, source, heads)
+    for module in experts.factors:
+        _append_expert(experts, module, names[module], merged, expert, base, statistics)
     experts.tasks.append(task)
     experts.features[task] = {
-        module: statistics.pooled[modules[module]] + experts.shift.get(module, 0) for module in experts.modules
+        module: statistics.pooled[names[module]] + experts.shift.get(module, 0) for module in experts.modules
     }
-    return _rewrite(
+    revision = f" @ {expert.revision}" if expert.revision else ""
+    note = f"'{task}' was added, from {expert.source or 'a live model'}{revision} (licence: {plan.licences[task]})"
+    return _write(
         folder,
         static,
         config,
         experts,
         output,
-        lambda staging: save_head(staging, task, opened, plan.heads.by_task[task]),
-        f"'{task}' was added, from {opened.source or 'a live model'}"
-        f"{f' @ {opened.revision}' if opened.revision else ''} (licence: {plan.licences[task]})",
+        lambda staging: save_head(staging, task, expert, plan.heads.by_task[task]),
+        note,
     )
 
 
-def _base(folder: Path, given: Any, access: Access) -> Checkpoint:
-    """The base of a merge: as it is given, or as its recipe names it."""
+def _open_expert(spec: ExpertSpec) -> tuple[ModelSource, Checkpoint, Optional[Checkpoint]]:
+    """The expert; for a LoRA adapter, also the base that it was trained on, which is not the merged model."""
+    source = resolve_source(spec.expert, f"expert '{spec.task}'", spec.access)
+    if not source.is_adapter:
+        return source, open_checkpoint(source), None
+    adapter = PeftConfig.from_pretrained(source.folder)
+    spec_of_base = {"path": adapter.base_model_name_or_path, "revision": adapter.revision}
+    base = open_checkpoint(resolve_source(spec_of_base, f"base of {source.title}", spec.access))
+    return source, open_checkpoint(source, base), base
+
+
+def _check_weights(base: Checkpoint, task: str, expert: Checkpoint, source: ModelSource, heads: str) -> MergePlan:
+    """The plan of a merge of this expert alone, which checks that its weights fit a base and are finite."""
+    plan = plan_merge(base, {task: expert}, RoutedMerge(), heads, sources={task: source})
+    check_values(plan)
+    return plan
+
+
+def _open_statistics(spec: ExpertSpec, source: ModelSource) -> ActivationStatistics:
+    """The statistics of the new expert; by default those in its folder."""
+    if isinstance(spec.statistics, ActivationStatistics):
+        return spec.statistics
+    if spec.statistics is None and source.folder is None:
+        raise HfEsmError(f"{source.title}: a live model has no folder with statistics. Pass `statistics`.")
+    return ActivationStatistics.load(source.folder if spec.statistics is None else spec.statistics)
+
+
+def _check_statistics(
+    statistics: ActivationStatistics,
+    task: str,
+    expert: Checkpoint,
+    experts: RoutedExperts,
+    names: Mapping[str, str],
+) -> None:
+    """Refuse statistics that lack modules with experts, or features that the router reads.
+
+    Args:
+        names: canonical names of weights by the module's name.
+    """
+    model = statistics.provenance.model
+    if model and expert.source and Path(model).name != Path(expert.source).name:
+        logger.warning("'%s': its statistics were collected on %s, not on %s.", task, model, expert.source)
+    if missing := [names[module] for module in experts.factors if names[module] not in statistics]:
+        raise HfEsmError(f"'{task}' has no statistics of '{missing[0]}'. Were they collected on this expert?")
+    if any(names[module] not in statistics.pooled for module in experts.modules):
+        raise HfEsmError(
+            f"The statistics of '{task}' lack the pooled inputs of the base's blocks, from which the router is made. "
+            "Calibrate again with the base (`hf-esm calibrate --base`)."
+        )
+
+
+def _open_base(folder: Path, spec: ExpertSpec) -> Checkpoint:
+    """The base of the merge in `folder`, as the caller or the recipe names it."""
     try:
-        spec = load_recipe(folder / RECIPE_FILE)["base"] if given is None else given
-        return open_checkpoint(resolve_source(spec, "the base", access))
+        base = load_recipe(folder / RECIPE_FILE)["base"] if spec.base is None else spec.base
+        return open_checkpoint(resolve_source(base, "the base", spec.access))
     except HfEsmError as error:
-        if given is not None:
+        if spec.base is not None:
             raise
         raise HfEsmError(
-            f"An expert's directions are those of its update over the base. {error} Give `base`."
+            f"The directions of the experts are those of their updates over the base. {error} Pass `base`."
         ) from None
 
 
-def _statistics(task: str, source: ModelSource, given: Any) -> ActivationStatistics:
-    """Statistics as they are given, or those that stand beside the expert."""
-    if isinstance(given, ActivationStatistics):
-        return given
-    if given is None and source.folder is None:
-        raise HfEsmError(f"{source.title}: it has no folder with statistics. Give `statistics`.")
-    return ActivationStatistics.load(source.folder if given is None else given)
+def _append_expert(
+    experts: RoutedExperts,
+    module: str,
+    name: str,
+    merged: Checkpoint,
+    expert: Checkpoint,
+    base: Optional[Checkpoint],
+    statistics: Optional[ActivationStatistics],
+) -> None:
+    """Append the factors, and the prototype if there are prototypes, of the new expert on one linear map.
+
+    Args:
+        module: name of the linear map.
+        name: canonical name of its weight.
+        base: where directions are those of the update.
+    """
+    linear, update = merged.linear[name], None
+    (residual,) = to_matrices(residual_update(expert, name, merged.tensor(name)), linear)
+    if base is not None:
+        (update,) = to_matrices(expert.update(name, base.tensor(name)), linear)
+    a, b = experts.factors[module]
+    inputs = None if statistics is None else statistics[name]
+    new_a, new_b = expert_factors(residual, inputs, a.shape[1], update=update)
+    experts.factors[module] = torch.cat([a, new_a[None]]), torch.cat([b, new_b[None]])
+    if module in experts.prototypes:
+        prototype = torch.nn.functional.normalize(inputs.mean, dim=0)
+        experts.prototypes[module] = torch.cat([experts.prototypes[module], prototype[None]])
 
 
 def remove_expert(folder: Path, static: PreTrainedModel, config: RoutedExpertsConfig, task: str, output: Path) -> Path:
     """See `RoutedModel.remove_expert`."""
-    if task not in config.tasks:
-        raise HfEsmError(f"There is no expert for {task!r}; there are {', '.join(config.tasks)}.")
+    check_known([task], config.tasks, "expert for")
     if len(config.tasks) == 1:
-        raise HfEsmError(f"{task!r} is the last expert. Without it, this is the static model in {folder}.")
+        raise HfEsmError(f"{task!r} is the last expert. Without it, the model is the static model in {folder}.")
     experts = load_experts(folder)
-    kept = [i for i, name in enumerate(experts.tasks) if name != task]
-    experts.factors = {module: (a[kept], b[kept]) for module, (a, b) in experts.factors.items()}
-    experts.prototypes = {module: rows[kept] for module, rows in experts.prototypes.items()}
-    experts.tasks.remove(task)
-    del experts.features[task]
-    return _rewrite(
-        folder,
-        static,
-        config,
-        experts,
-        output,
-        lambda staging: shutil.rmtree(staging / HEADS_FOLDER / task, ignore_errors=True),
-        f"'{task}' was removed",
-    )
+    experts.remove(task)
+
+    def remove_head(staging: Path) -> None:
+        shutil.rmtree(staging / HEADS_FOLDER / task, ignore_errors=True)
+
+    return _write(folder, static, config, experts, output, remove_head, f"'{task}' was removed")
 
 
-def _rewrite(
+def _write(
     folder: Path,
     static: PreTrainedModel,
     config: RoutedExpertsConfig,
     experts: RoutedExperts,
     output: Path,
-    change: Callable[[Path], Any],
-    what: str,
+    change_head: Callable[[Path], Any],
+    note: str,
 ) -> Path:
-    """The same model with other experts, in a new folder; card and recipe say what became of them."""
+    """Copy the model in `folder` with other experts to `output`.
+
+    Args:
+        change_head: is called with the copy, to add or remove a head.
+        note: for the card and the recipe: how the experts changed.
+    """
     output = output.expanduser()
     if output.exists():
         raise HfEsmError(f"{output} exists. Choose another output_dir.")
@@ -176,12 +223,12 @@ def _rewrite(
         shutil.copytree(folder, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
         shutil.rmtree(staging / ROUTED_FOLDER)
         (staging / HASHES_FILE).unlink()
-        change(staging)
+        change_head(staging)
         experts.save(staging / ROUTED_FOLDER, static, base_fingerprint=config.base_fingerprint)
-        said = f"After this merge, {what}; the experts now: {', '.join(experts.tasks)}."
-        for name, line in (("README.md", said), (RECIPE_FILE, f"# {said}")):
+        line = f"After this merge, {note}; the experts now: {', '.join(experts.tasks)}."
+        for name, text in (("README.md", line), (RECIPE_FILE, f"# {line}")):
             with (staging / name).open("a", encoding="utf-8") as file:
-                file.write(f"\n{line}\n")
+                file.write(f"\n{text}\n")
         write_hashes(staging)
         publish_folder(staging, output)
     return output

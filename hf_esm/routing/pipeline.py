@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Optional
 
+import torch
 from datasets import Dataset
 from transformers import Pipeline
 
@@ -12,20 +13,26 @@ from .model import RoutedModel
 
 
 class RoutedPipeline(Pipeline):
-    """Inputs in, `{"task": …, "label": …, "score": …, "sure": …}` out, for classifiers that `merge_models` routed.
+    """A pipeline from inputs to `{"task": …, "label": …, "score": …, "sure": …}`, for routed classifiers.
 
-    `RoutedPipeline(model)(texts)` takes what `RoutedModel.predict` takes, one input or a list, a generator or a
-    `datasets` column, and its options (`tasks="sst2"` where the task is known, `batch_size`).
+    `RoutedPipeline(model)(texts)` takes one input, a list, a generator or a `datasets` column, each input as for
+    `RoutedModel.predict`, and the options of `predict`: `tasks="sst2"` where the task is known, `batch_size`.
+
+    Args:
+        model: a routed model.
+        device: where to run the model; by default where it is.
+        kwargs: passed to `transformers.Pipeline`, or options of `predict`.
     """
 
-    def __init__(self, model: RoutedModel, device: Any = None, **kwargs: Any):
+    def __init__(self, model: RoutedModel, device: Optional[int | str | torch.device] = None, **kwargs: Any):
         self.routed = model if device is None else model.to(device)
         super().__init__(model=model.model.get_base_model(), device=model.device, **kwargs)
 
     def __call__(self, inputs: Any, **options: Any) -> Any:
         several = isinstance(inputs, (Sequence, Iterator, Dataset)) and not isinstance(inputs, (str, tuple))
-        found = self.routed.predict(list(inputs) if several else [inputs], **{**self._forward_params, **options})
-        return [asdict(prediction) for prediction in found] if several else asdict(found[0])
+        rows = list(inputs) if several else [inputs]
+        predictions = self.routed.predict(rows, **{**self._forward_params, **options})
+        return [asdict(prediction) for prediction in predictions] if several else asdict(predictions[0])
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict, dict, dict]:
         return {}, options, {}

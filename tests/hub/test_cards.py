@@ -34,7 +34,7 @@ def test_scores_are_evaluation_entries_and_a_table(merged, tmp_path):
         assert f"| {task} | {100 * scores.model[task]:.1f} | {100 * scores.expert[task]:.1f} |" in results
     before = card.text.split("## Results")[0], card.text.split("## Limits")[1]
     assert "merge_recipe.yaml" in before[0]
-    assert "A merged model is usually below" in before[1]
+    assert "each expert is usually better than the merged model" in before[1]
 
 
 def test_later_scores_replace_earlier_ones_and_data_of_the_hub_are_named(merged):

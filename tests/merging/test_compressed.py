@@ -53,8 +53,8 @@ def test_experts_are_the_leading_triplets_and_the_body_is_the_bases(compressed):
 def test_the_card_promises_no_router_where_there_is_none(models, tmp_path, method, router):
     folder = merge_bert(models, tmp_path / "out", method=method, rank=4)
     card = (folder / "README.md").read_text()
-    assert [word in card for word in ("and a router", "model.predict(", "mean\nfeatures of the")] == [router] * 3
-    assert "without a task named, no expert is added" in card or router
+    assert [word in card for word in ("and a router", "model.predict(", "mean features of the")] == [router] * 3
+    assert "without a named task, no expert is added" in card or router
 
 
 def test_whole_experts_are_given_back_and_no_task_means_the_base(whole):

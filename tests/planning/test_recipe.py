@@ -260,7 +260,7 @@ def test_the_card_says_what_was_merged(models, tmp_path):
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "from 5 to 9 unlabelled samples per task" in card
     assert "license:" not in card.split("---")[1]
-    assert "The licences differ (apache-2.0, mit): whoever uses this model has to keep all of them." in card
+    assert "The licences differ (apache-2.0, mit). All of them apply to this model." in card
     assert any("licences differ (apache-2.0, mit)" in warning for warning in result.warnings)
     for task, licence in (("a", "mit"), ("b", "apache-2.0")):
         assert f"| {task} | `{experts[task]}` | BertForSequenceClassification | {licence} |" in card

@@ -72,7 +72,7 @@ def test_an_added_experts_directions_are_as_the_others_and_the_routers_settings_
     shutil.rmtree(base)  # another machine has it elsewhere
     model, given = RoutedModel.from_pretrained(tmp_path / "out"), {}
     if kind == "update":
-        for wrong, says in ((None, "Give `base`"), (models / "c", "equals the base")):
+        for wrong, says in ((None, "Pass `base`"), (models / "c", "equals the base")):
             with pytest.raises(HfEsmError, match=says):
                 model.add_expert("c", models / "c", statistics["c"], output_dir=tmp_path / "no", base=wrong)
             assert not (tmp_path / "no").exists()

@@ -334,10 +334,10 @@ def push(folder: Path, repo_id: str, options: dict) -> None:
 @pytest.mark.parametrize(
     ("repo_id", "options", "message"),
     [
-        ("me/static", {"private": True}, "me/static is there already, and public"),
+        ("me/static", {"private": True}, "me/static exists already, and is public"),
         ("me/a b", {}, "me/a b: the Hub refuses it"),
         ("me/new", {"base_model": "me/nope"}, "me/nope: not on the Hub, or private"),
-        ("me/new", {"base_model": "me/static@main"}, "me/static@main: no id of a model on the Hub"),
+        ("me/new", {"base_model": "me/static@main"}, "me/static@main is not the id of a model on the Hub"),
         ("me/new", {"base_model": "me/other"}, "me/other: its model.safetensors is not that of"),
     ],
 )

@@ -110,7 +110,7 @@ def test_routes_that_cannot_be_given_are_refused(cases):
     case = cases["bert"]
     model, count = loaded(case, "prototype"), len(case.samples)
     routed = logits(model, case)
-    refused("no expert for 'up'; there are left, middle, right, or 'static'", route(model, "up").__enter__)
+    refused("no expert for 'up'; there are left, middle, right, static", route(model, "up").__enter__)
     refused("no expert for 'up'", route(model, ["left"] * (count - 1) + ["up"]).__enter__)
     for wrong in (["left"] * (count - 1), ["left"], ["left"] * 2 * count, Route(torch.zeros(1, dtype=torch.int64))):
         with route(model, wrong):

@@ -361,5 +361,5 @@ def test_a_tower_of_convolutions_has_nothing_to_route(tmp_path):
     assert torch.equal(output.image_embeds, static.image_embeds)
     assert not torch.allclose(output.text_embeds, static.text_embeds, atol=1e-3)
     assert [said.likeliest for said in routed.explain(rows["a"][:2])] == ["a", "a"]
-    with pytest.raises(HfEsmError, match="no router reads pixel_values"):
+    with pytest.raises(HfEsmError, match="the router does not read pixel_values"):
         routed.explain([{"pixel_values": rows["a"][0]["pixel_values"]}])

@@ -7,6 +7,7 @@ from typing import Any, Optional
 from peft import PeftConfig
 
 from ...errors import HfEsmError
+from ...utils import check_known
 from ..base import names_to_sets
 from ..registration import HfEsmPeftType
 
@@ -104,8 +105,7 @@ class RoutedExpertsConfig(PeftConfig):
                 f"The adapter of routed experts has format version {self.format_version}; this hf_esm reads version "
                 f"{FORMAT_VERSION}. {'Upgrade hf_esm' if self.format_version > FORMAT_VERSION else 'Merge again'}."
             )
-        if self.router not in ROUTERS:
-            raise HfEsmError(f"There is no router {self.router!r}; there are {', '.join(ROUTERS)}.")
+        check_known([self.router], ROUTERS, "router")
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise HfEsmError(f"Routed experts need tasks of different names, not {self.tasks}.")
         if self.router == "discriminant" and not self.readers:

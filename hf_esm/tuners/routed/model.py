@@ -13,6 +13,7 @@ from torch import nn
 
 from ...architecture import tower_of, towers
 from ...errors import HfEsmError
+from ...utils import check_known
 from ..base import AdapterModel, check_linear
 from .config import RoutedExpertsConfig
 from .frames import RoutingState, check_separable, inseparable, install, uninstall
@@ -174,8 +175,7 @@ def _named(model: nn.Module, tasks: str | Sequence[str]) -> Named:
         raise HfEsmError("route names no task. Give one for all samples, or one per sample.")
     active = [layer.configs[name] for layer in layers for name in layer.configs if name in layer.active_adapters]
     known = {task for config in active for task in config.tasks}
-    if unknown := [task for task in names if task not in known and task != "static"]:
-        raise HfEsmError(f"There is no expert for {unknown[0]!r}; there are {', '.join(sorted(known))}, or 'static'.")
+    check_known(names, [*sorted(known), "static"], "expert for")
     if not isinstance(tasks, str) and (reason := inseparable(model)):
         if len(set(tasks)) != 1:
             raise HfEsmError(f"{reason}: its samples cannot be told apart. Name one task for all of a batch.")

@@ -1,0 +1,72 @@
+"""The router of a routed adapter, as tensors and settings."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .discriminant import fit_discriminant
+
+
+Features = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass
+class Router:
+    """A router, as an adapter stores it.
+
+    Attributes:
+        readers: full names of the modules that it reads, in the order in which they run.
+        tensors: by their names in the adapter.
+        settings: fields of `RoutedExpertsConfig`.
+    """
+
+    readers: list[str] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def prototype_router(prototypes: Mapping[str, Tensor]) -> Router:
+    """A router that decides in every module, by prototypes `[T, d_in]` by the module's name."""
+    return Router(tensors={f"{module}.routed_experts_prototypes": rows for module, rows in prototypes.items()})
+
+
+def discriminant_router(features: Features, depth: float, towers: Sequence[str] = ()) -> Router:
+    """A router that decides once per sample; over two towers, once in each.
+
+    Args:
+        features: pooled inputs `[N_t, d_in]`, by task and module, in the order in which the modules run.
+        depth: share of the blocks that run before the decision.
+        towers: names of the towers of a model that has two.
+    """
+    modules = list(next(iter(features.values())))
+    if not towers:
+        return _fit(features, modules, depth)
+    blocks = {tower: [module for module in modules if module.startswith(f"{tower}.")] for tower in towers}
+    # A tower that consists of convolutions has no blocks to read.
+    routers = {tower: _fit(features, names, depth) for tower, names in blocks.items() if names}
+    whole = Router(settings={"towers": {tower: router.settings for tower, router in routers.items()}})
+    for router in routers.values():
+        whole.readers += router.readers
+        whole.tensors |= router.tensors
+    return whole
+
+
+def _fit(features: Features, blocks: list[str], depth: float) -> Router:
+    """A discriminant router that reads the first of these blocks."""
+    readers = blocks[: min(int(depth * len(blocks)), len(blocks) - 1) + 1]
+    fit = fit_discriminant({t: torch.cat([pooled[m] for m in readers], dim=1) for t, pooled in features.items()})
+    widths = [next(iter(features.values()))[module].shape[1] for module in readers]
+    columns = torch.cat([fit.directions, fit.center[None]]).float().split(widths, dim=1)
+    tensors = {f"{module}.routed_experts_projection": part for module, part in zip(readers, columns, strict=True)}
+    offset = torch.cat([fit.directions @ fit.center, fit.center.square().sum()[None]])
+    tensors[f"{readers[-1]}.routed_experts_classes"] = fit.classes.float()
+    tensors[f"{readers[-1]}.routed_experts_precision"] = torch.stack([fit.precision, offset]).float()
+    settings = {
+        "directions": len(fit.directions),
+        "temperature": fit.temperature,
+        "threshold": fit.threshold if fit.threshold < float("inf") else None,
+    }
+    return Router(readers, tensors, settings)
