@@ -68,14 +68,14 @@ def fit_discriminant(features: Mapping[str, Tensor], max_directions: int = MAX_D
     y = torch.repeat_interleave(torch.arange(len(features)), torch.tensor([len(rows) for rows in features.values()]))
     fold = torch.cat([torch.arange(len(rows)) % FOLDS for rows in features.values()])
     if min(len(rows) for rows in features.values()) < FOLDS:  # too few samples to hold any out
-        return _fit(x, y, 0.6, max_directions)
+        return fit_at_shrinkage(x, y, 0.6, max_directions)
     held_out = {}
     for shrinkage in SHRINKAGES:
         near, far = torch.zeros(len(x), len(features), dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64)
         for k in range(FOLDS):
-            near[fold == k], far[fold == k] = _fit(x[fold != k], y[fold != k], shrinkage, max_directions).distances(
-                x[fold == k]
-            )
+            out = fold == k
+            router = fit_at_shrinkage(x[~out], y[~out], shrinkage, max_directions)
+            near[out], far[out] = router.distances(x[out])
         held_out[shrinkage] = near, far
     true_task = torch.arange(len(x)), y
     _, shrinkage, temperature = max(
@@ -84,13 +84,13 @@ def fit_discriminant(features: Mapping[str, Tensor], max_directions: int = MAX_D
         for t in TEMPERATURES
     )
     near, far = held_out[shrinkage]
-    router = _fit(x, y, shrinkage, max_directions)
+    router = fit_at_shrinkage(x, y, shrinkage, max_directions)
     router.temperature, router.threshold = temperature, float((near.min(-1).values + far).quantile(0.95))
     router.accuracy = float((near.argmin(-1) == y).double().mean())
     return router
 
 
-def _fit(x: Tensor, y: Tensor, shrinkage: float, max_directions: int) -> Discriminant:
+def fit_at_shrinkage(x: Tensor, y: Tensor, shrinkage: float, max_directions: int) -> Discriminant:
     """The router of features `[N, D]` and task indices `[N]`. Decomposes the samples, of which there are few, rather
     than a covariance of the features.
     """

@@ -1,4 +1,8 @@
-"""PEFT methods of our own. Importing them registers them, so that PEFT and Transformers load their adapters."""
+"""PEFT methods of this package, in PEFT's own shape: config, layer, model. They know neither files nor merging.
+
+Comes in: a model, and the configuration of an adapter. Goes out: the model with the adapter on it. Importing this
+package registers the methods with PEFT, so that PEFT and Transformers load their adapters.
+"""
 
 from .essential import EssentialComponentsConfig, EssentialComponentsModel
 from .registration import HfEsmPeftType

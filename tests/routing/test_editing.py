@@ -132,7 +132,7 @@ def others(tmp_path_factory):
 
 NOT_ADDED = {
     "a name that is taken": ("a", "c", "c", "There is an expert for 'a' already"),
-    "a name that leaves the folder": ("../c", "c", "c", "Task name '../c'"),
+    "a name that leaves the folder": ("../c", "c", "c", "'../c' cannot be the name of a task"),
     "no pooled inputs": ("c", "c", "bare", "Calibrate again with the base (`hf-esm calibrate --base`)"),
     "no statistics": ("c", "c", None, "esm_statistics.safetensors: not a readable statistics file"),
     "other widths": ("c", "wide", "c", "in the base it is"),

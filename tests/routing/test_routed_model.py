@@ -34,7 +34,7 @@ from hf_esm import (
     merge_models,
 )
 from hf_esm.data.batches import collate
-from hf_esm.tuners.routed.model import _Uncompiled, recording
+from hf_esm.tuners.routed.model import Uncompiled, recording
 from support.architectures import ARCHITECTURES
 from support.helpers import image_samples, save, token_inputs
 from support.routed_toys import (
@@ -284,7 +284,7 @@ def test_heads_that_were_trained_are_saved(merged, tmp_path):
     with routed.route("a"), again.route("a"):
         assert torch.equal(logits(again.task_model("a"), samples), logits(routed.task_model("a"), samples))
     assert again.predict(MIXED, tasks="b") == before
-    assert not again._trained()
+    again.export_lora(tmp_path / "lora")  # refused if anything differed from the files
     changed = {
         p.relative_to(merged)
         for p in merged.rglob("*.safetensors")
@@ -334,11 +334,45 @@ def test_in_half_precision_experts_and_router_stay_as_they_are(merged):
     assert [p.task for p in routed.predict(MIXED)] == ["a", "b"] * 16
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_heads_are_cast_with_the_body_whenever_they_are_attached(merged, dtype):
+    routed = RoutedModel.from_pretrained(merged)
+    assert routed.dtype == torch.float32
+    before = routed.task_model("a")
+    cast = {torch.float16: routed.half, torch.bfloat16: routed.bfloat16}[dtype]
+    assert cast() is routed
+    assert routed.dtype == dtype
+    for model in (before, routed.task_model("b")):
+        kinds = {weight.dtype for name, weight in model.named_parameters() if "routed_experts" not in name}
+        assert kinds == {dtype}
+    kinds = {tensor.dtype for name, tensor in routed.model.state_dict().items() if "routed_experts" in name}
+    assert kinds == {torch.float32}
+
+
+def test_training_and_evaluation_mode_reach_the_heads_whenever_they_are_attached(merged):
+    routed = RoutedModel.from_pretrained(merged)
+    attached = [routed.task_model("a")]
+    for mode in (True, False):
+        assert (routed.train() if mode else routed.eval()) is routed
+        attached.append(routed.task_model("b"))
+        for model in (routed.model, *attached):
+            assert {module.training for module in model.modules()} == {mode}
+    late = RoutedModel.from_pretrained(merged).train()
+    assert {module.training for module in late.task_model("a").modules()} == {True}
+    assert {module.training for module in late.model.modules()} == {True}
+
+
+def test_a_models_repr_is_one_line_that_names_its_experts(merged, routed):
+    assert repr(routed) == (
+        f"RoutedModel({str(merged)!r}: BertModel with experts of a, b; router: discriminant; torch.float32, cpu)"
+    )
+
+
 def test_weights_that_do_not_stand_on_a_device_are_refused(merged, tmp_path):
     """What is loaded over them would be lost without a word."""
     places = {"embeddings": "cpu", "encoder": "disk", "pooler": "cpu"}
     offloaded = {"offload_folder": str(tmp_path), "device_map": places}
-    with pytest.raises(HfEsmError, match="this device_map offloads '.*'. Routed experts need"):
+    with pytest.raises(HfEsmError, match=r"this device_map offloads 'encoder\.layer\.0"):
         RoutedModel.from_pretrained(merged, **offloaded)
     offloaded["device_map"] = {"bert": "cpu", "classifier": "disk"}
     with pytest.raises(HfEsmError, match="of the head would not stand on a device"):
@@ -657,8 +691,8 @@ def test_task_models_generate_as_the_merged_model_is_set(language, tmp_path):
 
 def test_compiling_is_as_it_was_after_threads_that_explain(merged):
     """They leave in the order in which they came; torch has one stance for all."""
-    first, second = _Uncompiled.__enter__, _Uncompiled.__exit__
-    stances, shared = [], _Uncompiled()
+    first, second = Uncompiled.__enter__, Uncompiled.__exit__
+    stances, shared = [], Uncompiled()
     for step in (first, first, second, second, first, second):
         step(shared, *((None,) * 3 if step is second else ()))
         stances.append(torch._dynamo.eval_frame._stance.stance)

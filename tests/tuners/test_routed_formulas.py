@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from hf_esm.routing.discriminant import _fit, fit_discriminant
+from hf_esm.routing.discriminant import fit_at_shrinkage, fit_discriminant
 from hf_esm.routing.experts import expert_factors
 from support import reference
 from support.problems import exact, random_problem, relative_error, seeds, shapes
@@ -133,7 +133,7 @@ def lda_problem(seed: int, tasks: int, each: int, width: int, apart: float = 2.0
 def test_the_discriminant_orders_tasks_as_the_full_one(seed, problem, shrinkage):
     *sizes, directions = problem
     x, y, queries = lda_problem(seed, *sizes)
-    fitted = _fit(x, y, shrinkage, directions)
+    fitted = fit_at_shrinkage(x, y, shrinkage, directions)
     assert len(fitted.directions) <= directions
     expected, (found, _) = literal_lda(x, y, shrinkage, queries), fitted.distances(queries)
     assert torch.equal(found.argmin(1), expected.argmin(1))
@@ -144,7 +144,7 @@ def test_the_discriminant_orders_tasks_as_the_full_one(seed, problem, shrinkage)
 @pytest.mark.parametrize("problem", [(3, 12, 8), (3, 12, 50)], ids=str)
 def test_along_and_beside_the_directions_is_the_whole_distance(seed, problem):
     x, y, queries = lda_problem(seed, *problem)
-    along, beside = _fit(x, y, 0.1, 256).distances(queries)
+    along, beside = fit_at_shrinkage(x, y, 0.1, 256).distances(queries)
     assert relative_error(along + beside[:, None], literal_lda(x, y, 0.1, queries)) < 1e-6
 
 

@@ -231,7 +231,7 @@ def test_a_route_is_of_whatever_adapter_is_active(cases):
 
 def test_a_batch_goes_by_expert_where_many_short_samples_share_one(monkeypatch):
     a, b = torch.zeros(3, 2, 8), torch.zeros(3, 8, 2)
-    monkeypatch.setattr("hf_esm.tuners.routed.layer._TURN", 3 * 4 * (16 + 16))  # three samples spared per expert
+    monkeypatch.setattr("hf_esm.tuners.routed.layer.TURN_BYTES", 3 * 4 * (16 + 16))  # three samples spared per expert
     assert not grouping_pays(torch.tensor([0, 1, 2] * 4), a, b, 1)
     assert grouping_pays(torch.tensor([0, 1, 2] * 4 + [0]), a, b, 1)
     assert grouping_pays(torch.tensor([[0, 1], [2, 0]] * 4), a, b, 1)

@@ -248,7 +248,7 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
 
 
 # Bytes that a CPU copies in about the time in which `add_by_expert` handles one more expert.
-_TURN = 1_000_000
+TURN_BYTES = 1_000_000
 
 
 def grouping_pays(experts: Tensor, a: Tensor, b: Tensor, tokens: int) -> bool:
@@ -260,7 +260,7 @@ def grouping_pays(experts: Tensor, a: Tensor, b: Tensor, tokens: int) -> bool:
     if tokens >= a.shape[1] or experts.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     distinct = len(experts.unique())
-    return (experts.numel() - distinct) * (a[0].nbytes + b[0].nbytes) > distinct * _TURN
+    return (experts.numel() - distinct) * (a[0].nbytes + b[0].nbytes) > distinct * TURN_BYTES
 
 
 def add_by_expert(rows: Tensor, a: Tensor, b: Tensor, experts: Tensor, weights: Optional[Tensor]) -> Tensor:

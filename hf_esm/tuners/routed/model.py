@@ -219,7 +219,7 @@ def _is_compiled(model: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in model.modules())  # by `Module.compile`
 
 
-class _Uncompiled:
+class Uncompiled:
     """Context in which nothing is compiled. Torch has one stance for the process, which all threads inside share."""
 
     def __init__(self) -> None:
@@ -238,7 +238,7 @@ class _Uncompiled:
                 self.stance.close()
 
 
-_uncompiled = _Uncompiled()
+_uncompiled = Uncompiled()
 
 
 def _deciding_parts(model: nn.Module, inputs: Mapping[str, Any]) -> list[tuple[Callable, dict[str, Any]]]:
