@@ -35,8 +35,8 @@ from hf_esm import ActivationStatistics, EssentialMerge
 from hf_esm.architecture import LinearMap
 from hf_esm.checkpoints.base import Checkpoint
 from hf_esm.linalg import essential_subspace, largest_eigenpairs
-from hf_esm.merging.weights import merge_weights
-from hf_esm.methods.essential import part_taken_off
+from hf_esm.merging.weights import Worker, merge_weights
+from hf_esm.methods.essential import share_subtracted
 from hf_esm.methods.stack import InputStatistics
 from hf_esm.utils.devices import algebra_device, fast_products
 
@@ -113,7 +113,7 @@ def line(
         rounds = 1 if rows * columns > 8_000_000 else 3
 
         def merge() -> None:
-            merge_weights(plan, statistics, Path(folder), device=device)
+            merge_weights(plan, statistics, Path(folder), worker=Worker(device=device))
 
         taken = best(merge, rounds)
         parts = floor(rows, columns, tasks, depth, device)
@@ -262,4 +262,4 @@ def merge_literally(deltas: list[Tensor], inputs: list[Tensor]) -> Tensor:
     norm = torch.stack([delta.norm() for delta in deltas]).norm()
     total = sum(deltas[1:], start=deltas[0])
     merged *= METHOD.factor * norm / merged.norm()
-    return merged - total * part_taken_off(METHOD.sum_subtracted, total.norm(), norm)
+    return merged - total * share_subtracted(METHOD.sum_subtracted, total.norm(), norm)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         RoutedMerge,
         Stack,
         TaskArithmetic,
+        register_method,
     )
     from .metrics import Metric, Scores
     from .planning import MergeOptions, MergePlan, load_recipe
@@ -105,6 +106,7 @@ __all__ = [
     "load_task_model",
     "measure_interference",
     "merge_models",
+    "register_method",
     "update_card",
     "write_lora_adapter",
 ]
@@ -143,6 +145,7 @@ _NAMES = {
         "RoutedMerge",
         "Stack",
         "TaskArithmetic",
+        "register_method",
     ),
     "metrics": ("Metric", "Scores"),
     "planning": ("MergeOptions", "MergePlan", "load_recipe"),

@@ -102,6 +102,26 @@ def layer_type(name: str) -> str:
     return ".".join(part for part in name.split(".") if not re.fullmatch(r"\d+", part))
 
 
+def block_depths(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return, by the module's name, the index of every block and the number of blocks it is one of.
+
+    A block is an element of an outermost `nn.ModuleList`: a Transformer layer, or a stage of layers. Encoder and
+    decoder, or two towers, are numbered separately.
+    """
+    depths: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and depth_of(name, depths) is None:
+            depths |= {f"{name}.{i}": (i, len(module)) for i in range(len(module))}
+    return depths
+
+
+def depth_of(name: str, depths: Mapping[str, tuple[int, int]]) -> tuple[int, int] | None:
+    """Return the depth (see `block_depths`) of the block that a weight or module is in, or None outside of blocks."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return next((depths[prefix] for prefix in prefixes if prefix in depths), None)
+
+
 def body_prefix(model: PreTrainedModel) -> str:
     """What stands before the names of the shared body's weights, as `"bert."` in a task model; empty for a body."""
     prefix = model.base_model_prefix

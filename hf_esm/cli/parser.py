@@ -286,5 +286,8 @@ def _describe_methods() -> str:
         lines.append(
             f"  {name}: {' '.join(inspect.getdoc(type(method)).split()).partition('. ')[0].rstrip('.')}.{also}"
         )
-        lines += [f"    {f.name} = {getattr(method, f.name)!r}: {f.metadata['help']}" for f in settings]
+        texts = {f.name: f.metadata.get("help", "") for f in settings}
+        lines += [
+            f"    {setting} = {getattr(method, setting)!r}: {text}".rstrip(": ") for setting, text in texts.items()
+        ]
     return "\n".join(textwrap.fill(line, width, subsequent_indent=" " * 8) for line in lines)

@@ -174,7 +174,8 @@ class CellStore:
         known = {name: value for name, value in arguments.items() if name not in ("method", "processor", "token")}
         known |= {name: data_identity(arguments[name]) for name in ("calibration", "validation")}
         known["metric"] = self.inputs.metric.name  # the test identity holds its code
-        key = [describe_method(method), method.default_alpha, known, self._test_identity]
+        code = code_identity(type(method))  # a method of another package changes without a version of hf_esm
+        key = [describe_method(method), code, known, self._test_identity]
         stored = self._cached("cell", key, lambda: self._merge_and_measure(method, seed, arguments).as_dict())
         return Cell.from_dict(stored, self.inputs.metric)
 

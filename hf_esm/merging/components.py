@@ -25,7 +25,7 @@ from ..checkpoints import (
 from ..data import Sample
 from ..errors import HfEsmError
 from ..linalg import essential_subspace, truncated_svd
-from ..methods import EssentialMerge, fuse_with_singular_values, part_taken_off
+from ..methods import EssentialMerge, fuse_with_singular_values, share_subtracted
 from ..planning import MergeOptions, MergePlan, check_values, plan_merge
 from ..tuners.essential import EssentialComponentsConfig, EssentialComponentsLayer
 from ..utils import default_accelerator, main_first, new_folder, together
@@ -244,8 +244,8 @@ def _fuse(updates: list[tuple[Tensor, Tensor]], tasks: int) -> Optional[tuple[Te
     scale = method.factor * norm / torch.linalg.qr(left, mode="r").R.matmul(right).norm()
     total = torch.cat([basis for basis, _ in wholes], dim=1), torch.cat([whole for _, whole in wholes])
     size = torch.linalg.qr(total[0], mode="r").R.matmul(total[1]).norm()
-    less = part_taken_off(method.sum_subtracted, size, norm)
-    left, right = torch.cat([left * scale, -less * total[0]], dim=1), torch.cat([right, total[1]])
+    share = share_subtracted(method.sum_subtracted, size, norm)
+    left, right = torch.cat([left * scale, -share * total[0]], dim=1), torch.cat([right, total[1]])
     basis, triangle = torch.linalg.qr(left)
     turn, values, right = truncated_svd(triangle @ right, len(triangle))
     return basis @ turn, values[:, None] * right

@@ -29,7 +29,7 @@ from ..planning import (
     torch_dtype,
 )
 from ..tuners.routed import check_separable
-from ..utils import algebra_device, bytes_of, default_accelerator, gather, main_first, publish_folder, together
+from ..utils import bytes_of, default_accelerator, gather, main_first, publish_folder, together
 from .alpha import choose_alpha, read_validation
 from .expert_statistics import calibrate_experts, check_statistics, gather_statistics, taken_of_others
 from .learning import learn_mask
@@ -38,7 +38,7 @@ from .result import MergeResult
 from .routed_experts import write_experts
 from .run import MergeRun, lacking_resources, notices, shared_folder, work_in_progress
 from .updates import MergedUpdates
-from .weights import merge_weights, scale_layers, whole_updates
+from .weights import Worker, merge_weights, scale_layers, whole_updates
 
 
 def merge_models(
@@ -175,17 +175,15 @@ def merge_models(
             thresholds = method.prepare(whole_updates(plan, learn, run.progress("Preparing")))
         with run.stage("merging"):
             rank, size = accelerator.process_index, accelerator.num_processes
+            max_memory = bytes_of(options.max_memory, "max_memory") if options.max_memory else None
             reports = merge_weights(
                 plan,
                 statistics,
                 scratch,
-                rank,
-                size,
-                run.progress("Merging"),
-                bytes_of(options.max_memory, "max_memory") if options.max_memory else None,
-                resumable=options.resume_dir is not None,
-                device=algebra_device(accelerator),
+                worker=Worker.of(accelerator, max_memory),
                 thresholds=thresholds,
+                resumable=options.resume_dir is not None,
+                progress=run.progress("Merging"),
             )
         reports = {name: report for part in gather(accelerator, reports) for name, report in part.items()}
         scale_layers(reports, method, {name for name in reports if is_matrix(plan, name)})

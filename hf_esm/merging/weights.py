@@ -1,32 +1,75 @@
-"""Pass one of a merge: every weight of all experts merged, one at a time, into scratch files."""
+"""Pass one of a merge: every weight of all experts is merged, one at a time, into scratch files."""
 
 import json
 import math
 import os
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
-from functools import partial
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from ..architecture import from_matrices, is_routable, layer_type, matrix_names, to_matrices
+from ..architecture import (
+    block_depths,
+    depth_of,
+    from_matrices,
+    is_routable,
+    layer_type,
+    matrix_names,
+    to_matrices,
+)
 from ..calibration import ActivationStatistics
 from ..checkpoints import ShardedWriter
 from ..errors import HfEsmError
 from ..linalg import norm
-from ..methods import MergeMethod, Stack, WholeUpdates, mean_update
+from ..methods import Merged, MergeMethod, Stack, WholeUpdates, mean_update
 from ..planning import MergePlan, merge_bytes
-from ..utils import fast_products, roomy
+from ..utils import algebra_device, fast_products, roomy
+from .jobs import Job, run_jobs
 from .updates import WeightReport
 
 
-# Elements of a weight below which several are merged side by side.
+Item = TypeVar("Item")
+
+
+# Elements of a weight below which several weights are merged in parallel.
 _SMALL = 4_000_000
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process's share of the work, and where it computes.
+
+    Attributes:
+        rank: index of the process.
+        size: number of processes.
+        device: where methods compute, as far as the device's memory goes; None is the CPU.
+        max_memory: bytes that the weights being read and merged may take; see `planning.merge_bytes`.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: Optional[torch.device] = None
+    max_memory: Optional[int] = None
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, max_memory: Optional[int] = None) -> "Worker":
+        """Return the worker of this process."""
+        return cls(accelerator.process_index, accelerator.num_processes, algebra_device(accelerator), max_memory)
+
+    def share(self, items: list[Item]) -> list[Item]:
+        """Return this process's share of the items."""
+        return items[self.rank :: self.size]
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether jobs never run in parallel: a GPU does one thing at a time, in its own memory."""
+        return self.device is not None and self.device.type != "cpu"
 
 
 def whole_updates(
@@ -43,123 +86,86 @@ def whole_updates(
 
 def merge_weights(
     plan: MergePlan,
-    statistics: dict[str, Optional[ActivationStatistics]],
+    statistics: Mapping[str, Optional[ActivationStatistics]],
     scratch: Path,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: Callable[[Iterable], Iterable] = iter,
-    max_memory: Optional[int] = None,
-    resumable: bool = False,
-    device: Optional[torch.device] = None,
+    *,
+    worker: Worker = Worker(),
     thresholds: Sequence[float] = (),
+    resumable: bool = False,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, WeightReport]:
-    """Pass one: merge this process's share of the weights, one at a time, into a scratch file.
+    """Merge this process's share of the weights, one at a time, into a scratch file.
 
     Args:
-        max_memory: bytes that the weights being read and merged side by side may take; see `planning.merge_bytes`.
-        thresholds: what `MergeMethod.prepare` returned.
-        device: where the methods compute, as far as its memory goes; the CPU by default.
-        resumable: keep a journal beside the scratch file, and leave out what it says was merged before.
+        thresholds: as `MergeMethod.prepare` returned them.
+        resumable: keep a journal of the merged weights in `scratch`, and skip those that it lists.
+
+    Returns the report of every weight of the share, and of every weight that no expert changes.
     """
-    everything = merge_units(plan, statistics)
-    units = [unit for unit in everything if not plan.unchanged.issuperset(unit)][rank::world_size]
-    shapes = {name: torch.empty(plan.base.shape(name), device="meta") for unit in units for name in unit}
-    journal = scratch / f"updates-{rank}.journal"
-    reports = _read_journal(journal) if resumable else {}
-    units = [unit for unit in units if unit[0] not in reports]
+    units = merge_units(plan, statistics)
+    unchanged = [unit for unit in units if plan.unchanged.issuperset(unit)]
+    share = worker.share([unit for unit in units if not plan.unchanged.issuperset(unit)])
+    shapes = {name: torch.empty(plan.base.shape(name), device="meta") for unit in share for name in unit}
+    journal = _Journal(scratch / f"updates-{worker.rank}.journal")
+    reports = journal.read() if resumable else {}
+    merger = UnitMerger(plan, statistics, thresholds, worker)
+    jobs = [merger.job(unit) for unit in share if unit[0] not in reports]
     with (
-        ShardedWriter(scratch, shapes, max_shard_size=2**62, stem=f"updates-{rank}", written=reports) as writer,
+        ShardedWriter(scratch, shapes, max_shard_size=2**62, stem=journal.path.stem, written=reports) as writer,
         fast_products(plan.method.tolerance),
     ):
-        read = partial(_read_unit, plan=plan)
-        merge = partial(_merge_unit, plan=plan, statistics=statistics, thresholds=thresholds, device=device)
-        sizes = partial(_elements, plan)
-        one_by_one = device is not None and device.type != "cpu"  # a GPU does one thing at a time, in its own memory
-        for merged in _side_by_side(units, sizes, read, merge, progress, len(plan.experts), max_memory, one_by_one):
-            for name, (update, report) in merged.items():
+        for merged in run_jobs(jobs, worker.max_memory, progress):
+            for name, (update, _) in merged.items():
                 writer.write(name, update)
-                reports[name] = report
+            new = {name: report for name, (_, report) in merged.items()}
+            reports |= new
             if resumable:
-                writer.sync()  # the journal speaks of nothing that is not on the disk
-                with journal.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({name: asdict(report) for name, (_, report) in merged.items()}) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
+                writer.sync()  # the journal names only weights that are on the disk
+                journal.append(new)
     zeros = dict.fromkeys(plan.experts, 0.0)
-    for unit in everything:
-        for name in unit if plan.unchanged.issuperset(unit) else ():
-            reports[name] = WeightReport(plan.base.names[name], "unchanged", 0.0, scaled=False, update_norms=zeros)
+    for name in (name for unit in unchanged for name in unit):
+        reports[name] = WeightReport(plan.base.names[name], "unchanged", 0.0, scaled=False, update_norms=zeros)
     return reports
 
 
-def _read_journal(path: Path) -> dict[str, WeightReport]:
-    """Reports of the weights that an interrupted pass has merged; half a line at the end does not count, and is cut
-    off. Without the file of the weights themselves, nothing has been merged.
-    """
-    if not path.is_file() or not path.with_suffix(".safetensors").is_file():
-        path.unlink(missing_ok=True)
-        return {}
-    reports: dict[str, WeightReport] = {}
-    lines = path.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    if lines != whole:
-        os.truncate(path, sum(map(len, whole)))
-    try:
-        for line in whole:
-            reports |= {name: WeightReport(**report) for name, report in json.loads(line).items()}
-    except (ValueError, TypeError, AttributeError):
-        raise HfEsmError(f"{path} is damaged. Remove {path.parent} to start again.") from None
-    return reports
+class _Journal:
+    """Reports of the weights that a pass has merged, one JSON object a line, for a pass that resumes it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, reports: Mapping[str, WeightReport]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({name: asdict(report) for name, report in reports.items()}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> dict[str, WeightReport]:
+        """Return the reports of an interrupted pass; without the file of its weights, there are none.
+
+        Half a line at the end is cut off.
+        """
+        if not self.path.is_file() or not self.path.with_suffix(".safetensors").is_file():
+            self.path.unlink(missing_ok=True)
+            return {}
+        reports: dict[str, WeightReport] = {}
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        if lines != whole:
+            os.truncate(self.path, sum(map(len, whole)))
+        try:
+            for line in whole:
+                reports |= {name: WeightReport(**report) for name, report in json.loads(line).items()}
+        except (ValueError, TypeError, AttributeError):
+            raise HfEsmError(f"{self.path} is damaged. Remove {self.path.parent} to start again.") from None
+        return reports
 
 
-def _side_by_side(
-    units: list[list[str]],
-    elements: Callable,
-    read: Callable,
-    merge: Callable,
-    progress: Callable,
-    tasks: int,
-    max_memory: Optional[int],
-    one_by_one: bool = False,
-) -> Iterator[dict]:
-    """`merge(unit, read(unit))` of every unit, in order: large weights one at a time with all threads, while the next
-    one is being read; small ones in parallel, unless `one_by_one`. As many at once as `max_memory` holds.
+def merge_units(plan: MergePlan, statistics: Mapping[str, Optional[ActivationStatistics]]) -> list[list[str]]:
+    """Return the weights to merge: singly, or several as one unit if the method stacks maps that read one tensor.
 
-    An eigenproblem of a few hundred rows leaves all but one thread idle; several of them at once do not.
-    """
-    threads = torch.get_num_threads()
-    room = max_memory or math.inf
-    waiting: deque[tuple[Future, int]] = deque()
-    ahead: Optional[Future] = None
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for unit, following in zip(progress(units), [*units[1:], None]):
-                needed = merge_bytes(elements(unit), tasks)
-                while waiting and needed + sum(size for _, size in waiting) > room:
-                    yield waiting.popleft()[0].result()
-                if elements(unit) > _SMALL or threads == 1 or one_by_one:
-                    found = ahead.result() if ahead else read(unit)
-                    fits = following and needed + 4 * tasks * elements(following) <= room
-                    fits = fits and (elements(following) > _SMALL or one_by_one)
-                    ahead = pool.submit(read, following) if fits else None
-                    merged = merge(unit, found)
-                    del found  # not to be held while others are merged
-                    yield merged
-                    del merged
-                    continue
-                waiting.append((pool.submit(lambda unit: merge(unit, read(unit)), unit), needed))
-                if len(waiting) > threads:
-                    yield waiting.popleft()[0].result()
-            yield from (future.result() for future, _ in waiting)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def merge_units(plan: MergePlan, statistics: dict[str, Optional[ActivationStatistics]]) -> list[list[str]]:
-    """The weights to merge, singly, or several where the method stacks maps that read the same tensor.
-
-    Such a stack are three or more maps that hang on one module and have the same statistics in every expert (q, k and
-    v of an attention module; not the two of a gated MLP); large weights come first, so that processes finish together.
+    A stack consists of three or more maps of one module that share their statistics in every expert (q, k and v of an
+    attention module; not the two maps of a gated MLP). Large units come first, so that processes finish together.
     """
     shared = [name for name in plan.heads.shared if plan.base.dtype(name).is_floating_point]
     groups: dict[Any, list[str]] = defaultdict(list)
@@ -179,63 +185,100 @@ def _elements(plan: MergePlan, unit: list[str]) -> int:
     return sum(math.prod(plan.base.shape(name)) for name in unit)
 
 
-def _read_unit(unit: list[str], plan: MergePlan) -> list[list[Tensor]]:
-    """The updates of one weight, or of several by one another, by name and expert."""
-    weights = {name: plan.base.tensor(name) for name in unit}
-    return [[expert.update(name, weight) for expert in plan.experts.values()] for name, weight in weights.items()]
+class UnitMerger:
+    """Merges units: single weights of all experts, or several that are stacked along the output dimension."""
 
+    def __init__(
+        self,
+        plan: MergePlan,
+        statistics: Mapping[str, Optional[ActivationStatistics]],
+        thresholds: Sequence[float],
+        worker: Worker,
+    ):
+        self.plan, self.statistics, self.thresholds, self.worker = plan, statistics, thresholds, worker
+        self.depths = block_depths(plan.base.skeleton)
 
-def _merge_unit(
-    unit: list[str],
-    updates: list[list[Tensor]],
-    plan: MergePlan,
-    statistics: dict[str, Optional[ActivationStatistics]],
-    thresholds: Sequence[float],
-    device: Optional[torch.device],
-) -> dict[str, tuple[Tensor, WeightReport]]:
-    """One weight of every expert merged, with its report; several names where they are stacked along the output."""
-    linear = plan.base.linear.get(unit[0])
-    device = roomy(device, merge_bytes(_elements(plan, unit), len(plan.experts)))
-    heights = [found[0].shape[1 if linear.transposed else 0] for found in updates] if len(unit) > 1 else []
-    matrices: dict[str, list[Tensor]] = {}
-    for task, *found in zip(plan.experts, *updates, strict=True):
-        parts = [to_matrices(update.to(device), linear) for update in found]
-        matrices[task] = [torch.cat([part for (part,) in parts])] if len(unit) > 1 else parts[0]
-    names = matrix_names(unit[0], linear) if linear else unit[:1]
-    # Running means and variances are averages already: beyond those of the experts, a variance may be negative.
-    merge = plan.method.merge if unit[0] in plan.base.trained else partial(mean_update, scaled=False)
-    merged = [
-        merge(
-            Stack(
-                name=plan.base.names[unit[0]],
+    def job(self, unit: list[str]) -> Job:
+        """Return the job that merges a unit, whose result is the update and the report of each weight by name."""
+        elements, experts = _elements(self.plan, unit), len(self.plan.experts)
+        return Job(
+            read=partial(self.read, unit),
+            compute=partial(self.merge, unit),
+            input_bytes=4 * experts * elements,
+            total_bytes=merge_bytes(elements, experts),
+            alone=elements > _SMALL or self.worker.one_by_one,
+        )
+
+    def read(self, unit: list[str]) -> list[list[Tensor]]:
+        """Return the updates of a unit, by weight and expert."""
+        weights = {name: self.plan.base.tensor(name) for name in unit}
+        return [
+            [expert.update(name, weight) for expert in self.plan.experts.values()] for name, weight in weights.items()
+        ]
+
+    def merge(self, unit: list[str], updates: list[list[Tensor]]) -> dict[str, tuple[Tensor, WeightReport]]:
+        """Return the merged update and the report of each weight of a unit, by name."""
+        base, linear = self.plan.base, self.plan.base.linear.get(unit[0])
+        device = roomy(self.worker.device, merge_bytes(_elements(self.plan, unit), len(self.plan.experts)))
+        matrices = {
+            task: _matrices(weights, linear, device)
+            for task, weights in zip(self.plan.experts, zip(*updates, strict=True), strict=True)
+        }
+        # Running means and variances are averages already: beyond those of the experts, a variance may be negative.
+        merge = self.plan.method.merge if unit[0] in base.trained else partial(mean_update, scaled=False)
+        merged = [merge(stack) for stack in self._stacks(unit, matrices, device)]
+        report = self._report(merged, matrices)
+        if len(unit) > 1:
+            heights = [weights[0].shape[1 if linear.transposed else 0] for weights in updates]
+            parts = [[part] for part in merged[0].update.split(heights)]
+        else:
+            parts = [[part.update for part in merged]]
+        return {
+            name: (from_matrices(own_parts, linear).cpu(), replace(report, name=base.names[name]))
+            for name, own_parts in zip(unit, parts, strict=True)
+        }
+
+    def _stacks(
+        self, unit: list[str], matrices: Mapping[str, list[Tensor]], device: Optional[torch.device]
+    ) -> Iterator[Stack]:
+        """Yield a stack for each matrix of a unit."""
+        base, linear = self.plan.base, self.plan.base.linear.get(unit[0])
+        read_base = cache(lambda: _matrices([base.tensor(name).float() for name in unit], linear, device))
+        names = matrix_names(unit[0], linear) if linear else unit[:1]
+        for part, (name, *updates) in enumerate(zip(names, *matrices.values(), strict=True)):
+            yield Stack(
+                name=base.names[unit[0]],
                 part=part,
                 layer_type=layer_type(unit[0]),
-                deltas=deltas,
+                updates=updates,
                 is_linear=linear is not None,
                 routable=is_routable(unit[0], linear),
                 statistics=[
-                    found[name].to(device) if found and name in found else None for found in statistics.values()
+                    found[name].to(device) if found and name in found else None for found in self.statistics.values()
                 ],
-                thresholds=list(thresholds),
+                thresholds=list(self.thresholds),
+                depth=depth_of(base.names[unit[0]], self.depths),
+                read_base=lambda part=part: read_base()[part],
             )
+
+    def _report(self, merged: list[Merged], matrices: Mapping[str, list[Tensor]]) -> WeightReport:
+        """Return the report of a unit, still without a name."""
+        energies = [part.info["energy_kept"] for part in merged if "energy_kept" in part.info]
+        mean_energies = [sum(of_expert) / len(energies) for of_expert in zip(*energies, strict=True)]
+        return WeightReport(
+            name="",
+            how=" and ".join(sorted({part.how for part in merged})),
+            norm=_norm([part.update for part in merged]),
+            scaled=merged[0].scaled,
+            update_norms={task: _norm(parts) for task, parts in matrices.items()},
+            energy_kept=dict(zip(self.plan.experts, mean_energies, strict=True)) if energies else {},
         )
-        for part, (name, *deltas) in enumerate(zip(names, *matrices.values(), strict=True))
-    ]
-    energies = [part.info["energy_kept"] for part in merged if "energy_kept" in part.info]
-    energy = [sum(found) / len(energies) for found in zip(*energies, strict=True)]
-    report = WeightReport(
-        name="",
-        how=" and ".join(sorted({part.how for part in merged})),
-        norm=_norm([part.delta for part in merged]),
-        scaled=merged[0].scaled,
-        update_norms={task: _norm(parts) for task, parts in matrices.items()},
-        energy_kept=dict(zip(plan.experts, energy, strict=True)) if energy else {},
-    )
-    whole = [[part] for part in merged[0].delta.split(heights)] if heights else [[part.delta for part in merged]]
-    return {
-        name: (from_matrices(parts, linear).cpu(), replace(report, name=plan.base.names[name]))
-        for name, parts in zip(unit, whole, strict=True)
-    }
+
+
+def _matrices(weights: Sequence[Tensor], linear: Any, device: Optional[torch.device]) -> list[Tensor]:
+    """Return the matrices of one weight on a device, or one matrix of several weights, stacked along the output."""
+    parts = [to_matrices(weight.to(device), linear) for weight in weights]
+    return [torch.cat([part for (part,) in parts])] if len(weights) > 1 else parts[0]
 
 
 def _norm(parts: list[Tensor]) -> float:
@@ -244,7 +287,7 @@ def _norm(parts: list[Tensor]) -> float:
 
 
 def scale_layers(reports: dict[str, WeightReport], method: MergeMethod, matrices: set[str]) -> None:
-    """Set each report's scale between layers, `(‖Δ_M‖ / mean ‖Δ_M‖)^exponent` over the matrices of one type."""
+    """Set the scale between layers of each report: `(‖Δ_M‖ / mean ‖Δ_M‖)^exponent` over the matrices of one type."""
     if not method.layer_exponent:
         return
     types: dict[str, list[str]] = defaultdict(list)

@@ -1,14 +1,14 @@
 """Merge methods: each a dataclass of settings with a function of one layer's stack.
 
 Comes in: a `Stack`, one weight of all experts as updates of the base. Goes out: a `Merged` update. To add a method,
-write a `MergeMethod` with `name` and `merge(stack) -> Merged`, and give it a line in `METHODS`.
+write a `MergeMethod` with `merge(stack) -> Merged` and register it under a name: see `register_method`.
 """
 
 from .averaging import Mean, TaskArithmetic
 from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic, LearnedMask, final_mask, relaxed_mask
-from .essential import EssentialMerge, RoutedMerge, fuse_with_singular_values, part_taken_off
+from .essential import EssentialMerge, RoutedMerge, fuse_with_singular_values, share_subtracted
 from .isotropic import IsoC, IsoCTS
-from .registry import METHODS, describe_method, resolve_method
+from .registry import METHODS, describe_method, register_method, resolve_method
 from .regression import RegMean
 from .singular_vectors import TSVC, TSVM
 from .sparse import DARE, TIES, magnitude_threshold
@@ -41,7 +41,8 @@ __all__ = [
     "fuse_with_singular_values",
     "magnitude_threshold",
     "mean_update",
-    "part_taken_off",
+    "register_method",
     "relaxed_mask",
     "resolve_method",
+    "share_subtracted",
 ]

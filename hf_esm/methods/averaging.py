@@ -1,4 +1,4 @@
-"""Methods that add task vectors up, weight by weight, without looking at their directions."""
+"""Methods that add the updates up, entry by entry."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,10 +21,10 @@ class Mean(MergeMethod):
 
 @dataclass
 class TaskArithmetic(MergeMethod):
-    """The sum of the task vectors, times α (arXiv 2212.04089; α = 0.3 is the published setting)."""
+    """The sum of the updates, times α (arXiv 2212.04089; α = 0.3 is the published setting)."""
 
     name: ClassVar[str] = "task-arithmetic"
     default_alpha: ClassVar[float] = 0.3
 
     def merge(self, stack: Stack) -> Merged:
-        return Merged(torch.stack(stack.deltas).sum(0), "sum")
+        return Merged(torch.stack(stack.updates).sum(0), "sum")

@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import HfEsmError
 from ..linalg import essential_subspace, norm, polar_factor, truncated_svd, working_dtype
-from .singular_vectors import TOLERANCE, check_tolerance, merge_singular_vectors
+from .singular_vectors import TOLERANCE, merge_singular_vectors
 from .stack import InputStatistics, Merged, MergeMethod, Stack, mean_update
 
 
@@ -17,16 +16,31 @@ from .stack import InputStatistics, Merged, MergeMethod, Stack, mean_update
 class EssentialMerge(MergeMethod):
     """ESM: every linear map by the orthogonalised principal directions of the experts' output shifts.
 
-    Weights without activation statistics go through TSV-M where they are matrices and are averaged where not.
+    A matrix without activation statistics is merged by TSV-M; any other parameter is averaged.
 
     `roberta()` and `vit()` are the settings of the published code. The defaults keep the essential subspaces and the
     orthogonalisation of the papers and differ in five points, chosen on the validation rows of eight text tasks:
-    the inputs' second moments are shrunk three quarters of the way to the identity, so that the mean input does not
-    decide alone which directions are essential; the coordinates keep their singular values, where the published polar
-    factor makes all equal; each task has three quarters of its share of the directions; the fused update gets 1.2
-    times the norm that the experts' updates would have together if they were orthogonal, so that α = 1 is a sound
-    choice without labels; and 0.13 of the updates' sum (at most of that norm) is taken off again, since what all
-    experts have in common lies in every task's subspace, and is in the way of all.
+
+    - The inputs' second moments are shrunk three quarters of the way to the identity, so that the mean input alone
+      does not decide which directions are essential.
+    - The coordinates keep their singular values; the published polar factor makes them equal.
+    - Each task has three quarters of its share of the directions.
+    - The fused update gets 1.2 times the norm of the sum of the updates if they were orthogonal, so that α = 1 is a
+      sound choice without labels.
+    - 0.13 of the updates' sum (at most of that norm) is subtracted: what all experts have in common lies in every
+      task's subspace, and disturbs all tasks.
+
+    Example:
+        >>> import torch
+        >>> from hf_esm import EssentialMerge, InputStatistics, Stack
+        >>> updates = [torch.randn(6, 4) for _ in range(2)]  # of two experts, [d_out, d_in]
+        >>> inputs = [InputStatistics(torch.randn(10, 4), torch.zeros(4), 10) for _ in range(2)]
+        >>> stack = Stack("dense.weight", "dense.weight", updates, is_linear=True, statistics=inputs)
+        >>> merged = EssentialMerge(rank_share=0.5).merge(stack)
+        >>> merged.how, tuple(merged.update.shape)
+        ('esm', (6, 4))
+
+        In a merge, `merge_models(…, method="esm")`, `{"name": "esm", "rank_share": 0.5}` or an instance select it.
     """
 
     name: ClassVar[str] = "esm"
@@ -60,13 +74,18 @@ class EssentialMerge(MergeMethod):
         default=1.2, metadata={"help": "constant factor on fused linear maps; published: 1, in the vit preset 2"}
     )
     rank_share: float = field(
-        default=0.75, metadata={"help": "share of each task's directions, ⌊min(d)/T⌋, that is kept; published: 1"}
+        default=0.75,
+        metadata={
+            "help": "share of each task's directions, ⌊min(d)/T⌋, that is kept; published: 1",
+            "above": 0,
+            "most": 1,
+        },
     )
     sum_subtracted: float = field(
         default=0.13,
-        metadata={"help": "multiple of the updates' sum, at most of the matched norm, taken off; published: 0"},
+        metadata={"help": "multiple of the updates' sum, at most of the matched norm, subtracted; published: 0"},
     )
-    tolerance: float = field(default=0.0, metadata={"help": TOLERANCE})
+    tolerance: float = field(default=0.0, metadata=TOLERANCE)
     uncalibrated: tuple[str, ...] = field(
         default=(),
         metadata={"help": "regular expressions of weight names to merge by TSV-M although statistics exist"},
@@ -83,20 +102,14 @@ class EssentialMerge(MergeMethod):
         default=False, metadata={"help": "let alpha multiply every parameter's update, not only linear maps"}
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.rank_share <= 1:
-            raise HfEsmError(f"{self.name}: rank_share must be above 0 and at most 1, not {self.rank_share}.")
-        check_tolerance(self)
-
     @classmethod
     def roberta(cls) -> "EssentialMerge":
-        """The settings of the published RoBERTa code."""
+        """Return the settings of the published RoBERTa code."""
         return cls(**_PUBLISHED, keep_fallback_scale=True)
 
     @classmethod
     def vit(cls) -> "EssentialMerge":
-        """The settings of the published ViT code, which calibrates the stacked q, k, v and both MLP matrices."""
+        """Return the settings of the published ViT code: the stacked q, k, v and both MLP matrices are calibrated."""
         return cls(
             **_PUBLISHED | {"factor": 2.0},
             task_exponent=2.0,
@@ -115,112 +128,122 @@ class EssentialMerge(MergeMethod):
             return mean_update(stack, scaled=self.scale_all)
         scaled = self.scale_all or stack.is_linear
         if not stack.is_calibrated or any(re.search(pattern, stack.name) for pattern in self.uncalibrated):
-            merged = merge_singular_vectors(stack.deltas, self.keep_fallback_scale, self.tolerance)
+            merged = merge_singular_vectors(stack.updates, self.keep_fallback_scale, self.tolerance)
             return Merged(merged.float(), "tsv-m", scaled)
-        merged, energy_kept = self.merge_calibrated(stack.deltas, stack.statistics)
+        merged, energy_kept = self.merge_calibrated(stack.updates, stack.statistics)
         return Merged(merged.float(), "esm", scaled, {"energy_kept": energy_kept})
 
-    def merge_calibrated(self, deltas: list[Tensor], statistics: list[InputStatistics]) -> tuple[Tensor, list[float]]:
-        """One calibrated weight: the merged update `[d_out, d_in]`, float64, or float32 with a tolerance, and the
-        energy kept per task.
+    def merge_calibrated(self, updates: list[Tensor], statistics: list[InputStatistics]) -> tuple[Tensor, list[float]]:
+        """Merge one calibrated weight.
+
+        Returns the merged update `[d_out, d_in]`, float64, or float32 with a tolerance; and the energy kept per task.
         """
-        side = min(deltas[0].shape) if self.keep_singular_values else deltas[0].shape[0]
-        rank = max(int(side * self.rank_share) // len(deltas), 1)
-        norms, dtype = torch.stack([norm(delta) for delta in deltas]), working_dtype(self.tolerance)
-        task_scales = _relative(norms, self.task_exponent)
-        directions, coordinates, energy_kept = [], [], []
-        for delta, inputs, task_scale in zip(deltas, statistics, task_scales, strict=True):
-            subspace = essential_subspace(inputs.factor, delta, rank, self.shrinkage, self.tolerance)
-            energy_kept.append(subspace.energy_kept)
-            weights = _relative(_relative(subspace.squares, self.gamma), 1.0)
-            directions.append((subspace.directions * weights).to(dtype))
-            coordinates.append((directions[-1] * task_scale).T @ delta.to(dtype))
-        columns = torch.cat(coordinates).norm(dim=0)
-        coordinates = [found * _relative(columns, self.dimension_exponent) for found in coordinates]
-        if not sum(found.shape[1] for found in directions):  # no expert changes what this map puts out
-            return torch.zeros_like(deltas[0], dtype=dtype), energy_kept
+        norms, dtype = torch.stack([norm(update) for update in updates]), working_dtype(self.tolerance)
+        directions, coordinates, energy_kept = self._essential_components(updates, statistics, norms)
+        if not sum(basis.shape[1] for basis in directions):  # no expert changes the outputs of this map
+            return torch.zeros_like(updates[0], dtype=dtype), energy_kept
         fuse = _fuse_with_singular_values if self.keep_singular_values else _fuse
         merged = fuse(directions, coordinates, self.tolerance)
         if self.match_norm and merged.any():
             merged = merged * (norms.norm() / norm(merged))
         merged = merged * self.factor
         if self.sum_subtracted:
-            total = sum(deltas[1:], start=deltas[0])
-            part = part_taken_off(self.sum_subtracted, norm(total), norms.norm())
-            merged = torch.sub(merged, total, alpha=float(part))
+            total = sum(updates[1:], start=updates[0])
+            share = share_subtracted(self.sum_subtracted, norm(total), norms.norm())
+            merged = torch.sub(merged, total, alpha=float(share))
         return merged, energy_kept
+
+    def _essential_components(
+        self, updates: list[Tensor], statistics: list[InputStatistics], norms: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], list[float]]:
+        """Return per task `E [d_out, r]`, `C [r, d_in]`, weighted and scaled, and the share of energy they keep."""
+        dtype = working_dtype(self.tolerance)
+        side = min(updates[0].shape) if self.keep_singular_values else updates[0].shape[0]
+        rank = max(int(side * self.rank_share) // len(updates), 1)
+        task_scales = _relative(norms, self.task_exponent)
+        directions, coordinates, energy_kept = [], [], []
+        for update, inputs, task_scale in zip(updates, statistics, task_scales, strict=True):
+            subspace = essential_subspace(inputs.factor, update, rank, self.shrinkage, self.tolerance)
+            energy_kept.append(subspace.energy_kept)
+            weights = _relative(_relative(subspace.squares, self.gamma), 1.0)
+            directions.append((subspace.directions * weights).to(dtype))
+            coordinates.append((directions[-1] * task_scale).T @ update.to(dtype))
+        column_scales = _relative(torch.cat(coordinates).norm(dim=0), self.dimension_exponent)
+        return directions, [rows * column_scales for rows in coordinates], energy_kept
 
 
 @dataclass
 class RoutedMerge(EssentialMerge):
-    """ESM++: the static ESM model, beside it an expert per task and linear map, and a router (arXiv 2606.19164).
+    """ESM++: the static ESM model with an expert per task and linear map, and a router (arXiv 2606.19164).
 
-    Settings are those of ESM, for the static model, and the following. Beside the published router there is one that
-    decides once per sample and adds the experts of the likeliest tasks, each by how likely its task is. For it, an
-    expert's directions are those of the expert's own update: within them the routed model answers as the expert does,
-    outside of them as the merged model, so that an expert of the wrong task does a quarter of the harm. The published
-    directions, of what the merged model lacks (`residual`), are as good or better where the task is known.
+    The settings are those of ESM, for the static model, and the following. In addition to the published router there
+    is a router that decides once per sample and adds the experts of the likeliest tasks, each weighted by how likely
+    its task is. With that router, an expert's directions are those of the expert's update: within them the routed
+    model answers as the expert does, outside of them as the merged model, so that an expert of the wrong task does a
+    quarter of the harm. The published directions, those of what the merged model lacks (`residual`), are as good or
+    better if the task is known.
     """
 
     name: ClassVar[str] = "esm++"
 
-    rank: int = field(default=32, metadata={"help": "rank of each expert, per linear map; published: 8 and 32"})
+    rank: int = field(
+        default=32, metadata={"help": "rank of each expert, per linear map; published: 8 and 32", "least": 1}
+    )
     router: str = field(
         default="discriminant",
         metadata={
             "help": "how experts are chosen: discriminant, once per sample; prototype, per layer, as published; "
-            "oracle, by the caller alone; static, by the caller if at all"
+            "oracle, by the caller alone; static, by the caller if at all",
+            "choices": ("discriminant", "prototype", "oracle", "static"),
         },
     )
     depth: float = field(
-        default=1 / 3, metadata={"help": "share of the blocks that run before the discriminant router decides"}
+        default=1 / 3,
+        metadata={
+            "help": "share of the blocks that run before the discriminant router decides",
+            "least": 0,
+            "most": 1,
+        },
     )
     top_k: int = field(
         default=2,
-        metadata={"help": "experts that the discriminant router adds to a sample at most"},
+        metadata={"help": "experts that the discriminant router adds to a sample at most", "least": 1},
     )
     mixing_temperature: float = field(
         default=2.0,
-        metadata={"help": "temperature of the weights that they are added with, over that of the probabilities"},
+        metadata={
+            "help": "temperature of the weights that experts are added with, over that of the probabilities",
+            "above": 0,
+        },
     )
     confidence: float = field(
-        default=0.85, metadata={"help": "probability from which on a sample's task counts as found"}
+        default=0.85,
+        metadata={"help": "probability from which on a sample's task counts as found", "least": 0, "most": 1},
     )
     expert_directions: str = field(
         default="",
         metadata={
-            "help": "what an expert's directions are taken of: update, of the expert's own; residual, of what the "
-            "merged model lacks, as published; by default, update for the discriminant router, else residual"
+            "help": "what an expert approximates: update, the expert's whole update; residual, what the merged model "
+            "lacks of it, as published; by default, update for the discriminant router, else residual",
+            "choices": ("update", "residual", ""),
         },
     )
     router_features: str = field(
         default="merged",
-        metadata={"help": "whose features the router is made from: merged (one more pass), or base (no data needed)"},
+        metadata={
+            "help": "whose features the router is made from: merged (one more pass), or base (no data needed)",
+            "choices": ("merged", "base"),
+        },
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        routers = ("discriminant", "prototype", "oracle", "static")
-        for setting, allowed in (
-            ("router", routers),
-            ("router_features", ("merged", "base")),
-            ("expert_directions", ("update", "residual", "")),
-        ):
-            if getattr(self, setting) not in allowed:
-                listed = ", ".join(filter(None, allowed))
-                raise HfEsmError(f"esm++: {setting} is {listed}, not {getattr(self, setting)!r}.")
-        for setting in ("rank", "top_k"):
-            if getattr(self, setting) < 1:
-                raise HfEsmError(f"esm++: {setting} must be 1 or more, not {getattr(self, setting)}.")
-        if not self.mixing_temperature > 0:
-            raise HfEsmError(f"esm++: mixing_temperature must be above 0, not {self.mixing_temperature}.")
-        for setting in ("depth", "confidence"):
-            if not 0 <= getattr(self, setting) <= 1:
-                raise HfEsmError(f"esm++: {setting} must be between 0 and 1, not {getattr(self, setting)}.")
+    @property
+    def directions(self) -> str:
+        """`expert_directions`, or their default."""
+        return self.expert_directions or ("update" if self.needs_features else "residual")
 
     @property
     def needs_merged_features(self) -> bool:
-        """Whether the router reads features of the merged model, not those of the base."""
+        """Whether the router is made from features of the merged model, not from the base's."""
         return self.router_features == "merged"
 
     @property
@@ -228,17 +251,12 @@ class RoutedMerge(EssentialMerge):
         """`top_k`, `mixing_temperature` and `confidence` of the discriminant router."""
         return {name: getattr(self, name) for name in ("top_k", "mixing_temperature", "confidence")}
 
-    @property
-    def directions(self) -> str:
-        """`expert_directions`, or what they are by default."""
-        return self.expert_directions or ("update" if self.router == "discriminant" else "residual")
-
     def expert_rank(self, shape: torch.Size, tasks: int) -> int:
-        """Rank of one expert of a map `[d_out, d_in]`."""
+        """Return the rank of one expert of a map `[d_out, d_in]`."""
         return min(self.rank, *shape)
 
 
-# What both published codes have in common.
+# The settings that both published codes have in common.
 _PUBLISHED = {
     "gamma": 0.15,
     "layer_exponent": 2.0,
@@ -269,27 +287,33 @@ def _fuse_with_singular_values(directions: list[Tensor], coordinates: list[Tenso
 def fuse_with_singular_values(
     directions: list[Tensor], coordinates: list[Tensor], tolerance: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """`polar(E P) S` and `polar(Q)` with the SVD `P_t S_t Q_t` of each task's coordinates: as in TSV-M, each direction
-    keeps its strength. Their product is the merged update.
+    """Return `polar(E P) S` and `polar(Q)`, with the SVD `P_t S_t Q_t` of each task's coordinates.
+
+    Their product is the merged update. As in TSV-M, each direction keeps its singular value.
     """
     dtype = working_dtype(tolerance)
-    turned = [truncated_svd(found, found.shape[0]) for found in coordinates if found.any()]
-    kept = [found for found, c in zip(directions, coordinates, strict=True) if c.any()]
-    stacked = torch.cat([e.to(dtype) @ p.to(dtype) for e, (p, _, _) in zip(kept, turned, strict=True)], dim=1)
-    left, _ = polar_factor(stacked, tolerance)
-    right, _ = polar_factor(torch.cat([q for _, _, q in turned]), tolerance)
-    return left * torch.cat([s for _, s, _ in turned]).to(dtype), right
+    decomposed = [truncated_svd(rows, rows.shape[0]) for rows in coordinates if rows.any()]
+    bases = [basis for basis, rows in zip(directions, coordinates, strict=True) if rows.any()]
+    turned = [basis.to(dtype) @ p.to(dtype) for basis, (p, _, _) in zip(bases, decomposed, strict=True)]
+    left, _ = polar_factor(torch.cat(turned, dim=1), tolerance)
+    right, _ = polar_factor(torch.cat([q for _, _, q in decomposed]), tolerance)
+    return left * torch.cat([s for _, s, _ in decomposed]).to(dtype), right
 
 
-def part_taken_off(multiple: float, total: Tensor, norm: Tensor) -> Tensor:
-    """What the updates' sum is multiplied by before it is taken off: `multiple`, or less where the sum is longer than
-    `norm`, so that it stays below the fused update however many experts there are and however alike they are.
+def share_subtracted(multiple: float, total: Tensor, norm: Tensor) -> Tensor:
+    """Return the factor of the updates' sum before it is subtracted: `multiple`, or less if the sum exceeds `norm`.
+
+    So what is subtracted stays below the fused update, however many experts there are and however alike they are.
+
+    Args:
+        total: norm of the sum of the updates.
+        norm: norm of the sum if the updates were orthogonal.
     """
     return multiple * (norm / total.clamp_min(torch.finfo(total.dtype).tiny)).clamp_max(1)
 
 
 def _relative(values: Tensor, exponent: float) -> Tensor:
-    """`(values / mean values)^exponent`; ones where there is nothing to compare."""
+    """`(values / mean values)^exponent`; ones if all values are zero."""
     if exponent == 0 or not len(values) or values.sum() == 0:
         return torch.ones_like(values)
     return (values / values.mean()) ** exponent

@@ -1,24 +1,24 @@
-"""What a merge method sees: one weight of every expert. And what it gives back."""
+"""The interface of a merge method: what it receives (`Stack`), what it returns (`Merged`), and what it declares."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from math import isfinite
-from numbers import Integral, Real
+from functools import cached_property
 from typing import Any, ClassVar, Optional
 
 import torch
 from torch import Tensor
 
 from ..errors import HfEsmError
+from ..utils import check_fields
 
 
 @dataclass
 class InputStatistics:
-    """What the methods need to know of the inputs `X [n, d_in]` of one linear map, for one expert.
+    """Statistics of the inputs `X [n, d_in]` of one linear map, for one expert.
 
     Attributes:
         factor: `[m, d_in]` float32, any matrix with `factorᵀ factor = Xᵀ X`; `m ≤ 2 d_in`, whatever `n` is.
-        mean: `[d_in]` float32, the mean row.
+        mean: `[d_in]` float32, the mean row of `X`.
         count: the number of rows `n`.
     """
 
@@ -27,7 +27,7 @@ class InputStatistics:
     count: int
 
     def to(self, device: Optional[torch.device]) -> "InputStatistics":
-        """The same on another device."""
+        """Return a copy on another device."""
         return replace(self, factor=self.factor.to(device), mean=self.mean.to(device))
 
 
@@ -37,32 +37,48 @@ class Stack:
 
     Attributes:
         name: the weight's name in the base model.
-        part: which of the matrices that the parameter holds, where it holds several.
-        layer_type: the name with its integers removed; weights of one type share a scale between layers.
-        deltas: `T` float32 tensors of one shape: `[d_out, d_in]` for a matrix, anything for other parameters.
-        is_linear: whether it is the matrix of a linear map, rather than an embedding or a parameter of another kind.
-        routable: whether experts can be routed beside it.
-        statistics: per expert, what is known of the map's inputs, or None. Only linear maps have any.
-        thresholds: per expert, the magnitude from which on an entry of its update is kept, if the method trims whole
-            updates (TIES).
+        layer_type: the name with its integers removed. Weights of one type share a scale between layers.
+        updates: `T` float32 tensors of one shape: `[d_out, d_in]` for a matrix, any shape for other parameters.
+        is_linear: whether the weight is the matrix of a linear map, rather than an embedding or another parameter.
+        part: index of the matrix, where one parameter holds several (the experts of a mixture).
+        routable: whether routed experts can be added to the weight.
+        statistics: per expert, the statistics of the map's inputs, or None. Only linear maps have statistics.
+        thresholds: per expert, a magnitude that `MergeMethod.prepare` returned: of TIES, the smallest that is kept.
+        depth: index of the block that holds the weight, and the number of blocks; None outside of blocks.
+        weights: per expert, how much the caller wants of it; 1 by default.
+        read_base: reads `base`; called at most once.
     """
 
     name: str
     layer_type: str
-    deltas: list[Tensor]
+    updates: list[Tensor]
     is_linear: bool = False
     part: int = 0
     routable: bool = False
     statistics: list[Optional[InputStatistics]] = field(default_factory=list)
     thresholds: list[float] = field(default_factory=list)
+    depth: Optional[tuple[int, int]] = None
+    weights: list[float] = field(default_factory=list)
+    read_base: Optional[Callable[[], Tensor]] = None
+
+    def __post_init__(self) -> None:
+        self.weights = self.weights or [1.0] * len(self.updates)
+
+    @cached_property
+    def base(self) -> Tensor:
+        """The base's weight, float32, with the shape and on the device of the updates; read on first use."""
+        if self.read_base is None:
+            raise HfEsmError(f"{self.name}: this stack was made without the base's weight. Pass read_base=….")
+        return self.read_base()
 
     @property
     def is_matrix(self) -> bool:
-        return self.deltas[0].dim() == 2
+        return self.updates[0].dim() == 2
 
     @property
     def is_calibrated(self) -> bool:
-        return bool(self.statistics) and all(s is not None for s in self.statistics)
+        """Whether there are statistics of every expert's inputs."""
+        return bool(self.statistics) and all(inputs is not None for inputs in self.statistics)
 
 
 @dataclass
@@ -70,13 +86,13 @@ class Merged:
     """A merged update, before α and the scale between layers.
 
     Attributes:
-        delta: float32, of the shape of the stack's deltas.
-        how: the rule that made it, in a word (`"esm"`, `"tsv-m"`, `"mean"`, `"sum"`, …).
-        scaled: whether α multiplies it.
+        update: float32, of the shape of the stack's updates.
+        how: the rule that made the update, in a word (`"esm"`, `"tsv-m"`, `"mean"`, `"sum"`, …).
+        scaled: whether α multiplies the update.
         info: figures for the report, such as the energy kept per expert.
     """
 
-    delta: Tensor
+    update: Tensor
     how: str
     scaled: bool = True
     info: dict[str, Any] = field(default_factory=dict)
@@ -84,15 +100,15 @@ class Merged:
 
 @dataclass(frozen=True)
 class WholeUpdates:
-    """All updates of a merge, for what a method must know before it merges the first weight (`MergeMethod.prepare`).
+    """All updates of a merge, for methods that must read them before the first weight is merged.
 
     Attributes:
         tasks: names of the experts, in the order of a stack's updates.
-        read: reads the update of one task's expert, weight by weight, float32: of all weights that are merged, without
-            running means and other buffers. Each call starts at the first weight.
-        learn_mask: learns a mask over the updates on the calibration samples, with the settings of the method, a
-            Concrete one. All processes call it together.
-        progress: shows how far an iteration is.
+        read: reads the updates of one task's expert, weight by weight, float32. Buffers such as running means are left
+            out. Each call starts at the first weight.
+        learn_mask: learns a mask over the updates, and coefficients, on the calibration samples, with the settings of
+            a Concrete method. A collective call: all processes make it.
+        progress: wraps an iterable, to show how far it is.
     """
 
     tasks: tuple[str, ...]
@@ -101,29 +117,33 @@ class WholeUpdates:
     progress: Callable[[Iterable], Iterable] = iter
 
 
+@dataclass
 class MergeMethod:
-    """What `merge_models` asks of a method. Each is a dataclass of its settings.
+    """The base class of merge methods: a dataclass of settings, with `merge` for one weight of all experts.
+
+    The metadata of a setting's field may hold `help`, which the command line prints, and `least`, `most`, `above`,
+    `below` or `choices`, which every instance is checked against. See `register_method` for an example.
 
     Attributes:
-        name: its name in messages and recipes.
-        default_alpha: the scale of the merged update where none is given.
-        tunable: whether α means anything to it.
+        name: the method's name in messages and recipes; `register_method` sets it on a class that has none.
+        default_alpha: scale of the merged update, where the caller sets none.
+        tunable: whether α changes the merged model.
         needs_statistics: whether linear maps are merged with activation statistics.
-        needs_samples: whether something is learned on the calibration samples themselves before merging.
+        needs_samples: whether `prepare` learns on the calibration samples themselves.
         layer_exponent: exponent of the scale between layers of one type, `(‖Δ_M‖ / mean ‖Δ_M‖)^layer_exponent`; 0 for
-            none.
-        tolerance: share of the leading directions' energy that may be missed; above 0 matrices are multiplied in the
+            no scale.
+        tolerance: share of the leading directions' energy that may be missed. Above 0, matrices are multiplied in the
             precision that the hardware multiplies fastest.
         stacks_shared_inputs: whether linear maps that read one tensor (q, k and v) are merged as one weight.
-        router: `"prototype"`, `"discriminant"`, `"oracle"` or `"static"` (see `RoutedExpertsConfig`), if an expert per
-            task is written beside the merged model; empty if not. The five attributes below are read only then.
-        directions: what the experts approximate: `"residual"`, what the merged model lacks, or `"update"`.
-        needs_merged_features: whether the router reads features of the merged model, not those of the base.
+        router: the router (see `RoutedExpertsConfig`), if the method routes: an expert per task is written into the
+            folder of the merged model. Empty by default. The attributes below are read only if it is set.
+        directions: what the experts approximate: `"residual"`, the part of each update that the merged model lacks, or
+            `"update"`, the update itself.
+        needs_merged_features: whether the router is made from features of the merged model, not from the base's.
         depth: share of the blocks that run before a router of features decides.
-        router_settings: `top_k`, `mixing_temperature` and `confidence` of a router of features.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = ""
     default_alpha: ClassVar[float] = 1.0
     tunable: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = False
@@ -136,9 +156,28 @@ class MergeMethod:
     needs_merged_features: ClassVar[bool] = False
     depth: ClassVar[float] = 1 / 3
 
+    def __post_init__(self) -> None:
+        """Check the types and ranges of the settings.
+
+        Raises:
+            HfEsmError: names the setting, what it takes, and the value.
+        """
+        check_fields(self, self.name)
+
+    def merge(self, stack: Stack) -> Merged:
+        """Merge one weight of all experts. The stack's tensors must not be changed."""
+        raise NotImplementedError
+
+    def prepare(self, whole: WholeUpdates) -> list[float]:
+        """Compute what `merge` needs to know of the whole model; called once, before the first weight is merged.
+
+        Returns the `thresholds` of every stack, one per expert; by default, none.
+        """
+        return []
+
     @property
     def routes(self) -> bool:
-        """Whether an expert per task is written beside the merged model."""
+        """Whether an expert per task is written into the folder of the merged model."""
         return bool(self.router)
 
     @property
@@ -148,7 +187,7 @@ class MergeMethod:
 
     @property
     def needs_features(self) -> bool:
-        """Whether the router is made from features, the pooled inputs of the blocks."""
+        """Whether the router is made from features: the pooled inputs of the blocks."""
         return self.router == "discriminant"
 
     @property
@@ -156,33 +195,11 @@ class MergeMethod:
         """`top_k`, `mixing_temperature` and `confidence` of a router of features."""
         return {}
 
-    def __post_init__(self) -> None:
-        """Refuse settings of another kind than their defaults."""
-        kinds = {bool: bool, int: Integral, float: Real, str: str, tuple: (tuple, list)}
-        for setting in fields(self):
-            value, default = getattr(self, setting.name), setting.default
-            kind = kinds.get(type(default), object)
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind in (Integral, Real)):
-                raise HfEsmError(f"{self.name}: {setting.name} must be like {default!r}, not {value!r}.")
-            if kind is Real and not isfinite(value):
-                raise HfEsmError(f"{self.name}: {setting.name} must be a finite number, not {value!r}.")
-
-    def merge(self, stack: Stack) -> Merged:
-        """Merge one weight of all experts."""
-        raise NotImplementedError
-
-    def prepare(self, whole: WholeUpdates) -> list[float]:
-        """Learn from the whole model what merging one weight needs; called once, before the first weight is merged.
-
-        Returns the `thresholds` of every stack of the merge: one magnitude per expert, or none.
-        """
-        return []
-
     def with_rank(self, rank: int) -> "MergeMethod":
-        """Copy the method with experts of this rank.
+        """Return a copy whose experts have this rank.
 
         Raises:
-            HfEsmError: if the method writes no experts, or does not have a setting `rank`.
+            HfEsmError: if the method has no experts, or no setting `rank`.
         """
         if not self.routes or "rank" not in {setting.name for setting in fields(self)}:
             raise HfEsmError(
@@ -191,14 +208,14 @@ class MergeMethod:
         return replace(self, rank=rank)
 
     def expert_rank(self, shape: torch.Size, tasks: int) -> int:
-        """Return the rank of each expert of a map `[d_out, d_in]`; asked only of a method that routes."""
+        """Return the rank of one expert of a map `[d_out, d_in]`; called only if the method routes."""
         raise NotImplementedError
 
     def bodies_to_learn(self, tasks: int) -> int:
-        """How many bodies in float32 are in memory while something is learned on samples; 0 where nothing is."""
+        """Return how many float32 bodies are in memory while `prepare` learns on samples; 0 if it does not."""
         return 0
 
 
 def mean_update(stack: Stack, scaled: bool) -> Merged:
-    """The plain average of the experts' updates: the rule for biases, norms and convolutions in every method."""
-    return Merged(torch.stack(stack.deltas).mean(0), "mean", scaled)
+    """Average the experts' updates: the rule of every method for biases, norms and convolutions."""
+    return Merged(torch.stack(stack.updates).mean(0), "mean", scaled)

@@ -12,7 +12,7 @@ import torch
 
 from ..data import RunOptions
 from ..errors import HfEsmError
-from ..methods import METHODS, MergeMethod
+from ..methods import MergeMethod
 from ..metrics import Metric
 from ..utils import bytes_of
 
@@ -48,9 +48,7 @@ class MergeOptions(RunOptions):
         (32, '5GB')
     """
 
-    method: str | Mapping[str, Any] | MergeMethod = field(
-        default="esm", metadata={"help": f"merge method: {', '.join(METHODS)}"}
-    )
+    method: str | Mapping[str, Any] | MergeMethod = field(default="esm", metadata={"help": "name of a merge method"})
     alpha: Optional[float | str] = field(
         default=None,
         metadata={"help": "scale of the merged update: a number, or 'auto' to choose it on validation data"},

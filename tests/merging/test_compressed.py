@@ -122,7 +122,7 @@ def test_rank_is_a_flag_and_a_setting(models, tmp_path, monkeypatch):
     for flags, folder in ((["--rank=3"], "flag"), (["--set", "rank=3"], "setting")):
         assert main([*given, f"--output-dir={tmp_path / folder}", *flags]) in (None, 0)
         assert adapter(tmp_path / folder)[f"{MODULE}.routed_experts_A"].shape[:2] == (2, 3)
-    with pytest.raises(HfEsmError, match="tsv-c: rank must be 0 or more"):
+    with pytest.raises(HfEsmError, match="tsv-c: rank must be a whole number, at least 0"):
         merge_bert(models, tmp_path / "none", method={"name": "tsv-c", "rank": -1}, calibration=None, rank=None)
     assert {path.name for path in tmp_path.iterdir()} == {"flag", "setting"}
 

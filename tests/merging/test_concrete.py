@@ -193,10 +193,10 @@ def test_statistics_are_no_samples_and_bodies_no_classifiers(models, tmp_path):
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        (ConcreteTaskArithmetic, {"temperature": 0.0}, "temperature must be above 0"),
-        (ConcreteTaskArithmetic, {"steps": 0}, "steps must be 1 or more"),
-        (ConcreteAdaMerging, {"coefficient_rate": 0.0}, "coefficient_rate must be above 0"),
-        (ConcreteAdaMerging, {"coefficient_steps": -1}, "coefficient_steps must be 0 or more"),
+        (ConcreteTaskArithmetic, {"temperature": 0.0}, "temperature must be a finite number, above 0"),
+        (ConcreteTaskArithmetic, {"steps": 0}, "steps must be a whole number, at least 1"),
+        (ConcreteAdaMerging, {"coefficient_rate": 0.0}, "coefficient_rate must be a finite number, above 0"),
+        (ConcreteAdaMerging, {"coefficient_steps": -1}, "coefficient_steps must be a whole number, at least 0"),
     ],
 )
 def test_bad_settings_are_refused(method, settings, message):

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError, Event
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 
 from hf_esm import EssentialMerge, HfEsmError, calibrate, merge_models
 from hf_esm.merging import expert_statistics
-from hf_esm.merging.weights import _side_by_side
+from hf_esm.merging.jobs import Job, run_jobs
+from hf_esm.merging.weights import UnitMerger, Worker
 from hf_esm.utils.resume import WORK_FOLDER, Work
 from hf_esm.utils.sizes import bytes_of
 from support.routed_toys import task_texts
@@ -208,57 +210,58 @@ def test_two_merges_do_not_share_their_work(models, tmp_path):
 
 
 def test_memory_bounds_what_is_merged_side_by_side():
-    """Three experts: a unit of `n` elements takes `4 n (2 · 3 + 6)` bytes."""
     met, pair = [], Barrier(2)
 
-    def merge(unit, found):
-        assert found == unit
+    def merge(name):
         try:
             pair.wait(0.1)  # for another one that is being merged
-            met.append(unit)
+            met.append(name)
         except BrokenBarrierError:
             pair.reset()
-        return {unit[0]: None}
+        return name
 
-    units = [[str(i)] for i in range(4)]
+    jobs = [Job(partial(str, i), merge, input_bytes=10, total_bytes=100, alone=False) for i in range(4)]
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        one = 4 * 1000 * 12
-        found = list(_side_by_side(units, lambda unit: 1000, list, merge, iter, 3, one))
+        found = list(run_jobs(jobs, max_memory=100))
         assert not met
-        list(_side_by_side(units, lambda unit: 1000, list, merge, iter, 3, 2 * one))
+        list(run_jobs(jobs, max_memory=200))
         assert met
     finally:
         torch.set_num_threads(threads)
-    assert [next(iter(part)) for part in found] == [unit[0] for unit in units]
+    assert found == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(("room", "ahead"), [(None, True), (110, True), (109, False)])
+def test_the_next_weight_is_read_while_a_large_one_is_merged_if_there_is_room(room, ahead):
+    begun, during = {name: Event() for name in "abc"}, []
+
+    def read(name):
+        begun[name].set()
+        return name
+
+    def merge(name):
+        following = {"a": "b", "b": "c"}.get(name)
+        during.append(following is not None and begun[following].wait(10 if ahead else 0.2))
+        return name
+
+    jobs = [Job(partial(read, name), merge, input_bytes=10, total_bytes=100, alone=True) for name in "abc"]
+    assert list(run_jobs(jobs, room)) == ["a", "b", "c"]
+    assert during == [ahead, ahead, False]
 
 
 @pytest.mark.parametrize(
-    ("size", "room", "on_gpu", "ahead"),
-    [
-        (5_000_000, 0, False, True),
-        (5_000_000, 4 * 5_000_000 * (12 + 3), False, True),
-        (5_000_000, 4 * 5_000_000 * 14, False, False),
-        (1000, 0, True, True),
-    ],
+    ("elements", "device", "alone"), [(5_000_000, None, True), (1000, None, False), (1000, "cuda", True)]
 )
-def test_the_next_weight_is_read_while_a_large_one_is_merged_if_there_is_room(size, room, on_gpu, ahead):
-    units, begun, during = [["a"], ["b"], ["c"]], {name: Event() for name in "abc"}, []
-
-    def read(unit):
-        begun[unit[0]].set()
-        return unit
-
-    def merge(unit, found):
-        assert found == unit
-        following = {"a": "b", "b": "c"}.get(unit[0])
-        during.append(following is not None and begun[following].wait(10 if ahead else 0.2))
-        return {unit[0]: None}
-
-    found = list(_side_by_side(units, lambda unit: size, read, merge, iter, 3, room, on_gpu))
-    assert [next(iter(part)) for part in found] == ["a", "b", "c"]
-    assert during == [ahead, ahead, False]
+def test_large_weights_and_those_on_a_gpu_are_merged_by_themselves(elements, device, alone):
+    """Three experts: a weight of `n` elements takes `4 n (2 · 3 + 6)` bytes."""
+    base = SimpleNamespace(shape=lambda name: (elements, 1), skeleton=torch.nn.Module())
+    plan = SimpleNamespace(base=base, experts=dict.fromkeys("abc"))
+    worker = Worker(device=device and torch.device(device))
+    job = UnitMerger(plan, {}, [], worker).job(["weight"])
+    assert job.alone == alone
+    assert (job.input_bytes, job.total_bytes) == (4 * 3 * elements, 4 * elements * 12)
 
 
 def test_work_that_is_on_the_disk_already_wants_no_room(models, tmp_path, monkeypatch):

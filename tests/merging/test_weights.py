@@ -16,7 +16,7 @@ from hf_esm.architecture import LinearMap, from_matrices, layer_type, linear_map
 from hf_esm.calibration.statistics import ActivationStatistics
 from hf_esm.checkpoints.base import Checkpoint
 from hf_esm.merging.updates import MergedUpdates, WeightReport
-from hf_esm.merging.weights import merge_weights, scale_layers
+from hf_esm.merging.weights import Worker, merge_weights, scale_layers
 from hf_esm.planning.checks import check_values
 from support import reference
 from support.problems import random_problem, relative_error, seeds, streamed
@@ -109,7 +109,7 @@ class Memory(Checkpoint):
     """A checkpoint of plain tensors."""
 
     def __init__(self, tensors, linear):
-        self.tensors, self.linear, self.title = tensors, linear, "model"
+        self.tensors, self.linear, self.title, self.skeleton = tensors, linear, "model", torch.nn.Module()
         self.names = {name: name for name in tensors}
         self.trained = set(tensors)
 
@@ -168,7 +168,7 @@ def merged_weights(folder, method, base, experts, inputs, alpha, world_size):
         statistics[task] = ActivationStatistics(entries, keys)
     reports = {}
     for rank in range(world_size):
-        reports |= merge_weights(plan, statistics, folder, rank, world_size)
+        reports |= merge_weights(plan, statistics, folder, worker=Worker(rank, world_size))
     scale_layers(reports, method, {*LINEAR, EMBEDDING} & set(reports))
     updates = MergedUpdates(base, reports, sorted(folder.glob("*.safetensors")))
     return {name: updates.weight(name, alpha) for name in base.tensors}, reports
