@@ -42,6 +42,19 @@ assert not set({HEAVY}) & set(sys.modules), set({HEAVY}) & set(sys.modules)
 """)
 
 
+@pytest.mark.parametrize("words", [[], ["--help"], ["--version"], ["mrge"]], ids=" ".join)
+def test_the_command_line_loads_no_library_until_a_command_is_chosen(words):
+    in_fresh_process(f"""
+import sys
+from hf_esm.cli import main
+try:
+    main({words})
+except SystemExit as stop:
+    assert stop.code == {0 if words and words[0].startswith("--") else 2}
+assert not set({HEAVY}) & set(sys.modules), set({HEAVY}) & set(sys.modules)
+""")
+
+
 def test_every_public_name_and_wing_is_an_attribute():
     for name in hf_esm.__all__:
         assert getattr(hf_esm, name) is not None

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..errors import HfEsmError
-from ..utils import files_identity, hub_errors
+from ..utils import files_identity, plain_hub_errors
 from .adapters import LoraCheckpoint
 from .base import Checkpoint, LiveCheckpoint
 from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_FILE, CONFIG_FILE
@@ -170,7 +170,7 @@ def _snapshot(
 ) -> Path:
     """Download a repository, or the files in its root that match one of the patterns; returns their folder."""
     below_root = ["*/*"] if patterns else None
-    with hub_errors(title):
+    with plain_hub_errors(title):
         return Path(
             snapshot_download(
                 repo_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=below_root
@@ -253,7 +253,7 @@ def _hub_headers(source: ModelSource) -> Optional[TensorFiles]:
     Returns None if there are only pickle files, which cannot be read in part, and they are allowed.
     """
     try:
-        with hub_errors(source.title):
+        with plain_hub_errors(source.title):
             metadata = HfApi(token=source.access.token).get_safetensors_metadata(
                 source.repo_id, revision=source.revision
             )

@@ -1,47 +1,75 @@
-"""The command line: `hf-esm COMMAND …`."""
+"""From the words of a command to an exit status."""
 
 import logging
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Optional
 
-from datasets import disable_progress_bars
-
 from ..errors import HfEsmError
-from ..utils import in_flags
-from .parser import build_parser
+from .flags import in_flags
+from .parser import parse
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 failed, 2 bad input."""
-    parser = build_parser()
-    given = parser.parse_args(arguments)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    disable_progress_bars()
+    """Run one command.
+
+    Args:
+        arguments: its words; by default those that the process was started with.
+
+    Returns:
+        The exit status: 0 done, 1 failed, 2 bad input, 130 interrupted.
+    """
+    command = parse(arguments)
+    _prepare_output(command.flags)
     try:
         with _interruptible():
-            given.run(given)
+            command.run(command)
     except HfEsmError as error:
-        print(f"hf-esm: {in_flags(str(error), given.flags)}", file=sys.stderr)
-        return 2
+        return _fail(in_flags(str(error), command.flags), 2)
     except KeyboardInterrupt:
-        going_on = " The same command goes on with the work." if getattr(given, "resume_dir", None) else ""
-        print(f"hf-esm: stopped before the output was written.{going_on}", file=sys.stderr)
-        return 130
+        resumes = " The same command continues the work." if getattr(command, "resume_dir", None) else ""
+        return _fail(f"stopped before the output was written.{resumes}", 130)
     except Exception as error:
-        if given.traceback:
+        if command.traceback:
             raise
-        print(f"hf-esm: {type(error).__name__}: {error}\n(--traceback shows where)", file=sys.stderr)
-        return 1
+        if isinstance(error, OSError):  # of the disk or the network, in words of its own
+            return _fail(f"{error}\n(--traceback shows where)", 1)
+        return _fail(f"{type(error).__name__}: {error}\n(--traceback shows where)", 1)
     return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"hf-esm: {message}", file=sys.stderr)
+    return status
+
+
+class _FlagFormatter(logging.Formatter):
+    """Warnings of this package name flags, as its errors do."""
+
+    def __init__(self, flags: Collection[str]):
+        super().__init__("%(levelname)s: %(message)s")
+        self.flags = flags
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return in_flags(text, self.flags) if record.name.startswith("hf_esm") else text
+
+
+def _prepare_output(flags: Collection[str]) -> None:
+    from datasets import disable_progress_bars  # only now: every command that was chosen has loaded it
+
+    disable_progress_bars()
+    handler = logging.StreamHandler()
+    handler.setFormatter(_FlagFormatter(flags))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Within it, SIGTERM is taken as Ctrl-C is, so that what was begun is cleared away."""
+    """Treat SIGTERM like Ctrl-C inside the block, so that what was begun is removed."""
     if threading.current_thread() is not threading.main_thread():  # where signals cannot be taken
         yield
         return

@@ -11,7 +11,7 @@ from peft import PeftConfig
 
 from ..checkpoints import CALIBRATION_FOLDER, HEADS_FOLDER, ROUTED_FOLDER, ROUTER_FEATURES
 from ..errors import HfEsmError
-from ..utils import hub_errors, staging_folder
+from ..utils import plain_hub_errors, staging_folder
 from .cards import write_adapter_card
 from .hashes import read_hashes
 
@@ -57,7 +57,7 @@ def push_folder(
     if base_model is not None:
         check_routed(folder, str(folder))
     api = HfApi(token=token)
-    with hub_errors(repo_id, again="Push again."):
+    with plain_hub_errors(repo_id, again="Push again."):
         if base_model is not None:
             _check_same_weights(api, base_model, folder)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

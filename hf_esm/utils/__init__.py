@@ -3,12 +3,12 @@
 Comes in: plain values and functions. Goes out: the same work shared over processes, written atomically, or resumed.
 """
 
-from .arguments import check_fields, check_known, closest_name, did_you_mean, in_flags
+from .arguments import check_fields, check_known, closest_name, did_you_mean
 from .devices import algebra_device, fast_products, reserve, roomy
 from .distributed import default_accelerator, gather, main_first, together
 from .fingerprints import code_identity, data_identity, files_identity, fingerprint, processor_identity
 from .folders import atomic_file, new_folder, publish_folder, staging_folder
-from .hub_errors import hub_errors
+from .hub_errors import plain_hub_errors
 from .resume import WORK_FOLDER, Work
 from .sizes import bytes_of, readable
 from .tables import markdown_table, plain_table
@@ -31,11 +31,10 @@ __all__ = [
     "files_identity",
     "fingerprint",
     "gather",
-    "hub_errors",
-    "in_flags",
     "main_first",
     "markdown_table",
     "new_folder",
+    "plain_hub_errors",
     "plain_table",
     "processor_identity",
     "publish_folder",

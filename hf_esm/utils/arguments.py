@@ -1,10 +1,9 @@
 """Checks of what a caller passes: unknown names, with the likeliest one that was meant, and values of settings."""
 
 import difflib
-import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from math import isfinite
 from numbers import Integral, Real
@@ -63,30 +62,6 @@ def check_known(names: Iterable[Any], known: Iterable[str], kind: str, where: st
             start = f"{where}: there" if where else "There"
             meant = did_you_mean(name, known)
             raise HfEsmError(f"{start} is no {kind} {name!r}{meant}; there are {', '.join(known) or 'none'}.")
-
-
-def in_flags(message: str, flags: Collection[str]) -> str:
-    """Rewrite the arguments that a message names in backticks as flags of the command line, as far as there are flags.
-
-    Errors and warnings name arguments as a Python caller writes them; the command line passes them through here.
-
-    Example:
-        >>> in_flags("Choose another `output_dir`, or pass `overwrite=True`.", ["--output-dir", "--overwrite"])
-        'Choose another --output-dir, or pass --overwrite.'
-        >>> in_flags("`alpha='auto'` needs `validation` or `score_fn`.", ["--alpha", "--validation"])
-        '--alpha auto needs --validation or `score_fn`.'
-    """
-
-    def rewrite(match: re.Match) -> str:
-        name, value = f"--{match[1].replace('_', '-')}", match[2]
-        flag = next((flag for flag in (name, name.removesuffix("s")) if flag in flags), None)
-        if flag is None:
-            return match[0]
-        if value in (None, "", "True"):
-            return flag
-        return f"{flag} " + re.sub(r"'(\w+)': ", r"\1=", value).strip("'\"{}[]")
-
-    return re.sub(r"`(\w+)(?:=([^`]*))?`", rewrite, message)
 
 
 def check_fields(options: Any, where: str = "") -> None:

@@ -24,7 +24,7 @@ _LOG_IN = "log in (`hf auth login`) or pass `token`"
 
 
 @contextmanager
-def hub_errors(title: str, again: str = "Try again.") -> Iterator[None]:
+def plain_hub_errors(title: str, again: str = "Try again.") -> Iterator[None]:
     """Turn errors of the Hub client inside the block into `HubError`.
 
     Errors that are not the Hub's pass: of the local disk, of arguments, and of the contents of safetensors files.

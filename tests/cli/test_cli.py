@@ -342,7 +342,10 @@ REFUSED = {
     "samples": ("merge {}/recipe.yaml --output-dir {}/x --calibration a={}/no.txt", "there is no file {}/no.txt"),
     "kind of file": ("calibrate {}/a {}/recipe.yaml -o {}/x", "recipe.yaml is none of .jsonl"),
     "no model": ("calibrate {}/none {}/a.jsonl -o {}/x", "model ({}/none): there is no such folder"),
-    "adapter alone": ("calibrate {}/c-lora {}/c.jsonl -o {}/x", "is a PEFT adapter: name the base model"),
+    "adapter alone": (
+        "calibrate {}/c-lora {}/c.jsonl -o {}/x",
+        "is a PEFT adapter: name the model that it was trained on as --base",
+    ),
     "nothing to score": ("evaluate {}/none --data a={}/a.jsonl", "{}/none: there is no such folder"),
     "not on the Hub": ("evaluate me/none --data a={}/a.jsonl", "me/none: neither a folder nor wholly in the local"),
     "no label": ("evaluate {}/a --data a={}/a.jsonl", "row 0 needs a label"),
@@ -377,7 +380,8 @@ MISTYPED = {
     "": "the following arguments are required: COMMAND",
     "merges": "invalid choice: 'merges'",
     "merge recipe.yaml --colour red": "unrecognized arguments: --colour red",
-    "merge recipe.yaml --num-samples many": "--num-samples: 'many' is not int",
+    "merge recipe.yaml --outputdir=x": "unrecognized arguments: --outputdir=x (did you mean --output-dir?)",
+    "merge recipe.yaml --num-samples many": "--num-samples: 'many' is not a whole number",
     "calibrate model data.txt": "the following arguments are required: -o/--output",
     "calibrate model data.txt -o out --compress-rank 0": "--compress-rank: '0' is not a whole number above 0",
     "evaluate model": "the following arguments are required: --data",
@@ -401,7 +405,7 @@ def test_an_unexpected_error_is_short_unless_asked_for(models, monkeypatch, caps
     def fail(**_):
         raise error
 
-    monkeypatch.setattr("hf_esm.cli.commands.merge_models", fail)
+    monkeypatch.setattr("hf_esm.cli.inspect.merge_models", fail)
     assert run("inspect", models / "recipe.yaml") == status
     assert capsys.readouterr().err.splitlines()[0] == message
     if status == 1:

@@ -16,7 +16,8 @@ from transformers import AutoModel, AutoModelForImageClassification
 
 from hf_esm import HfEsmError, load_task_model
 from hf_esm.cli import demo
-from hf_esm.cli.demo import BASE, EXPERTS, TASKS, DemoSettings, load_digit_data, reload_difference, run_demo
+from hf_esm.cli.demo import BASE, EXPERTS, reload_difference, run_demo
+from hf_esm.cli.digits import TASKS, DemoSettings, load_digit_data
 from hf_esm.metrics.plots import COLOURS, plot_task_scores
 from hf_esm.metrics.scores import accuracy
 
@@ -25,7 +26,7 @@ SMALL = DemoSettings(
     base_steps=60, expert_steps=25, train_size=300, validation_size=100, test_size=150, width=32, layers=2
 )
 TINY = DemoSettings(
-    ("esm", "mean"), 12, 4, train_size=60, validation_size=20, test_size=60, num_proxies=8, width=16, layers=1
+    ("esm", "mean"), 12, 4, train_size=60, validation_size=20, test_size=60, num_samples=8, width=16, layers=1
 )
 
 
@@ -136,7 +137,7 @@ def test_reload_difference_sees_a_head_that_is_not_the_experts(ran, tmp_path):
 def test_an_answer_that_differs_is_an_error(tmp_path, monkeypatch):
     settings = replace(TINY, methods=("esm",))
     monkeypatch.setattr(demo, "reload_difference", lambda output, data: 0.1)
-    with pytest.raises(HfEsmError, match="answers differently"):
+    with pytest.raises(HfEsmError, match="logits of the reloaded model differ"):
         run_demo(tmp_path / "out", settings=settings, say=lambda line: None)
 
 
@@ -223,7 +224,7 @@ def test_picture_has_a_bar_for_every_score(tmp_path):
 
 def test_picture_leaves_pyplot_alone(tmp_path):
     code = (
-        "import sys; from hf_esm.plots import plot_task_scores; assert 'matplotlib' not in sys.modules;"
+        "import sys; from hf_esm.metrics.plots import plot_task_scores; assert 'matplotlib' not in sys.modules;"
         f"plot_task_scores({SCORES}, {REFERENCE}, {str(tmp_path / 'a.png')!r}, 'Title');"
         "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )

@@ -230,7 +230,7 @@ def test_bad_input_is_refused_before_anything_is_merged(arguments, tmp_path, cha
 )
 def test_the_command_compares_what_it_is_told_to(tmp_path, monkeypatch, recipe, flags, labels):
     asked = {}
-    monkeypatch.setattr("hf_esm.cli.commands.compare", lambda **request: asked.update(request))
+    monkeypatch.setattr("hf_esm.cli.compare.compare", lambda **request: asked.update(request))
     path = tmp_path / "recipe.yaml"
     path.write_text(f"base: b\nexperts: {{a: a, b: b}}\ntest: {{a: a.jsonl}}\noutput_dir: r\n{recipe}\n")
     flags = flags.split() + (["{name: esm++, rank: 4}"] if flags == "--methods" else [])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hf_esm import HfEsmError
-from hf_esm.utils import check_fields, check_known, closest_name, in_flags
+from hf_esm.utils import check_fields, check_known, closest_name
 
 
 KNOWN = ["mean", "esm", "esm++", "tsv-m", "task-arithmetic"]
@@ -38,24 +38,6 @@ def test_where_a_name_was_written_begins_the_error_and_nothing_is_suggested_that
     with pytest.raises(HfEsmError) as error:
         check_known(["quantum"], [], "setting", "mean")
     assert str(error.value) == "mean: there is no setting 'quantum'; there are none."
-
-
-FLAGS = ("--columns", "--dtype", "--expert", "--heads", "--overwrite")
-
-
-@pytest.mark.parametrize(
-    ("message", "expected"),
-    [
-        ("Pass `overwrite=True`.", "Pass --overwrite."),
-        ("Pass `dtype='bfloat16'` or 'float32'.", "Pass --dtype bfloat16 or 'float32'."),
-        ("`heads=[…]`, `columns={'text': …}`", "--heads …, --columns text=…"),
-        ("`columns=`", "--columns"),
-        ("`experts` has none", "--expert has none"),
-        ("`score_fn`, and `expert.weight`, and overwrite", "`score_fn`, and `expert.weight`, and overwrite"),
-    ],
-)
-def test_arguments_in_backticks_are_flags_where_there_are_such_flags(message, expected):
-    assert in_flags(message, FLAGS) == expected
 
 
 @dataclass

@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import errors
 
 from hf_esm.errors import HfEsmError, HubError
-from hf_esm.utils import hub_errors
+from hf_esm.utils import plain_hub_errors
 
 
 def from_server(kind):
@@ -28,7 +28,7 @@ def from_server(kind):
     ],
 )
 def test_what_the_client_raises_becomes_one_sentence_about_the_named_repository(error, expected):
-    with pytest.raises(HubError) as raised, hub_errors("expert 'a' (me/a)", again="Push again."):
+    with pytest.raises(HubError) as raised, plain_hub_errors("expert 'a' (me/a)", again="Push again."):
         raise error
     assert str(raised.value).startswith(f"expert 'a' (me/a): {expected}")
     assert "more lines" not in str(raised.value)
@@ -45,6 +45,6 @@ def test_what_the_client_raises_becomes_one_sentence_about_the_named_repository(
     ],
 )
 def test_errors_that_are_not_the_hubs_pass(error):
-    with pytest.raises(type(error)) as raised, hub_errors("me/a"):
+    with pytest.raises(type(error)) as raised, plain_hub_errors("me/a"):
         raise error
     assert raised.value is error

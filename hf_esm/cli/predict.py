@@ -1,0 +1,41 @@
+"""Let the router of an ESM++ model find the task of every input, and the head of that task its label. One JSON object
+a line.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from ..data import SampleOptions, read_rows
+from ..routing import RoutedModel
+from .console import say
+from .flags import add_flags, add_trust_flags, count, options_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_input_arguments(parser)
+    parser.add_argument("--task", help="the task of all inputs, if it is known")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    model, rows, options = routed_inputs(arguments)
+    for prediction in model.predict(rows, arguments.task, batch_size=arguments.batch_size, **options):
+        say(json.dumps(asdict(prediction), ensure_ascii=False))
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `predict` and `explain` read."""
+    parser.add_argument("model", help="folder or Hub id of the routed model")
+    parser.add_argument("data", help="inputs: JSON lines, JSON, CSV, Parquet or text")
+    parser.add_argument("--batch-size", type=count, default=32, help="inputs per batch (default: 32)")
+    add_trust_flags(parser, pickle=False)
+    add_flags(parser, SampleOptions, num_samples=0)
+
+
+def routed_inputs(arguments: argparse.Namespace) -> tuple[RoutedModel, list[Any], dict[str, Any]]:
+    """The model, its input rows, and the options by which it reads all of them."""
+    options = {"num_samples": 0, **options_of(arguments, SampleOptions)}
+    rows = read_rows(arguments.data, "inputs", SampleOptions(**options))
+    model = RoutedModel.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    return model, rows, {**options, "num_samples": 0}
