@@ -91,8 +91,9 @@ def fit_discriminant(features: Mapping[str, Tensor], max_directions: int = MAX_D
 
 
 def fit_at_shrinkage(x: Tensor, y: Tensor, shrinkage: float, max_directions: int) -> Discriminant:
-    """The router of features `[N, D]` and task indices `[N]`. Decomposes the samples, of which there are few, rather
-    than a covariance of the features.
+    """Fit a router to features `x [N, D]` of tasks `y [N]`, without cross-validation.
+
+    The decomposition is that of the `N` samples, since the covariance of `D` features would be far larger.
     """
     count = int(y.max()) + 1
     means = torch.stack([x[y == t].mean(0) for t in range(count)])

@@ -1,6 +1,7 @@
 """A routed model with one expert more, or one less: the same static model, in a new folder."""
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class ExpertSpec:
 
     task: str
     expert: ModelSpec
-    statistics: Any
+    statistics: Optional[ActivationStatistics | str | os.PathLike]
     base: Optional[ModelSpec]
     access: Access
 

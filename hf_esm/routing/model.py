@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ..calibration import ActivationStatistics
 from ..checkpoints import (
     HEADS_FOLDER,
     ROUTED_FOLDER,
@@ -121,21 +122,27 @@ class RoutedModel:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the static model does; the prompt decides the route.
 
-        With assisted decoding, prompt lookup, prefilling in chunks, or without a cache, passes do not read exactly
-        the prompt: a discriminant router then reads the prompt in a pass of its own before.
+        With assisted decoding, prompt lookup or prefilling in chunks, the first pass does not read exactly the prompt;
+        without a cache, every pass reads more. Then a discriminant router reads the prompt in a separate pass before.
         """
         with prompt_route(self, args, kwargs):
             return self.model.generate(*args, **kwargs)
 
     def predict(
-        self, inputs: Any, tasks: Optional[str | Sequence[str]] = None, *, batch_size: int = 32, **options: Any
+        self,
+        inputs: Iterable[Any] | Mapping[str, Any],
+        tasks: Optional[str | Sequence[str]] = None,
+        *,
+        batch_size: int = 32,
+        **options: Any,
     ) -> list[Prediction]:
         """Predict the task and the label of each input.
 
-        The label comes from the head of the task that the router decides on, or that `tasks` names.
+        The label comes from the head of the task that `tasks` names, or that the router decides on.
 
         Args:
-            inputs: a list of texts, pairs, rows, images or ready model inputs, as for `calibration` of `merge_models`.
+            inputs: texts, pairs, rows, images or ready model inputs, as for `calibration` of `merge_models`; or a
+                mapping of columns, such as a tokenizer's batch.
             tasks: the task of all inputs, or of each. Its expert is added in all layers.
             batch_size: maximal number of inputs in a forward pass.
             options: fields of `SampleOptions`, such as `max_length`.
@@ -145,7 +152,9 @@ class RoutedModel:
         """
         return predict(self, inputs, tasks, batch_size, options)
 
-    def explain(self, inputs: Any, batch_size: int = 32, **options: Any) -> list[Explanation]:
+    def explain(
+        self, inputs: Iterable[Any] | Mapping[str, Any], batch_size: int = 32, **options: Any
+    ) -> list[Explanation]:
         """Explain which experts each input gets, and why.
 
         Args:
@@ -285,7 +294,7 @@ class RoutedModel:
         self,
         task: str,
         expert: ModelSpec,
-        statistics: Any = None,
+        statistics: Optional[ActivationStatistics | str | os.PathLike] = None,
         *,
         output_dir: str | os.PathLike,
         base: Optional[ModelSpec] = None,

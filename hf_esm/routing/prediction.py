@@ -57,7 +57,9 @@ def _labels(
     """The likeliest label of each sample by the head of a task, and its probability.
 
     Args:
-        decision: on the batch of which the samples are `rows`; None adds the expert of the task in all layers.
+        batch: some samples of a larger batch.
+        decision: the router's decision on the larger batch; None adds the expert of the task in all layers.
+        rows: indices of the samples in the larger batch.
     """
     model = routed.task_model(task)
     if model.can_generate():

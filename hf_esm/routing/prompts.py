@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 def prompt_route(
     routed: "RoutedModel", args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> AbstractContextManager[None]:
-    """The route of a call of `generate`: a context in which the prompt has decided it, where that takes another pass.
+    """Context for a call of `generate`, in which the prompt decides the route.
+
+    Where the first pass of `generate` does not read exactly the prompt, the router decides in a separate pass before.
 
     Args:
-        args, kwargs: those of `generate`.
+        routed: the model.
+        args, kwargs: the arguments of `generate`.
 
     Raises:
         HfEsmError: if the route around the call names another number of tasks than there are prompts, or padding
@@ -52,8 +55,8 @@ def prompt_route(
 def _prompt_inputs(base: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """The arguments of `generate` that are inputs of the model."""
     known = inspect.signature(base.forward).parameters
-    given = {base.main_input_name: args[0] if args else kwargs.get("inputs"), **kwargs}
-    return {name: value for name, value in given.items() if name in known and isinstance(value, Tensor)}
+    arguments = {base.main_input_name: args[0] if args else kwargs.get("inputs"), **kwargs}
+    return {name: value for name, value in arguments.items() if name in known and isinstance(value, Tensor)}
 
 
 # Settings with which the first pass of `generate` reads less than the prompt, or more.

@@ -67,7 +67,7 @@ class AdapterLayer(BaseTunerLayer):
 
 
 class AdapterModel(BaseTuner):
-    """A tuner of `nn.Linear` and `Conv1D` modules, all adapters of which are active for a whole batch.
+    """A tuner of `nn.Linear` and `Conv1D` modules. Its active adapters apply to a whole batch.
 
     Attributes:
         adapter_names_error: message when `adapter_names` asks for another adapter per sample.
@@ -85,7 +85,7 @@ class AdapterModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # When an adapter is unloaded, PEFT's own method also sets `weight` on the module that it puts back. A head of
+        # When an adapter is unloaded, PEFT's method also sets `weight` on the module that it puts back. A head of
         # several layers among `modules_to_save` has no such attribute. `AdapterLayer` takes care of devices.
         setattr(parent, child_name, new_module)
 

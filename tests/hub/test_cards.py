@@ -1,4 +1,4 @@
-"""Scores in a merged model's card."""
+"""The cards of merged models and adapters, and scores in them."""
 
 import json
 
@@ -8,6 +8,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from hf_esm import HfEsmError, Scores, evaluate, merge_models, update_card
 from hf_esm.cli.main import main
+from hf_esm.hub.cards import write_adapter_card
 from support.routed_toys import task_texts, write_bert
 
 
@@ -35,6 +36,19 @@ def test_scores_are_evaluation_entries_and_a_table(merged, tmp_path):
     before = card.text.split("## Results")[0], card.text.split("## Limits")[1]
     assert "merge_recipe.yaml" in before[0]
     assert "each expert is usually better than the merged model" in before[1]
+
+
+@pytest.mark.parametrize("decides", [True, False])
+def test_the_card_of_an_adapter_says_how_experts_are_chosen_and_how_it_is_loaded(tmp_path, decides):
+    write_adapter_card(tmp_path, "me/static", ["sst2", "mrpc"], decides, "BertModel")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.base_model, card.data.base_model_relation) == ("me/static", "adapter")
+    assert 'static = BertModel.from_pretrained("me/static")' in card.text
+    assert 'with route(model, "sst2"):' in card.text
+    text = " ".join(card.text.split())
+    assert "A low-rank expert for each of 2 tasks (sst2, mrpc)" in text
+    assert ("the router adds to each sample the experts of its likeliest tasks" in text) == decides
+    assert ("the expert of the task that you name is added to each sample" in text) != decides
 
 
 def test_later_scores_replace_earlier_ones_and_data_of_the_hub_are_named(merged):

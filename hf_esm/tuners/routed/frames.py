@@ -40,7 +40,7 @@ class Frame:
 
     Attributes:
         batch: number of samples.
-        mask: attention mask, as the model was given it.
+        mask: attention mask, in the form in which the model got it.
         encoder_mask: attention mask of `encoder_states`.
         encoder_states: the encoder's hidden states, which cross-attention reads.
         prompt: `[B, n]` bool, False from the first token on that is scored (labels); None without labels.
@@ -70,7 +70,7 @@ class Frame:
 
 
 class SoundMask(NamedTuple):
-    """Mask of a sound model's input, which its layers do not read at the same rate.
+    """Mask of the sound that a model reads; its layers read frames, which are fewer.
 
     Attributes:
         samples: mask of the sound samples, `[B, n]`.
@@ -132,7 +132,7 @@ class OpenFrame:
         model: the model with the hook.
         outermost: whether no other model contains it.
         together: whether its samples cannot be told apart, so that a batch counts as one sample.
-        tower: name of the tower, which shares no frame with the model that contains it; "" if it is none.
+        tower: name of the tower, or "". A tower does not share the frame of the model that contains it.
     """
 
     def __init__(self, state: RoutingState, model: PreTrainedModel, outermost: bool, together: bool, tower: str):
@@ -262,9 +262,9 @@ def _nested_models(model: nn.Module) -> dict[str, PreTrainedModel]:
 
 
 def inseparable(model: nn.Module) -> Optional[str]:
-    """Why the samples of a model's batch cannot be told apart in its layers; None if they can.
+    """Why the samples of a batch cannot be told apart in a model's layers; None if they can.
 
-    One expert for all samples of a batch can be added to such a model all the same.
+    One expert for a whole batch works in every model.
     """
     for module in _nested_models(model).values():
         if type(module).__name__.endswith("ForMultipleChoice"):

@@ -31,11 +31,11 @@ NOT_MERGEABLE = (
 
 
 class Decided(Exception):
-    """Ends a forward pass that only its decision was needed of."""
+    """Ends a forward pass as soon as the router has decided."""
 
 
 class RoutedExpertsLayer(AdapterLayer):
-    """The experts of `T` tasks on one linear map, and the module's part of the router, by adapter, in float32.
+    """The experts of `T` tasks on one linear map, and the map's part of the router, by adapter, in float32.
 
     Attributes:
         routed_experts_A: `[T, r, d_in]`, coordinates of the experts along their directions.
@@ -266,7 +266,7 @@ def grouping_pays(experts: Tensor, a: Tensor, b: Tensor, tokens: int) -> bool:
 def add_by_expert(rows: Tensor, a: Tensor, b: Tensor, experts: Tensor, weights: Optional[Tensor]) -> Tensor:
     """`Σ w_t (x A_tᵀ) B_tᵀ` `[B, L, d_out]` for samples `[B, L, d_in]`, one expert after another.
 
-    Each expert is computed for the samples that it is added to.
+    Each expert is computed for those samples alone that get it.
     """
     added = rows.new_zeros(*rows.shape[:2], b.shape[1])
     for expert in experts.unique().tolist():

@@ -251,8 +251,10 @@ def _deciding_parts(model: nn.Module, inputs: Mapping[str, Any]) -> list[tuple[C
         return [(model, dict(inputs))]
     names = ("get_text_features", "get_image_features", "get_audio_features")
     parts = [getattr(whole, name) for name in names if hasattr(whole, name)]
-    given = [(part, _arguments(part, inputs)) for part in parts]
-    return [(part, inputs) for part, inputs in given if next(iter(inspect.signature(part).parameters)) in inputs]
+    calls = [(part, _arguments(part, inputs)) for part in parts]
+    return [
+        (part, arguments) for part, arguments in calls if next(iter(inspect.signature(part).parameters)) in arguments
+    ]
 
 
 def _arguments(function: Callable, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def pool(rows: Tensor, frame: Frame, x: Tensor, module: str) -> Tensor:
     Args:
         rows: the layer's input as `[B, n, d]`.
         frame: of the forward pass.
-        x: the layer's input, as the layer was given it.
+        x: the layer's input, before it became `rows`.
         module: name of the layer.
 
     Raises:
