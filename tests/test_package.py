@@ -22,7 +22,7 @@ SOURCES = ("README.md", "LICENSE", "MANIFEST.in", "pyproject.toml", "setup.py", 
 BUILD = "from setuptools import build_meta; build_meta.build_{}('built')"
 EXTRAS = ("PIL", "matplotlib", "sklearn", "torchvision", "pytest")
 TEXT, LANGUAGE = "BertForSequenceClassification", "GPT2LMHeadModel"
-KINDS = ("text", "language")
+KINDS = ("text", "language", "text-without-tokenizers", "language-without-tokenizers")
 
 
 def build(kind: str, checkout: Path) -> Path:

@@ -7,7 +7,7 @@ every later merge.
 from .calibrator import calibrate, calibrate_checkpoint, pool_inputs
 from .collection import collect_statistics, pooled_inputs
 from .placement import factor_bytes
-from .recorder import Reading
+from .reading import Reading
 from .statistics import ActivationStatistics
 
 

@@ -15,7 +15,7 @@ from ..errors import HfEsmError
 from ..utils import default_accelerator, together
 from .collection import collect_statistics, pooled_inputs
 from .placement import needs_spill, placement
-from .recorder import Reading
+from .reading import Reading
 from .statistics import ActivationStatistics, Provenance
 
 

@@ -1,4 +1,4 @@
-"""One pass of a live model over its samples, with its inputs recorded."""
+"""One pass of a live model over its samples, which records the inputs of its linear maps."""
 
 import inspect
 from collections import defaultdict
@@ -19,7 +19,9 @@ from ..linalg import triangular_factor
 from ..methods import InputStatistics
 from ..utils import default_accelerator, gather, together
 from .decoder_inputs import with_decoder_inputs
-from .recorder import Call, InputRecorder, Reading
+from .hooks import Call, InputHooks
+from .reading import Reading, learn_reading
+from .recorder import FactorAccumulator, InputRecorder
 from .statistics import ActivationStatistics, Provenance
 
 
@@ -35,65 +37,88 @@ def collect_statistics(
     folder: Optional[Path] = None,
     readings: Optional[dict[Any, Reading]] = None,
 ) -> ActivationStatistics:
-    """One forward pass over the samples, shared out over processes.
+    """Run a model over samples, shared out over processes, and collect the statistics of its linear maps.
 
     Args:
-        model: the expert. It is moved to the accelerator's device for the run and left exactly as it was.
-        samples: unbatched, unpadded model inputs, see `proxies.encode`. Those of one shape share a batch; texts of
-            unlike length do, too, where the model is seen to read them in a padded batch as it does alone.
-        accelerator: by default a new one.
+        model: the expert. It is moved to the accelerator's device for the run, and afterwards is as it was.
+        samples: unbatched, unpadded model inputs. Samples of the same shape share a batch; texts of other lengths do,
+            too, if the model reads them in a padded batch as it does alone.
+        accelerator: the Accelerate instance to run under; by default a new one.
         batch_size: samples per batch and process.
         title: name on the progress bar.
-        folder: an empty one, to hold the factors on disk rather than in memory; the statistics stand there, too.
-        readings: what calls on fine-tunes of the same checkpoint learned of how they read batches, to which this one
-            adds; without, it takes up to three passes over two samples to learn.
+        provenance: origin of the statistics; by default the number of samples alone.
+        progress: show a progress bar.
+        folder: empty folder for the factors, which then need no memory while they grow, and are read from there.
+        readings: how models read batches, learned in earlier calls on fine-tunes of the same checkpoint; this call
+            adds to it. Learning takes up to three passes over two samples.
 
-    Returns statistics of every linear map that ran, the same on every process.
+    Returns:
+        Statistics of every linear map that ran, the same on every process.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModel
+        >>> from hf_esm import collect_statistics
+        >>> model = AutoModel.from_pretrained("bert-base")
+        >>> samples = [{"input_ids": torch.tensor([2, 5, 6, 3])}, {"input_ids": torch.tensor([2, 7, 3])}]
+        >>> statistics = collect_statistics(model, samples, progress=False)
+        >>> statistics["encoder.layer.0.attention.self.query.weight"].count  # tokens
+        7
     """
     accelerator = accelerator or default_accelerator()
-    recorder = InputRecorder(model, folder)
-
+    hooks = InputHooks(model)
     with (
         together(accelerator),
         _in_evaluation(model, accelerator),
         torch.no_grad(),
-        accelerator.split_between_processes(samples) as own,
+        accelerator.split_between_processes(samples) as local,
     ):
-        own = with_decoder_inputs(model, own, batch_size)
-        groups = _learn_batches(recorder, own, batch_size, {} if readings is None else readings)
+        local = with_decoder_inputs(model, local, batch_size)
+        groups, reading = learn_batches(hooks, local, batch_size, {} if readings is None else readings)
+        recorder = InputRecorder(hooks, reading, folder)
         for group in tqdm(groups, desc=f"Calibrating {title}", disable=not progress or not groups, leave=False):
-            batch = batch_for([own[i] for i in group], model)
+            batch = batch_for([local[i] for i in group], model)
             with recorder.recording(batch.get("attention_mask")):
                 model(**batch)
-    entries, keys_of = _reduce(recorder, accelerator)
-    provenance = provenance or Provenance(num_samples=len(samples))
-    return ActivationStatistics(entries, keys_of, provenance)
+    keys_of = _keys_of(gather(accelerator, dict(recorder.leaders)))
+    entries = {
+        key: _reduce(recorder.accumulators.pop(key, None), accelerator) for key in sorted(set(keys_of.values()))
+    }
+    return ActivationStatistics(entries, keys_of, provenance or Provenance(num_samples=len(samples)))
 
 
-def _learn_batches(
-    recorder: InputRecorder, samples: list[Sample], batch_size: int, readings: dict[Any, Reading]
-) -> list[list[int]]:
-    """Which samples run together; and what of their inputs is no sample's, or padding."""
+def learn_batches(
+    hooks: InputHooks, samples: list[Sample], batch_size: int, readings: dict[Any, Reading]
+) -> tuple[list[list[int]], Reading]:
+    """Decide which samples run together.
+
+    Args:
+        hooks: hooks on the model.
+        samples: unbatched, unpadded model inputs.
+        batch_size: samples per batch.
+        readings: what is known of how models read batches; what is learned here is added.
+
+    Returns:
+        The indices of the samples of each batch, and how the model reads them.
+    """
     groups, padded = batch_indices(samples, batch_size), batch_indices(samples, batch_size, padded=True)
     if not groups:
-        return []
-    model, shortest = recorder.model, samples[groups[-1][-1]]
+        return [], Reading()
+    model, shortest = hooks.model, samples[groups[-1][-1]]
     texts = "input_ids" in shortest and all(
         sample.keys() == shortest.keys() and len({value.shape for value in sample.values()}) == 1 for sample in samples
     )
     masked = "attention_mask" in inspect.signature(model.forward).parameters
     pair, mask = [shortest, shortest], None
-    if texts and masked and len(groups) > len(padded) + 1:  # finding out takes one pass more
+    if texts and masked and len(groups) > len(padded) + 1:  # learning about padding takes one pass more
         longer = [samples[i] for i, *_ in groups if len(samples[i]["input_ids"]) >= 2 * len(shortest["input_ids"])]
         pair = [shortest, longer[-1] if longer else samples[groups[0][0]]]
         mask = batch_for(pair, model)["attention_mask"]
     key = body_key(model), mask is not None, *sorted(shortest)
-    if key in readings:
-        recorder.reading = readings[key]
-    else:
-        recorder.learn(lambda chosen: model(**batch_for([pair[i] for i in chosen], model)), mask)
-        readings[key] = recorder.reading
-    return padded if recorder.reading.alike and mask is not None else groups
+    if key not in readings:
+        readings[key] = learn_reading(hooks, lambda chosen: model(**batch_for([pair[i] for i in chosen], model)), mask)
+    reading = readings[key]
+    return padded if reading.alike and mask is not None else groups, reading
 
 
 def pooled_inputs(
@@ -105,36 +130,37 @@ def pooled_inputs(
     title: str = "model",
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """What every block reads: the mean input row of its first linear map, for each sample.
+    """Run a model over samples, and pool what each of its blocks reads: the mean input of its first linear map.
 
-    Blocks are told by their names: the linear maps that stand where the first one to run stands in its own block. Of a
-    model with two towers, those of each; what is projected from them is no block.
+    The first linear map to run names the kind: a block is whatever holds a map of the same kind. Each tower of a model
+    with two towers has its blocks; the projections behind the towers are not blocks.
 
-    Returns `[N, d_in]` float32 by the weight's canonical name, in the order in which they run.
+    Returns:
+        `[N, d_in]` float32, one row per sample, by the weight's canonical name, in the order in which the maps run.
     """
-    recorder, apart = InputRecorder(model), towers(model)
-    found: dict[str, Tensor] = {}
+    hooks, tower_names = InputHooks(model), towers(model)
+    pooled: dict[str, Tensor] = {}
     with _in_evaluation(model, accelerator or default_accelerator()), torch.no_grad():
         samples = with_decoder_inputs(model, samples, batch_size)
         for group in tqdm(batch_indices(samples, batch_size), desc=f"Reading {title}", disable=not progress):
-            first: dict[str, Tensor] = {}
+            means: dict[str, Tensor] = {}
 
-            def act(call: Call, inputs: Tensor, size: int = len(group), first: dict[str, Tensor] = first) -> None:
-                weight, tower = call[0], tower_of(call[0], apart)
-                kind = layer_type(next((name for name in first if name.startswith(tower)), weight))
+            def act(call: Call, inputs: Tensor, size: int = len(group), means: dict[str, Tensor] = means) -> None:
+                weight, tower = call[0], tower_of(call[0], tower_names)
+                kind = layer_type(next((name for name in means if name.startswith(tower)), weight))
                 if layer_type(weight) == kind and call[1] == 1 and inputs.shape[0] % size == 0:
-                    first[weight] = inputs.detach().float().reshape(size, -1, inputs.shape[-1]).mean(1).cpu()
+                    means[weight] = inputs.detach().float().reshape(size, -1, inputs.shape[-1]).mean(1).cpu()
 
-            with recorder.hooked(act):
+            with hooks.hooked(act):
                 model(**batch_for([samples[i] for i in group], model))
-            for weight, rows in first.items():
-                found.setdefault(weight, torch.zeros(len(samples), rows.shape[1]))[group] = rows
-    return found
+            for weight, rows in means.items():
+                pooled.setdefault(weight, torch.zeros(len(samples), rows.shape[1]))[group] = rows
+    return pooled
 
 
 @contextmanager
 def _in_evaluation(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[None]:
-    """The model on the accelerator's device and in evaluation mode; afterwards as it was."""
+    """Put the model on the accelerator's device and into evaluation mode inside the block."""
     training = {module: module.training for module in model.modules()}
     config = text_config(model.config)
     unpadded = getattr(config, "pad_token_id", -1) is None and not model.config.is_encoder_decoder
@@ -143,7 +169,7 @@ def _in_evaluation(model: PreTrainedModel, accelerator: Accelerator) -> Iterator
     try:
         model.eval()
         if unpadded:
-            config.pad_token_id = -1  # without one, decoders classify single samples only; nothing is padded here
+            config.pad_token_id = -1  # decoders without a padding token classify one sample at a time
         if moved:
             model.to(accelerator.device)
         yield
@@ -156,27 +182,27 @@ def _in_evaluation(model: PreTrainedModel, accelerator: Accelerator) -> Iterator
             module.training = mode
 
 
-def _reduce(recorder: InputRecorder, accelerator: Accelerator) -> tuple[dict[str, InputStatistics], dict[str, str]]:
-    """Factors, means and counts over all processes."""
-    entries = {}
+def _keys_of(leaders_of_processes: list[dict[str, set[str]]]) -> dict[str, str]:
+    """Return the key of each map's entry. A map that reads now its own tensor, now another map's, has none: its inputs
+    cannot be told apart.
+    """
     leaders = defaultdict(set)
-    for part in gather(accelerator, dict(recorder.leaders)):
-        for weight, found in part.items():
-            leaders[weight] |= found
-    # A map that reads now its own input and now another map's cannot be told apart from it: neither has statistics.
-    keys_of = {weight: next(iter(found)) for weight, found in leaders.items() if len(found) == 1}
-    for key in sorted(set(keys_of.values())):
-        found = recorder.accumulators.pop(key, None)
-        part = (found.factor, found.total, found.count) if found else None
-        if accelerator.num_processes > 1:
-            # The smaller factor, and no view, which would be sent with all that it is a view of.
-            parts = gather(accelerator, part and (triangular_factor(part[0]).clone(), *part[1:]))
-            factors, totals, counts = zip(*(part for part in parts if part is not None), strict=True)
-            factor, total, count = torch.cat(factors), sum(totals), sum(counts)
-            if factor.shape[0] > 2 * factor.shape[1]:
-                factor = triangular_factor(factor)
-        else:
-            factor, total, count = part
-        mean = total / max(count, 1)
-        entries[key] = InputStatistics(factor, mean.float(), count)
-    return entries, keys_of
+    for leaders_of_process in leaders_of_processes:
+        for weight, names in leaders_of_process.items():
+            leaders[weight] |= names
+    return {weight: next(iter(names)) for weight, names in leaders.items() if len(names) == 1}
+
+
+def _reduce(accumulator: Optional[FactorAccumulator], accelerator: Accelerator) -> InputStatistics:
+    """Add up the inputs that the processes recorded of one map; a process may have recorded none."""
+    part = (accumulator.factor, accumulator.total, accumulator.count) if accumulator else None
+    if accelerator.num_processes > 1:
+        # The smaller factor is sent, cloned: with a view, all of its buffer would be sent.
+        parts = gather(accelerator, part and (triangular_factor(part[0]).clone(), *part[1:]))
+        factors, totals, counts = zip(*(part for part in parts if part is not None), strict=True)
+        factor, total, count = torch.cat(factors), sum(totals), sum(counts)
+        if factor.shape[0] > 2 * factor.shape[1]:
+            factor = triangular_factor(factor)
+    else:
+        factor, total, count = part
+    return InputStatistics(factor, (total / max(count, 1)).float(), count)

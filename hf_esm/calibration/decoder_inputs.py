@@ -1,4 +1,4 @@
-"""What an encoder-decoder is given to decode while it is calibrated."""
+"""The inputs of an encoder-decoder's decoder during calibration."""
 
 import copy
 import inspect
@@ -12,8 +12,13 @@ from ..errors import HfEsmError
 
 
 def with_decoder_inputs(model: PreTrainedModel, samples: list[Sample], batch_size: int) -> list[Sample]:
-    """Give an encoder-decoder something to decode: the targets if there are any, else what it generates itself, else
-    its source, as its classifiers do.
+    """Add decoder inputs to the samples of an encoder-decoder: made from their targets if there are any, else the text
+    that the model generates itself, else from the source, which classifiers decode.
+
+    Samples of other models lose their `labels`, and are otherwise returned as they are.
+
+    Raises:
+        HfEsmError: if a sample has neither targets nor tokens, and the model cannot generate.
     """
     targets = [sample.get("labels") for sample in samples]
     samples = [{name: value for name, value in sample.items() if name != "labels"} for sample in samples]
@@ -27,25 +32,27 @@ def with_decoder_inputs(model: PreTrainedModel, samples: list[Sample], batch_siz
     for group in batch_indices([samples[i] for i in generating], batch_size):
         chosen = [generating[i] for i in group]
         batch = to_generate_from([samples[i] for i in chosen], model)
-        # Not the class's own `generate`: Whisper's gives back the text alone, not what its decoder read.
+        # The `generate` of all classes: Whisper's own returns the text alone, not the tokens that its decoder read.
         ids = GenerationMixin.generate(model, **batch, generation_config=greedy).cpu()
         ends = torch.isin(ids, torch.tensor(_token_ids(model, "eos_token_id"), dtype=ids.dtype))
-        ends[:, 0] = False  # BART starts with its end-of-sequence token
+        ends[:, 0] = False  # BART begins with its end-of-sequence token
         real = ends.cumsum(1) - ends.int() == 0  # up to the first end-of-sequence token
-        for i, row, kept in zip(chosen, ids, real, strict=True):
-            samples[i]["decoder_input_ids"] = row[kept]
+        for i, row, mask in zip(chosen, ids, real, strict=True):
+            samples[i]["decoder_input_ids"] = row[mask]
     for i in waiting:
         if "decoder_input_ids" in samples[i]:
             continue
         target = targets[i] if targets[i] is not None else samples[i].get("input_ids")
         if target is None:
-            raise HfEsmError(f"{type(model).__name__} decodes: give samples with `decoder_input_ids` or `labels`.")
+            raise HfEsmError(
+                f"{type(model).__name__} has a decoder: give samples with `decoder_input_ids` or `labels`."
+            )
         samples[i]["decoder_input_ids"] = _shifted(model, target)
     return samples
 
 
 def _shifted(model: PreTrainedModel, target: Tensor) -> Tensor:
-    """What a decoder reads to write the target."""
+    """Return the tokens that a decoder reads to write the target."""
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:
         return shift(labels=target[None])[0]
@@ -55,10 +62,10 @@ def _shifted(model: PreTrainedModel, target: Tensor) -> Tensor:
 
 
 def _token_ids(model: PreTrainedModel, *names: str) -> list[int]:
-    """The special tokens under the first of these names that the model's settings know; empty if they know none."""
+    """Return the special tokens under the first of these names that the model's settings have."""
     for name in names:
         for settings in (getattr(model, "generation_config", None), model.config):
-            found = getattr(settings, name, None)
-            if found is not None:
-                return found if isinstance(found, list) else [found]
+            ids = getattr(settings, name, None)
+            if ids is not None:
+                return ids if isinstance(ids, list) else [ids]
     return []

@@ -1,33 +1,19 @@
-"""`ActivationStatistics`: what one expert's proxies say about the inputs of its linear maps, in one file."""
+"""`ActivationStatistics`: what the linear maps of one expert read on its samples."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checkpoints import STATISTICS_FILE, ShardedWriter
+from ..checkpoints import STATISTICS_FILE
 from ..errors import HfEsmError
 from ..linalg import triangular_factor
 from ..methods import InputStatistics
-from ..utils import atomic_file
-
-
-FORMAT = "hf_esm.statistics"
-
-
-FORMAT_VERSION = 1
-
-
-PRIVACY = (
-    "Factors and means are computed from the calibration samples. They hold no sample as such, but where there are "
-    "fewer tokens than features the inputs of a layer can be recovered up to a rotation."
-)
+from .statistics_file import FileEntries, damaged, read_file, write_file
 
 
 @dataclass
@@ -36,10 +22,10 @@ class Provenance:
 
     Attributes:
         model: id or folder of the expert.
-        revision: its commit on the Hub, if it came from there.
-        num_samples: proxy samples that were run.
-        seed: seed of their selection.
-        compressed_rank: rows kept of each factor, or None if the factors are exact.
+        revision: its commit on the Hub, if it is from there.
+        num_samples: number of samples that were run.
+        seed: seed of their choice.
+        compressed_rank: rows per factor after compression; None if the factors are exact.
         compression_error: the largest `‖R − R_q‖_F / ‖R‖_F` over all factors.
     """
 
@@ -53,18 +39,29 @@ class Provenance:
 
 @dataclass
 class ActivationStatistics(Mapping):
-    """The input statistics of every calibrated linear map of one expert, by the weight's canonical name.
+    """The input statistics of every linear map of one expert, by the canonical name of its weight.
 
-    The canonical name of a weight is its name inside the model's body (`encoder.layer.0.attention.self.query.weight`
-    for BERT, whichever head sits on it). Maps that read the same tensor share one entry. Loaded from a file, an entry
-    is read when it is asked for, so that statistics of any size cost no memory.
+    A canonical name is the name inside the model's body: `encoder.layer.0.attention.self.query.weight` for BERT,
+    whichever head it has. Maps that read the same tensor share one entry. Entries of a file are read when they are
+    asked for, so statistics of any size need no memory.
 
     Attributes:
-        entries: entry by its key.
-        keys_of: weight's canonical name to the key of its entry.
-        provenance: where they come from.
-        pooled: what every block of the *base* reads on the same samples, `[num_samples, d_in]` by the weight's
-            canonical name, from which a router can be made without data; empty where no base was given.
+        entries: an entry for each tensor that is read, by its key: a factor `R` with `Rᵀ R = Xᵀ X`, the mean, and the
+            number of rows `X`, one per token.
+        keys_of: key of the entry of each map, by the canonical name of its weight.
+        provenance: where the statistics come from.
+        pooled: what each block of the *base* reads on the same samples, `[num_samples, d_in]` float32, by the
+            canonical name of a weight. A router is made from these. Empty without a base.
+
+    Example:
+        >>> from hf_esm import ActivationStatistics, calibrate
+        >>> path = calibrate("bert-sst2", sst2_texts, progress=False).save("sst2.safetensors")
+        >>> statistics = ActivationStatistics.load(path)
+        >>> query = statistics["encoder.layer.0.attention.self.query.weight"]
+        >>> query.factor.shape[1] == len(query.mean) == statistics.width("encoder.layer.0.attention.self.query.weight")
+        True
+        >>> statistics.compress(4).save("sst2-small.safetensors").name
+        'sst2-small.safetensors'
     """
 
     entries: Mapping[str, InputStatistics]
@@ -81,28 +78,36 @@ class ActivationStatistics(Mapping):
     def __len__(self) -> int:
         return len(self.keys_of)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} linear maps, {self.provenance})"
+
     def width(self, weight: str) -> int:
-        """`d_in` of a map."""
-        return (
-            self.entries.width(self.keys_of[weight])
-            if isinstance(self.entries, _FileEntries)
-            else len(self[weight].mean)
-        )
+        """Return the number of inputs of a map, `d_in`."""
+        entries = self.entries
+        return entries.width(self.keys_of[weight]) if isinstance(entries, FileEntries) else len(self[weight].mean)
+
+    def means(self) -> dict[str, tuple[int, Tensor]]:
+        """Return the number of rows and the mean row of every entry, by key. They differ for other samples, and are
+        little to read.
+        """
+        if isinstance(self.entries, FileEntries):
+            return {key: (self.entries.counts[key], self.entries.mean(key)) for key in self.entries}
+        return {key: (entry.count, entry.mean) for key, entry in self.entries.items()}
 
     def check_fits(self, widths: Mapping[str, int], task: str) -> None:
-        """Raise on statistics of another architecture.
+        """Raise if the statistics are of another architecture.
 
         Args:
-            widths: the number of inputs of every matrix that is merged with statistics, by its canonical name.
-            task: whose statistics these are.
+            widths: number of inputs of every matrix that is merged with statistics, by canonical name.
+            task: task of the expert.
 
         Raises:
-            HfEsmError: if no matrix has statistics, or one has another number of inputs.
+            HfEsmError: if no matrix has statistics, or a matrix has another number of inputs.
         """
         if widths and not self.keys() & widths.keys():
             raise HfEsmError(
                 f"The statistics of '{task}' are of another model: they are of {next(iter(self), 'nothing')!r} and "
-                "the like, which the base has not. Calibrate again."
+                "the like, which the base does not have. Calibrate again."
             )
         for name in self.keys() & widths.keys():
             if self.width(name) != widths[name]:
@@ -111,89 +116,54 @@ class ActivationStatistics(Mapping):
                     f"{widths[name]}: they are of another model. Calibrate again."
                 )
 
-    def means(self) -> dict[str, tuple[int, Tensor]]:
-        """Rows and mean row of every entry, by its key: little to read, and other for other samples."""
-        if isinstance(self.entries, _FileEntries):
-            return {key: (self.entries.counts[key], self.entries.mean(key)) for key in self.entries}
-        return {key: (entry.count, entry.mean) for key, entry in self.entries.items()}
-
     def save(self, path: str | os.PathLike, compact: bool = True) -> Path:
-        """Write one safetensors file, atomically. `compact` brings each factor down to at most `d_in` rows."""
+        """Write the statistics to one safetensors file, which appears when it is complete.
+
+        Args:
+            path: file to write; a folder, or a name without a suffix, gets a file of the name that `merge_models`
+                looks for beside an expert's weights.
+            compact: reduce each factor to at most `d_in` rows, which loses nothing.
+
+        Returns:
+            The path of the file.
+        """
         path = Path(path)
         if path.is_dir() or not path.suffix:
             path = path / STATISTICS_FILE
-        tensors = {f"{weight}.pooled": rows for weight, rows in self.pooled.items()}
-        planned = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-        counts = {}
-        for key, entry in self.entries.items():
-            rows, width = entry.factor.shape
-            planned[f"{key}.factor"] = torch.empty(min(rows, width) if compact else rows, width, device="meta")
-            planned[f"{key}.mean"] = torch.empty(width, device="meta")
-            counts[key] = entry.count
-        header = {
-            "counts": counts,
-            "keys_of": self.keys_of,
-            "provenance": asdict(self.provenance),
-            "pooled": list(self.pooled),
-        }
-        metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "privacy": PRIVACY, "header": json.dumps(header)}
-        with (
-            atomic_file(path, ".safetensors") as partial,
-            ShardedWriter(path.parent, planned, 2**62, partial.stem, metadata=metadata) as writer,
-        ):
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
-            for key, entry in self.entries.items():
-                writer.write(f"{key}.factor", triangular_factor(entry.factor) if compact else entry.factor)
-                writer.write(f"{key}.mean", entry.mean)
+        header = {"keys_of": self.keys_of, "provenance": asdict(self.provenance)}
+        write_file(path, self.entries, self.pooled, header, compact)
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ActivationStatistics":
-        """Open a file written by `save` (or a folder that holds one); its factors are read when asked for."""
+        """Open a file that `save` wrote, or the folder that holds one. Factors are read when they are asked for.
+
+        Raises:
+            HfEsmError: if the file is damaged, has another format, or another version of this one.
+        """
         path = Path(path)
         path = path / STATISTICS_FILE if path.is_dir() else path
+        entries, pooled, header = read_file(path)
         try:
-            file = safe_open(path, "pt")
-        except (SafetensorError, OSError) as error:
-            raise HfEsmError(
-                f"{path}: not a readable statistics file ({error}). Run `hf-esm calibrate` again."
-            ) from None
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise HfEsmError(f"{path}: no activation statistics in it. `hf-esm calibrate` writes such a file.")
-        if metadata.get("version") != str(FORMAT_VERSION):
-            raise HfEsmError(
-                f"{path}: format version {metadata.get('version')}; this hf_esm reads {FORMAT_VERSION}. "
-                "Upgrade hf_esm, or calibrate again."
-            )
-        try:
-            header: dict[str, Any] = json.loads(metadata["header"])
-            pooled = {weight: file.get_tensor(f"{weight}.pooled") for weight in header["pooled"]}
-            provenance = Provenance(**header["provenance"])
-            return cls(_FileEntries(file, header["counts"]), header["keys_of"], provenance, pooled)
-        except (KeyError, TypeError, ValueError) as error:
-            raise HfEsmError(f"{path}: its header of statistics is damaged ({error!r}). Calibrate again.") from None
+            return cls(entries, header["keys_of"], Provenance(**header["provenance"]), pooled)
+        except (KeyError, TypeError) as error:
+            raise damaged(path, error) from None
 
     @classmethod
     def merge(cls, parts: list["ActivationStatistics"]) -> "ActivationStatistics":
-        """The statistics of all samples together, from those of disjoint parts collected on the same model."""
+        """Return the statistics of all samples from those of disjoint parts, collected on the same model.
+
+        Raises:
+            HfEsmError: if there are no parts, or they are of different models.
+        """
         if not parts:
             raise HfEsmError("There are no statistics to merge.")
         keys_of = {weight: key for part in parts for weight, key in part.keys_of.items()}
-        # The experts of a mixture are known as far as tokens came to them; all other maps, in every part.
-        lacking = [w for part in parts for w in keys_of if w not in part and not w.rpartition(".")[2].isdigit()]
-        apart = [weight for part in parts for weight, key in part.keys_of.items() if keys_of[weight] != key]
-        models = {(part.provenance.model, part.provenance.revision) for part in parts if part.provenance.model}
-        if lacking or apart or len(models) > 1:
-            raise HfEsmError("Statistics of different models cannot be merged; collect them on the same model.")
-        entries = {}
-        for key in dict.fromkeys(keys_of.values()):
-            found = [part.entries[key] for part in parts if key in part.entries]
-            count = sum(entry.count for entry in found)
-            total = sum(entry.mean.double() * entry.count for entry in found)
-            factor = triangular_factor(torch.cat([entry.factor for entry in found]))
-            entries[key] = InputStatistics(factor, (total / max(count, 1)).float(), count)
+        _check_one_model(parts, keys_of)
+        entries = {
+            key: _sum([part.entries[key] for part in parts if key in part.entries])
+            for key in dict.fromkeys(keys_of.values())
+        }
         ranks = [part.provenance.compressed_rank for part in parts if part.provenance.compressed_rank is not None]
         provenance = replace(
             parts[0].provenance,
@@ -201,47 +171,46 @@ class ActivationStatistics(Mapping):
             compressed_rank=min(ranks, default=None),
             compression_error=max(part.provenance.compression_error for part in parts),
         )
-        everywhere = [weight for weight in parts[0].pooled if all(weight in part.pooled for part in parts)]
-        pooled = {weight: torch.cat([part.pooled[weight] for part in parts]) for weight in everywhere}
+        in_all = [weight for weight in parts[0].pooled if all(weight in part.pooled for part in parts)]
+        pooled = {weight: torch.cat([part.pooled[weight] for part in parts]) for weight in in_all}
         return cls(entries, keys_of, provenance, pooled)
 
     def compress(self, rank: int) -> "ActivationStatistics":
-        """A smaller, lossy copy: the top `rank` rows of `S Vᵀ` of each factor. Its error is kept in `provenance`."""
+        """Return a smaller, lossy copy: the top `rank` rows of `S Vᵀ` of each factor. `provenance` states the error.
+
+        Raises:
+            HfEsmError: if the rank is not a whole number, 1 or more.
+        """
         if not isinstance(rank, int) or rank < 1:
             raise HfEsmError(f"rank must be a whole number, 1 or more, not {rank!r}.")
-        entries, worst = {}, 0.0
+        entries, error = {}, 0.0
         for key, entry in self.entries.items():
             _, values, rows = torch.linalg.svd(entry.factor.double(), full_matrices=False)
             factor = (values[:rank, None] * rows[:rank]).float()
             lost = values[rank:].square().sum() / values.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
-            worst = max(worst, float(lost.sqrt()))
+            error = max(error, float(lost.sqrt()))
             entries[key] = InputStatistics(factor, entry.mean, entry.count)
-        before = self.provenance  # what an earlier compression lost stays lost
+        earlier = self.provenance  # an earlier compression's error adds up
         provenance = replace(
-            before,
-            compressed_rank=min(rank, before.compressed_rank or rank),
-            compression_error=(before.compression_error**2 + (1 - before.compression_error**2) * worst**2) ** 0.5,
+            earlier,
+            compressed_rank=min(rank, earlier.compressed_rank or rank),
+            compression_error=(earlier.compression_error**2 + (1 - earlier.compression_error**2) * error**2) ** 0.5,
         )
         return type(self)(entries, self.keys_of, provenance, self.pooled)
 
 
-class _FileEntries(Mapping):
-    """Entries of an open safetensors file."""
+def _check_one_model(parts: list[ActivationStatistics], keys_of: dict[str, str]) -> None:
+    """Raise if statistics are of different models. Experts of a mixture may be missing where no token reached them."""
+    missing = [w for part in parts for w in keys_of if w not in part and not w.rpartition(".")[2].isdigit()]
+    differing = [weight for part in parts for weight, key in part.keys_of.items() if keys_of[weight] != key]
+    models = {(part.provenance.model, part.provenance.revision) for part in parts if part.provenance.model}
+    if missing or differing or len(models) > 1:
+        raise HfEsmError("Statistics of different models cannot be merged; collect them on the same model.")
 
-    def __init__(self, file: Any, counts: dict[str, int]):
-        self.file, self.counts = file, counts
 
-    def __getitem__(self, key: str) -> InputStatistics:
-        return InputStatistics(self.file.get_tensor(f"{key}.factor"), self.mean(key), self.counts[key])
-
-    def mean(self, key: str) -> Tensor:
-        return self.file.get_tensor(f"{key}.mean")
-
-    def width(self, key: str) -> int:
-        return self.file.get_slice(f"{key}.mean").get_shape()[0]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.counts)
-
-    def __len__(self) -> int:
-        return len(self.counts)
+def _sum(entries: list[InputStatistics]) -> InputStatistics:
+    """Return the statistics of all rows behind several entries of one map."""
+    count = sum(entry.count for entry in entries)
+    total = sum(entry.mean.double() * entry.count for entry in entries)
+    factor = triangular_factor(torch.cat([entry.factor for entry in entries]))
+    return InputStatistics(factor, (total / max(count, 1)).float(), count)

@@ -1,4 +1,4 @@
-"""A checkpoint: the live model's weight names, and tensors that are read one at a time."""
+"""`Checkpoint`: the weights of one model under its live names, read one at a time; and a live model as one."""
 
 import contextlib
 import copy
@@ -18,7 +18,7 @@ from ..errors import HfEsmError
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep Transformers' bars and reports on new weights to itself, while a model is loaded as a part of our work."""
+    """Silence the progress bars of Transformers, and its reports on newly initialised weights, inside the block."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -31,13 +31,13 @@ def quiet_loading() -> Iterator[None]:
 
 
 def build_skeleton(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """The model without its weights: modules, names, shapes and ties, on the meta device."""
+    """Build the model on the meta device: modules, names, shapes and ties, without values."""
     with torch.device("meta"), no_init_weights():
         return model_class(copy.deepcopy(config)).eval()
 
 
 def refuse_quantised(config: PretrainedConfig, title: str) -> None:
-    """Raise on a quantised model: its stored numbers are codes, not weights."""
+    """Raise for a quantised model: the numbers that it stores are codes, not weights."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
@@ -48,16 +48,17 @@ def refuse_quantised(config: PretrainedConfig, title: str) -> None:
 
 
 class Checkpoint:
-    """One model's weights under its live names, read when asked for.
+    """The weights of one model by their canonical names, each read when it is asked for.
 
     Attributes:
-        title: what messages call it.
-        source: id or folder, empty for a live model.
-        revision: commit on the Hub, if it came from there.
-        skeleton: the model on the meta device (or the live model): classes, names, shapes.
-        names: `{canonical name: live name}` of the weights that the checkpoint has; see `weights.canonical_names`.
-        missing: canonical names of weights of the skeleton that it lacks.
-        extra: stored tensors that the skeleton has no place for.
+        title: name of the model in messages.
+        source: id or folder; of a live model, its `name_or_path`.
+        revision: commit on the Hub, if the model is from there.
+        skeleton: the model on the meta device, or the live model: classes, names, shapes.
+        names: `{canonical name: live name}` of the weights that the checkpoint holds; see
+            `architecture.canonical_names`.
+        missing: canonical names of the skeleton's weights that the checkpoint does not hold.
+        extra: names of stored tensors that the skeleton has no place for.
     """
 
     title: str
@@ -70,60 +71,70 @@ class Checkpoint:
 
     @property
     def config(self) -> PretrainedConfig:
+        """Settings of the model."""
         return self.skeleton.config
 
     @cached_property
     def linear(self) -> dict[str, LinearMap]:
-        """The linear maps by their weights' canonical names."""
-        maps, live = linear_maps(self.skeleton), self.names
-        return {name: maps[live[name]] for name in live if live[name] in maps}
+        """The linear maps by the canonical names of their weights."""
+        maps = linear_maps(self.skeleton)
+        return {name: maps[live] for name, live in self.names.items() if live in maps}
 
     @cached_property
     def trained(self) -> set[str]:
-        """Canonical names of the parameters; other weights are buffers, such as running means and variances."""
+        """Canonical names of the parameters. The other weights are buffers, such as running means and variances."""
         parameters = {live for live, _ in self.skeleton.named_parameters(remove_duplicate=False)}
         return {name for name, live in self.names.items() if live in parameters}
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a weight, by its canonical name."""
         raise NotImplementedError
 
     def dtype(self, name: str) -> torch.dtype:
+        """Return the stored dtype of a weight, by its canonical name."""
         raise NotImplementedError
 
     def tensor(self, name: str) -> Tensor:
-        """The weight with this canonical name, as stored."""
+        """Read a weight, by its canonical name, in its stored dtype, on the CPU."""
         raise NotImplementedError
 
     def update(self, name: str, base: Tensor) -> Tensor:
-        """The update of the weight over the base's, float32."""
+        """Return the update of a weight: its difference from the base's weight, float32, on the device of `base`."""
         return self.tensor(name).to(base.device, torch.float32) - base.float()
 
     def extra_tensors(self) -> dict[str, Tensor]:
-        """The stored tensors named in `extra`."""
+        """Read the stored tensors that `extra` names."""
         return {}
 
     def load_model(self, **placement: Any) -> PreTrainedModel:
-        """The live model, in the dtype of the checkpoint, in evaluation mode; see `placement.placement`."""
+        """Load the model in the dtype of the checkpoint, in evaluation mode.
+
+        Args:
+            placement: arguments of `from_pretrained` for a model that does not fit on one device; see
+                `calibration.placement.placement`.
+        """
         raise NotImplementedError
 
     def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
-        """The weights in a model of another class on the same body; what that class adds is newly initialised."""
+        """Load the weights into a model of another class on the same body. Weights that only that class has are newly
+        initialised.
+        """
         raise NotImplementedError
 
     def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> "Checkpoint":
-        """The same weights as a model of another class on the same body reads them; `missing` is what that one lacks,
-        weights of another shape included.
+        """Return the checkpoint as a model of another class on the same body reads it. Its `missing` includes weights
+        of another shape.
         """
         raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights as stored."""
+        """Size of all weights in bytes, in their stored dtypes."""
         return sum(torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize for name in self.names)
 
 
 class LiveCheckpoint(Checkpoint):
-    """The weights of a model in memory. It is read only, and never changed."""
+    """The weights of a model in memory, which is never changed."""
 
     def __init__(self, model: PreTrainedModel, title: str):
         self.title, self.skeleton = title, model
@@ -158,8 +169,8 @@ class LiveCheckpoint(Checkpoint):
 
     def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
         model = model_class(copy.deepcopy(config)).to(self.skeleton.dtype)
-        own = model.state_dict()
-        for canonical, live in canonical_names(model).items():
-            if canonical in self.names and own[live].shape == self.shape(canonical):
-                own[live].copy_(self.tensor(canonical))
+        state = model.state_dict()
+        for name, live in canonical_names(model).items():
+            if name in self.names and state[live].shape == self.shape(name):
+                state[live].copy_(self.tensor(name))
         return model.eval()

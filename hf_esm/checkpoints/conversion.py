@@ -1,23 +1,36 @@
-"""Live weights as the tensors that `save_pretrained` would store, and back."""
+"""Live weights to stored tensors and back, by Transformers' own conversion tables, one group of weights at a time."""
 
+import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Optional
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, apply_converters, revert_weight_conversion
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.utils.loading_report import LoadStateDictInfo
 
+from ..architecture import canonical_names
 from .base import Checkpoint
 
 
 @dataclass
 class OutputGroup:
-    """Weights that go to disk together: usually one, more where the layout on disk joins or splits them.
+    """Weights that are written together: usually one, more where the layout on disk joins or splits them.
 
     Attributes:
         names: canonical names of the live weights.
-        stored: what is written for them, by name on disk, on the meta device.
+        stored: the tensors on disk by their names there, on the meta device.
     """
 
     names: list[str]
@@ -25,13 +38,14 @@ class OutputGroup:
 
 
 def write_plan(checkpoint: Checkpoint, dtype: Optional[torch.dtype] = None) -> list[OutputGroup]:
-    """How the weights of `checkpoint` stand on disk when `save_pretrained` writes its model, in reading order.
+    """Return the tensors that `save_pretrained` would write for the model of a checkpoint, in reading order.
 
-    `dtype` is asked of every floating-point weight; by default each keeps its own.
+    Args:
+        dtype: dtype of every floating-point weight; by default each weight keeps its own.
     """
     model = checkpoint.skeleton
     conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:  # never loaded from disk
+    if conversions is None:  # the model was never loaded from disk
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [entry for entry in conversions if not isinstance(entry, PrefixChange)]
     backwards = [entry.reverse_transform() for entry in conversions[::-1] if isinstance(entry, WeightConverter)]
@@ -48,12 +62,117 @@ def write_plan(checkpoint: Checkpoint, dtype: Optional[torch.dtype] = None) -> l
     return plan
 
 
-def output_dtype(own: torch.dtype, asked: Optional[torch.dtype]) -> torch.dtype:
-    """The dtype that a weight is written in."""
-    return asked if asked is not None and own.is_floating_point else own
+def output_dtype(stored: torch.dtype, asked: Optional[torch.dtype]) -> torch.dtype:
+    """Return the dtype that a weight is written in: the one asked for, if the weight is a floating-point one."""
+    return asked if asked is not None and stored.is_floating_point else stored
 
 
 def to_stored(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of one group, by canonical name, as they stand on disk."""
+    """Convert the weights of one group, by canonical name, to the tensors on disk, by their names there."""
     live = {checkpoint.names[name]: tensor for name, tensor in tensors.items()}
     return revert_weight_conversion(checkpoint.skeleton, live)
+
+
+@dataclass
+class _Group:
+    """Stored tensors that become live weights together; usually one tensor becomes one weight.
+
+    Attributes:
+        keys: name of each stored tensor, and the pattern of the converter that it matches.
+        converter: makes the weights of the tensors; None if the one tensor is the weight.
+        alias: name of a tied weight that is stored, and name of the weight that is its source but is not stored.
+    """
+
+    keys: list[tuple[str, Optional[str]]]
+    converter: Optional[WeightConverter]
+    alias: Optional[tuple[str, str]] = None
+
+
+class StoredWeights:
+    """The live weights of a model, made of stored tensors as Transformers' loader makes them, but group by group.
+
+    Attributes:
+        tensors: the live weights that are stored, by live name, on the meta device.
+        names: `{canonical name: live name}` of these weights.
+        missing: canonical names of weights that are not stored, but for those that the model can do without.
+        extra: names of stored tensors that the model has no place for, but for outdated ones.
+        misfits: canonical names of weights whose stored shape is not the model's.
+    """
+
+    def __init__(self, model: PreTrainedModel, keys: Iterable[str], read_meta: Callable[[str], Tensor]):
+        """Find out which stored tensors make which weight.
+
+        Args:
+            model: the model on the meta device. Its `_weight_conversions` are set, which `to_stored` reverts.
+            keys: names of the stored tensors.
+            read_meta: returns a stored tensor on the meta device.
+        """
+        self._model, state = model, model.state_dict()
+        self._groups, unplaced = _group_keys(model, state, keys)
+        self._first_of: dict[str, str] = {}
+        self.tensors: dict[str, Tensor] = {}
+        for first in self._groups:
+            for live, tensor in self.read(first, read_meta).items():
+                self._first_of[live], self.tensors[live] = first, tensor
+        for alias, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            if source not in self.tensors and alias in self.tensors:
+                self._first_of[source], self.tensors[source] = self._first_of[alias], self.tensors[alias]
+                self._groups[self._first_of[source]].alias = (alias, source)
+        expected = canonical_names(model)
+        self.names = {name: live for name, live in expected.items() if live in self.tensors}
+        # Transformers knows weights that a model can do without (BART's bias of zeros), and outdated ones (BERT's
+        # position_ids).
+        report = LoadStateDictInfo(
+            missing_keys={live for live in expected.values() if live not in self.tensors},
+            unexpected_keys=set(unplaced),
+            mismatched_keys=set(),
+            error_msgs=[],
+            conversion_errors={},
+            skipped_pp_keys=set(),
+        )
+        model._adjust_missing_and_unexpected_keys(report)
+        self.missing = [name for name, live in expected.items() if live in report.missing_keys]
+        self.extra = [key for key in unplaced if key in report.unexpected_keys]
+        self.misfits = [name for name, live in self.names.items() if self.tensors[live].shape != state[live].shape]
+
+    def group_of(self, live: str) -> str:
+        """Return the key, for `read`, of the group that a live weight belongs to."""
+        return self._first_of[live]
+
+    def read(self, first: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Return the live weights of one group, by live name; `read` returns a stored tensor."""
+        group = self._groups[first]
+        if group.converter is None:
+            weights = {first: read(group.keys[0][0])}
+        else:
+            converter = copy.deepcopy(group.converter)
+            for key, pattern in group.keys:
+                converter.add_tensor(first, key, pattern, read(key))
+            converted = converter.convert(first, model=self._model, config=self._model.config)
+            weights = {live: t[0] if isinstance(t, list) else t for live, t in converted.items()}
+        if group.alias:
+            alias, source = group.alias
+            weights[source] = weights[alias]
+        return weights
+
+
+def _group_keys(
+    model: PreTrainedModel, state: dict[str, Tensor], keys: Iterable[str]
+) -> tuple[dict[str, _Group], list[str]]:
+    """Group the names of stored tensors by the first live weight that they make; also return those without a place."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    groups: dict[str, _Group] = {}
+    unplaced = []
+    for key in sorted(keys, key=dot_natural_key):
+        renamed, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        if renamed not in state and key in state:
+            renamed, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
+        if renamed in state:
+            groups.setdefault(renamed, _Group([], by_pattern.get(pattern))).keys.append((key, pattern))
+        else:
+            unplaced.append(key)
+    model._weight_conversions = [entry for entry in conversions if entry.was_used()]
+    return groups, unplaced

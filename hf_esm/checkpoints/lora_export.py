@@ -1,4 +1,4 @@
-"""Low-rank updates as ordinary adapter folders, which PEFT, Transformers and inference servers load."""
+"""Low-rank updates written as ordinary adapters, which PEFT, Transformers and inference servers load."""
 
 import os
 from collections.abc import Mapping
@@ -24,16 +24,19 @@ def write_lora_adapter(
     base_revision: Optional[str] = None,
     base_class: Optional[type] = None,
 ) -> Path:
-    """Write updates `Δ = B A` of a model's linear maps as a plain LoRA adapter, which needs no hf_esm to load.
+    """Write updates `Δ = B A` of a model's linear maps as a plain LoRA adapter, which loads without hf_esm.
 
     Args:
-        folder: to write; it must not exist yet, and appears when it is whole.
-        factors: `(A [r, d_in], B [d_out, r])` by the full name of the module. The rank may differ by module; modules
-            of rank 0 are left out.
-        base_model_name: id or folder of the model that the adapter belongs to, from which `AutoPeftModel…` loads it.
-        fan_in_fan_out: the maps are `Conv1D`.
-        base_revision: the commit of that model on the Hub.
-        base_class: the model's class, for `AutoPeftModel`.
+        folder: folder to write. It must not exist yet, and appears when it is complete.
+        factors: `(A [r, d_in], B [d_out, r])` of each module, by its full name in the model. The rank may differ from
+            module to module; modules of rank 0 are left out.
+        base_model_name: id or folder of the model that the adapter belongs to, for `AutoPeftModel`.
+        fan_in_fan_out: whether the maps are `Conv1D`.
+        base_revision: commit of that model on the Hub.
+        base_class: class of that model, for `AutoPeftModel`.
+
+    Returns:
+        The path of the folder.
 
     Raises:
         HfEsmError: if the folder exists, or no module has an update.
@@ -44,7 +47,7 @@ def write_lora_adapter(
         r=rank,
         lora_alpha=rank,
         rank_pattern=pattern,
-        alpha_pattern=dict(pattern),  # with it the scaling is alpha / r = 1 in every module
+        alpha_pattern=dict(pattern),  # so that the scaling alpha / r is 1 in every module
         target_modules=list(factors),
         bias="none",
         fan_in_fan_out=fan_in_fan_out,
@@ -58,9 +61,17 @@ def write_lora_adapter(
 
 
 def rank_settings(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """`r` and `rank_pattern` that give every module its rank: the largest, and what is smaller by module.
+    """Return the `r` and the `rank_pattern` of PEFT that give each module its rank.
 
-    A pattern holds for every module whose name ends with it, and the first that fits decides: `^` ties each to one.
+    Args:
+        ranks: rank of each module, by its full name.
+
+    Returns:
+        The largest rank, and a pattern for each module with a smaller one. A pattern applies to every module whose
+        name ends with it, and the first one that fits counts; a leading `^` ties it to one module.
+
+    Raises:
+        HfEsmError: if there are no modules.
     """
     if not ranks:
         raise HfEsmError("The adapter would be empty: nothing changes a calibrated linear map.")
@@ -71,9 +82,16 @@ def rank_settings(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
 def write_adapter(
     folder: str | os.PathLike, config: PeftConfig, tensors: Mapping[str, Tensor], base_class: Optional[type] = None
 ) -> Path:
-    """Write an adapter folder, atomically, from its config and its tensors by their names in the base model."""
+    """Write the folder of an adapter, which appears when it is complete.
+
+    Args:
+        folder: folder to write, which must not exist yet.
+        config: settings of the adapter.
+        tensors: tensors of the adapter, by their names in the base model.
+        base_class: class of the base model, for `AutoPeftModel`.
+    """
     folder = new_folder(folder)
-    config.target_modules = sorted(config.target_modules)  # PEFT's set is written in another order each time
+    config.target_modules = sorted(config.target_modules)  # a set would be written in another order each time
     mapping = base_class and {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
     with staging_folder(folder) as staging:
         config.save_pretrained(str(staging), auto_mapping_dict=mapping)

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, BinaryIO, Optional
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import HfEsmError
 
 
+# The dtypes that the safetensors format has, by torch's.
 DTYPE_CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -33,11 +34,11 @@ DTYPE_CODES = {
 
 
 class ShardedWriter:
-    """Streams tensors into `<stem>.safetensors`, or into shards with an index where they exceed `max_shard_size`.
+    """Writes tensors into `<stem>.safetensors`, or into shards with an index if they exceed `max_shard_size`.
 
-    The format fixes every offset once names, shapes and dtypes are known, so the tensors may come in any order and
-    none is held. Several processes share the work by files. Leave the `with` block only when every tensor of this
-    process's files was written.
+    The format fixes every offset once names, shapes and dtypes are known, so the tensors may come in any order, and
+    none is held in memory. Several processes share the files. All tensors of this process's files must be written
+    before the `with` block ends.
     """
 
     def __init__(
@@ -46,61 +47,62 @@ class ShardedWriter:
         plan: dict[str, Tensor],
         max_shard_size: str | int = "5GB",
         stem: str = "model",
+        *,
         written: Collection[str] = (),
         metadata: Optional[Mapping[str, str]] = None,
         rank: int = 0,
         world_size: int = 1,
     ):
-        """Lay the files out.
+        """Create the files of this process, with their headers, in full size.
 
         Args:
+            folder: folder to write to.
             plan: every tensor that will come, on the meta device.
-            written: those that an interrupted writer of the same plan left in the folder.
-            metadata: what stands in each file's header beside the format.
-            rank: this process's number: of `world_size` processes each writes every `world_size`-th file.
+            max_shard_size: size of the largest file.
+            stem: first part of the names of the files.
+            written: tensors that an interrupted writer of the same plan left in the folder.
+            metadata: entries of each file's header besides the format.
+            rank: number of this process.
+            world_size: number of processes; each writes every `world_size`-th file.
+
+        Raises:
+            HfEsmError: if the files of an interrupted writer have changed.
         """
         self.folder, self.stem, self.plan = folder, stem, plan
-        # The experts of a mixture are parts of one tensor here, whose size would count for each of them.
-        apart = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in plan.items()}
+        # The experts of a mixture are views of one storage, whose size would count for each of them.
+        separate = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in plan.items()}
         split = split_torch_state_dict_into_shards(
-            apart, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
+            separate, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
         )
-        self._places: dict[str, tuple[Any, int]] = {}
-        self._files = []
+        self._places: dict[str, tuple[BinaryIO, int]] = {}
+        self._files: list[BinaryIO] = []
         files = split.filename_to_tensors or {f"{stem}.safetensors": []}
         for file_name, names in list(files.items())[rank::world_size]:
-            # The widest dtypes first, so that every tensor starts at a multiple of its item size.
-            names = sorted(names, key=lambda name: (-plan[name].dtype.itemsize, name))
-            header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-            position, positions = 0, {}
-            for name in names:
-                end = position + plan[name].nbytes
-                header[name] = {
-                    "dtype": DTYPE_CODES[plan[name].dtype],
-                    "shape": list(plan[name].shape),
-                    "data_offsets": [position, end],
-                }
-                positions[name], position = position, end
-            encoded = json.dumps(header).encode()
-            encoded += b" " * (-len(encoded) % 8)
-            size = 8 + len(encoded) + position
-            if written and (not (folder / file_name).is_file() or (folder / file_name).stat().st_size != size):
-                raise HfEsmError(f"{folder / file_name} is not as it was left. Remove {folder} to start again.")
-            file = open(folder / file_name, "r+b" if written else "wb")
-            self._files.append(file)
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            file.truncate(size)
-            self._places.update({name: (file, 8 + len(encoded) + start) for name, start in positions.items()})
+            header, offsets, size = _layout({name: plan[name] for name in names}, metadata or {})
+            file = self._open(folder / file_name, header, size, resumed=bool(written))
+            self._places.update({name: (file, offset) for name, offset in offsets.items()})
         self.pending = set(self._places) - set(written)
         if split.is_sharded and rank == 0:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
+    def _open(self, path: Path, header: bytes, size: int, resumed: bool) -> BinaryIO:
+        if resumed and (not path.is_file() or path.stat().st_size != size):
+            raise HfEsmError(
+                f"{path} was changed after the merge was interrupted. Remove {self.folder} to start again."
+            )
+        file = open(path, "r+b" if resumed else "wb")
+        self._files.append(file)
+        file.write(header)
+        file.truncate(size)
+        return file
+
     def owns(self, name: str) -> bool:
-        """Whether the tensor stands in a file of this process."""
+        """Return whether the tensor belongs into a file of this process."""
         return name in self._places
 
     def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, which must have the planned shape and dtype."""
         planned = self.plan[name]
         if tensor.shape != planned.shape or tensor.dtype != planned.dtype:
             raise ValueError(
@@ -117,7 +119,7 @@ class ShardedWriter:
         self.pending.discard(name)
 
     def sync(self) -> None:
-        """Bring to the disk what was written."""
+        """Flush everything written so far to the disk."""
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
@@ -130,3 +132,22 @@ class ShardedWriter:
             file.close()
         if kind is None and self.pending:
             raise RuntimeError(f"never written: {sorted(self.pending)[:5]}")
+
+
+def _layout(plan: dict[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """Return the header of a file, the position of each tensor in the file, and the size of the file in bytes."""
+    # The widest dtypes come first, so that every tensor starts at a multiple of its item size.
+    names = sorted(plan, key=lambda name: (-plan[name].dtype.itemsize, name))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name in names:
+        start, end = end, end + plan[name].nbytes
+        entries[name] = {
+            "dtype": DTYPE_CODES[plan[name].dtype],
+            "shape": list(plan[name].shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(entries).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    header = len(encoded).to_bytes(8, "little") + encoded
+    return header, {name: len(header) + entries[name]["data_offsets"][0] for name in names}, len(header) + end

@@ -10,10 +10,10 @@ from transformers.integrations import use_experts_implementation
 
 from hf_esm import ActivationStatistics, HfEsmError, calibrate, merge_models
 from hf_esm.architecture import linear_maps
-from hf_esm.calibration.collection import _learn_batches, collect_statistics
+from hf_esm.calibration.collection import collect_statistics, learn_batches
+from hf_esm.calibration.hooks import InputHooks
 from hf_esm.calibration.mixtures import mixtures_of
 from hf_esm.calibration.placement import factor_bytes
-from hf_esm.calibration.recorder import InputRecorder
 from hf_esm.checkpoints.sources import open_checkpoint, resolve_source
 from support.architectures import ARCHITECTURES, DECODER, ROUTED, STACKED
 from support.helpers import (
@@ -103,11 +103,11 @@ def test_padding_comes_to_no_expert(name):
     """In batches of unlike lengths, as in every token by itself."""
     architecture = ARCHITECTURES[name]
     model, samples = architecture.build(), architecture.samples(3)
-    recorder = InputRecorder(model)
+    hooks = InputHooks(model)
     with torch.no_grad():
-        groups = _learn_batches(recorder, samples, len(samples), {})
-    assert len(groups) == 1 and recorder.reading.alike
-    assert {(mixture, 1) for mixture in recorder.mixtures} <= recorder.reading.padded
+        groups, reading = learn_batches(hooks, samples, len(samples), {})
+    assert len(groups) == 1 and reading.alike
+    assert {(mixture, 1) for mixture in hooks.mixtures} <= reading.padded
     found = collect_statistics(model, samples, batch_size=len(samples), progress=False)
     expected = token_inputs(model, samples, architecture)
     apart = {key.removeprefix("model."): x for key, x in expected.items() if ".experts." in key}

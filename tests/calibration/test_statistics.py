@@ -112,7 +112,7 @@ def test_a_loaded_file_can_be_saved_over_itself(tmp_path):
     same_statistics(ActivationStatistics.load(path), statistics, 1e-6)
 
 
-@pytest.mark.parametrize("failing", ["ShardedWriter.write", "os.replace"])
+@pytest.mark.parametrize("failing", ["hf_esm.calibration.statistics_file.ShardedWriter.write", "os.replace"])
 def test_a_failed_save_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeypatch, failing):
     statistics, _ = two_layers()
     first = statistics.save(tmp_path / "old")
@@ -121,7 +121,7 @@ def test_a_failed_save_leaves_nothing_and_keeps_what_was_there(tmp_path, monkeyp
     def full(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(f"hf_esm.calibration.statistics.{failing}", full)
+    monkeypatch.setattr(failing, full)
     for folder in ("old", "new"):
         with pytest.raises(OSError, match="disk full"):
             replace(statistics, provenance=Provenance("other")).save(tmp_path / folder)

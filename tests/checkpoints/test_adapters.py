@@ -279,7 +279,7 @@ REFUSED = {
     ),
     "embedding-without-its-head": (
         on_base(GPT2, "GPT2LMHeadModel", {**CONV1D, "modules_to_save": ["wte"]}),
-        ["replaces 'transformer.wte.weight', but 'lm_head.weight'", UNLOAD],
+        ["replaces 'transformer.wte.weight', but not 'lm_head.weight'", UNLOAD],
     ),
     "head-nowhere": (on_base(LLAMA, "LlamaModel", GENERATE), ["lm_head.weight", "the adapter was trained on"]),
     "quantised-base": (lambda made: rewrite(made.base / "config.json", **QUANTISED), ["base (", "dequantize()"]),

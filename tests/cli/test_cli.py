@@ -356,7 +356,7 @@ REFUSED = {
         "evaluate {}/a --data a={}/right.jsonl --expert b={}/b",
         "data: there is no task 'b'; there are a",
     ),
-    "unknown task to score": ("evaluate {}/merged --data z={}/right.jsonl", "no task 'z'. It has a, b."),
+    "unknown task to score": ("evaluate {}/merged --data z={}/right.jsonl", "no task 'z'; there are a, b."),
 }
 
 

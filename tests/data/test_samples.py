@@ -312,17 +312,17 @@ def test_processors_that_read_otherwise_are_mentioned(tmp_path):
         BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(made.experts.get(name, made.base))
     warned = merge_models(**made.arguments, progress=False).warnings
     (said,) = [warning for warning in warned if "tokenizer" in warning]
-    assert said.startswith("'right': its tokenizer numbers 14 tokens otherwise than the base's, such as")
+    assert said.startswith("'right': its tokenizer gives 14 tokens other ids than the base's, such as")
     numbered = {
         name: SimpleNamespace(get_vocab=lambda w=w: {token: i for i, token in enumerate(w)})
         for name, w in VOCABULARIES
     }
     assert [said.partition(",")[0] for said in differing_processors(numbered, ["more", "other"])] == [
-        "'other': its tokenizer numbers 1 tokens otherwise than the base's"
+        "'other': its tokenizer gives 1 tokens other ids than the base's"
     ]
     resized = {"base": ViTImageProcessor(), "a": ViTImageProcessor(do_resize=False, resample=0)}
     assert differing_processors(resized, "a") == [
-        "'a': its pictures are prepared otherwise than the base's (resample, do_resize)."
+        "'a': its images are prepared differently from the base's (resample, do_resize)."
     ]
     sounds = {"base": Wav2Vec2FeatureExtractor(), "a": Wav2Vec2FeatureExtractor(do_normalize=False)}
     assert not differing_processors(sounds, "a")
@@ -330,7 +330,7 @@ def test_processors_that_read_otherwise_are_mentioned(tmp_path):
         name: ViTImageProcessor(image_mean=[mean] * 3) for name, mean in (("base", 0.5), ("a", 0.4), ("b", 0.5))
     }
     assert differing_processors(picture, "ab") == [
-        "'a': its pictures are prepared otherwise than the base's (image_mean)."
+        "'a': its images are prepared differently from the base's (image_mean)."
     ]
 
 

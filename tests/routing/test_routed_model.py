@@ -375,7 +375,7 @@ def test_weights_that_do_not_stand_on_a_device_are_refused(merged, tmp_path):
     with pytest.raises(HfEsmError, match=r"this device_map offloads 'encoder\.layer\.0"):
         RoutedModel.from_pretrained(merged, **offloaded)
     offloaded["device_map"] = {"bert": "cpu", "classifier": "disk"}
-    with pytest.raises(HfEsmError, match="of the head would not stand on a device"):
+    with pytest.raises(HfEsmError, match="of the head, which must be on a device"):
         load_task_model(merged, "a", **offloaded)
 
 

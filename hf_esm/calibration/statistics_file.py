@@ -1,0 +1,119 @@
+"""The file of activation statistics: one safetensors file, whose entries are read when they are asked for."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..checkpoints import ShardedWriter
+from ..errors import HfEsmError
+from ..linalg import triangular_factor
+from ..methods import InputStatistics
+from ..utils import atomic_file
+
+
+FORMAT = "hf_esm.statistics"
+FORMAT_VERSION = 1
+PRIVACY = (
+    "Factors and means are computed from the calibration samples. They hold no sample as such, but where there are "
+    "fewer tokens than features the inputs of a layer can be recovered up to a rotation."
+)
+
+
+class FileEntries(Mapping[str, InputStatistics]):
+    """The entries of an open file, by key.
+
+    Attributes:
+        counts: number of rows behind each entry.
+    """
+
+    def __init__(self, file: Any, counts: dict[str, int]):
+        self._file, self.counts = file, counts
+
+    def __getitem__(self, key: str) -> InputStatistics:
+        return InputStatistics(self._file.get_tensor(f"{key}.factor"), self.mean(key), self.counts[key])
+
+    def mean(self, key: str) -> Tensor:
+        """Read the mean row of an entry alone."""
+        return self._file.get_tensor(f"{key}.mean")
+
+    def width(self, key: str) -> int:
+        """Return the number of features of an entry, without reading it."""
+        return self._file.get_slice(f"{key}.mean").get_shape()[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.counts)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+def write_file(
+    path: Path,
+    entries: Mapping[str, InputStatistics],
+    pooled: Mapping[str, Tensor],
+    header: dict[str, Any],
+    compact: bool,
+) -> None:
+    """Write statistics, entry by entry; the file appears when it is complete.
+
+    Args:
+        path: file to write.
+        entries: statistics of each input, by key.
+        pooled: what the base's blocks read, by the weight's canonical name.
+        header: everything else, as JSON can hold it.
+        compact: reduce each factor to at most as many rows as it has columns.
+    """
+    planned = {f"{weight}.pooled": torch.empty_like(rows, device="meta") for weight, rows in pooled.items()}
+    counts = {}
+    for key, entry in entries.items():
+        rows, width = entry.factor.shape
+        planned[f"{key}.factor"] = torch.empty(min(rows, width) if compact else rows, width, device="meta")
+        planned[f"{key}.mean"] = torch.empty(width, device="meta")
+        counts[key] = entry.count
+    header = json.dumps({"counts": counts, **header, "pooled": list(pooled)})
+    metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "privacy": PRIVACY, "header": header}
+    with (
+        atomic_file(path, ".safetensors") as partial,
+        ShardedWriter(path.parent, planned, 2**62, partial.stem, metadata=metadata) as writer,
+    ):
+        for weight, rows in pooled.items():
+            writer.write(f"{weight}.pooled", rows)
+        for key, entry in entries.items():
+            writer.write(f"{key}.factor", triangular_factor(entry.factor) if compact else entry.factor)
+            writer.write(f"{key}.mean", entry.mean)
+
+
+def read_file(path: Path) -> tuple[FileEntries, dict[str, Tensor], dict[str, Any]]:
+    """Open what `write_file` wrote: its entries, `pooled`, and the header.
+
+    Raises:
+        HfEsmError: if the file is damaged, has another format, or another version of this one.
+    """
+    try:
+        file = safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise HfEsmError(f"{path}: not a readable statistics file ({error}). Run `hf-esm calibrate` again.") from None
+    metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise HfEsmError(f"{path}: no activation statistics in it. `hf-esm calibrate` writes such a file.")
+    if metadata.get("version") != str(FORMAT_VERSION):
+        raise HfEsmError(
+            f"{path}: format version {metadata.get('version')}; this hf_esm reads {FORMAT_VERSION}. "
+            "Upgrade hf_esm, or calibrate again."
+        )
+    try:
+        header: dict[str, Any] = json.loads(metadata["header"])
+        pooled = {weight: file.get_tensor(f"{weight}.pooled") for weight in header["pooled"]}
+        return FileEntries(file, header["counts"]), pooled, header
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: Exception) -> HfEsmError:
+    """Return the error of a file whose header cannot be used."""
+    return HfEsmError(f"{path}: its header of statistics is damaged ({error!r}). Calibrate again.")
