@@ -1,12 +1,12 @@
-"""A merge of models that do not fit: a synthetic Llama of three billion parameters and its experts, in bounded memory.
+"""Merge models that do not fit into memory: a synthetic Llama of three billion parameters and its experts.
 
     python benchmarks/large_merge.py FOLDER [--layers 50] [--experts 4] [--tolerance 0] [--max-memory 4GB]
 
-Writes into FOLDER (which must have room: it is checked first, and said how much) a base and experts in bfloat16,
-sharded, one tensor at a time: every weight of an expert is the base's plus an update of rank 16 and a little noise.
-Then merges them, calibration included, and prints the time of every stage and its peak memory: what the process
-allocates (anonymous pages, sampled every 5 ms), above what it holds after its imports. Pages of mapped files, which
-the operating system drops when it needs room, are counted apart. What was written is removed again. Linux only.
+Checks that FOLDER has room, and writes a base and experts into it in bfloat16, sharded, one tensor at a time. Every
+weight of an expert is the base's plus an update of rank 16 and a little noise. Then merges them, calibration included,
+and prints the time of every stage and its peak memory: what the process allocates (anonymous pages, sampled every
+5 ms), minus what it holds after its imports. Pages of mapped files, which the operating system drops when it needs
+room, are counted separately. All files are removed at the end. Linux only.
 """
 
 import argparse
@@ -39,42 +39,42 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--method", default="esm")
-    parser.add_argument("--tolerance", type=float, help="of the method, which has one")
+    parser.add_argument("--tolerance", type=float, help="of a method that has one")
     parser.add_argument("--max-memory", default="4GB")
-    given = parser.parse_args()
+    args = parser.parse_args()
     logging.getLogger("hf_esm").setLevel(logging.ERROR)
     config = LlamaConfig(
-        vocab_size=given.vocabulary,
-        hidden_size=given.hidden,
-        intermediate_size=given.intermediate,
-        num_hidden_layers=given.layers,
-        num_attention_heads=given.hidden // 64,
-        num_key_value_heads=given.hidden // 256,
+        vocab_size=args.vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=args.hidden // 256,
         tie_word_embeddings=True,
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
-    given.folder.mkdir(parents=True, exist_ok=True)
+    args.folder.mkdir(parents=True, exist_ok=True)
     skeleton = build_skeleton(LlamaForCausalLM, config)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     largest = max(parameter.numel() for parameter in skeleton.parameters())
-    needed = parameters * (2 * (given.experts + 1) + 2 + 4)  # the models, the merged one, the unscaled updates
-    needed += 4 * given.experts * given.layers * 32 * TOKENS * (3 * given.hidden + given.intermediate)  # statistics
+    needed = parameters * (2 * (args.experts + 1) + 2 + 4)  # the models, the merged one, the unscaled updates
+    needed += 4 * args.experts * args.layers * 32 * TOKENS * (3 * args.hidden + args.intermediate)  # statistics
     print(f"{parameters / 1e9:.2f} billion parameters, largest weight {4 * largest / 1e6:.0f} MB in float32")
-    free = shutil.disk_usage(given.folder).free
-    print(f"{given.experts} experts: {needed / 1e9:.0f} GB on disk wanted, {free / 1e9:.0f} GB free", flush=True)
+    free = shutil.disk_usage(args.folder).free
+    print(f"{args.experts} experts: {needed / 1e9:.0f} GB on disk wanted, {free / 1e9:.0f} GB free", flush=True)
     if needed > 0.97 * free:
         raise SystemExit("Not enough room on that disk.")
-    work = given.folder / "large_merge"
+    work = args.folder / "large_merge"
     work.mkdir()
     try:
         start = time.perf_counter()
-        names = ["base", *(f"expert{i}" for i in range(given.experts))]
+        names = ["base", *(f"expert{i}" for i in range(args.experts))]
         for seed, name in enumerate(names):
             write_model(work / name, skeleton, seed)
         print(f"written in {time.perf_counter() - start:.0f} s", flush=True)
-        method = {"name": given.method} | ({"tolerance": given.tolerance} if given.tolerance else {})
-        seconds, peaks = measure(work, names[1:], method, given.max_memory, given.vocabulary)
+        method = {"name": args.method} | ({"tolerance": args.tolerance} if args.tolerance else {})
+        seconds, peaks = measure(work, names[1:], method, args.max_memory, args.vocabulary)
         for stage, took in seconds.items():
             print(f"  {stage:18} {took:7.1f} s")
         for stage, (allocated, mapped) in peaks.items():
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def write_model(folder: Path, skeleton: LlamaForCausalLM, seed: int) -> None:
-    """The base (seed 0), or an expert: the base's weights with an update of the seed's own."""
+    """Write the base (seed 0), or an expert: the base's weights plus an update that the seed determines."""
     folder.mkdir()
     skeleton.config.save_pretrained(folder)
     tied = set(skeleton.all_tied_weights_keys)
@@ -116,7 +116,7 @@ def noise(shape: tuple[int, ...], scale: float, seed: int) -> torch.Tensor:
 def measure(
     work: Path, experts: list[str], method: dict[str, Any], max_memory: str, vocabulary: int
 ) -> tuple[dict[str, float], dict[str, tuple[int, int]]]:
-    """Seconds by stage of the merge; and by the step that was last told of, the largest allocated and mapped bytes."""
+    """Return each stage's seconds, and the largest allocated and mapped bytes of each step that the merge reports."""
     stage, running = ["reading headers"], [True]
     peaks: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     before = anonymous_bytes()

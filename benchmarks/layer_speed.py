@@ -1,19 +1,19 @@
-"""Single layers of ESM (default settings), from the experts' files to the scratch file, and what bounds them.
+"""Time single layers of ESM (default settings), from the experts' files to the scratch file, and the lower bounds.
 
-Called by merge_speed.py. Every row is as many matrices as its depth says, of T experts (bfloat16, updates of rank 16
-and noise; in the rows of adapters, float32 without the noise) with statistics of 2,048 tokens, merged by the package's
-own first pass. The floor adds up what no exact route avoids on this machine, but for adapters:
+Called by merge_speed.py. Every row has as many matrices as its depth says, of T experts (bfloat16, updates of rank 16
+and noise; in the rows of adapters, float32 without the noise) with statistics of 2,048 tokens. They are merged by the
+package's first pass. The floor adds up what no exact route avoids on this machine, except for adapters:
 
     bytes       the updates and statistics read, the merged update written, at the rates measured for the same files
     products    the operations of the products, symmetric ones counted half, at the measured rate of float64 products
-    eigen       the wanted eigenvectors of T problems of the smaller side, and all of one for each polar factor, at
-                LAPACK's own time (float64)
+    eigen       the wanted eigenvectors of T problems of the smaller side, and all of one for each polar factor, in the
+                time that LAPACK takes alone (float64)
 
-The literal side is the same formulas by LAPACK's thin SVDs in float32: of every output shift (with the shrinkage as
-rows of the inputs), of both stacks, from tensors in memory; left out above 8,192 rows, where it takes a quarter of an
-hour. The last columns are of the same merge with `tolerance` 0.001: seconds, the literal side's time by them, how far
-the merged update is from the exact one, and which share of the energy that one task's exact directions hold its own
-hold. Half an hour in all on two cores.
+The literal side computes the same formulas by LAPACK's thin SVDs in float32: of every output shift (with the shrinkage
+as rows of the inputs) and of both stacks, from tensors in memory. It is left out above 8,192 rows, where it takes a
+quarter of an hour. The last columns are for the same merge with `tolerance` 0.001: seconds, the literal side's time
+divided by them, how far the merged update is from the exact one, and the share of the energy of one task's exact
+directions that the directions found with the tolerance hold. Half an hour in all on two cores.
 """
 
 import math
@@ -67,19 +67,19 @@ class Stored(Checkpoint):
 
 
 class Adapters(Stored):
-    """Updates of low rank, as adapters are read."""
+    """Updates of low rank, as adapters give them."""
 
     def update(self, name: str, base: Tensor) -> Tensor:
         return self.file.get_tensor(f"{name}.B") @ self.file.get_tensor(f"{name}.A")
 
 
 def measure_layers() -> None:
-    """Print the tables: by shape, and how the time grows with T, width and depth."""
+    """Print the tables: by shape, then by T, width and depth."""
     device = algebra_device(Accelerator())
     where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     print(f"{where}; float64 products {product_rate(device) / 1e9:.0f} GFLOP/s")
     if device.type == "cpu":
-        print("No GPU was found: there are no rows of one.")
+        print("No GPU was found.")
     print(
         "d_out x d_in    T depth   seconds   floor (bytes, products, eigen)  of the floor  literal   ratio"
         "  tolerance  ratio   apart    held"
@@ -117,41 +117,43 @@ def line(
 
         taken = best(merge, rounds)
         parts = floor(rows, columns, tasks, depth, device)
-        found = f"{rows:5} x {columns:<6} {tasks:3} {depth:5} {taken:9.3f}   {sum(parts):8.3f} "
-        found += f"({', '.join(f'{part:.3f}' for part in parts)})".ljust(26) + f"{taken / sum(parts):9.2f}"
+        text = f"{rows:5} x {columns:<6} {tasks:3} {depth:5} {taken:9.3f}   {sum(parts):8.3f} "
+        text += f"({', '.join(f'{part:.3f}' for part in parts)})".ljust(26) + f"{taken / sum(parts):9.2f}"
         if literal:
-            deltas = [e.update("layer.0.weight", plan.base.tensor("layer.0.weight")) for e in plan.experts.values()]
-            deltas = [delta.to(device) for delta in deltas]
+            updates = [e.update("layer.0.weight", plan.base.tensor("layer.0.weight")) for e in plan.experts.values()]
+            updates = [update.to(device) for update in updates]
             inputs = [of["layer.0.weight"].factor.to(device) for of in statistics.values()]
-            slow = depth * best(lambda: merge_literally(deltas, inputs), 1)
-            found += f"{slow:16.2f} {slow / taken:7.1f}"
+            slow = depth * best(lambda: merge_literally(updates, inputs), 1)
+            text += f"{slow:16.2f} {slow / taken:7.1f}"
             exact = first_update(Path(folder))
             plan.method = replace(METHOD, tolerance=TOLERANCE)
             fast = best(merge, rounds)
-            apart = float((first_update(Path(folder)) - exact).norm() / exact.norm())
-            found += f"{fast:11.3f} {slow / fast:6.1f} {apart:7.3f} {share_held(inputs[0], deltas[0], tasks):7.4f}"
-        print(found, flush=True)
+            difference = float((first_update(Path(folder)) - exact).norm() / exact.norm())
+            text += (
+                f"{fast:11.3f} {slow / fast:6.1f} {difference:7.3f} {share_held(inputs[0], updates[0], tasks):7.4f}"
+            )
+        print(text, flush=True)
 
 
 def first_update(folder: Path) -> Tensor:
     (path,) = folder.glob("updates-0*.safetensors")
-    with safe_open(path, "pt") as file:  # written anew by the next run
+    with safe_open(path, "pt") as file:  # the next run replaces the file
         return file.get_tensor("layer.0.weight").clone()
 
 
-def share_held(inputs: Tensor, delta: Tensor, tasks: int) -> float:
-    """How much of the energy that exact directions hold is held by those found with the tolerance."""
-    rank = max(int(min(delta.shape) * METHOD.rank_share) // tasks, 1)
+def share_held(inputs: Tensor, update: Tensor, tasks: int) -> float:
+    """Return the energy of directions found with the tolerance, as a share of that of the exact directions."""
+    rank = max(int(min(update.shape) * METHOD.rank_share) // tasks, 1)
     with fast_products(TOLERANCE):
-        found = essential_subspace(inputs, delta, rank, METHOD.shrinkage, TOLERANCE).directions
-    seen = delta.T @ found
+        directions = essential_subspace(inputs, update, rank, METHOD.shrinkage, TOLERANCE).directions
+    seen = update.T @ directions
     ridge = METHOD.shrinkage * inputs.square().sum() / inputs.shape[1]
     held = (inputs @ seen).square().sum() + ridge * seen.square().sum()
-    return float(held / essential_subspace(inputs, delta, rank, METHOD.shrinkage).squares.sum())
+    return float(held / essential_subspace(inputs, update, rank, METHOD.shrinkage).squares.sum())
 
 
 def best(work: Callable, rounds: int = 2) -> float:
-    """The shortest of some runs, in seconds."""
+    """Return the shortest of some runs, in seconds."""
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -165,7 +167,7 @@ def best(work: Callable, rounds: int = 2) -> float:
 def write_problem(
     folder: Path, rows: int, columns: int, tasks: int, depth: int, adapters: bool = False
 ) -> tuple[SimpleNamespace, dict[str, ActivationStatistics]]:
-    """What pass one is given: a plan over files, and statistics."""
+    """Write the inputs of pass one: a plan over files, and statistics."""
     draw = torch.Generator().manual_seed(0)
     names = [f"layer.{i}.weight" for i in range(depth)]
     base = {name: torch.randn(rows, columns, generator=draw) / math.sqrt(columns) for name in names}
@@ -194,7 +196,7 @@ def write_problem(
 
 
 def floor(rows: int, columns: int, tasks: int, depth: int, device: torch.device) -> tuple[float, float, float]:
-    """Seconds for bytes, products and eigenproblems; operations are multiplications and additions."""
+    """Return seconds for bytes, products and eigenproblems; operations are multiplications and additions."""
     small, tokens = min(rows, columns), min(TOKENS, columns)
     rank = max(int(small * METHOD.rank_share) // tasks, 1)
     stacked = rank * tasks
@@ -214,14 +216,14 @@ def floor(rows: int, columns: int, tasks: int, depth: int, device: torch.device)
 
 @cache
 def product_rate(device: torch.device) -> float:
-    """Operations per second of a float64 product."""
+    """Measure the operations per second of a float64 product."""
     a = torch.randn(2048, 2048, dtype=torch.float64, device=device)
     return 2 * 2048**3 / best(lambda: a @ a, 4)
 
 
 @cache
 def eigen_seconds(size: int, wanted: int, device: torch.device) -> float:
-    """LAPACK's time, or the GPU library's, for the largest of the eigenpairs of a symmetric problem in float64."""
+    """Measure LAPACK's time, or the GPU library's, for the largest eigenpairs of a symmetric matrix in float64."""
     probe = torch.randn(size, size, dtype=torch.float64, device=device)
     probe = probe @ probe.T
     return best(lambda: largest_eigenpairs(probe, wanted), 2 if size > 2000 else 4)
@@ -229,7 +231,7 @@ def eigen_seconds(size: int, wanted: int, device: torch.device) -> float:
 
 @cache
 def file_rates() -> tuple[float, float]:
-    """Bytes per second read from a file that was just written, as those of the problems are, and written to one."""
+    """Measure the bytes per second read from a file that was just written, and written to a file."""
     tensor = torch.zeros(2**26)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.safetensors"
@@ -245,21 +247,21 @@ def file_rates() -> tuple[float, float]:
     return tensor.nbytes / reading, tensor.nbytes / writing
 
 
-def merge_literally(deltas: list[Tensor], inputs: list[Tensor]) -> Tensor:
-    """The default settings of ESM, one thin SVD after the other, float32."""
-    rows, columns = deltas[0].shape
-    rank = max(int(min(rows, columns) * METHOD.rank_share) // len(deltas), 1)
+def merge_literally(updates: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """Merge by ESM with default settings, one thin SVD after the other, float32."""
+    rows, columns = updates[0].shape
+    rank = max(int(min(rows, columns) * METHOD.rank_share) // len(updates), 1)
     left, values, right = [], [], []
-    for delta, x in zip(deltas, inputs, strict=True):
+    for update, x in zip(updates, inputs, strict=True):
         ridge = METHOD.shrinkage * x.square().sum() / columns
         augmented = torch.cat([x, ridge.sqrt() * torch.eye(columns, device=x.device)])
-        essential = torch.linalg.svd(augmented @ delta.T, full_matrices=False)[2][:rank].T
-        u, s, v = torch.linalg.svd(essential.T @ delta, full_matrices=False)
+        essential = torch.linalg.svd(augmented @ update.T, full_matrices=False)[2][:rank].T
+        u, s, v = torch.linalg.svd(essential.T @ update, full_matrices=False)
         left, values, right = [*left, essential @ u], [*values, s], [*right, v]
     u, _, v = torch.linalg.svd(torch.cat(left, dim=1), full_matrices=False)
     p, _, q = torch.linalg.svd(torch.cat(right), full_matrices=False)
     merged = (u @ v * torch.cat(values)) @ (p @ q)
-    norm = torch.stack([delta.norm() for delta in deltas]).norm()
-    total = sum(deltas[1:], start=deltas[0])
+    norm = torch.stack([update.norm() for update in updates]).norm()
+    total = sum(updates[1:], start=updates[0])
     merged *= METHOD.factor * norm / merged.norm()
     return merged - total * share_subtracted(METHOD.sum_subtracted, total.norm(), norm)

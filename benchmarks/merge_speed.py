@@ -1,14 +1,14 @@
-"""How long an ESM merge takes, against the literal formulas in the same run.
+"""Time an ESM merge against the literal formulas, in the same run.
 
     python benchmarks/merge_speed.py                        single layers from 384 to 4096 x 11008; see layer_speed.py
     python benchmarks/merge_speed.py FOLDER [--rounds 3]    a whole merge of the suite, calibration included
 
-FOLDER is the one that benchmarks/suite.py describes. There, the literal side is what the formulas say, written down
-plainly: each expert loaded, run over the same proxies with hooks that keep every layer's input `X`, then in float32
-and with the same threads LAPACK's thin SVD of `ΔO = X Δᵀ` itself for every task and layer, thin SVDs for both polar
-factors, and TSV-M by thin SVDs for the other matrices (embeddings among them). Both sides read the same checkpoints
-and end with the merged weights on disk. They run in turn, hf_esm also with `tolerance` 0.001, `--rounds` times; the
-ratios are taken round by round.
+benchmarks/suite.py describes FOLDER. The literal side of a whole merge writes the formulas down plainly. Each expert
+is loaded and run over the same samples, with hooks that keep every layer's input `X`. Then, in float32 and with the
+same threads, follow LAPACK's thin SVD of `ΔO = X Δᵀ` for every task and layer, thin SVDs for both polar factors, and
+TSV-M by thin SVDs for the other matrices, embeddings among them. Both sides read the same checkpoints and end with the
+merged weights on disk. They run in turn, hf_esm also with `tolerance` 0.001, `--rounds` times; ratios are taken round
+by round.
 """
 
 import argparse
@@ -30,28 +30,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hf_esm import merge_models
-from hf_esm.data.batches import collate
-from hf_esm.data.options import SampleOptions
-from hf_esm.data.rows import read_rows
-from hf_esm.data.samples import encode
+from hf_esm.data import SampleOptions, collate, encode, read_rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="of the suite; without it, single layers are measured")
     parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
+    args = parser.parse_args()
     logging.getLogger("hf_esm").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if given.folder is None:
+    if args.folder is None:
         measure_layers()
         return
-    tasks = sorted(path.name for path in (given.folder / "experts").iterdir() if path.is_dir())
-    proxies = {}
+    tasks = sorted(path.name for path in (args.folder / "experts").iterdir() if path.is_dir())
+    samples = {}
     for task in tasks:
-        rows = json.loads(gzip.decompress((given.folder / "data" / f"{task}.json.gz").read_bytes()))["validation"]
-        proxies[task] = [{k: v for k, v in row.items() if k != "label"} for row in rows]
+        rows = json.loads(gzip.decompress((args.folder / "data" / f"{task}.json.gz").read_bytes()))["validation"]
+        samples[task] = [{k: v for k, v in row.items() if k != "label"} for row in rows]
 
     sides = {
         "hf_esm": partial(merge, "esm"),
@@ -59,14 +56,14 @@ def main() -> None:
         "literal formulas": merge_literally,
     }
     taken: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(given.rounds):
+    for _ in range(args.rounds):
         for side, run in sides.items():
-            parts, seconds = timed(run, given.folder, tasks, proxies)
+            parts, seconds = timed(run, args.folder, tasks, samples)
             taken[side].append(seconds)
             print(f"{side} {seconds:.1f} s {parts}", flush=True)
     print(f"\n{len(tasks)} experts, {torch.get_num_threads()} threads, medians, and ratios of the literal side")
     for side, seconds in taken.items():
-        ratios = [literal / own for literal, own in zip(taken["literal formulas"], seconds, strict=True)]
+        ratios = [literal / took for literal, took in zip(taken["literal formulas"], seconds, strict=True)]
         spread = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
         print(f"{side:18}{statistics.median(seconds):6.1f} s  {spread}")
 
@@ -77,7 +74,7 @@ def timed(run: Any, *arguments: Any) -> tuple[dict[str, float], float]:
     return {name: round(seconds, 1) for name, seconds in parts.items()}, time.perf_counter() - start
 
 
-def merge(method: Any, folder: Path, tasks: list[str], proxies: dict[str, list]) -> dict[str, float]:
+def merge(method: Any, folder: Path, tasks: list[str], samples: dict[str, list]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         experts = {task: folder / "experts" / task for task in tasks}
         output = str(Path(scratch) / "merged")
@@ -85,7 +82,7 @@ def merge(method: Any, folder: Path, tasks: list[str], proxies: dict[str, list])
             folder / "base",
             experts,
             method=method,
-            calibration=proxies,
+            calibration=samples,
             output_dir=output,
             max_length=96,
             progress=False,
@@ -93,33 +90,33 @@ def merge(method: Any, folder: Path, tasks: list[str], proxies: dict[str, list])
     return result.seconds
 
 
-def merge_literally(folder: Path, tasks: list[str], proxies: dict[str, list]) -> dict[str, float]:
-    """The formulas of ESM (default settings) and of the TSV-M fallback, one thin SVD after the other."""
+def merge_literally(folder: Path, tasks: list[str], samples: dict[str, list]) -> dict[str, float]:
+    """Merge by the formulas of ESM and, for matrices without inputs, of TSV-M, by one thin SVD after the other."""
     seconds: dict[str, float] = defaultdict(float)
     start = time.perf_counter()
     base = transformers.AutoModel.from_pretrained(folder / "base").state_dict()
     processor = transformers.AutoTokenizer.from_pretrained(folder / "base")
-    deltas: dict[str, list[Tensor]] = defaultdict(list)
+    updates: dict[str, list[Tensor]] = defaultdict(list)
     inputs: dict[str, list[Tensor]] = defaultdict(list)
     for task in tasks:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "experts" / task).eval()
         options = SampleOptions(max_length=96)
-        samples = encode(read_rows(proxies[task], task, options), processor, model.config, task, options)
-        for name, rows in layer_inputs(model.base_model, model, samples).items():
+        encoded = encode(read_rows(samples[task], task, options), processor, model.config, task, options)
+        for name, rows in layer_inputs(model.base_model, model, encoded).items():
             inputs[f"{name}.weight"].append(rows)
         for name, weight in model.base_model.state_dict().items():
             if not name.startswith("pooler") and weight.is_floating_point():
-                deltas[name].append(weight - base[name])
+                updates[name].append(weight - base[name])
     seconds["calibrating"] = time.perf_counter() - start
     merged = {}
-    for name, found in deltas.items():
+    for name, stack in updates.items():
         start = time.perf_counter()
-        if found[0].dim() < 2:
-            merged[name], kind = torch.stack(found).mean(0), "averaging"
+        if stack[0].dim() < 2:
+            merged[name], kind = torch.stack(stack).mean(0), "averaging"
         elif name in inputs:
-            merged[name], kind = essential_merge(found, inputs[name], seconds), "esm"
+            merged[name], kind = essential_merge(stack, inputs[name], seconds), "esm"
         else:
-            merged[name], kind = task_singular_vectors(found), "tsv-m"
+            merged[name], kind = task_singular_vectors(stack), "tsv-m"
         seconds[kind] += time.perf_counter() - start
     with tempfile.TemporaryDirectory() as scratch:
         save_file({name: base[name] + update for name, update in merged.items()}, Path(scratch) / "merged.safetensors")
@@ -128,7 +125,7 @@ def merge_literally(folder: Path, tasks: list[str], proxies: dict[str, list]) ->
 
 @torch.no_grad()
 def layer_inputs(body: nn.Module, model: nn.Module, samples: list) -> dict[str, Tensor]:
-    """Every real token that entered each linear map of the body's encoder, `[n, d_in]`."""
+    """Record every real token that each linear map of the body's encoder reads, `[n, d_in]`."""
     found: dict[str, list[Tensor]] = defaultdict(list)
     mask: list[Tensor] = []
 
@@ -151,26 +148,26 @@ def polar(matrix: Tensor) -> Tensor:
     return left @ right * values.mean()
 
 
-def essential_merge(deltas: list[Tensor], inputs: list[Tensor], seconds: dict[str, float]) -> Tensor:
-    rank = max(deltas[0].shape[0] // len(deltas), 1)
+def essential_merge(updates: list[Tensor], inputs: list[Tensor], seconds: dict[str, float]) -> Tensor:
+    rank = max(updates[0].shape[0] // len(updates), 1)
     directions, coordinates = [], []
-    for delta, rows in zip(deltas, inputs, strict=True):
+    for update, rows in zip(updates, inputs, strict=True):
         start = time.perf_counter()
-        _, values, right = torch.linalg.svd(rows @ delta.T, full_matrices=False)
+        _, values, right = torch.linalg.svd(rows @ update.T, full_matrices=False)
         seconds["of which SVD of the output shifts"] += time.perf_counter() - start
         weights = values[:rank].square() ** 0.15
         essential = right[:rank].T * (weights / weights.mean())
         directions.append(essential)
-        coordinates.append(essential.T @ delta)
+        coordinates.append(essential.T @ update)
     start = time.perf_counter()
     merged = polar(torch.cat(directions, dim=1)) @ polar(torch.cat(coordinates))
     seconds["of which polar factors"] += time.perf_counter() - start
     return merged
 
 
-def task_singular_vectors(deltas: list[Tensor]) -> Tensor:
-    rank = max(min(deltas[0].shape) // len(deltas), 1)
-    triplets = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
+def task_singular_vectors(updates: list[Tensor]) -> Tensor:
+    rank = max(min(updates[0].shape) // len(updates), 1)
+    triplets = [torch.linalg.svd(update, full_matrices=False) for update in updates]
     values = torch.cat([s[:rank] for _, s, _ in triplets])
     left, _, left_turn = torch.linalg.svd(torch.cat([u[:, :rank] for u, _, _ in triplets], dim=1), full_matrices=False)
     right, _, right_turn = torch.linalg.svd(torch.cat([v[:rank] for _, _, v in triplets]), full_matrices=False)

@@ -1,21 +1,23 @@
-"""How long the forward pass of a routed model takes, against the static model and against other ways, in one run.
+"""Time the forward pass of a routed model against the static model and other implementations, in one run.
 
     python benchmarks/routed_forward.py FOLDER [--rank 32] [--batch-size 32] [--rounds 15]
 
-FOLDER is the one that benchmarks/suite.py describes. One batch of test rows that mixes all tasks runs through
+benchmarks/suite.py describes FOLDER. One batch of test rows that mixes all tasks runs in turn through
 
     static                  the merged model alone
-    known                   the routed model, each sample's task given (`route`)
+    known                   the routed model, the task of each sample named (`route`)
     decided                 the routed model, the router deciding
-    dense                   one dense update per task and layer, the sample's own picked, as published for ESM++
-    PEFT, known             the same experts as LoRA adapters, `adapter_names` one per sample
-    PEFT Arrow              the same adapters, PEFT's own per-token router
+    dense                   one dense update per task and layer, chosen per sample, as published for ESM++
+    PEFT, known             the same experts as LoRA adapters, one of `adapter_names` per sample
+    PEFT Arrow              the same adapters with PEFT's per-token router
 
-in turn, `--rounds` times; every time is divided by the static one of the same round, and the median and the range of
-the ratios are printed. Then the first three again on a GPU, where one is found, else on the CPU, in float32 and in
-bfloat16, compiled (`fullgraph=True`) and not, each beside the static model of its kind; with each task's own head,
-accuracy on 100 test rows per task of the static model, both routed ones, and Arrow; how the time grows with tasks and
-samples; the size on disk; parameters added per task.
+`--rounds` times. Every time is divided by that of the static model in the same round; the median and the range of the
+ratios are printed. Then follow:
+
+- the first three again, in float32 and in bfloat16, compiled (`fullgraph=True`) and not, on a GPU if there is one,
+  else on the CPU, each against the static model of the same precision;
+- the accuracy on 100 test rows per task, with each task's head, of the static model, both routed ones, and Arrow;
+- how the time grows with tasks and samples, the size on disk, and the parameters added per task.
 """
 
 import argparse
@@ -39,14 +41,12 @@ from peft import ArrowConfig, PeftModel, create_arrow_model
 from torch import Tensor, nn
 
 from hf_esm import RoutedModel, merge_models
-from hf_esm.checkpoints.heads import attach_head
-from hf_esm.data.batches import collate
-from hf_esm.data.options import SampleOptions
-from hf_esm.metrics import load_labelled
-from hf_esm.metrics.scores import accuracy
+from hf_esm.checkpoints import attach_head
+from hf_esm.data import SampleOptions, collate
+from hf_esm.metrics import accuracy, load_labelled
 from hf_esm.routing.experts import load_experts
-from hf_esm.tuners.routed.model import route
-from hf_esm.utils.distributed import default_accelerator
+from hf_esm.tuners import route
+from hf_esm.utils import default_accelerator
 
 
 def main() -> None:
@@ -55,22 +55,22 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
-    given = parser.parse_args()
+    args = parser.parse_args()
     logging.getLogger("hf_esm").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    tasks = sorted(path.name for path in (given.folder / "experts").iterdir() if path.is_dir())
+    tasks = sorted(path.name for path in (args.folder / "experts").iterdir() if path.is_dir())
     rows = {
-        task: json.loads(gzip.decompress((given.folder / "data" / f"{task}.json.gz").read_bytes())) for task in tasks
+        task: json.loads(gzip.decompress((args.folder / "data" / f"{task}.json.gz").read_bytes())) for task in tasks
     }
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "routed"
         merge_models(
-            given.folder / "base",
-            {task: given.folder / "experts" / task for task in tasks},
+            args.folder / "base",
+            {task: args.folder / "experts" / task for task in tasks},
             method="esm++",
-            rank=given.rank,
+            rank=args.rank,
             calibration={
                 t: [{k: v for k, v in r.items() if k != "label"} for r in rows[t]["validation"]] for t in tasks
             },
@@ -83,7 +83,7 @@ def main() -> None:
         mixed = PeftModel.from_pretrained(bare(output), str(adapters[tasks[0]]), adapter_name=tasks[0])
         for task in tasks[1:]:
             mixed.load_adapter(str(adapters[task]), adapter_name=task)
-        # Arrow's own choice of modules would take BERT's pooler for one of them, and fail on it.
+        # Arrow would also route BERT's pooler, and fail on it.
         unpooled = transformers.AutoModel.from_pretrained(output, add_pooling_layer=False).eval()
         arrow = create_arrow_model(unpooled, [str(path) for path in adapters.values()], ArrowConfig(top_k=1))
         dense = materialised(bare(output), output)
@@ -93,7 +93,7 @@ def main() -> None:
             task: load_labelled(rows[task]["test"], routed.processor, routed.task_model(task).config, task, options)
             for task in tasks
         }
-        names = [tasks[i % len(tasks)] for i in range(given.batch_size)]
+        names = [tasks[i % len(tasks)] for i in range(args.batch_size)]
         samples = [test[name].samples[i // len(tasks)] for i, name in enumerate(names)]
         batch = collate(samples, routed.model.get_base_model().config)
         chosen = torch.tensor([tasks.index(name) for name in names])
@@ -115,20 +115,20 @@ def main() -> None:
             "PEFT, known": lambda: mixed.eval()(**batch, adapter_names=names),
             "PEFT Arrow": lambda: arrow.eval()(**batch),
         }
-        seconds = measure(ways, given.rounds)
-        print(f"rank {given.rank}, {len(tasks)} tasks, batch {tuple(batch['input_ids'].shape)}, ", end="")
+        seconds = measure(ways, args.rounds)
+        print(f"rank {args.rank}, {len(tasks)} tasks, batch {tuple(batch['input_ids'].shape)}, ", end="")
         print(f"{torch.get_num_threads()} threads: static {1000 * statistics.median(seconds['static']):.0f} ms")
         for name in ways:
-            ratios = [own / one for own, one in zip(seconds[name], seconds["static"], strict=True)]
+            ratios = [routed / plain for routed, plain in zip(seconds[name], seconds["static"], strict=True)]
             print(f"  {name:12} {statistics.median(ratios):5.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-        ratios = [one / own for own, one in zip(seconds["known"], seconds["dense"], strict=True)]
+        ratios = [dense / routed for routed, dense in zip(seconds["known"], seconds["dense"], strict=True)]
         print(f"  dense against known: {statistics.median(ratios):.1f}")
         with torch.no_grad(), routed.route(names):
             apart = (routed(**batch).last_hidden_state - ways["PEFT, known"]().last_hidden_state).abs().max()
             dense_apart = (known().last_hidden_state - picked().last_hidden_state).abs().max()
         print(f"  known and PEFT known differ by {float(apart):.1e}, known and dense by {float(dense_apart):.1e}")
 
-        measure_kinds(output, batch, names, given.rounds)
+        measure_kinds(output, batch, names, args.rounds)
         scores = {"static": 0.0, "known": 0.0, "decided": 0.0, "PEFT Arrow": 0.0}
         for task in tasks:
             for name, forced in (("static", "static"), ("known", task), ("decided", None)):
@@ -138,7 +138,7 @@ def main() -> None:
                 tasks
             )
         print("  accuracy: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in scores.items()))
-        measure_growth(output, Path(scratch), batch, given.rounds)
+        measure_growth(output, Path(scratch), batch, args.rounds)
         size = (output / "routed" / "adapter_model.safetensors").stat().st_size
         added = sum(a[0].numel() + b[0].numel() for a, b in load_experts(output).factors.values())
         whole = sum(parameter.numel() for parameter in static.parameters())
@@ -146,34 +146,38 @@ def main() -> None:
 
 
 def measure_kinds(output: Path, batch: dict[str, Tensor], names: list[str], rounds: int) -> None:
-    """Print the routed forward pass against the static one by precision, compiled and not, where models would run."""
+    """Print the time of the routed forward pass against the static one, by precision, compiled and not."""
     device = default_accelerator().device
     if device.type == "cpu":
-        print("  No GPU was found: there are no rows of one.")
+        print("  No GPU was found.")
     batch = send_to_device(batch, device)
     for dtype in (torch.float32, torch.bfloat16):
         routed = RoutedModel.from_pretrained(output, dtype=dtype).to(device)
         static = bare(output).to(device, dtype)
         for how, prepared in (("eager", lambda model: model), ("compiled", partial(torch.compile, fullgraph=True))):
-            one, other = prepared(static), prepared(routed.model)
+            plain, experts = prepared(static), prepared(routed.model)
 
-            def known(routed: RoutedModel = routed, other: Any = other) -> Any:
+            def known(routed: RoutedModel = routed, experts: Any = experts) -> Any:
                 with routed.route(names):
-                    return other(**batch)
+                    return experts(**batch)
 
-            ways = {"static": lambda one=one: one(**batch), "known": known, "decided": lambda o=other: o(**batch)}
+            ways = {
+                "static": lambda plain=plain: plain(**batch),
+                "known": known,
+                "decided": lambda experts=experts: experts(**batch),
+            }
             seconds = measure(ways, rounds)
-            told = f"  {device.type} {str(dtype).removeprefix('torch.')} {how}: "
-            told += f"static {1000 * statistics.median(seconds['static']):.1f} ms"
+            line = f"  {device.type} {str(dtype).removeprefix('torch.')} {how}: "
+            line += f"static {1000 * statistics.median(seconds['static']):.1f} ms"
             for name in ("known", "decided"):
-                ratios = [own / one for own, one in zip(seconds[name], seconds["static"], strict=True)]
-                told += f", {name} {statistics.median(ratios):.2f}"
-            print(told, flush=True)
+                ratios = [routed / plain for routed, plain in zip(seconds[name], seconds["static"], strict=True)]
+                line += f", {name} {statistics.median(ratios):.2f}"
+            print(line, flush=True)
 
 
 def measure_growth(output: Path, scratch: Path, batch: dict[str, Tensor], rounds: int) -> None:
-    """Print how the forward pass with known routes grows with tasks (each expert stands eight times) and with samples;
-    in whole texts, and token by token, as in generation.
+    """Print how the time with known routes grows with tasks (each expert repeated eight times) and with samples, for
+    whole texts and for single tokens, as in generation.
     """
     experts, models = load_experts(output), {}
     for times in (1, 8):
@@ -182,9 +186,9 @@ def measure_growth(output: Path, scratch: Path, batch: dict[str, Tensor], rounds
             tasks=[f"{task}-{i}" for i in range(times) for task in experts.tasks],
             factors={m: (a.repeat(times, 1, 1), b.repeat(times, 1, 1)) for m, (a, b) in experts.factors.items()},
             features={
-                f"{task}-{i}": {module: rows.clone() for module, rows in found.items()}
+                f"{task}-{i}": {module: rows.clone() for module, rows in features.items()}
                 for i in range(times)
-                for task, found in experts.features.items()
+                for task, features in experts.features.items()
             },
         )
         folder = scratch / f"wide-{times}"
@@ -205,9 +209,9 @@ def measure_growth(output: Path, scratch: Path, batch: dict[str, Tensor], rounds
 
                 ways[f"{tasks} tasks"] = known
             seconds = measure(ways, rounds)
-            found = {name: statistics.median(own) for name, own in seconds.items()}
-            told = ", ".join(f"{name} {1000 * own:.1f} ms" for name, own in found.items())
-            print(f"  {size} samples of {length} tokens: {told}")
+            medians = {name: statistics.median(times) for name, times in seconds.items()}
+            line = ", ".join(f"{name} {1000 * median:.1f} ms" for name, median in medians.items())
+            print(f"  {size} samples of {length} tokens: {line}")
 
 
 def bare(folder: Path) -> transformers.PreTrainedModel:
@@ -223,13 +227,13 @@ def measure(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[f
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if turn >= 2:  # the first warm up
+            if turn >= 2:  # the first two are warm-up
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 class Dense(nn.Module):
-    """A linear map with one dense update per task, of which each sample gets its own."""
+    """A linear map with a dense update per task; each sample gets the update of its task."""
 
     chosen: Tensor
 

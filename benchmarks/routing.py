@@ -1,20 +1,20 @@
-"""ESM++ on a folder of real tasks: accuracy by router, rank and number of proxies, and how good the routes are.
+"""Measure ESM++ on real tasks: accuracy by router, rank and number of samples, and how good the routes are.
 
-    python benchmarks/routing.py FOLDER [--proxies 32 128] [--ranks 8 32] [--json results.json]
+    python benchmarks/routing.py FOLDER [--samples 32 128] [--ranks 8 32] [--json results.json]
 
-FOLDER is the one that benchmarks/suite.py describes. Rows, proxies and α are chosen as there, from the validation
-split (α for the static model, once per number of proxies); the test rows (400 per task, one fixed sample; all of them
-with `--num-test 0`) are read after every choice. Accuracies are normalised by the experts, mean over tasks:
+benchmarks/suite.py describes FOLDER. As there, rows, samples and α are chosen from the validation split (α for the
+static model, once per number of samples). The test rows (400 per task, one fixed draw; all with `--num-test 0`) are
+read after every choice. Accuracies are normalised by the experts', mean over tasks:
 
-    heads given       the router picks the expert, the head is the task's
-    found             the router picks expert and head; a sample of a task that was not found counts as wrong
-    against static    the difference to the static model the experts stand on, heads given, with a 95 % interval from
-                      a paired bootstrap over the test rows
-    task found        share of samples whose likeliest task is theirs
-    sure              share of samples whose task counts as found
-    right if sure     share of those whose task it is
-    foreign           with each task's expert taken out in turn: share of that task's rows that count as of no task,
-                      and the accuracy with its own head, against the static model's
+    heads named       the router chooses the expert, the caller names the head
+    nothing named     the router chooses expert and head; a sample whose task is not found counts as wrong
+    against static    the difference to the static model of the same merge, heads named, with a 95 % interval from a
+                      paired bootstrap over the test rows
+    task found        share of samples whose likeliest task is their task
+    sure              share of samples for which the router is sure of a task
+    right if sure     share of these whose task it is
+    foreign           with each task's expert removed in turn: share of that task's rows that belong to none of the
+                      tasks by the router, and the accuracy with the task's head, against the static model's
 """
 
 import argparse
@@ -32,13 +32,13 @@ import transformers
 from torch import Tensor
 
 from hf_esm import RoutedModel, merge_models
-from hf_esm.checkpoints.heads import attach_head
-from hf_esm.data.options import SampleOptions
+from hf_esm.checkpoints import attach_head
+from hf_esm.data import SampleOptions
 from hf_esm.metrics import LabelledSamples, load_labelled
 from hf_esm.metrics.outputs import classes_of
 
 
-# Name, features, and what the experts' directions are of.
+# Name, the model that features are of, what the experts' directions are of.
 ROUTERS = (
     ("discriminant", "merged", "update"),
     ("discriminant", "merged", "residual"),
@@ -50,39 +50,39 @@ ROUTERS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--proxies", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--samples", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--num-test", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    args = parser.parse_args()
     logging.getLogger("hf_esm").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    tasks = sorted(path.name for path in (given.folder / "experts").iterdir() if path.is_dir())
-    experts = {task: given.folder / "experts" / task for task in tasks}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(given.folder / "base")
-    options = SampleOptions(num_samples=given.num_test, seed=7, max_length=96)
-    proxies, validation, test, own = {}, {}, {}, {}
+    tasks = sorted(path.name for path in (args.folder / "experts").iterdir() if path.is_dir())
+    experts = {task: args.folder / "experts" / task for task in tasks}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder / "base")
+    options = SampleOptions(num_samples=args.num_test, seed=7, max_length=96)
+    samples, validation, test, expert_accuracy = {}, {}, {}, {}
     for task in tasks:
-        rows = json.loads(gzip.decompress((given.folder / "data" / f"{task}.json.gz").read_bytes()))
-        shuffled = random.Random(given.seed).sample(rows["validation"], len(rows["validation"]))
+        rows = json.loads(gzip.decompress((args.folder / "data" / f"{task}.json.gz").read_bytes()))
+        shuffled = random.Random(args.seed).sample(rows["validation"], len(rows["validation"]))
         validation[task] = shuffled[:60]
-        proxies[task] = [{k: v for k, v in row.items() if k != "label"} for row in shuffled[60:]]
+        samples[task] = [{k: v for k, v in row.items() if k != "label"} for row in shuffled[60:]]
         expert = transformers.AutoModelForSequenceClassification.from_pretrained(experts[task]).eval()
         test[task] = load_labelled(rows["test"], tokenizer, expert.config, task, options)
-        own[task] = float(hits(expert, test[task]).mean())
+        expert_accuracy[task] = float(hits(expert, test[task]).mean())
 
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for count in given.proxies:
+        for count in args.samples:
             alpha, statistics = None, Path(scratch) / f"statistics-{count}"
-            for rank in given.ranks:
+            for rank in args.ranks:
                 for router, features, directions in ROUTERS:
                     known = statistics.is_dir()
                     merged = merge_models(
-                        given.folder / "base",
+                        args.folder / "base",
                         experts,
                         method={
                             "name": "esm++",
@@ -92,12 +92,12 @@ def main() -> None:
                         },
                         rank=rank,
                         # Statistics hold no samples: the router's features on the merged model need them again.
-                        calibration=statistics if known and features == "base" else proxies,
+                        calibration=statistics if known and features == "base" else samples,
                         statistics_dir=None if known else str(statistics),
                         validation=validation if alpha is None else None,
                         alpha="auto" if alpha is None else alpha,
                         num_samples=count,
-                        seed=given.seed,
+                        seed=args.seed,
                         max_length=96,
                         output_dir=str(Path(scratch) / f"{count}-{rank}-{router}-{features}-{directions}"),
                         progress=False,
@@ -108,18 +108,18 @@ def main() -> None:
                     if router == "discriminant" and features == "merged":
                         if directions == "update":
                             static = score(model, test, "static")
-                            if rank == given.ranks[0]:
-                                report(results, count, alpha, 0, "static", static, static, own)
-                        given_task = score(model, test, "oracle")
-                        report(results, count, alpha, rank, f"oracle, {directions}", given_task, static, own)
-                    row = report(results, count, alpha, rank, title, score(model, test), static, own)
-                    row |= routes(model, test, own)
-                    if (router, features, rank) == ("discriminant", "merged", given.ranks[0]):
+                            if rank == args.ranks[0]:
+                                report(results, count, alpha, 0, "static", static, static, expert_accuracy)
+                        oracle = score(model, test, "oracle")
+                        report(results, count, alpha, rank, f"oracle, {directions}", oracle, static, expert_accuracy)
+                    row = report(results, count, alpha, rank, title, score(model, test), static, expert_accuracy)
+                    row |= routes(model, test, expert_accuracy)
+                    if (router, features, rank) == ("discriminant", "merged", args.ranks[0]):
                         row["foreign"] = foreign(model, test, Path(scratch) / f"without-{title}-{count}", static)
                     print(row, flush=True)
     print("\n" + markdown(results))
-    if given.json:
-        given.json.write_text(json.dumps({"seed": given.seed, "rows": results}, indent=1) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps({"seed": args.seed, "rows": results}, indent=1) + "\n")
 
 
 def hits(model: Any, data: LabelledSamples) -> Tensor:
@@ -135,10 +135,10 @@ def score(model: RoutedModel, test: dict[str, LabelledSamples], mode: str = "") 
 
 
 def report(
-    results: list, proxies: int, alpha: float, rank: int, router: str, found: dict, static: dict, own: dict
+    results: list, samples: int, alpha: float, rank: int, router: str, found: dict, static: dict, expert_accuracy: dict
 ) -> dict[str, Any]:
     def normalised(rows: dict[str, Tensor]) -> float:
-        return sum(float(rows[task].mean()) / own[task] for task in own) / len(own)
+        return sum(float(rows[task].mean()) / expert_accuracy[task] for task in expert_accuracy) / len(expert_accuracy)
 
     generator = torch.Generator().manual_seed(0)
     differences = []
@@ -149,11 +149,11 @@ def report(
     low, high = torch.tensor(differences).quantile(torch.tensor([0.025, 0.975])).tolist()
     results.append(
         {
-            "proxies": proxies,
+            "samples": samples,
             "alpha": alpha,
             "rank": rank,
             "router": router,
-            "heads given": normalised(found),
+            "heads named": normalised(found),
             "against static": (normalised(found) - normalised(static), low, high),
             "by task": {task: float(rows.mean()) for task, rows in found.items()},
         }
@@ -161,8 +161,8 @@ def report(
     return results[-1]
 
 
-def routes(model: RoutedModel, test: dict[str, LabelledSamples], own: dict[str, float]) -> dict[str, Any]:
-    """How good the routes are, and accuracy with nothing given."""
+def routes(model: RoutedModel, test: dict[str, LabelledSamples], expert_accuracy: dict[str, float]) -> dict[str, Any]:
+    """Measure how good the routes are, and the accuracy where neither head nor task is named."""
     found, sure, right, end = [], [], [], {}
     confidence: list[float] = []
     for task, data in test.items():
@@ -181,7 +181,7 @@ def routes(model: RoutedModel, test: dict[str, LabelledSamples], own: dict[str, 
     for value, good in zip(confidence, found, strict=True):
         sums[min(int(value * 10), 9)] += good - value
     return {
-        "found": sum(end[task] / own[task] for task in own) / len(own),
+        "nothing named": sum(end[task] / expert_accuracy[task] for task in expert_accuracy) / len(expert_accuracy),
         "task found": sum(found) / len(found),
         "sure": sum(sure) / len(sure),
         "right if sure": sum(right) / max(len(right), 1),
@@ -192,8 +192,8 @@ def routes(model: RoutedModel, test: dict[str, LabelledSamples], own: dict[str, 
 def foreign(
     model: RoutedModel, test: dict[str, LabelledSamples], folder: Path, static: dict[str, Tensor]
 ) -> dict[str, tuple[float, float]]:
-    """With each task taken out in turn: the share of its rows that count as of no task, and how much more of them are
-    right than by the static model, with the task's own head.
+    """Return by task, with its expert removed: the share of its rows that count as belonging to none of the tasks, and
+    the accuracy with the task's head, minus the static model's.
     """
     found = {}
     for task, data in test.items():
@@ -205,8 +205,16 @@ def foreign(
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    columns = ("heads given", "against static", "found", "task found", "sure", "right if sure", "calibration error")
-    lines = ["| proxies | α | rank | router | " + " | ".join(columns) + " |", "|---" * (len(columns) + 4) + "|"]
+    columns = (
+        "heads named",
+        "against static",
+        "nothing named",
+        "task found",
+        "sure",
+        "right if sure",
+        "calibration error",
+    )
+    lines = ["| samples | α | rank | router | " + " | ".join(columns) + " |", "|---" * (len(columns) + 4) + "|"]
     for row in rows:
         cells = []
         for column in columns:
@@ -216,14 +224,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             else:
                 cells.append("" if value is None else f"{100 * value:.1f}")
         rank = row["rank"] or ""
-        lines.append(f"| {row['proxies']} | {row['alpha']:g} | {rank} | {row['router']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {row['samples']} | {row['alpha']:g} | {rank} | {row['router']} | " + " | ".join(cells) + " |")
     for row in rows:
         if "foreign" in row:
             by_task = ", ".join(f"{task} {100 * n:.0f} and {100 * d:+.1f}" for task, (n, d) in row["foreign"].items())
             none, difference = (100 * sum(found) / len(found) for found in zip(*row["foreign"].values(), strict=True))
             lines.append(
-                f"\nForeign rows, {row['proxies']} proxies, {row['router']}: {none:.0f} % count as of no task; "
-                f"accuracy {difference:+.1f} against the static model ({by_task})."
+                f"\nForeign rows, {row['samples']} samples, {row['router']}: {none:.0f} % belong to none "
+                f"of the tasks; accuracy {difference:+.1f} against the static model ({by_task})."
             )
     return "\n".join(lines)
 

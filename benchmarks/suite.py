@@ -1,4 +1,4 @@
-"""Every method on a folder of real tasks and experts, by `hf_esm.compare`: the table, intervals, pictures, a report.
+"""Compare every method on a folder of real tasks and experts: table, intervals, pictures, report (`hf_esm.compare`).
 
     python benchmarks/suite.py FOLDER [--methods esm tsv-m …] [--seeds 0 1 2] [--output report]
     python benchmarks/suite.py FOLDER --subsets --methods esm tsv-m iso-c iso-cts
@@ -16,10 +16,9 @@ data set (from the Hub: `stanfordnlp/sst2`, `CogComp/trec`, `SetFit/subj`, `nyu-
 `AutoModelForSequenceClassification` per task from `base/` with Transformers' `Trainer`: 400 steps of batch 32
 (banking77: 700), learning rate 1e-4 or so, embeddings frozen.
 
-What is chosen on what: proxies and the rows that α is chosen on come from the validation split (32 unlabelled rows per
-task for every seed, and 60 labelled ones that are never proxies); α by `alpha="auto"`. The test split (400 rows per
-task, one fixed sample) is read once, after every choice. `--subsets` does the same for twelve fixed subsets, six of 4
-tasks and six of 6, and prints one line for each.
+Choices are made on the validation split: 32 unlabelled samples per task for every seed, and 60 labelled rows, none of
+them a sample, for α (`alpha="auto"`). The test split (400 rows per task, one fixed draw) is read once, after every
+choice. `--subsets` compares on twelve fixed subsets of the tasks, six of 4 and six of 6, and prints a line for each.
 """
 
 import argparse
@@ -36,7 +35,7 @@ import yaml
 from hf_esm import METHODS, Comparison, compare
 
 
-# What learns takes long: name it, as in `--methods "{name: concrete-task-arithmetic, steps: 200}"`.
+# Methods that learn take long: name them, as in `--methods "{name: concrete-task-arithmetic, steps: 200}"`.
 QUICK = ["esm", *(name for name in METHODS if name != "esm" and not name.startswith("concrete"))]
 QUICK.append("{name: esm++, router: oracle}")
 
@@ -46,58 +45,57 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--methods", nargs="+", default=QUICK, help="names, or settings as YAML (default: all quick)")
     parser.add_argument("--tasks", nargs="+", help="default: every folder in experts/")
-    parser.add_argument("--num-samples", type=int, default=32, help="proxy samples per task")
+    parser.add_argument("--num-samples", type=int, default=32, help="samples per task")
     parser.add_argument("--num-validation", type=int, default=60, help="labelled rows per task to choose alpha on")
     parser.add_argument("--num-test", type=int, default=400, help="test rows per task; 0 for all")
     parser.add_argument("--max-length", type=int, default=96)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the proxies")
-    parser.add_argument("--split-seed", type=int, default=0, help="of the rows that alpha is chosen on")
-    parser.add_argument("--alpha", choices=["auto", "default"], default="auto", help="default: needs no labels")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws other samples")
+    parser.add_argument("--split-seed", type=int, default=0, help="seed of the draw of rows that alpha is chosen on")
+    parser.add_argument("--alpha", choices=["auto", "default"], default="auto", help="default: without labels")
     parser.add_argument("--subsets", action="store_true", help="on twelve subsets of the tasks")
     parser.add_argument("--output", type=Path, default=Path("suite_report"), help="folder of the report and its cache")
-    given = parser.parse_args()
+    args = parser.parse_args()
     logging.getLogger("hf_esm").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
-    tasks = given.tasks or sorted(path.name for path in (given.folder / "experts").iterdir() if path.is_dir())
-    if not given.subsets:
-        print(compared(given, tasks, given.output))
+    tasks = args.tasks or sorted(path.name for path in (args.folder / "experts").iterdir() if path.is_dir())
+    if not args.subsets:
+        print(comparison_of(args, tasks, args.output))
         return
     for chosen in subsets(tasks):
-        found = compared(given, chosen, given.output / "-".join(chosen))
-        print(
-            f"{len(chosen)} tasks: " + ", ".join(f"{r.label} {100 * r.normalised:.1f}" for r in found.rows), flush=True
-        )
+        comparison = comparison_of(args, chosen, args.output / "-".join(chosen))
+        scores = ", ".join(f"{row.label} {100 * row.normalised:.1f}" for row in comparison.rows)
+        print(f"{len(chosen)} tasks: {scores}", flush=True)
 
 
 def subsets(tasks: list[str]) -> list[list[str]]:
-    """Six subsets of 4 tasks and six of 6, always the same."""
-    choice, found = random.Random(11), []
+    """Draw six subsets of 4 tasks and six of 6, always the same."""
+    generator, drawn = random.Random(11), []
     for size in (4, 6):
-        while sum(len(chosen) == size for chosen in found) < 6:
-            chosen = sorted(choice.sample(tasks, size))
-            found += [chosen] if chosen not in found else []
-    return found
+        while sum(len(subset) == size for subset in drawn) < 6:
+            subset = sorted(generator.sample(tasks, size))
+            drawn += [subset] if subset not in drawn else []
+    return drawn
 
 
-def compared(given: argparse.Namespace, tasks: list[str], output: Path) -> Comparison:
-    proxies, validation, test = {}, {}, {}
+def comparison_of(args: argparse.Namespace, tasks: list[str], output: Path) -> Comparison:
+    samples, validation, test = {}, {}, {}
     for task in tasks:
-        rows = json.loads(gzip.decompress((given.folder / "data" / f"{task}.json.gz").read_bytes()))
-        shuffled = random.Random(given.split_seed).sample(rows["validation"], len(rows["validation"]))
-        validation[task], rest = shuffled[: given.num_validation], shuffled[given.num_validation :]
-        proxies[task] = [{k: v for k, v in row.items() if k != "label"} for row in rest]
+        rows = json.loads(gzip.decompress((args.folder / "data" / f"{task}.json.gz").read_bytes()))
+        shuffled = random.Random(args.split_seed).sample(rows["validation"], len(rows["validation"]))
+        validation[task], rest = shuffled[: args.num_validation], shuffled[args.num_validation :]
+        samples[task] = [{k: v for k, v in row.items() if k != "label"} for row in rest]
         test[task] = rows["test"]
-    options: dict[str, Any] = {"validation": validation} if given.alpha == "auto" else {}
+    options: dict[str, Any] = {"validation": validation} if args.alpha == "auto" else {}
     return compare(
-        given.folder / "base",
-        {task: given.folder / "experts" / task for task in tasks},
-        methods=[yaml.safe_load(method) for method in given.methods],
-        calibration=proxies,
+        args.folder / "base",
+        {task: args.folder / "experts" / task for task in tasks},
+        methods=[yaml.safe_load(method) for method in args.methods],
+        calibration=samples,
         test=test,
-        seeds=given.seeds,
-        num_test=given.num_test,
-        num_samples=given.num_samples,
-        max_length=given.max_length,
+        seeds=args.seeds,
+        num_test=args.num_test,
+        num_samples=args.num_samples,
+        max_length=args.max_length,
         output_dir=output,
         **options,
     )
