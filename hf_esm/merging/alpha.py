@@ -1,6 +1,6 @@
 """Choosing α: the merged updates are put on the base at several scales, nothing is merged again."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from math import inf, isnan
 from typing import Any, Optional
@@ -14,7 +14,6 @@ from ..checkpoints import Checkpoint
 from ..errors import HfEsmError
 from ..metrics import LabelledSamples, Metric, load_labelled, resolve_metric, run
 from ..planning import MergeOptions, MergePlan
-from .run import MergeRun
 from .updates import MergedUpdates
 
 
@@ -116,23 +115,31 @@ def _number(found: Any) -> float:
 
 
 def choose_alpha(
-    plan: MergePlan, updates: MergedUpdates, labelled: dict, score_fn: Any, accelerator: Accelerator, run: MergeRun
+    plan: MergePlan,
+    updates: MergedUpdates,
+    labelled: Mapping[str, LabelledSamples],
+    score_fn: Any,
+    accelerator: Accelerator,
+    options: MergeOptions,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> tuple[float, dict[float, float]]:
-    """The given α, the method's own, or the best on validation, which the main process alone looks for."""
-    alpha = run.options.alpha
+    """Return the α that the options name, the method's default, or the best on validation rows, and scores by α.
+
+    Only the main process searches.
+    """
+    alpha = options.alpha
     if alpha != "auto" or not accelerator.is_main_process:
         return plan.method.default_alpha if alpha in (None, "auto") else float(alpha), {}
     models = CandidateModels(plan, accelerator.device, whole=callable(score_fn))
-    metric = resolve_metric(run.options.metric)
+    metric = resolve_metric(options.metric)
 
     def score(candidate: float) -> float:
         models.set_alpha(updates, candidate)
-        scores = score_candidates(models, labelled, score_fn, metric, run.options.batch_size)
+        scores = score_candidates(models, labelled, score_fn, metric, options.batch_size)
         return sum(scores.values()) / len(scores)
 
     share = score_fn is None and metric.is_share
     rows = sum(len(data.labels) for data in labelled.values()) if share else None
-    progress = run.progress("Choosing alpha")
     return search_alpha(score, progress, default=plan.method.default_alpha, rows=rows)
 
 

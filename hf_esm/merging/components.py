@@ -26,7 +26,7 @@ from ..data import Sample
 from ..errors import HfEsmError
 from ..linalg import essential_subspace, truncated_svd
 from ..methods import EssentialMerge, fuse_with_singular_values, share_subtracted
-from ..planning import MergeOptions, MergePlan, check_values, plan_merge
+from ..planning import MergeData, MergeOptions, MergePlan, check_values, plan_merge
 from ..tuners.essential import EssentialComponentsConfig, EssentialComponentsLayer
 from ..utils import default_accelerator, main_first, new_folder, together
 from .expert_statistics import gather_statistics
@@ -109,7 +109,7 @@ def essential_components(
         tuned = {_TASK: open_checkpoint(sources[_TASK], opened)}
         plan = plan_merge(opened, tuned, EssentialMerge(), options.heads, sources=sources)
         processors = find_processors(sources, processor, options.trust_remote_code)
-        found, samples = gather_statistics(plan, sources, {_TASK: calibration}, processors, plan.method, options)
+        found, samples = gather_statistics(plan, sources, MergeData({_TASK: calibration}), processors, options)
         check_values(plan)
         return plan, found[_TASK], samples.get(_TASK, [])
 

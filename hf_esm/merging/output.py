@@ -1,4 +1,4 @@
-"""What stands in the folder of a merged model: weights, configs, processor, heads, proxies, recipe, report, card."""
+"""The folder of a merged model: weights, configs, processor, heads, samples, recipe, report, card."""
 
 import copy
 import json
@@ -31,10 +31,12 @@ from ..checkpoints import (
 from ..data import Sample, save_samples
 from ..errors import HfEsmError
 from ..methods import describe_method
-from ..planning import RECIPE_VERSION, MergeOptions, MergePlan, absolute_path, torch_dtype
+from ..planning import RECIPE_VERSION, MergeData, MergeOptions, MergePlan, absolute_path, torch_dtype
 from ..utils import bytes_of
 from ..version import __version__
 from .card import write_card
+from .expert_statistics import Inputs
+from .result import MergeResult
 from .updates import MergedUpdates
 
 
@@ -44,12 +46,17 @@ def write_model(
     updates: MergedUpdates,
     alpha: float,
     options: MergeOptions,
+    *,
     progress: Callable[[Iterable], Iterable] = iter,
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Pass two: every weight of the base with its scaled update, in the layout that `save_pretrained` would write; of
-    `world_size` processes each writes files of its own.
+    """Pass two: write every weight of the base with its scaled update.
+
+    The files are those that `save_pretrained` would write. Each of `world_size` processes writes files of its own.
+
+    Raises:
+        HfEsmError: if a value is too large for float16.
     """
     base, dtype = plan.base, torch_dtype(options.dtype)
     groups = write_plan(base, dtype)
@@ -66,32 +73,45 @@ def write_model(
                     writer.write(key, tensor)
         for key in filter(writer.owns, extra):
             writer.write(key, extra[key])
-        writer.sync()  # what is published is whole, whatever happens next
+        writer.sync()  # what is published is complete, whatever happens next
 
 
-def _written(name: str, base: Checkpoint, weight: Tensor, asked: Optional[torch.dtype]) -> Tensor:
-    """A weight in the dtype that it is written in."""
-    found = weight.to(output_dtype(base.dtype(name), asked))
-    if found.dtype == torch.float16 and not found.isfinite().all():
+def _written(name: str, base: Checkpoint, weight: Tensor, dtype: Optional[torch.dtype]) -> Tensor:
+    """Return a weight in the dtype that it is written in."""
+    written = weight.to(output_dtype(base.dtype(name), dtype))
+    if written.dtype == torch.float16 and not written.isfinite().all():
         raise HfEsmError(
             f"'{base.names[name]}': values up to {weight.abs().max():.3g} are too large for float16. Write the "
-            "merged model in another dtype: dtype='bfloat16' or 'float32'."
+            "merged model in another dtype: `dtype='bfloat16'` or `dtype='float32'`."
         )
-    return found
+    return written
 
 
 def write_files(
-    folder: Path,
-    plan: MergePlan,
-    sources: dict,
-    processors: dict,
-    samples: dict,
-    statistics: dict,
-    calibration: Any,
+    result: MergeResult,
+    sources: Mapping[str, ModelSource],
+    inputs: Inputs,
+    data: MergeData,
     options: MergeOptions,
-    result: Any,
 ) -> None:
-    """All that stands beside the weights: configs, processor, heads, proxies, recipe, report, card."""
+    """Write all files of a merged model except its weights to `result.output_dir`.
+
+    These are configs, processor, heads, samples that the recipe refers to, recipe, report and card.
+    """
+    folder, plan = result.output_dir, result.plan
+    _write_configs(folder, plan, sources["base"], options)
+    if inputs.processors["base"] is not None:
+        _with_chat_template(inputs.processors).save_pretrained(folder)
+    for task, expert in plan.experts.items():
+        save_head(folder, task, expert, plan.heads.by_task[task])
+    _write_recipe(result, sources, record_calibration(folder, plan, inputs.samples, data, options), options)
+    _write_report(result)
+    counts = [existing.provenance.num_samples for existing in inputs.statistics.values() if existing is not None]
+    write_card(folder, plan, sources, result.alpha, counts)
+
+
+def _write_configs(folder: Path, plan: MergePlan, source: ModelSource, options: MergeOptions) -> None:
+    """Write the config of the model, and that of its generation."""
     model = plan.base.skeleton
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -99,23 +119,34 @@ def write_files(
         config.dtype = torch_dtype(options.dtype)
     config.save_pretrained(folder)
     if model.can_generate():
-        _generation_config(sources["base"]).save_pretrained(folder)
-    if processors["base"] is not None:
-        _with_chat_template(processors).save_pretrained(folder)
-    for task, expert in plan.experts.items():
-        save_head(folder, task, expert, plan.heads.by_task[task])
-    recorded = _record_calibration(folder, plan, calibration, samples, options)
+        _generation_config(source).save_pretrained(folder)
+
+
+# Options that a recipe repeats. The others say where and how to merge, not what the merged model is.
+_RECORDED = ("heads", "num_samples", "seed", "max_length", "columns", "dtype", "max_shard_size", "batch_size")
+
+
+def _write_recipe(
+    result: MergeResult, sources: Mapping[str, ModelSource], calibration: Mapping[str, Any], options: MergeOptions
+) -> None:
+    """Write the recipe that repeats a merge: `hf-esm merge merge_recipe.yaml`."""
+    plan = result.plan
     recipe = {
         "recipe_version": RECIPE_VERSION,
         "hf_esm_version": __version__,
         "base": absolute_path(sources["base"].record, Path()),
         "experts": {task: absolute_path(sources[task].record, Path()) for task in plan.experts},
-        **({"calibration": recorded} if recorded else {}),
+        **({"calibration": dict(calibration)} if calibration else {}),
         "method": describe_method(plan.method),
         "alpha": result.alpha,
         **{name: _plain(getattr(options, name)) for name in _RECORDED if getattr(options, name) is not None},
     }
-    (folder / RECIPE_FILE).write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    (result.output_dir / RECIPE_FILE).write_text(text, encoding="utf-8")
+
+
+def _write_report(result: MergeResult) -> None:
+    """Write what was done with every weight, and how long each stage took."""
     report = {
         "alpha": result.alpha,
         "alpha_scores": result.alpha_scores,
@@ -123,61 +154,56 @@ def write_files(
         "warnings": result.warnings,
         "weights": [asdict(weight) for weight in result.weights],
     }
-    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    counts = [found.provenance.num_samples for found in statistics.values() if found is not None]
-    write_card(folder, plan, sources, result.alpha, counts)
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    (result.output_dir / REPORT_FILE).write_text(text, encoding="utf-8")
 
 
-# Options that a recipe repeats; the others say where and how, not what.
-_RECORDED = ("heads", "num_samples", "seed", "max_length", "columns", "dtype", "max_shard_size", "batch_size")
+def record_calibration(
+    folder: Path,
+    plan: MergePlan,
+    samples: Mapping[str, list[Sample]],
+    data: MergeData,
+    options: MergeOptions,
+) -> dict[str, Any]:
+    """Return by task where the recipe finds the calibration again.
 
-
-def _record_calibration(
-    folder: Path, plan: MergePlan, calibration: Any, samples: dict[str, list[Sample]], options: MergeOptions
-) -> dict:
-    """Where the recipe finds the calibration again: where it was, in the statistics that were kept, or beside the
-    recipe, where samples that were in memory are saved.
+    That is where the caller's data are, or the statistics that `options.statistics_dir` keeps. Data in memory, and
+    data in a folder that is about to be replaced, are saved next to the recipe.
     """
     recorded: dict[str, Any] = {}
     for task in plan.experts:
-        if isinstance(calibration, (str, os.PathLike)):
-            recorded[task] = str(Path(calibration).expanduser().absolute() / f"{task}.safetensors")
-            continue
-        given = (calibration or {}).get(task)
+        calibration = data.calibration_of(task)
+        saved = f"{CALIBRATION_FOLDER}/{task}.safetensors"
         if task in samples and options.statistics_dir:
             kept = Path(options.statistics_dir).expanduser() / f"{task}.safetensors"
             recorded[task] = str(kept.absolute())
-        elif isinstance(given, (str, os.PathLike)) and _goes_away(given, options):
-            recorded[task] = f"{CALIBRATION_FOLDER}/{task}.safetensors"
+        elif isinstance(calibration, (str, os.PathLike)) and _will_be_replaced(calibration, options):
             (folder / CALIBRATION_FOLDER).mkdir(exist_ok=True)
-            shutil.copy(Path(given).expanduser(), folder / recorded[task])
-        elif isinstance(given, (str, os.PathLike)):
-            recorded[task] = str(Path(given).expanduser().absolute())
-        elif isinstance(given, Mapping) and "path" in given:
-            recorded[task] = absolute_path(given, Path())
+            shutil.copy(Path(calibration).expanduser(), folder / saved)
+            recorded[task] = saved
+        elif isinstance(calibration, (str, os.PathLike)):
+            recorded[task] = str(Path(calibration).expanduser().absolute())
+        elif isinstance(calibration, Mapping) and "path" in calibration:
+            recorded[task] = absolute_path(calibration, Path())
         elif task in samples:
-            recorded[task] = f"{CALIBRATION_FOLDER}/{task}.safetensors"
-            save_samples(samples[task], folder / recorded[task])
-        elif isinstance(given, ActivationStatistics) and plan.method.needs_statistics:
-            recorded[task] = f"{CALIBRATION_FOLDER}/{task}.safetensors"
-            given.save(folder / recorded[task], compact=False)
+            save_samples(samples[task], folder / saved)
+            recorded[task] = saved
+        elif isinstance(calibration, ActivationStatistics) and plan.method.needs_statistics:
+            calibration.save(folder / saved, compact=False)
+            recorded[task] = saved
     return recorded
 
 
-def _goes_away(given: str | os.PathLike, options: MergeOptions) -> bool:
-    """Whether samples stand in the folder that is replaced, as a merge left them there."""
+def _will_be_replaced(path: str | os.PathLike, options: MergeOptions) -> bool:
+    """Whether a file is in the calibration folder of the output, as an earlier merge left it there."""
     if not options.output_dir:
         return False
-    return (
-        Path(given)
-        .expanduser()
-        .resolve()
-        .is_relative_to((Path(options.output_dir).expanduser() / CALIBRATION_FOLDER).resolve())
-    )
+    replaced = Path(options.output_dir).expanduser() / CALIBRATION_FOLDER
+    return Path(path).expanduser().resolve().is_relative_to(replaced.resolve())
 
 
 def _plain(value: Any) -> Any:
-    """An option in the types that YAML has."""
+    """Return an option in the types that YAML has."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, Mapping):
@@ -188,7 +214,7 @@ def _plain(value: Any) -> Any:
 
 
 def _generation_config(source: ModelSource) -> GenerationConfig:
-    """The base's generation settings."""
+    """Return the generation settings of the base."""
     if source.model is not None:
         return source.model.generation_config
     try:
@@ -197,12 +223,12 @@ def _generation_config(source: ModelSource) -> GenerationConfig:
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(source.folder))
 
 
-def _with_chat_template(processors: dict[str, Any]) -> Any:
-    """The merged model's processor; a base without a chat template takes that of the first expert that has one."""
+def _with_chat_template(processors: Mapping[str, Any]) -> Any:
+    """Return the processor of the merged model, with the first expert's chat template if the base has none."""
     processor = processors["base"]
     if hasattr(processor, "chat_template") and processor.chat_template is None:
-        templates = [getattr(other, "chat_template", None) for other in processors.values()]
-        template = next((found for found in templates if found), None)
+        templates = [getattr(existing, "chat_template", None) for existing in processors.values()]
+        template = next(filter(None, templates), None)
         if template is not None:
             processor = copy.deepcopy(processor)
             processor.chat_template = template

@@ -3,7 +3,7 @@
 Comes in: plain values and functions. Goes out: the same work shared over processes, written atomically, or resumed.
 """
 
-from .arguments import check_fields, check_known, closest_name, did_you_mean
+from .arguments import check_fields, check_known, closest_name, did_you_mean, from_arguments
 from .devices import algebra_device, fast_products, reserve, roomy
 from .distributed import default_accelerator, gather, main_first, together
 from .fingerprints import code_identity, data_identity, files_identity, fingerprint, processor_identity
@@ -30,6 +30,7 @@ __all__ = [
     "fast_products",
     "files_identity",
     "fingerprint",
+    "from_arguments",
     "gather",
     "main_first",
     "markdown_table",

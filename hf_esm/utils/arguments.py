@@ -1,15 +1,19 @@
 """Checks of what a caller passes: unknown names, with the likeliest one that was meant, and values of settings."""
 
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from math import isfinite
 from numbers import Integral, Real
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 from ..errors import HfEsmError
+
+
+Options = TypeVar("Options")
 
 
 # How errors describe a type, and which values have it. A bool is not a number.
@@ -21,6 +25,7 @@ _KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
     tuple: ("a list", (tuple, list)),
     list: ("a list", (tuple, list)),
     Iterable: ("a list", (Iterable,)),
+    os.PathLike: ("a path", (os.PathLike,)),
     Mapping: ("a mapping", (Mapping,)),
     dict: ("a mapping", (Mapping,)),
 }
@@ -62,6 +67,11 @@ def check_known(names: Iterable[Any], known: Iterable[str], kind: str, where: st
             start = f"{where}: there" if where else "There"
             meant = did_you_mean(name, known)
             raise HfEsmError(f"{start} is no {kind} {name!r}{meant}; there are {', '.join(known) or 'none'}.")
+
+
+def from_arguments(options: type[Options], arguments: Mapping[str, Any]) -> Options:
+    """Return a dataclass of options from the arguments (`locals()`) of a function that has one for each field."""
+    return options(**{option.name: arguments[option.name] for option in fields(options)})
 
 
 def check_fields(options: Any, where: str = "") -> None:

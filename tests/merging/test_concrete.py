@@ -171,7 +171,7 @@ def test_an_interrupted_run_goes_on_to_the_same_model(models, tmp_path, monkeypa
 
 def test_a_broken_state_is_named(models, tmp_path, monkeypatch):
     method = ConcreteTaskArithmetic(steps=2)
-    monkeypatch.setattr("hf_esm.merging.merge.merge_weights", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("hf_esm.merging.run.merge_weights", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         merged_weights(models, method=method, resume_dir=str(tmp_path / "state"))
     (tmp_path / "state" / WORK_FOLDER / "concrete.safetensors").write_bytes(b"x")

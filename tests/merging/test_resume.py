@@ -158,7 +158,7 @@ def test_what_else_stands_in_the_folder_stays(models, whole, tmp_path):
 def test_nothing_is_lost_where_the_output_cannot_get_its_name(models, whole, tmp_path, monkeypatch):
     options = {"output_dir": tmp_path / "out", "resume_dir": str(tmp_path / "work")}
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no"):
-        patch.setattr("hf_esm.merging.merge.publish_folder", lambda *args: (_ for _ in ()).throw(OSError("no")))
+        patch.setattr("hf_esm.merging.run.publish_folder", lambda *args: (_ for _ in ()).throw(OSError("no")))
         merge_models(**given(models), **options)
     merged = []
     patched = EssentialMerge.merge
@@ -173,7 +173,7 @@ def test_nothing_is_lost_where_the_output_cannot_get_its_name(models, whole, tmp
 def test_merged_weights_that_are_not_there_are_not_believed_in(models, whole, tmp_path, damage):
     options = {"output_dir": tmp_path / "out", "resume_dir": str(tmp_path / "work")}
     with pytest.raises(Stopped):
-        merge_models(**given(models), **options, callback=stop_at("Merging", 9))
+        merge_models(**given(models), **options, callback=stop_at("Merging", 5))
     updates = tmp_path / "work" / WORK_FOLDER / "updates-0.safetensors"
     if damage == "gone":
         updates.unlink()
@@ -187,7 +187,7 @@ def test_merged_weights_that_are_not_there_are_not_believed_in(models, whole, tm
             with updates.with_suffix(".journal").open("a") as file:
                 file.write('{"half a')
             with pytest.raises(Stopped):
-                merge_models(**given(models), **options, callback=stop_at("Merging", 2))
+                merge_models(**given(models), **options, callback=stop_at("Merging", 1))
     merge_models(**given(models), **options)
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
@@ -289,7 +289,7 @@ def test_folders_that_cannot_be_are_refused_before_any_work(models, tmp_path, mo
     forbid_calibration(monkeypatch)
     (tmp_path / "file").touch()
     place = tmp_path / place if isinstance(place, str) else place
-    with pytest.raises(HfEsmError, match=f"{what} must be a folder|is a file. Choose|file exists. Choose"):
+    with pytest.raises(HfEsmError, match=f"{what} must be a text or a path|is a file. Choose|file exists. Choose"):
         merge_models(**given(models, **{what: place}))
 
 

@@ -311,7 +311,7 @@ REFUSED = {
     ),
     "no-such-data-set": (calibration({"path": "no/such-set"}), [OF_LEFT, "no/such-set", "cannot be read"]),
     "calibration-without-tasks": (options(calibration=[["a"], ["b"]]), ["calibration", "{'task': …}", "list"]),
-    "not-a-sample": (tokenized(calibration={"left": [1, 2], "right": [3]}), [OF_LEFT, "int", "give strings"]),
+    "not-a-sample": (tokenized(calibration={"left": [1, 2], "right": [3]}), [OF_LEFT, "int", "Give strings"]),
     "no-tokenizer": (calibration(SENTENCES), [OF_LEFT, "no tokenizer", "processor="]),
     "loader-without-names": (
         calibration(DataLoader(TensorDataset(torch.ones(3, 4)))),
@@ -436,15 +436,15 @@ def test_a_score_that_is_no_number_is_named(models):
 def test_statistics_of_one_expert_given_for_another_are_mentioned(models):
     given = {task: calibrate(getattr(models, task), text_samples(1), progress=False) for task in ("left", "right")}
     fitting = merge_models(**arguments(models, calibration=given), progress=False)
-    assert not [warning for warning in fitting.warnings if "were taken of" in warning]
+    assert not [warning for warning in fitting.warnings if "were collected on" in warning]
     elsewhere = calibrate(
         shutil.copytree(models.left, models.folder / "checkpoint-7"), text_samples(1), progress=False
     )
     moved = merge_models(**arguments(models, calibration=given | {"left": elsewhere}, overwrite=True), progress=False)
-    assert not [warning for warning in moved.warnings if "were taken of" in warning]
+    assert not [warning for warning in moved.warnings if "were collected on" in warning]
     swapped = {"left": given["right"], "right": given["left"]}
     again = merge_models(**arguments(models, calibration=swapped, overwrite=True), progress=False)
-    assert [warning for warning in again.warnings if "'left': its statistics were taken of" in warning]
+    assert [warning for warning in again.warnings if "'left': its statistics were collected on" in warning]
 
 
 def test_extra_weights_are_mentioned(models):

@@ -91,7 +91,7 @@ def test_values_of_the_annotated_type_and_in_range_are_taken(values):
         ("names", "q_proj", "a list, not 'q_proj'."),
         ("columns", ["text"], r"a mapping, not \['text'\]."),
         ("kind", "residuum", r"one of update, residual \(did you mean 'residual'\?\), not 'residuum'."),
-        ("folder", 3, "a text or a PathLike, not 3."),
+        ("folder", 3, "a text or a path, not 3."),
         ("anything", float("nan"), "a finite number, not nan."),
     ],
 )
