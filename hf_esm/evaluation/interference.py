@@ -98,7 +98,7 @@ class LayerInterference:
     singular_energy: dict[str, list[float]]
 
 
-@dataclass(repr=False)
+@dataclass
 class Interference:
     """Interference between the experts of a merge.
 

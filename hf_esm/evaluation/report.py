@@ -26,7 +26,7 @@ from .summary import Row
 REPORT, DATA = "report.md", "report.json"
 
 
-@dataclass(repr=False)
+@dataclass
 class Comparison:
     """What `compare` measured. Print it for a table, or open `report.md`, `report.json` and the pictures.
 

@@ -15,7 +15,7 @@ from .cells import Cell
 DRAWS = 1000  # of the bootstrap
 
 
-@dataclass(repr=False)
+@dataclass
 class Row:
     """One method's row of the report. Shares are in [0, 1]; intervals hold 95 % of a bootstrap over test rows.
 

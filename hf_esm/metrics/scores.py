@@ -13,7 +13,7 @@ from .labels import LabelledSamples
 from .metric import ACCURACY, Metric
 
 
-@dataclass(repr=False)
+@dataclass
 class Outcome:
     """Outputs of a model on one task's rows, with the labels.
 
@@ -71,7 +71,7 @@ def accuracy(model: PreTrainedModel, data: LabelledSamples, batch_size: int = 32
     return run(model, data, ACCURACY, batch_size).score
 
 
-@dataclass(repr=False)
+@dataclass
 class Scores:
     """Scores of a model by task, with those of the experts where they were measured.
 

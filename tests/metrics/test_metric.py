@@ -252,8 +252,8 @@ def test_unknown_metrics_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluate", None)
     with pytest.raises(HfEsmError, match=r"no metric 'f7'.*pip install evaluate"):
         resolve_metric("f7")
-    with pytest.raises(HfEsmError, match=r"no metric 'acuracy' \(did you mean 'accuracy'\?\)"):
-        resolve_metric("acuracy")
+    with pytest.raises(HfEsmError, match=r"no metric 'perplexty' \(did you mean 'perplexity'\?\)"):
+        resolve_metric("perplexty")
     with pytest.raises(HfEsmError, match="no metric"):
         resolve_metric(["accuracy"])
 
@@ -295,9 +295,10 @@ def test_a_kind_of_a_users_own_is_evaluated(models, tmp_path):
     wrong = {task: [{**row, "label": 1 - row["label"]} for row in data[task]] for task in "ab"}
     right, other = (evaluate(models / "a", {"a": given["a"]}, metric=margin).model["a"] for given in (data, wrong))
     assert right == 0 < other
-    outcome = run(expert("a"), LabelledSamples(encoded(task_texts("a", 5)), NONE[:1].expand(16)), margin)
+    samples, labels = encoded(task_texts("a", 5)), torch.tensor([0, 1] * 8)
+    outcome = run(expert("a"), LabelledSamples(samples, labels), margin)
     draws = torch.tensor([[0] * 16, [1] * 16])
-    each = (outcome.outputs.amax(1) - outcome.outputs[:, 0])[:2]
+    each = (outcome.outputs.amax(1) - outcome.outputs[range(16), labels])[:2]
     assert torch.allclose(outcome.scores_of_draws(draws), each.double())
 
 
