@@ -29,6 +29,7 @@ from support.toys import base_model, classifier, lora_adapter
 
 
 NAMES = [
+    "ActivationStatistics",
     "EssentialComponentsConfig",
     "EssentialMerge",
     "MergeOptions",
@@ -36,6 +37,7 @@ NAMES = [
     "RoutedExpertsConfig",
     "RoutedModel",
     "calibrate",
+    "collect_statistics",
     "compare",
     "evaluate",
     "load_task_model",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..checkpoints import CARD_FILE
 from ..version import __version__
 
 
@@ -33,7 +34,7 @@ def write_adapter_card(folder: Path, base: str, tasks: list[str], decides: bool,
         decides=decides,
         model_class=model_class,
         version=__version__,
-    ).save(folder / "README.md")
+    ).save(folder / CARD_FILE)
 
 
 def with_section(text: str, title: str, body: str) -> str:

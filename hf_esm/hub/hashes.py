@@ -4,20 +4,29 @@ import hashlib
 import json
 from pathlib import Path
 
-from ..checkpoints import CALIBRATION_FOLDER, HASHES_FILE, PICTURES_FOLDER, RECIPE_FILE, REPORT_FILE
+from ..checkpoints import (
+    CALIBRATION_FOLDER,
+    CARD_FILE,
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
+    HASHES_FILE,
+    PICTURES_FOLDER,
+    RECIPE_FILE,
+    REPORT_FILE,
+)
 from ..errors import HfEsmError
 
 
 # Files that people edit, or that do not change the model's output.
 _LEFT_OUT = (
     HASHES_FILE,
-    "README.md",
+    CARD_FILE,
     PICTURES_FOLDER,
     CALIBRATION_FOLDER,
     RECIPE_FILE,
     REPORT_FILE,
-    "generation_config.json",
-    "chat_template.jinja",
+    GENERATION_CONFIG,
+    CHAT_TEMPLATE,
 )
 
 

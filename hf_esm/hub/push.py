@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from peft import PeftConfig
 
-from ..checkpoints import CALIBRATION_FOLDER, HEADS_FOLDER, ROUTED_FOLDER, ROUTER_FEATURES
+from ..checkpoints import ADAPTER_CONFIG, CALIBRATION_FOLDER, HEADS_FOLDER, ROUTED_FOLDER, ROUTER_FEATURES
 from ..errors import HfEsmError
 from ..utils import plain_hub_errors, staging_folder
 from .cards import write_adapter_card
@@ -23,7 +23,7 @@ def check_routed(folder: Path, title: str) -> None:
         folder: a model's folder.
         title: the model, as the user named it.
     """
-    if not (folder / ROUTED_FOLDER / "adapter_config.json").is_file():
+    if not (folder / ROUTED_FOLDER / ADAPTER_CONFIG).is_file():
         raise HfEsmError(f"{title}: no experts in {ROUTED_FOLDER}/. Use a model of method 'esm++' or 'tsv-c'.")
 
 

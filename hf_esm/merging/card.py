@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..checkpoints import Checkpoint, LiveCheckpoint, LoraCheckpoint, ModelSource
+from ..checkpoints import CARD_FILE, Checkpoint, LiveCheckpoint, LoraCheckpoint, ModelSource
 from ..hub import pipeline_of, template
 from ..planning import MergePlan
 from ..version import __version__
@@ -56,7 +56,7 @@ def write_card(
         if num_samples
         else "",
     )
-    card.save(folder / "README.md")
+    card.save(folder / CARD_FILE)
 
 
 def _named(model: Checkpoint) -> str:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..architecture import to_matrices
 from ..calibration import ActivationStatistics
 from ..checkpoints import (
+    CARD_FILE,
     HASHES_FILE,
     HEAD_WEIGHTS,
     HEADS_FOLDER,
@@ -227,7 +228,7 @@ def _write(
         change_head(staging)
         experts.save(staging / ROUTED_FOLDER, static, base_fingerprint=config.base_fingerprint)
         line = f"After this merge, {note}; the experts now: {', '.join(experts.tasks)}."
-        for name, text in (("README.md", line), (RECIPE_FILE, f"# {line}")):
+        for name, text in ((CARD_FILE, line), (RECIPE_FILE, f"# {line}")):
             with (staging / name).open("a", encoding="utf-8") as file:
                 file.write(f"\n{text}\n")
         write_hashes(staging)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..calibration import ActivationStatistics
 from ..checkpoints import (
+    CONFIG_FILE,
     HEADS_FOLDER,
     ROUTED_FOLDER,
     Access,
@@ -190,7 +191,7 @@ class RoutedModel:
             HfEsmError: if there is no such task, or the folder has no head for it.
         """
         check_known([task], self.tasks, "expert for")
-        if not (self.folder / HEADS_FOLDER / task / "config.json").is_file():
+        if not (self.folder / HEADS_FOLDER / task / CONFIG_FILE).is_file():
             raise HfEsmError(f"{self.folder} has no head of {task!r}. Merge again, or download the whole model.")
         if task not in self._task_models:
             training = self.model.training
