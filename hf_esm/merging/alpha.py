@@ -1,4 +1,4 @@
-"""Choosing α: the merged updates are put on the base at several scales, nothing is merged again."""
+"""Chooses α: the merged updates are added to the base at several scales; no weight is merged again."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -26,40 +26,50 @@ FINE = 0.1
 def search_alpha(
     score: Callable[[float], float], progress: Callable = iter, *, default: float = 1.0, rows: Optional[int] = None
 ) -> tuple[float, dict[float, float]]:
-    """The α in 0.1, 0.2, …, 3.0 to use, searched by steps of 0.3 first and of 0.1 around the best of those.
+    """Search the best α among 0.1, 0.2, …, 3.0: by steps of 0.3 first, and of 0.1 around the best of those.
 
-    On a few hundred rows a score is uncertain by more than neighbouring values of α differ. Where the score is the
-    share of `rows` rows that are right, the α nearest to the method's default is taken whose score is within one
-    standard error of the best (the one-standard-error rule): it is left for as much as the rows can tell. Other scores
-    are taken to be exact. Returns the α, and the scores seen.
+    On a few hundred rows a score is uncertain by more than neighbouring values of α differ. If the score is the share
+    of `rows` rows that are right, the result is the α nearest to the default whose score is within one standard error
+    of the best (the one-standard-error rule), so that the default is left only if the rows tell the difference. Other
+    scores are taken to be exact.
+
+    Args:
+        score: returns the score of an α; higher is better. NaN counts as the worst.
+        default: the method's default α.
+        rows: number of rows that the score is a share of, if it is one.
+
+    Returns α, and the scores by α.
+
+    Raises:
+        HfEsmError: if every score is NaN.
     """
     scores: dict[float, float] = {}
 
-    def known(alpha: float) -> float:
-        found = score(alpha)
-        return -inf if isnan(found) else found
+    def number(alpha: float) -> float:
+        return -inf if isnan(value := score(alpha)) else value
 
     for alpha in progress(COARSE):
-        scores[alpha] = known(alpha)
+        scores[alpha] = number(alpha)
     middle = max(COARSE, key=lambda alpha: (scores[alpha], -alpha))
     for alpha in (round(middle + step * FINE, 1) for step in range(-2, 3)):
         if 0 < alpha <= 3 and alpha not in scores:
-            scores[alpha] = known(alpha)
+            scores[alpha] = number(alpha)
     best = max(scores.values())
     if best == -inf:
         raise HfEsmError("alpha='auto': every score is NaN. Check score_fn or the metric, or give alpha a number.")
     error = (best * (1 - best) / rows) ** 0.5 if rows else 0.0
-    good = [alpha for alpha, found in scores.items() if found >= best - error]
+    good = [alpha for alpha, value in scores.items() if value >= best - error]
     return min(good, key=lambda alpha: (abs(alpha - default), alpha)), dict(sorted(scores.items()))
 
 
 class CandidateModels:
-    """The models to score: every expert's around one shared copy of the merged body, or the merged model as a whole.
+    """The models that are scored: a model per task around one shared body, or the merged model as a whole.
 
     Memory: one body, and all heads.
 
     Attributes:
-        by_task: every expert's model around the shared body, if they are not scored as a whole.
+        whole: the merged model, if it is scored as a whole; otherwise None.
+        by_task: a model per task around the shared body; empty if the merged model is scored as a whole.
         body: the shared parameters and buffers, by canonical name.
     """
 
@@ -70,23 +80,25 @@ class CandidateModels:
         self.whole = self._build(plan.base, []) if whole else None
         self.by_task = {} if whole else {t: self._build(e, plan.heads.by_task[t]) for t, e in plan.experts.items()}
 
-    def _build(self, checkpoint: Checkpoint, own: list[str]) -> PreTrainedModel:
+    def _build(self, checkpoint: Checkpoint, task_weights: list[str]) -> PreTrainedModel:
+        """Build a model of the checkpoint's class around the shared body, with the weights that its task keeps."""
         model = self.plan.base.load_model_as(type(checkpoint.skeleton), checkpoint.config).float().to(self.device)
         state = model.state_dict()
         with torch.no_grad():
-            for name in own:
+            for name in task_weights:
                 state[checkpoint.names[name]].copy_(checkpoint.tensor(name))
         for name, live in canonical_names(model).items():
             module_name, _, leaf = live.rpartition(".")
             module = model.get_submodule(module_name)
-            for held in (module._parameters, module._buffers):
-                if name in self._shared and held.get(leaf) is not None and held[leaf].is_floating_point():
-                    held[leaf] = self.body.setdefault(name, held[leaf])
+            for tensors in (module._parameters, module._buffers):
+                if name in self._shared and tensors.get(leaf) is not None and tensors[leaf].is_floating_point():
+                    tensors[leaf] = self.body.setdefault(name, tensors[leaf])
         model.tie_weights()
         return model.eval()
 
     @torch.no_grad()
     def set_alpha(self, updates: MergedUpdates, alpha: float) -> None:
+        """Write the merged weights at a scale into the shared body."""
         for name, parameter in self.body.items():
             parameter.copy_(updates.weight(name, alpha))
 
@@ -98,7 +110,7 @@ def score_candidates(
     metric: Metric,
     batch_size: int,
 ) -> dict[str, float]:
-    """One score per task, higher is better: the metric on its rows, or what `score_fn` says."""
+    """Return one score per task, higher is better: the metric on the task's rows, or what `score_fn` returns."""
     if models.whole is not None:
         return {"merged": _number(score_fn(models.whole))}
     if score_fn is not None:
@@ -107,11 +119,11 @@ def score_candidates(
     return {t: sign * run(models.by_task[t], data, metric, batch_size).score for t, data in validation.items()}
 
 
-def _number(found: Any) -> float:
+def _number(score: Any) -> float:
     try:
-        return float(found)
+        return float(score)
     except (TypeError, ValueError):
-        raise HfEsmError(f"score_fn gave {found!r:.80}; it has to give a number, of which more is better.") from None
+        raise HfEsmError(f"score_fn returned {score!r:.80}. It must return a number; higher is better.") from None
 
 
 def choose_alpha(
@@ -123,9 +135,9 @@ def choose_alpha(
     options: MergeOptions,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> tuple[float, dict[float, float]]:
-    """Return the α that the options name, the method's default, or the best on validation rows, and scores by α.
+    """Return α and the scores by α: the caller's α, the method's default, or the best on validation rows.
 
-    Only the main process searches.
+    The main process alone searches; the others return the default.
     """
     alpha = options.alpha
     if alpha != "auto" or not accelerator.is_main_process:
@@ -146,10 +158,11 @@ def choose_alpha(
 def read_validation(
     plan: MergePlan, validation: Any, processors: dict, options: MergeOptions
 ) -> dict[str, LabelledSamples]:
-    everything, metric = replace(options, num_samples=0), resolve_metric(options.metric)
+    """Return the validation rows by task, encoded, all of them whatever `num_samples` is."""
+    all_rows, metric = replace(options, num_samples=0), resolve_metric(options.metric)
     return {
         task: load_labelled(
-            rows, processors[task], plan.experts[task].config, f"validation of '{task}'", everything, metric
+            rows, processors[task], plan.experts[task].config, f"validation of '{task}'", all_rows, metric
         )
         for task, rows in (validation or {}).items()
     }

@@ -1,4 +1,4 @@
-"""Learning the mask and the coefficients of Concrete merging, on unlabelled samples (arXiv 2312.06173)."""
+"""Learns the mask and the coefficients of the Concrete methods on unlabelled samples (arXiv 2312.06173)."""
 
 import json
 import random
@@ -38,37 +38,47 @@ def learn_mask(
     folder: Optional[Path] = None,
     progress: Callable[[str], Callable[[Iterable], Iterable]] = lambda title: iter,
 ) -> LearnedMask:
-    """Learn what a Concrete method of `plan` needs.
+    """Learn the mask, and the coefficients if they are learned, of the Concrete method of a plan.
 
     Every process takes its share of the tasks; gradients are summed over processes.
 
     Args:
         samples: unlabelled samples by task.
         batch_size: samples per task and step.
-        seed: of the batches and of the mask's noise. Each step has its own, so that a resumed run is the same run.
-        folder: where the state is kept every hundred steps; what stands there from an interrupted run is gone on from.
+        seed: of the batches and of the mask's noise. Each step has a seed of its own, so that a resumed run learns the
+            same.
+        folder: where the state is saved every hundred steps. If it holds the state of an interrupted run, that run is
+            resumed.
 
     Raises:
-        HfEsmError: if a task has no classifier.
+        HfEsmError: if a task's expert is not a classifier.
     """
-    learner = _Learner(plan, samples, accelerator, batch_size, seed)
     method = plan.method
-    state = _State(folder, learner) if folder is not None else None
+    learner = _Learner(plan, samples, accelerator, batch_size, seed)
+    state = _SavedState(folder, learner) if folder is not None else None
     done = state.resume() if state is not None else 0
     stages = [("Learning the mask", 0, method.steps, learner.mask_step)]
     if method.adapts:
         total = method.steps + method.coefficient_steps
         stages.append(("Learning the coefficients", method.steps, total, learner.coefficient_step))
-    for title, start, end, take in stages:
+    for title, start, end, take_step in stages:
         for step in progress(title)(range(max(start, done), end)):
-            take(step)
+            take_step(step)
             if state is not None and ((step + 1) % SAVE_EVERY == 0 or step + 1 == stages[-1][2]):
                 state.save(step + 1)
     return learner.learned()
 
 
 class _Learner:
-    """Models around one shared body, the updates that are combined in it, and what is learned."""
+    """Models around one shared body, the updates that are combined in it, and the parameters that are learned.
+
+    Attributes:
+        body: the shared parameters that are learned on, by canonical name.
+        base: the base's weights by the same names, float32.
+        updates: `[T, …]` by the same names, float32; `[1, …]`, the sum over tasks, if coefficients are not learned.
+        logits: of the mask, by the same names.
+        coefficients: `[T]` or `[1]` by the same names; one tensor under all names, unless they are per weight.
+    """
 
     def __init__(
         self,
@@ -80,54 +90,67 @@ class _Learner:
     ):
         self.plan, self.method = plan, plan.method
         self.samples, self.accelerator, self.batch_size, self.seed = samples, accelerator, batch_size, seed
-        models = CandidateModels(plan, accelerator.device)
         self.tasks = list(plan.experts)
-        self.own = self.tasks[accelerator.process_index :: accelerator.num_processes]
-        self.models = models.by_task
-        parameters = {name: held for name, held in models.body.items() if isinstance(held, torch.nn.Parameter)}
-        self.body = {name: held for name, held in parameters.items() if name not in plan.unchanged}
-        for name in models.body.keys() - parameters.keys():  # buffers are averaged, whatever is learned
-            weight = plan.base.tensor(name)
-            deltas = [expert.update(name, weight) for expert in plan.experts.values()]
-            models.body[name].copy_(weight + torch.stack(deltas).mean(0))
-        self.names = list(self.body)
+        self.tasks_here = self.tasks[accelerator.process_index :: accelerator.num_processes]
+        candidates = CandidateModels(plan, accelerator.device)
+        self.models = candidates.by_task
+        self._average_buffers(candidates.body)
+        self.body = {
+            name: weight
+            for name, weight in candidates.body.items()
+            if isinstance(weight, torch.nn.Parameter) and name not in plan.unchanged
+        }
+        self._require_gradients()
+        self.base, self.updates, self.logits = {}, {}, {}
+        for name in self.body:
+            self._read(name)
+        self.coefficients = self._initial_coefficients()
+        self.optimizers = {
+            "mask": torch.optim.Adam(list(self.logits.values()), lr=self.method.learning_rate),
+            "coefficient": torch.optim.Adam(self.distinct(self.coefficients), lr=self.method.coefficient_rate),
+        }
+
+    def _average_buffers(self, body: Mapping[str, Tensor]) -> None:
+        """Set the buffers of the shared body, which have no gradient, to the experts' average."""
+        for name, buffer in body.items():
+            if not isinstance(buffer, torch.nn.Parameter):
+                weight = self.plan.base.tensor(name)
+                updates = [expert.update(name, weight) for expert in self.plan.experts.values()]
+                buffer.copy_(weight + torch.stack(updates).mean(0))
+
+    def _require_gradients(self) -> None:
+        """Of the shared parameters that are learned on, and of nothing else."""
         for parameter in (p for model in self.models.values() for p in model.parameters()):
             parameter.requires_grad_(False)
-        self.base, self.updates, self.logits = {}, {}, {}
-        for name, parameter in self.body.items():
+        for parameter in self.body.values():
             parameter.requires_grad_(True)
-            weight = plan.base.tensor(name)
-            deltas = [expert.update(name, weight) for expert in plan.experts.values()]
-            deltas = torch.stack(deltas if self.method.adapts else [torch.stack(deltas).sum(0)])
-            self.base[name] = weight.float().to(accelerator.device)
-            self.updates[name] = deltas.to(accelerator.device)
-            self.logits[name] = torch.zeros_like(self.base[name])
-        shared = not self.method.layer_wise
+
+    def _read(self, name: str) -> None:
+        """Read the base's weight and the updates of one parameter."""
+        device, weight = self.accelerator.device, self.plan.base.tensor(name)
+        updates = torch.stack([expert.update(name, weight) for expert in self.plan.experts.values()])
+        if not self.method.adapts:
+            updates = updates.sum(0)[None]
+        self.base[name] = weight.float().to(device)
+        self.updates[name] = updates.to(device)
+        self.logits[name] = torch.zeros_like(self.base[name])
+
+    def _initial_coefficients(self) -> dict[str, Tensor]:
         count = len(self.tasks) if self.method.adapts else 1
-        start = torch.full((count,), float(self.method.coefficient), device=accelerator.device)
-        self.coefficients = {name: start if shared else start.clone() for name in self.names}
-        self.mask_optimizer = torch.optim.Adam(list(self.logits.values()), lr=self.method.learning_rate)
-        self.coefficient_optimizer = torch.optim.Adam(
-            self._distinct(self.coefficients), lr=self.method.coefficient_rate
-        )
+        start = torch.full((count,), float(self.method.coefficient), device=self.accelerator.device)
+        return {name: start.clone() if self.method.layer_wise else start for name in self.body}
 
     @staticmethod
-    def _distinct(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    def distinct(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return every tensor once, even if it is under several names."""
         return list({id(tensor): tensor for tensor in tensors.values()}.values())
 
     def mask_step(self, step: int) -> None:
-        """One step of the mask; before it, one step of fresh coefficients, if they are learned."""
+        """Take one step of the mask; before it, one step of fresh coefficients, if they are learned."""
         coefficients, batches = self.coefficients, self._batches(step)
         if self.method.adapts:
-            start = {id(tensor): tensor.clone() for tensor in self._distinct(coefficients)}
-            fresh = {name: start[id(tensor)] for name, tensor in coefficients.items()}
-            self._combine(self._masks(step), fresh)
-            self._differentiate(batches)
-            inner = torch.optim.Adam(list(start.values()), lr=self.method.coefficient_rate)
-            self._put_coefficient_gradients(self._masks(step), fresh)
-            inner.step()
-            coefficients = fresh
-        self._combine(self._masks(step), coefficients)
+            coefficients = self._adapted_coefficients(step, batches)
+        self._combine(self._relaxed_masks(step), coefficients)
         self._differentiate(batches)
         for name, uniform in self._noise(step):
             logits = self.logits[name].requires_grad_(True)
@@ -136,30 +159,42 @@ class _Learner:
             (gradient,) = torch.autograd.grad(mask, logits, self.body[name].grad * combined)
             logits.requires_grad_(False)
             logits.grad = gradient
-        self.mask_optimizer.step()
+        self.optimizers["mask"].step()
+
+    def _adapted_coefficients(self, step: int, batches: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the coefficients after one step of a new Adam from their start, under the step's mask."""
+        start = {id(tensor): tensor.clone() for tensor in self.distinct(self.coefficients)}
+        adapted = {name: start[id(tensor)] for name, tensor in self.coefficients.items()}
+        self._combine(self._relaxed_masks(step), adapted)
+        self._differentiate(batches)
+        optimizer = torch.optim.Adam(list(start.values()), lr=self.method.coefficient_rate)
+        self._put_coefficient_gradients(self._relaxed_masks(step), adapted)
+        optimizer.step()
+        return adapted
 
     def coefficient_step(self, step: int) -> None:
-        """One step of the coefficients under the final mask."""
-        masks = ((name, final_mask(self.logits[name], self.method.expected_mask)) for name in self.names)
-        self._combine(masks, self.coefficients)
+        """Take one step of the coefficients under the final mask."""
+        self._combine(self._final_masks(), self.coefficients)
         self._differentiate(self._batches(step))
-        masks = ((name, final_mask(self.logits[name], self.method.expected_mask)) for name in self.names)
-        self._put_coefficient_gradients(masks, self.coefficients)
-        self.coefficient_optimizer.step()
+        self._put_coefficient_gradients(self._final_masks(), self.coefficients)
+        self.optimizers["coefficient"].step()
 
     def _noise(self, step: int) -> Iterable[tuple[str, Tensor]]:
-        """The step's uniform numbers, the same on every process and device."""
+        """Yield the step's uniform numbers by name; equal on all processes and devices."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        for name in self.names:
+        for name in self.body:
             yield name, torch.rand(self.logits[name].shape, generator=generator).to(self.accelerator.device)
 
-    def _masks(self, step: int) -> Iterable[tuple[str, Tensor]]:
+    def _relaxed_masks(self, step: int) -> Iterable[tuple[str, Tensor]]:
         for name, uniform in self._noise(step):
             yield name, relaxed_mask(self.logits[name], uniform, self.method.temperature)
 
+    def _final_masks(self) -> Iterable[tuple[str, Tensor]]:
+        return ((name, final_mask(logits, self.method.expected_mask)) for name, logits in self.logits.items())
+
     @torch.no_grad()
     def _combine(self, masks: Iterable[tuple[str, Tensor]], coefficients: Mapping[str, Tensor]) -> None:
-        """`W0 + mask ∘ Σ λ_t Δ_t` into the shared body."""
+        """Write `W0 + mask ∘ Σ λ_t Δ_t` into the shared body."""
         for name, mask in masks:
             combined = torch.tensordot(coefficients[name], self.updates[name], dims=1)
             self.body[name].copy_(self.base[name] + mask * combined)
@@ -168,23 +203,24 @@ class _Learner:
     def _put_coefficient_gradients(
         self, masks: Iterable[tuple[str, Tensor]], coefficients: Mapping[str, Tensor]
     ) -> None:
-        for tensor in self._distinct(coefficients):
+        """Set the gradients of the coefficients from those of the body's parameters."""
+        for tensor in self.distinct(coefficients):
             tensor.grad = torch.zeros_like(tensor)
         for name, mask in masks:
-            along = (self.updates[name] * (self.body[name].grad * mask)).flatten(1).sum(1)
-            coefficients[name].grad += along
+            along_updates = (self.updates[name] * (self.body[name].grad * mask)).flatten(1).sum(1)
+            coefficients[name].grad += along_updates
 
     def _batches(self, step: int) -> dict[str, dict[str, Tensor]]:
-        """The step's batch of each task of this process."""
-        found = {}
-        for task in self.own:
-            rows = self.samples[task]
-            chosen = random.Random(f"{self.seed}/{step}/{task}").sample(rows, min(self.batch_size, len(rows)))
-            found[task] = send_to_device(collate(chosen, self.models[task].config), self.accelerator.device)
-        return found
+        """Return the step's batch of each task of this process."""
+        batches = {}
+        for task in self.tasks_here:
+            samples = self.samples[task]
+            chosen = random.Random(f"{self.seed}/{step}/{task}").sample(samples, min(self.batch_size, len(samples)))
+            batches[task] = send_to_device(collate(chosen, self.models[task].config), self.accelerator.device)
+        return batches
 
     def _differentiate(self, batches: Mapping[str, dict[str, Tensor]]) -> None:
-        """The gradient of the summed entropies into the body's parameters, over all processes."""
+        """Set the gradients of the body's parameters to those of the entropies, summed over tasks and processes."""
         for parameter in self.body.values():
             parameter.grad = torch.zeros_like(parameter)
         for task, batch in batches.items():
@@ -202,44 +238,54 @@ class _Learner:
 
 
 def entropy(model: Any, batch: Mapping[str, Tensor], task: str) -> Tensor:
-    """The mean softmax entropy of a classifier's answers."""
+    """Return the mean softmax entropy of a classifier's answers.
+
+    Raises:
+        HfEsmError: if the model is not a classifier of two labels or more.
+    """
     logits = getattr(model(**batch), "logits", None)
     if logits is None or logits.dim() != 2 or logits.shape[1] < 2:
         raise HfEsmError(
-            f"'{task}': a {type(model).__name__} is no classifier of several labels, so that no mask can be learned "
-            "from how sure it is. Choose another method."
+            f"'{task}': a {type(model).__name__} is not a classifier of several labels. The Concrete methods learn "
+            "from how sure classifiers are; choose another method."
         )
-    found = logits.log_softmax(-1)
-    return -(found.exp() * found).sum(-1).mean()
+    log_probabilities = logits.log_softmax(-1)
+    return -(log_probabilities.exp() * log_probabilities).sum(-1).mean()
 
 
-class _State:
-    """What is learned, on disk."""
+class _SavedState:
+    """The learner's parameters and optimizers on disk, and the number of steps taken."""
 
     def __init__(self, folder: Path, learner: _Learner):
         self.path, self.learner = folder / "concrete.safetensors", learner
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Everything by name; what is shared stands once."""
-        found = {f"logits.{name}": tensor for name, tensor in self.learner.logits.items()}
-        for i, tensor in enumerate(self.learner._distinct(self.learner.coefficients)):
-            found[f"coefficients.{i}"] = tensor
-        for kind in ("mask", "coefficient"):
-            optimizer = getattr(self.learner, f"{kind}_optimizer")
+    def _parameters(self) -> dict[str, Tensor]:
+        """Return the learned tensors by name, each once."""
+        coefficients = self.learner.distinct(self.learner.coefficients)
+        return {
+            **{f"logits.{name}": tensor for name, tensor in self.learner.logits.items()},
+            **{f"coefficients.{i}": tensor for i, tensor in enumerate(coefficients)},
+        }
+
+    def _optimized(self) -> Iterable[tuple[str, torch.optim.Optimizer, Tensor]]:
+        """Yield the prefix of the state's names, the optimizer, and the parameter, of everything that is optimised."""
+        for kind, optimizer in self.learner.optimizers.items():
             for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-                for name, value in optimizer.state.get(parameter, {}).items():
-                    found[f"{kind}.{i}.{name}"] = value
-        return found
+                yield f"{kind}.{i}.", optimizer, parameter
 
     def save(self, step: int) -> None:
+        """Write the state on the main process, in place of the one before."""
         if self.learner.accelerator.is_main_process:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
+            tensors = self._parameters()
+            for prefix, optimizer, parameter in self._optimized():
+                tensors |= {prefix + name: value for name, value in optimizer.state.get(parameter, {}).items()}
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             with atomic_file(self.path) as partial:
                 save_file(tensors, partial, {"format": FORMAT, "header": json.dumps({"step": step})})
         self.learner.accelerator.wait_for_everyone()
 
     def resume(self) -> int:
-        """Take up what stands in the folder; returns how many steps it has seen."""
+        """Load the state of an interrupted run, if there is one; returns the number of steps it has taken."""
         if not self.path.is_file():
             return 0
         try:
@@ -247,17 +293,13 @@ class _State:
                 header = json.loads((file.metadata() or {})["header"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise HfEsmError(f"{self.path}: cannot be gone on from ({error}). Remove it to start again.") from None
-        learner = self.learner
-        for name, tensor in learner.logits.items():
-            tensor.copy_(tensors[f"logits.{name}"])
-        for i, tensor in enumerate(learner._distinct(learner.coefficients)):
-            tensor.copy_(tensors[f"coefficients.{i}"])
-        for kind in ("mask", "coefficient"):
-            optimizer = getattr(learner, f"{kind}_optimizer")
-            for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-                prefix = f"{kind}.{i}."
-                if found := {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}:
-                    moved = {n: t if n == "step" else t.to(parameter.device) for n, t in found.items()}
-                    optimizer.state[parameter] = moved
+            raise HfEsmError(f"{self.path}: cannot be resumed ({error}). Remove the file to start again.") from None
+        for name, tensor in self._parameters().items():
+            tensor.copy_(tensors[name])
+        for prefix, optimizer, parameter in self._optimized():
+            state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            if state:
+                optimizer.state[parameter] = {
+                    name: value if name == "step" else value.to(parameter.device) for name, value in state.items()
+                }
         return header["step"]

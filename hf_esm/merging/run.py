@@ -372,13 +372,12 @@ class MergeRun:
                 self.folder,
                 self.scratch,
                 self.plan,
-                updates,
-                result.alpha,
-                inputs.statistics,
-                inputs.samples,
-                self.accelerator,
-                self.options,
-                self.progress,
+                partial(updates.weight, alpha=result.alpha),
+                statistics=inputs.statistics,
+                samples=inputs.samples,
+                accelerator=self.accelerator,
+                options=self.options,
+                progress=self.progress,
             )
 
     def publish(self, result: MergeResult) -> None:

@@ -99,6 +99,10 @@ def test_a_saved_file_is_read_back_whole(tmp_path, shape, compact, target):
         assert [len(found[weight].factor) for weight in found] == [rows] * 3
 
 
+def test_statistics_print_in_one_line_without_their_numbers():
+    assert repr(two_layers()[0]) == f"ActivationStatistics(3 linear maps, {PROVENANCE})"
+
+
 def test_maps_with_one_input_are_stored_once(tmp_path):
     statistics, _ = two_layers()
     assert len(load_file(statistics.save(tmp_path))) == 4  # two factors, two means

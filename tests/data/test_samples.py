@@ -291,6 +291,18 @@ def test_files_below_home_are_found(models, tmp_path, monkeypatch):
     assert read_rows({"path": "~/data.txt"}, "data", SampleOptions()) == [{"text": "so so"}]
 
 
+class Undecoded(list):
+    """Rows that a library decodes which is not installed, as `datasets` says it."""
+
+    def __getitem__(self, index):
+        raise ImportError("To support decoding audio data, please install\n 'torchcodec'.")
+
+
+def test_a_library_that_decodes_a_data_set_is_asked_for_in_one_sentence():
+    with pytest.raises(HfEsmError, match=r"^data: To support decoding audio data, please install 'torchcodec'\.$"):
+        read_rows(Undecoded(ROWS), "data", SampleOptions())
+
+
 def test_pictures_of_more_than_8_bits_are_refused(tmp_path):
     given, config = image_forms(tmp_path), ARCHITECTURES["vit"].build().config
     deep = Image.fromarray(np.full((16, 16), 1000, dtype=np.uint16))

@@ -175,7 +175,7 @@ def test_a_broken_state_is_named(models, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         merged_weights(models, method=method, resume_dir=str(tmp_path / "state"))
     (tmp_path / "state" / WORK_FOLDER / "concrete.safetensors").write_bytes(b"x")
-    with pytest.raises(HfEsmError, match="Remove it to start again"):
+    with pytest.raises(HfEsmError, match="Remove the file to start again"):
         merged_weights(models, method=method, resume_dir=str(tmp_path / "state"))
 
 
@@ -185,7 +185,7 @@ def test_statistics_are_no_samples_and_bodies_no_classifiers(models, tmp_path):
         merged_weights(models, method="concrete-task-arithmetic", calibration=None)
     live = {task: expert(task).bert for task in TASKS}
     samples = {task: encoded(task_texts(task)) for task in TASKS}
-    with pytest.raises(HfEsmError, match="'a': a BertModel is no classifier"):
+    with pytest.raises(HfEsmError, match="'a': a BertModel is not a classifier"):
         merge_models(base_model(), live, **given("concrete-task-arithmetic", calibration=samples))
     assert snapshot(models) == before
 

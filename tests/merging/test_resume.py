@@ -173,7 +173,7 @@ def test_nothing_is_lost_where_the_output_cannot_get_its_name(models, whole, tmp
 def test_merged_weights_that_are_not_there_are_not_believed_in(models, whole, tmp_path, damage):
     options = {"output_dir": tmp_path / "out", "resume_dir": str(tmp_path / "work")}
     with pytest.raises(Stopped):
-        merge_models(**given(models), **options, callback=stop_at("Merging", 5))
+        merge_models(**given(models), **options, callback=stop_at("Merging", 4))
     updates = tmp_path / "work" / WORK_FOLDER / "updates-0.safetensors"
     if damage == "gone":
         updates.unlink()

@@ -430,7 +430,7 @@ def test_a_link_that_leads_nowhere_is_not_written_through(models):
 
 def test_a_score_that_is_no_number_is_named(models):
     scored = {"alpha": "auto", "score_fn": lambda model: None, "method": "tsv-m"}
-    assert_refused(models.folder, ["score_fn gave None", "a number"], arguments(models, **scored))
+    assert_refused(models.folder, ["score_fn returned None", "a number"], arguments(models, **scored))
 
 
 def test_statistics_of_one_expert_given_for_another_are_mentioned(models):
