@@ -1,4 +1,4 @@
-"""Routed models that get one more expert, or lose one."""
+"""Routed models to which an expert is added, or from which one is removed."""
 
 import json
 import shutil
@@ -107,7 +107,7 @@ def test_a_larger_model_is_loaded_as_the_one_before(models, merged, statistics, 
 
 
 def test_an_added_expert_keeps_its_head_where_its_labels_are_the_bases(models, statistics, tmp_path):
-    """The merged model then holds a head with these labels; it is not the expert's."""
+    """The merged model then has a head with these labels, which is not that of the expert."""
     base = save(perturbed(classifier(base_model(), "c"), 0.1, 5), tmp_path / "base")
     calibration = {task: statistics[task] for task in "ab"}
     given = {task: models / task for task in "ab"}
@@ -119,7 +119,7 @@ def test_an_added_expert_keeps_its_head_where_its_labels_are_the_bases(models, s
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory):
-    """`wide`, an expert of the same names and other widths; `gpt2`, another architecture; `nan`, a broken one."""
+    """Models that do not fit: `wide` has other widths, `gpt2` is another architecture, `nan` is broken."""
     folder = tmp_path_factory.mktemp("others")
     model = BERT.build("BertForSequenceClassification", hidden_size=64, num_hidden_layers=2, vocab_size=64)
     save(model, folder / "wide")
@@ -196,7 +196,7 @@ def test_a_removed_expert_is_gone_and_the_rest_is_as_it_was(merged, larger, mode
 
 
 def test_a_task_may_be_named_as_a_folder_of_ours(models, statistics, tmp_path):
-    """`routed` and `calibration` are names of folders, too: their heads are kept and checked."""
+    """`routed` and `calibration` are also names of folders. Heads of such tasks are saved, with hashes."""
     given = {"routed": models / "a", "calibration": models / "b"}
     calibration = {"routed": task_texts("a"), "calibration": task_texts("b")}
     quiet(models / "base", given, calibration=calibration, output_dir=tmp_path / "calibration")

@@ -1,4 +1,4 @@
-"""Routed models that were damaged, on the Hub and back, and on the command line."""
+"""Routed models with damaged files, on the Hub, and on the command line."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ TEXTS = [*task_texts("a", 7, 4), *task_texts("b", 8, 4)]
 
 @pytest.fixture(scope="module")
 def larger(models, merged):
-    """The same and `c`, whose statistics stand beside its weights."""
+    """The merged model with `c`, whose statistics are in its folder."""
     statistics = calibrate(models / "c", task_texts("c"), base=models / "base", progress=False)
     statistics.save(models / "c")
     return RoutedModel.from_pretrained(merged).add_expert("c", models / "c", output_dir=models / "larger").folder
@@ -38,7 +38,7 @@ def larger(models, merged):
 
 @torch.no_grad()
 def answers(model: str, **options: Any) -> tuple[list[str], dict[str, Tensor]]:
-    """Its tasks, and logits of all of them on the same texts, each by its expert."""
+    """A model's tasks, and the logits of every task with its expert on the same texts."""
     routed = RoutedModel.from_pretrained(model, **options)
     batch = routed.processor(TEXTS, padding=True, return_tensors="pt")
     found = {}
@@ -121,7 +121,7 @@ def test_experts_are_refused_over_another_model(models, merged):
 
 
 class FaultyHandler(Handler):
-    """Answers as its server's `faults` say: method and regular expression of the path -> what befalls the answers."""
+    """Breaks answers as its server's `faults` say: faults in turn, by method and regular expression of the path."""
 
     def answer(self, content: Any = b"", status: int = 200, headers: Optional[dict[str, str]] = None) -> None:
         asked = f"{self.command} {self.path}"
@@ -159,7 +159,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def online(hub, home, merged, larger):
-    """A process that knows this Hub alone, with the models there: `v1` of `me/routed` has two tasks, `main` three."""
+    """A process that uses this Hub, on which `v1` of `me/routed` has two tasks, and `main` three."""
     with process(hub, home) as run:
         run(push_models, merged, larger)
         yield run
@@ -220,7 +220,7 @@ def test_what_is_in_the_cache_loads_offline(hub, online, home, larger):
 
 
 def twin(hub: HubServer, name: str) -> str:
-    """The same repository under another name, which no cache knows."""
+    """The name of a copy of `me/static` that is in no cache."""
     known = hub.repos["me/static"]
     hub.repos[f"me/{name}"] = Repo(f"me/{name}", False, known.commits, dict(known.refs))
     return f"me/{name}"
@@ -294,7 +294,7 @@ def push_again(folder: Path) -> None:
 
 @torch.no_grad()
 def states(adapter: str) -> list[Tensor]:
-    """Hidden states by the adapter alone, as PEFT and as Transformers load it."""
+    """Class of the static model, and hidden states with the adapter loaded by PEFT and by Transformers."""
     batch = {"input_ids": torch.arange(5, 17)[None]}
     models = [AutoPeftModel.from_pretrained(adapter), AutoModel.from_pretrained(adapter)]
     return [type(models[0].get_base_model()).__name__, *(model.eval()(**batch)[0] for model in models)]
@@ -354,7 +354,7 @@ def test_what_must_not_be_pushed_is_not(hub, online, merged, larger, models, tmp
 
 
 def command(*arguments: Any) -> tuple[int, str, str]:
-    """Exit status, output and errors."""
+    """Exit status, standard output and standard error of a command."""
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         try:
@@ -366,7 +366,7 @@ def command(*arguments: Any) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def rows(models):
-    """Labelled rows of each task: what its expert says."""
+    """Rows of each task, labelled by its expert."""
     found = {}
     for task in "ab":
         texts = task_texts(task, 21, 12)

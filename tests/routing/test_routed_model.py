@@ -135,7 +135,7 @@ def test_a_merge_in_bfloat16_has_experts_in_float32(models, tmp_path):
 
 
 def test_a_router_of_the_base_needs_no_samples(models, statistics, tmp_path):
-    """From samples, with the base run over them; from statistics alone that hold what the base read."""
+    """The router is the same from samples, over which the base runs, and from statistics with the base's features."""
     by_hand = {**EXACT, "router_features": "base"}
     merge_bert(models, tmp_path / "samples", method=by_hand)
     merge_bert(models, tmp_path / "statistics", calibration={t: statistics[t] for t in "ab"})
@@ -146,7 +146,7 @@ def test_a_router_of_the_base_needs_no_samples(models, statistics, tmp_path):
 
 
 def test_a_router_never_mixes_features_of_two_models(models, statistics, tmp_path):
-    """One task with samples, one with statistics: both are read off the base."""
+    """If one task has samples and one has statistics, the features of both are those of the base."""
     given = {"a": task_texts("a"), "b": statistics["b"]}
     merge_bert(models, tmp_path / "mixed", calibration=given)
     merge_bert(models, tmp_path / "expected", calibration={t: statistics[t] for t in "ab"})
@@ -205,7 +205,7 @@ def test_a_router_over_samples_that_cannot_be_told_apart_is_refused_early(monkey
 @pytest.mark.parametrize("method", [{"name": "esm++", "router": "oracle"}, {"name": "tsv-c", "rank": 4}])
 @pytest.mark.parametrize("name", ["xlnet", "longformer"])
 def test_where_samples_cannot_be_told_apart_one_task_is_named_for_all(name, method, tmp_path):
-    """As with the expert's LoRA adapter, in a batch of any sizes and alone."""
+    """The output is that with the expert's LoRA adapter."""
     architecture = ARCHITECTURES[name]
     base = architecture.build()
     experts = {"a": tuned(base, 1), "b": tuned(base, 2)}
@@ -369,7 +369,7 @@ def test_a_models_repr_is_one_line_that_names_its_experts(merged, routed):
 
 
 def test_weights_that_do_not_stand_on_a_device_are_refused(merged, tmp_path):
-    """What is loaded over them would be lost without a word."""
+    """Weights that are loaded over offloaded ones would silently be lost."""
     places = {"embeddings": "cpu", "encoder": "disk", "pooler": "cpu"}
     offloaded = {"offload_folder": str(tmp_path), "device_map": places}
     with pytest.raises(HfEsmError, match=r"this device_map offloads 'encoder\.layer\.0"):

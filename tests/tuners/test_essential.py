@@ -123,7 +123,7 @@ def compress(case: SimpleNamespace, expert: Any, calibration: Any, name: str, **
 
 
 def fresh(case: SimpleNamespace, **options: Any) -> PreTrainedModel:
-    """The base, loaded anew."""
+    """A new copy of the base."""
     return type(case.base).from_pretrained(case.at, **options).eval()
 
 
@@ -146,13 +146,13 @@ def linear_maps(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """`[d_out, d_in]`, or the way back."""
+    """A weight as `[d_out, d_in]`, or a matrix as the module stores it."""
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 @torch.no_grad()
 def expected_components(case: SimpleNamespace, task: str, rank: int = RANK) -> dict[str, tuple[Tensor, Tensor]]:
-    """`E, C` of every linear map that ran, by the formula."""
+    """`E, C` of every linear map that the samples pass, by the literal formula."""
     found, tuned = {}, linear_maps(case.experts[task])
     inputs = token_inputs(case.experts[task], samples(task), case.kind.architecture)
     for name, module in linear_maps(case.base).items():
@@ -177,7 +177,7 @@ def summed(*parts: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 
 def stored(folder: Path, first: str, second: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """`E, C` by module, from the file."""
+    """`E, C` by module, from the adapter's file."""
     tensors = load_file(folder / WEIGHTS)
     modules = {key.removeprefix("base_model.model.").removesuffix(f".{first}") for key in tensors if first in key}
     return {m: tuple(tensors[f"base_model.model.{m}.{part}"] for part in (first, second)) for m in modules}
@@ -406,7 +406,7 @@ def test_fusion_is_the_formula(cases, kind):
 
 
 def test_fusion_of_components_of_higher_rank_than_their_share(cases, tmp_path):
-    """The merge takes the leading ones of each, and a part of the sum of all."""
+    """The merge takes the leading components of each adapter, and a part of the sum of all."""
     case = cases["llama"]
     for task, expert in case.experts.items():
         compress(case, expert, case.statistics[task], "", rank=13, as_lora=False, output_dir=tmp_path / task)
@@ -424,7 +424,7 @@ def test_fusion_of_components_of_higher_rank_than_their_share(cases, tmp_path):
 
 @torch.no_grad()
 def test_fusion_depends_on_the_updates_alone(cases):
-    """Not on how training left their factors."""
+    """Fusing depends on the update `E C` alone, and not on how training left the factors."""
     case = cases["bert"]
     fused = []
     for mix in (False, True):
@@ -497,7 +497,7 @@ def test_converts_to_lora(cases):
 
 
 def test_bare_body_as_base(cases, tmp_path):
-    """The adapter is of the shared body, in the base's names: no head, nothing of what only the head reads."""
+    """The adapter is of the shared body, under the base's names, without modules that only the head reads."""
     case = cases["bert"]
     body = case.base.bert
     (tmp_path / "base").mkdir()
@@ -514,7 +514,7 @@ def test_bare_body_as_base(cases, tmp_path):
 
 
 def test_a_lora_expert_and_a_file_of_statistics(cases, tmp_path):
-    """An adapter's own update, compressed at its own rank, is that update."""
+    """Compressing the update of an adapter at the adapter's rank does not change it."""
     case = cases["gpt2"]
     model = get_peft_model(fresh(case), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
     with torch.no_grad():
@@ -532,7 +532,7 @@ def test_a_lora_expert_and_a_file_of_statistics(cases, tmp_path):
 
 
 def test_a_module_whose_name_ends_as_another(tmp_path):
-    """The patterns of PEFT are of the ends of names; each rank must hold for its own module alone."""
+    """PEFT matches patterns with the ends of names, but each rank must hold for one module alone."""
     inner = nn.ModuleDict({"fc": nn.Linear(4, 5, bias=False)})
     model = nn.Sequential()
     model.add_module("part", inner)

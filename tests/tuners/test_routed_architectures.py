@@ -1,5 +1,5 @@
-"""Routed experts on real architectures: every sample of a mixed, padded batch gets what it gets alone, and so does
-every sample that is generated.
+"""Routed experts on real architectures: a sample's output is the same alone and in a mixed, padded batch,
+also in generation.
 """
 
 import copy
@@ -50,7 +50,7 @@ Load = Callable[[str, str], PeftModel]
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """An architecture's tiny model with an adapter of a router's kind; the same one each time."""
+    """Loads an architecture's tiny model with an adapter of one kind of router; always the same model."""
     made: dict[tuple[str, str], PeftModel] = {}
     bases: dict[str, Any] = {}
 
@@ -69,7 +69,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
 
 
 def mixed(architecture: Architecture, count: int = 5) -> Samples:
-    """Tasks in turn, lengths that differ."""
+    """Samples of all tasks in turn, of different lengths."""
     return [task_samples(architecture, (TASKS * 2)[i], seed=3)[i] for i in range(count)]
 
 
@@ -88,7 +88,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 @routers
 @pytest.mark.parametrize("name", [*ENCODERS, *IMAGES, *DECODERS, *SEQUENCES])
 def test_a_sample_gets_in_a_batch_what_it_gets_alone(load, name, router):
-    """The lengths hold DeBERTa-v3's number of relative positions, which its shared projections read as well."""
+    """One of the lengths is the number of relative positions of DeBERTa-v3, which its shared projections also read."""
     architecture, model = ARCHITECTURES[name], load(name, router)
     samples = mixed(architecture, 6)
     expected = [recorded(model, **alone(sample)) for sample in samples]
@@ -121,7 +121,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def generate(model: PeftModel, samples: Samples, **options: Any) -> tuple[Tensor, tuple[Tensor, ...], dict]:
-    """New tokens, the logits of every step, and what was decided, each once."""
+    """The new tokens, the logits of every step, and the decisions, of which there is one each."""
     batch = padded(model, samples, "left" if not model.config.is_encoder_decoder else "right")
     batch.pop("position_ids", None)
     torch.manual_seed(0)
@@ -162,7 +162,7 @@ def test_what_is_generated_in_a_batch_is_what_is_generated_alone(load, name, mod
 @routers
 @torch.no_grad()
 def test_a_state_keeps_the_route_as_a_cache_does(load, router):
-    """Of models that hand on `cache_params`."""
+    """Models with a state of fixed size pass on `cache_params`."""
     model, samples = load("mamba", router), prompts(mixed(ARCHITECTURES["mamba"]))
     samples = [{"input_ids": sample["input_ids"][:3]} for sample in samples]  # of one length: padding changes a state
     for options in ({}, {"num_beams": 3}):
@@ -186,7 +186,7 @@ def test_a_state_keeps_the_route_as_a_cache_does(load, router):
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
 @torch.no_grad()
 def test_scores_of_given_answers_are_those_of_generating_them(load, name, router):
-    """Labels say where a prompt ends; what follows must not change the route."""
+    """Labels mark the end of a prompt, and the tokens after it must not change the route."""
     model, samples = load(name, router), prompts(mixed(ARCHITECTURES[name]))
     tokens, logits, _ = generate(model, samples, do_sample=True, top_k=0)
     whole = [torch.cat([sample["input_ids"], answer]) for sample, answer in zip(samples, tokens)]
@@ -209,7 +209,7 @@ def test_scores_of_given_answers_are_those_of_generating_them(load, name, router
 @routers
 @torch.no_grad()
 def test_labels_without_a_prompt_leave_routes_alone(load, router):
-    """Of a text that is scored from its first token on, everything decides; padding has no label."""
+    """If a text is scored from its first token on, all of its tokens decide. Padding has no label."""
     model, samples = load("llama", router), prompts(mixed(ARCHITECTURES["llama"]))
     for side in ("right", "left"):
         batch = padded(model, samples, side)
@@ -221,7 +221,7 @@ def test_labels_without_a_prompt_leave_routes_alone(load, router):
 
 @routers
 def test_labels_of_masked_tokens_leave_routes_alone(load, router):
-    """A masked language model reads all tokens, whichever of them are scored."""
+    """A masked language model decides on all tokens, whichever are scored."""
     model, samples = load("roberta", router), mixed(ARCHITECTURES["roberta"])
     batch = padded(model, samples)
     expected, routes = recorded(model, **batch)
@@ -235,7 +235,7 @@ def test_labels_of_masked_tokens_leave_routes_alone(load, router):
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @torch.no_grad()
 def test_a_decoder_follows_its_encoder(load, name, router):
-    """One token or many: what a decoder has read so far does not decide; scores are those of generating."""
+    """The decoder's tokens do not decide, whether one or many; scores are those of generation."""
     model, samples = load(name, router), prompts(mixed(ARCHITECTURES[name]))
     tokens, logits, routes = generate(model, samples, do_sample=True, top_k=0)
     start = torch.full((len(samples), 1), model.config.decoder_start_token_id)
@@ -263,7 +263,7 @@ def test_a_decoder_follows_its_encoder(load, name, router):
 
 @torch.no_grad()
 def test_states_that_nothing_was_decided_about_are_refused(load):
-    """A copy has lost the decision of its encoder, and experts would be left out without a word."""
+    """A copy of encoder states lacks the decision: without the error, no expert would be added."""
     for name in ("t5", "bart"):
         model, samples = load(name, "discriminant"), prompts(mixed(ARCHITECTURES[name]))
         batch = padded(model, samples)
@@ -286,7 +286,7 @@ def test_states_that_nothing_was_decided_about_are_refused(load):
 @pytest.mark.parametrize("name", ["deberta-v3", "deberta-v2"])
 @torch.no_grad()
 def test_a_task_named_for_all_reaches_what_is_of_no_sample(load, name):
-    """DeBERTa's projections of relative positions: the model is the base with the expert in its weights."""
+    """DeBERTa projects relative positions, too: with a named task, the model is the base with the expert merged."""
     model, samples = load(name, "discriminant"), mixed(ARCHITECTURES[name])
     batch = padded(model, samples)
     for expert, task in enumerate(TASKS):
@@ -308,14 +308,14 @@ def test_a_task_named_for_all_reaches_what_is_of_no_sample(load, name):
 
 
 def is_cross_attention(module: str) -> bool:
-    """Whether a decoder's projection reads what the encoder wrote."""
+    """Whether a decoder's projection reads the encoder's states."""
     return any(f"{attention}.{p}" in module for attention in ("EncDecAttention", "encoder_attn") for p in "kv")
 
 
 @routers
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_gradient_checkpointing_trains_the_same(load, name, router):
-    """Whatever route is open when the blocks are computed again: theirs is that of the forward pass."""
+    """Blocks are computed again with the route of the forward pass, whichever route is open then."""
     model = copy.deepcopy(load(name, router)).train()
     batch = padded(model, mixed(ARCHITECTURES[name]))
     model.requires_grad_(True)
@@ -347,7 +347,7 @@ def test_gradient_checkpointing_trains_the_same(load, name, router):
 @routers
 @torch.no_grad()
 def test_conversations_keep_their_routes_on_their_caches(load, router):
-    """Two at once, token by token in turn, and each goes on with a second question."""
+    """Two conversations generate in turn, token by token, and each continues with a second question."""
     model = load("llama", router)
     asked = [task_samples(ARCHITECTURES["llama"], task, seed=3)[4]["input_ids"][None] for task in ("left", "right")]
     questions = [row.flip(1)[:, :2] for row in reversed(asked)]
@@ -378,7 +378,7 @@ def test_conversations_keep_their_routes_on_their_caches(load, router):
 @routers
 @torch.no_grad()
 def test_an_emptied_cache_decides_anew(load, router):
-    """A prompt of one token, too, which looks like a token to go on from."""
+    """A prompt may have one token, and then looks like a step of decoding."""
     model = load("llama", router)
     first, second = (task_samples(ARCHITECTURES["llama"], task, seed=3)[4]["input_ids"][None] for task in TASKS[:2])
     cache = DynamicCache(config=model.config)
@@ -411,7 +411,7 @@ def test_padded_sounds_are_routed_by_what_is_real(load, name, router):
 
 @routers
 def test_threads_share_a_model(load, router):
-    """Both are in the middle of their forward passes at the same time."""
+    """Both threads are inside their forward passes at the same time."""
     architecture, model = ARCHITECTURES["bert"], load("bert", router)
     batches = [padded(model, mixed(architecture)[:3]), padded(model, mixed(architecture)[3:])]
     expected = [recorded(model, **batch)[0][0] for batch in batches]

@@ -1,4 +1,4 @@
-"""Routed experts against the literal formulas in float64: what every module gives, the prototype router of the paper,
+"""Routed experts against the literal formulas in float64: outputs of modules, the prototype router of the paper,
 the discriminant router (a linear discriminant analysis with one shrunk covariance), and the factors.
 """
 
@@ -94,7 +94,7 @@ def test_the_discriminant_decides_by_its_distances(cases, kind):
 
 
 def literal_lda(x: Tensor, y: Tensor, shrinkage: float, queries: Tensor) -> Tensor:
-    """`[N, T]` squared Mahalanobis distances, by the inverse of the covariance that all tasks share."""
+    """Squared Mahalanobis distances `[N, T]`, by the inverse of the covariance that all tasks share."""
     means = torch.stack([x[y == task].mean(0) for task in range(int(y.max()) + 1)])
     centered = x - means[y]
     covariance = centered.T @ centered / max(len(x) - len(means), 1)
@@ -116,7 +116,7 @@ LDA = {  # tasks, samples each, features, directions
 
 
 def lda_problem(seed: int, tasks: int, each: int, width: int, apart: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples, their tasks, and others to classify; unequal variances, correlated."""
+    """Samples with their tasks, and samples to classify; features are correlated, with unequal variances."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -150,7 +150,9 @@ def test_along_and_beside_the_directions_is_the_whole_distance(seed, problem):
 
 @seeds
 def test_settings_of_the_discriminant_are_chosen_on_held_out_samples(seed):
-    """By the literal formula: the likeliest of the grid, and the distance that one held-out sample in 20 exceeds."""
+    """The literal formula takes the likeliest settings of the grid, and the distance that one held-out sample in 20
+    exceeds.
+    """
     x, y, _ = lda_problem(seed, 3, 16, 5, 0.3)
     held_out, fold = {}, torch.arange(16).repeat(3) % 8
     for shrinkage in (0.03, 0.1, 0.3, 0.6, 0.9):
@@ -168,7 +170,7 @@ def test_settings_of_the_discriminant_are_chosen_on_held_out_samples(seed):
 
 
 def of_features(case: SimpleNamespace, folder: Path, features: Callable[[Tensor], Tensor]) -> PeftModel:
-    """A model whose router was made from other features."""
+    """The model of a case with a router that was made from other features."""
     written = copy.copy(case.written["discriminant"])
     written.features = {t: {m: features(x) for m, x in found.items()} for t, found in written.features.items()}
     written.save(folder / "adapter", case.base)
@@ -197,7 +199,7 @@ def test_tasks_that_look_alike_get_the_static_model(cases, tmp_path):
 @shapes
 @pytest.mark.parametrize("rank", [1, 4, 40])
 def test_factors_are_the_essential_directions_of_the_residual(seed, shape, rank):
-    """Of a rank that is larger than there is, the rest is zero."""
+    """Directions beyond the rank of the residual are zero."""
     (residual, *_), (x, *_) = random_problem(seed, shape)
     a, b = expert_factors(residual, exact(x), rank)
     directions, _, coordinates = reference.esd(x, residual, rank)

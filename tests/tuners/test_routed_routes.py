@@ -1,4 +1,4 @@
-"""Routes that are given, decisions that are wanted alone, passes that break, and compiled models."""
+"""Routes that the caller names, decisions without a full pass, passes that raise, and compiled models."""
 
 import copy
 import random
@@ -47,7 +47,7 @@ def with_expert(case: SimpleNamespace, router: str, task: str) -> PreTrainedMode
 
 @pytest.fixture(params=[True, False], ids=["by-expert", "gathered"])
 def way(request, monkeypatch):
-    """Every batch expert by expert, and every batch with each sample's own expert gathered."""
+    """All batches expert by expert; all batches with the factors of each sample's expert gathered."""
     monkeypatch.setattr("hf_esm.tuners.routed.layer.grouping_pays", lambda *_: request.param)
 
 

@@ -1,4 +1,4 @@
-"""Routed experts in models of two towers, which compare texts with pictures: each decides for its own samples."""
+"""Routed experts in models with two towers, which compare texts with images: each tower decides for its samples."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ Load = Callable[[str, str], PeftModel]
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """A tiny model with an adapter of a router's kind; the same one each time."""
+    """Loads a tiny model with an adapter of one kind of router; always the same model."""
     made: dict[tuple[str, str], PeftModel] = {}
 
     def build(name: str, router: str) -> PeftModel:
@@ -74,7 +74,7 @@ def test_towers_are_told_by_what_a_model_is_made_of():
 @names
 @torch.no_grad()
 def test_pictures_and_texts_get_what_they_get_alone(load, name, router):
-    """However many there are of each, whatever they stand beside, and by either way of calling the model."""
+    """Neither their numbers, nor the other samples, nor the way of calling the model change their routes."""
     model = load(name, router)
     # SigLIP and this dual encoder's texts: what is read last, padding or not, is what counts in the static model, too.
     texts = texts_of(name, [TASKS[2], TASKS[0], TASKS[0], TASKS[1], TASKS[2]], equal=name != "clip")
@@ -105,7 +105,7 @@ def test_pictures_and_texts_get_what_they_get_alone(load, name, router):
 @names
 @torch.no_grad()
 def test_projections_get_the_experts_of_their_own_tower(load, name):
-    """With as many pictures as texts, nothing but the module's place tells whose samples it reads."""
+    """If there are as many images as texts, only the place of a module tells whose samples it reads."""
     model = load(name, "discriminant")
     texts, pictures = texts_of(name, [TASKS[1]] * 2), pictures_of(name, [TASKS[0]] * 2)
     batch = padded(model, texts) | padded(model, pictures)
@@ -149,7 +149,7 @@ def test_what_decides_is_run_alone_and_what_is_not_given_not_at_all(load, router
 
 
 def test_a_mask_alone_is_nothing_to_read(load, monkeypatch):
-    """One that the other tower would take, too."""
+    """The mask would also fit the other tower."""
     model = load("clip", "discriminant")
 
     def get_image_features(pixel_values, attention_mask=None):
@@ -171,7 +171,7 @@ def test_a_compiled_model_gives_the_same(load, name):
 
 
 def test_gradient_checkpointing_trains_the_same(load):
-    """One tower at a time, and through the whole model, which readies both."""
+    """Gradients are compared for each tower alone, and for the whole model."""
     model = copy.deepcopy(load("clip", "discriminant")).train()
     model.requires_grad_(True)
     texts, pictures = padded(model, texts_of("clip", TASKS)), padded(model, pictures_of("clip", TASKS))
@@ -287,7 +287,7 @@ def test_an_explanation_of_two_decisions_is_their_mean(merged):
 
 @torch.no_grad()
 def test_given_tasks_are_those_of_each_tower_s_samples(merged, tmp_path):
-    """One for all of both; one for each where there are as many of both. As with the experts' LoRA adapters."""
+    """One task for all samples, or one per sample if there are as many texts as images; as with LoRA adapters."""
     routed = merged()
     adapters = routed.export_lora(tmp_path / "lora")
     samples = captioned_images(0)
@@ -311,7 +311,7 @@ def test_given_tasks_are_those_of_each_tower_s_samples(merged, tmp_path):
 
 
 def test_labels_are_not_to_be_had(merged):
-    """Nor does the card say so."""
+    """The card does not promise labels either."""
     card = (merged().folder / "README.md").read_text()
     assert "model(**inputs)  # with the experts that the router chooses" in card and "predict" not in card
     with pytest.raises(HfEsmError, match="A CLIPModel compares its inputs, and has no class per sample"):
@@ -331,7 +331,7 @@ def test_experts_come_and_go(merged, tmp_path):
 
 @torch.no_grad()
 def test_a_tower_of_convolutions_has_nothing_to_route(tmp_path):
-    """Its pictures are the static model's; the texts have experts."""
+    """Image features are those of the static model; the texts have experts."""
     vision = {
         "hidden_dim": 24,
         "image_size": 16,

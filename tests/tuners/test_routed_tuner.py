@@ -1,4 +1,4 @@
-"""Routed experts as adapters: how PEFT and Transformers load and keep them, how they train, and what is refused."""
+"""Routed experts as adapters: loading and saving by PEFT and Transformers, training, and errors."""
 
 import copy
 import pickle
@@ -92,7 +92,7 @@ def test_experts_and_routers_stay_float32_over_a_bfloat16_base(cases, router, lo
 
 @routers
 def test_autocast_leaves_routes_in_float32(cases, router):
-    """Where the tuner reads first: what it reads is in bfloat16, but what it computes from it is not."""
+    """The first reader reads bfloat16, but the router computes in float32."""
     case = cases["llama"]
     model = loaded(case, router)
     first = case.written["discriminant"].modules[0]
@@ -323,7 +323,7 @@ def test_a_plain_module_is_refused():
 @pytest.mark.parametrize("loader", ["PeftModel", "low_cpu_mem_usage", "load_adapter"])
 @pytest.mark.parametrize("lacks", ["A", "B", "projection", "classes", "precision", "prototypes", "everything"])
 def test_files_that_lack_tensors_are_refused(cases, lacks, loader, tmp_path):
-    """PEFT only warns of them, and experts or routes would be wrong without a word."""
+    """PEFT only warns about such files. Experts or routes would silently be wrong."""
     case = cases["bert"]
     shutil.copytree(case.folder / ("prototype" if lacks == "prototypes" else "discriminant"), tmp_path / "adapter")
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)
