@@ -185,7 +185,8 @@ class _PeftFinder:
         if name != "peft":
             return None
         for finder in sys.meta_path:
-            if finder is not self and (spec := finder.find_spec(name, path, target)) is not None:
+            spec: Any = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None:
                 spec.loader = _PeftLoader(spec.loader, self)
                 return spec
         return None

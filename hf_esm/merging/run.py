@@ -238,14 +238,14 @@ class MergeRun:
         statistics = {t: [asdict(s.provenance), s.keys_of, s.means()] for t, s in inputs.statistics.items() if s}
         return {
             "the base": identities.pop("base"),
-            "experts": identities,
-            "samples or statistics": [statistics, inputs.samples],
+            "the experts": identities,
+            "the samples or statistics": [statistics, inputs.samples],
             "the method or its settings": describe_method(self.method),
-            "heads": self.options.heads,
-            "a batch_size": self.options.batch_size,
-            "a seed": self.options.seed,
-            "a number of processes": self.accelerator.num_processes,
-            "a version": __version__,
+            "`heads`": self.options.heads,
+            "`batch_size`": self.options.batch_size,
+            "`seed`": self.options.seed,
+            "the number of processes": self.accelerator.num_processes,
+            "the version of hf_esm": __version__,
         }
 
     def check_weights(self) -> None:

@@ -1,6 +1,8 @@
-"""What every wing may use and that knows nothing of models: processes, devices, folders, fingerprints, sizes.
+"""Tools that know nothing of models: processes, devices, folders, resumable work, fingerprints, checks of arguments,
+errors of the Hub, tables, sizes.
 
-Comes in: plain values and functions. Goes out: the same work shared over processes, written atomically, or resumed.
+Comes in: plain values and functions. Goes out: the same work shared over processes, written atomically or resumed, and
+errors in one sentence.
 """
 
 from .arguments import check_fields, check_known, closest_name, did_you_mean, from_arguments

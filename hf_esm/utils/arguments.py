@@ -22,10 +22,10 @@ _KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
     int: ("a whole number", (Integral,)),
     float: ("a finite number", (Real,)),
     str: ("a text", (str,)),
+    os.PathLike: ("a path", (os.PathLike,)),
     tuple: ("a list", (tuple, list)),
     list: ("a list", (tuple, list)),
     Iterable: ("a list", (Iterable,)),
-    os.PathLike: ("a path", (os.PathLike,)),
     Mapping: ("a mapping", (Mapping,)),
     dict: ("a mapping", (Mapping,)),
 }
@@ -84,7 +84,7 @@ def check_fields(options: Any, where: str = "") -> None:
 
     Args:
         options: an instance of a dataclass.
-        where: what the error begins with, such as the name of a method.
+        where: the name of a method, whose setting the error names; without it, the error names an argument.
 
     Raises:
         HfEsmError: names the field, what it takes, and the value.
@@ -97,8 +97,8 @@ def check_fields(options: Any, where: str = "") -> None:
         value = getattr(options, field.name)
         types_ = _types_of(hints.get(field.name), field)
         if not _fits(value, types_, field.metadata):
-            start = f"{where}: " if where else ""
-            raise HfEsmError(f"{start}{field.name} must be {_describe(types_, field, value)}, not {value!r}.")
+            start = f"{where}: {field.name}" if where else f"`{field.name}`"
+            raise HfEsmError(f"{start} must be {_describe(types_, field, value)}, not {value!r}.")
 
 
 def _types_of(annotation: Any, field: Field) -> list[Any]:

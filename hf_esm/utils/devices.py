@@ -1,4 +1,4 @@
-"""Where, and how precisely, to compute."""
+"""Where to compute, and how precisely; and room on the disk."""
 
 import math
 import os
@@ -15,17 +15,17 @@ from ..errors import HfEsmError
 from .sizes import readable
 
 
-# The smallest tolerance that the rounding of factors to bfloat16 disappears in.
+# The smallest tolerance that is larger than the error of factors rounded to bfloat16.
 _COARSE = 1e-3
 
 
 def algebra_device(accelerator: Accelerator) -> torch.device:
-    """Where decompositions are computed, in float64: the accelerator's device, unless it has none."""
+    """Device of decompositions in float64: that of the accelerator, unless it has no float64."""
     return torch.device("cpu") if accelerator.device.type == "mps" else accelerator.device
 
 
 def roomy(device: Optional[torch.device], needed: int) -> Optional[torch.device]:
-    """The device, if so many bytes are free on it; else the CPU."""
+    """The device, if so many bytes are free on it, else the CPU; None stays None."""
     if device is None or device.type == "cpu" or needed <= get_max_memory().get(device.index or 0, math.inf):
         return device
     return torch.device("cpu")
@@ -33,27 +33,27 @@ def roomy(device: Optional[torch.device], needed: int) -> Optional[torch.device]
 
 @contextmanager
 def fast_products(tolerance: float) -> Iterator[None]:
-    """Let float32 products in this process be computed in TF32 or bfloat16 where the hardware is faster at it, if the
-    tolerance covers that.
+    """Compute float32 products of this process in TF32 or bfloat16 inside the block, if the tolerance is large enough
+    for the rounding.
 
-    Who has set precisions for single backends, which torch does not read together with the common one, keeps them.
+    Precisions that were set for single backends stay: torch cannot read the common precision then.
     """
     try:
-        found = torch.get_float32_matmul_precision() if tolerance >= _COARSE else None
+        before = torch.get_float32_matmul_precision() if tolerance >= _COARSE else None
     except RuntimeError:
-        found = None
-    if found is None:
+        before = None
+    if before is None:
         yield
         return
     torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(found)
+        torch.set_float32_matmul_precision(before)
 
 
 def reserve(path: Path, nbytes: int) -> None:
-    """Have the first bytes of a sparse file stand on the disk, where the system can.
+    """Allocate the first bytes of a sparse file on the disk, if the system can.
 
     Raises:
         HfEsmError: if the disk has no room for them.

@@ -1,4 +1,4 @@
-"""Work that several processes share."""
+"""Work that is shared over processes."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,17 +15,21 @@ from ..errors import HfEsmError
 T = TypeVar("T")
 
 
-# While one process chooses α, writes or downloads, the others wait; PyTorch would give them ten minutes on GPUs.
+# While one process chooses α, writes or downloads, the others wait; the default of PyTorch is ten minutes on GPUs.
 _PATIENCE = timedelta(days=7)
 
 
 def default_accelerator() -> Accelerator:
-    """What stands for all processes where the caller gives no Accelerator."""
+    """The Accelerator that is used if the caller passes none.
+
+    Raises:
+        HfEsmError: if a launcher started several processes, but Accelerate sees one.
+    """
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
     started = os.environ.get("WORLD_SIZE", "1")
     if started.isdecimal() and int(started) > accelerator.num_processes:
         raise HfEsmError(
-            f"{started} processes were started, but Accelerate takes each for the only one. On CPUs, start them with "
+            f"{started} processes were started, but Accelerate takes each for the only one. On CPUs, start them by "
             "ACCELERATE_USE_CPU=1 torchrun --nproc-per-node N -m hf_esm.cli …"
         )
     return accelerator
@@ -33,32 +37,37 @@ def default_accelerator() -> Accelerator:
 
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """Around a piece of work in which no process waits for another: all leave it together, and an error in one is an
-    error in all of them, which would else wait for it for ever.
+    """Barrier that also propagates errors: if one process fails inside the block, all raise.
+
+    No collective calls inside.
+
+    Raises:
+        HfEsmError: on the processes that did not fail, with the message of the first one that did.
     """
     error = None
     try:
         yield
     except Exception as raised:
         error = raised
-    said = gather(accelerator, None if error is None else f"{type(error).__name__}: {error}")
+    message = f"{error}" if isinstance(error, HfEsmError) else f"{type(error).__name__}: {error}"
+    messages = gather(accelerator, None if error is None else message)
     if error is not None:
         raise error
-    for rank, message in enumerate(said):
-        if message is not None:
-            raise HfEsmError(f"Process {rank} of {len(said)} stopped: {message}")
+    for rank, failure in enumerate(messages):
+        if failure is not None:
+            raise HfEsmError(f"Process {rank} of {len(messages)} stopped: {failure}")
 
 
 def main_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` gives; the main process does it first, so that the others find what it downloaded or cached."""
-    found = []
+    """The result of `work`, which the main process does first, so that the others find its downloads and caches."""
+    results = []
     for main in (True, False):
         with together(accelerator):
             if accelerator.is_main_process is main:
-                found.append(work())
-    return found[0]
+                results.append(work())
+    return results[0]
 
 
-def gather(accelerator: Accelerator, mine: Any) -> list[Any]:
-    """What every process gives, in their order."""
-    return gather_object([mine]) if accelerator.num_processes > 1 else [mine]
+def gather(accelerator: Accelerator, value: Any) -> list[Any]:
+    """The values of all processes, by rank."""
+    return gather_object([value]) if accelerator.num_processes > 1 else [value]

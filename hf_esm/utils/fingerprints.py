@@ -1,4 +1,4 @@
-"""What tells one input from another without reading it all: for caches, and for work that is gone on with."""
+"""Fingerprints of models, data and code: cache keys, and the check that a resumed merge has the same inputs."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from datasets.fingerprint import Hasher
 
 
 def data_identity(data: Any) -> Any:
-    """The same for data: files by size and time, everything else by a hash of its content."""
+    """Identity of data: sizes and times of files, or a hash of the content of anything else."""
     if isinstance(data, (str, os.PathLike)):
         return files_identity(Path(data).expanduser()) or str(data)
     if isinstance(data, Mapping) and not isinstance(data.get("path"), (str, os.PathLike)):
@@ -26,8 +26,8 @@ def data_identity(data: Any) -> Any:
 
 
 def code_identity(function: Any) -> Any:
-    """The same for a function, or an object that holds some: what it is made of, and the file of the module that it is
-    imported from, whose other functions it may call. What the running script itself defines is known by its code.
+    """Identity of a function, or of a dataclass that holds functions: a hash of its code, and the file of its module,
+    since it may call other functions there. A function of the running script has its code alone.
     """
     if not callable(function) and is_dataclass(function):
         kind = type(function)  # whose methods take part in what it does
@@ -38,7 +38,7 @@ def code_identity(function: Any) -> Any:
 
 
 def processor_identity(processor: Any) -> Any:
-    """The kind, vocabulary and settings of a tokenizer, processor or extractor, whatever it has been used for."""
+    """Identity of a tokenizer, processor or extractor: kind, vocabularies and settings. Use does not change it."""
     parts = [processor, getattr(processor, "tokenizer", None)]
     vocabularies = [Hasher.hash(sorted(part.get_vocab().items())) for part in parts if hasattr(part, "get_vocab")]
     settings = [part.to_dict() for part in parts if hasattr(part, "to_dict")]
@@ -46,10 +46,11 @@ def processor_identity(processor: Any) -> Any:
 
 
 def fingerprint(*parts: Optional[Any]) -> str:
-    """A short name for all of these together."""
+    """A short hash of all parts together."""
     return Hasher.hash(parts)
 
 
 def files_identity(place: Path) -> list[tuple[str, int, int]]:
+    """Absolute path, size and time of change of a file, or of every file below a folder."""
     paths = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
     return [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]

@@ -1,4 +1,4 @@
-"""Folders and files that appear under their name when they are whole."""
+"""Folders and files that get their name only when they are complete."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ def atomic_file(path: Path, suffix: Optional[str] = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def staging_folder(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output` to write into. It is removed unless `publish_folder` has moved it away."""
+    """An empty folder next to `output` to write to, removed in the end unless `publish_folder` has renamed it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.incomplete-", dir=output.parent))
     try:
@@ -42,11 +42,15 @@ def staging_folder(output: Path) -> Iterator[Path]:
 
 
 def publish_folder(folder: Path, output: Path, overwrite: bool = False) -> None:
-    """Give a finished folder its name, in one step. What stood there before goes only once the new one stands."""
+    """Give a complete folder its name, in one step. An earlier folder is removed after that.
+
+    Raises:
+        HfEsmError: if `output` exists and is not to be overwritten.
+    """
     folder.chmod(0o777 & ~_umask())
     if output.exists():
         if not overwrite:
-            raise HfEsmError(f"{output} exists. Choose another output folder, or pass overwrite.")
+            raise HfEsmError(f"{output} exists. Choose another `output_dir`, or pass `overwrite=True`.")
         old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent)) / "folder"
         output.rename(old)
         folder.rename(output)
@@ -62,7 +66,11 @@ def _umask() -> int:
 
 
 def new_folder(folder: str | os.PathLike) -> Path:
-    """The path of a folder that does not exist yet."""
+    """The path of a folder for an adapter.
+
+    Raises:
+        HfEsmError: if the folder exists.
+    """
     folder = Path(folder).expanduser()
     if folder.exists():
         raise HfEsmError(f"{folder} exists. Choose another folder for the adapter.")

@@ -1,4 +1,4 @@
-"""Work in progress that outlives an interrupt: where it stands, whose it is, and when it goes."""
+"""Work in progress that outlives an interrupt."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from .folders import atomic_file
 
 try:
     import fcntl
-except ImportError:  # Windows: two merges at once in one place are not noticed
+except ImportError:  # Windows, where two merges that use one folder at once are not noticed
     fcntl = None
 
 
@@ -24,48 +24,68 @@ _MARK, _LOCK, _STAGING = "merge.json", "merge.lock", "staging"
 
 
 class Work:
-    """What a merge keeps in `resume_dir`, in a folder of its own there, until it ends well.
+    """The work of a merge that outlives an interrupt: a folder below `resume_dir`, removed when the merge succeeds.
 
     Attributes:
-        folder: where it stands; None without a `resume_dir`.
+        place: the `resume_dir`, or None.
+        folder: the folder of the work, or None without a `resume_dir`.
+        key: fingerprints of everything that the work depends on, by their names in messages.
     """
 
     def __init__(self, resume_dir: Optional[str], parts: Mapping[str, Any]):
-        """`parts` are what the work depends on, by what messages call them."""
+        """Describe the work without touching the disk.
+
+        Args:
+            resume_dir: the folder that the caller chose for the work, if any.
+            parts: everything that the work depends on, by the names that messages use.
+        """
         self.place = Path(resume_dir).expanduser() if resume_dir else None
         self.folder = self.place / WORK_FOLDER if self.place else None
-        self.key = {what: fingerprint(part) for what, part in parts.items()}
+        self.key = {name: fingerprint(part) for name, part in parts.items()}
         self._lock: Any = None
 
     @property
     def nbytes(self) -> int:
-        """What it takes on the disk so far."""
+        """Bytes that the work takes on the disk so far."""
         files = [path.stat() for path in self.folder.rglob("*") if path.is_file()] if self.folder else []
-        return sum(512 * found.st_blocks if hasattr(found, "st_blocks") else found.st_size for found in files)
+        return sum(512 * file.st_blocks if hasattr(file, "st_blocks") else file.st_size for file in files)
 
     def check(self) -> None:
-        """Raise if what stands there is of another merge."""
+        """Check that an earlier merge, whose work is in the folder, had the same inputs.
+
+        Raises:
+            HfEsmError: if it had others, or if the folder contains something else.
+        """
         if self.folder is None or not self.folder.is_dir() or not any(self.folder.iterdir()):
             return
         try:
-            found = dict(json.loads((self.folder / _MARK).read_text(encoding="utf-8")))
+            key = dict(json.loads((self.folder / _MARK).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
-            raise HfEsmError(f"{self.folder} holds no work that can be gone on with. Remove it.") from None
-        if other := [what for what in {**self.key, **found} if self.key.get(what) != found.get(what)]:
+            raise HfEsmError(f"{self.folder} does not contain a merge that can be resumed. Remove it.") from None
+        if different := [name for name in {**self.key, **key} if self.key.get(name) != key.get(name)]:
             raise HfEsmError(
-                f"{self.folder} holds the work of another merge, of {' and '.join(other)} that are not these. Choose "
-                "another resume_dir, or remove that folder to start again."
+                f"{self.folder} contains the work of another merge, which differs in {' and '.join(different)}. "
+                "Choose another `resume_dir`, or remove that folder to start again."
             )
 
     def begin(self, staging: Path) -> Path:
-        """Make it this process's own, and remove what an interrupted merge left where it wrote its output."""
+        """Lock the folder for this process, and remove the unfinished output of an interrupted merge.
+
+        Args:
+            staging: the folder in which this merge writes its output.
+
+        Raises:
+            HfEsmError: if another merge uses the folder, or the work in it is of a merge with other inputs.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.place / _LOCK).open("w")
         try:
             if fcntl:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise HfEsmError(f"{self.folder} is in use by another merge. Wait for it, or choose another.") from None
+            raise HfEsmError(
+                f"{self.folder} is in use by another merge. Wait, or choose another `resume_dir`."
+            ) from None
         self.check()
         self._write(_MARK, json.dumps(self.key))
         if (self.folder / _STAGING).is_file():
@@ -76,7 +96,7 @@ class Work:
         return self.folder
 
     def end(self) -> None:
-        """All is published: the work goes, at once for whoever looks for it, and with it the folder if it is empty."""
+        """Remove the work after the output was published, and the `resume_dir` if it is empty then."""
         done = self.place / f"{WORK_FOLDER}.done"
         shutil.rmtree(done, ignore_errors=True)
         self.folder.rename(done)
@@ -87,7 +107,7 @@ class Work:
             self.place.rmdir()
 
     def release(self) -> None:
-        """Let another merge go on with it."""
+        """Unlock the folder, so that another merge can resume."""
         if self._lock is not None:
             self._lock.close()
 

@@ -336,7 +336,7 @@ REFUSED = {
     ),
     "alpha": ("inspect {}/recipe.yaml --alpha best", "--alpha must be a finite number or 'auto', not 'best'"),
     "alpha without rows": ("inspect {}/recipe.yaml --alpha auto", "--alpha auto needs labelled rows"),
-    "batch size": ("inspect {}/recipe.yaml --batch-size 0", "batch_size must be a whole number, at least 1, not 0"),
+    "batch size": ("inspect {}/recipe.yaml --batch-size 0", "--batch-size must be a whole number, at least 1, not 0"),
     "heads": ("inspect {}/recipe.yaml --heads nothing", "no expert has a module named 'nothing'"),
     "experts as a list": ("inspect {}/list.yaml --expert c={}/c", "--expert: the recipe gives experts as ["),
     "samples": ("merge {}/recipe.yaml --output-dir {}/x --calibration a={}/no.txt", "there is no file {}/no.txt"),

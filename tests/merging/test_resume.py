@@ -105,10 +105,10 @@ merge_models(**given(models), output_dir=folder / "out", resume_dir=str(folder /
 
 CHANGES = {
     "the method or its settings": {"method": {"name": "esm", "gamma": 0.1}},
-    "samples or statistics and the method or its settings": {"method": "tsv-m"},
-    "samples or statistics": {"calibration": {task: task_texts(task, 1, 8) for task in "abc"}},
-    "a batch_size": {"batch_size": 3},
-    "experts and samples or statistics": {
+    "the samples or statistics and the method or its settings": {"method": "tsv-m"},
+    "the samples or statistics": {"calibration": {task: task_texts(task, 1, 8) for task in "abc"}},
+    "`batch_size`": {"batch_size": 3},
+    "the experts and the samples or statistics": {
         "experts": ["a", "b"],
         "calibration": {task: task_texts(task, count=8) for task in "ab"},
     },
@@ -122,7 +122,7 @@ def test_the_work_of_another_merge_is_refused(models, tmp_path, what, changes):
     before = snapshot(tmp_path)
     if "experts" in changes:
         changes = {**changes, "experts": {task: models / task for task in changes["experts"]}}
-    with pytest.raises(HfEsmError, match=f"work of another merge, of {what} that are not these"):
+    with pytest.raises(HfEsmError, match=f"work of another merge, which differs in {what}\\."):
         merge_models(**given(models, **changes), resume_dir=str(tmp_path / "work"))
     assert snapshot(tmp_path) == before
 
@@ -289,7 +289,7 @@ def test_folders_that_cannot_be_are_refused_before_any_work(models, tmp_path, mo
     forbid_calibration(monkeypatch)
     (tmp_path / "file").touch()
     place = tmp_path / place if isinstance(place, str) else place
-    with pytest.raises(HfEsmError, match=f"{what} must be a text or a path|is a file. Choose|file exists. Choose"):
+    with pytest.raises(HfEsmError, match=f"`{what}` must be a text or a path|is a file. Choose|file exists. Choose"):
         merge_models(**given(models, **{what: place}))
 
 

@@ -263,7 +263,7 @@ REFUSED = {
         lambda models: {"experts": {"a" * 200: models.left, "right": models.right}, "calibration": {}},
         ["has 200 letters", "at most 100"],
     ),
-    "heads-of-no-kind": (options(heads=3), ["heads must be", "not 3"]),
+    "heads-of-no-kind": (options(heads=3), ["`heads` must be", "not 3"]),
     "processor-by-name": (options(processor="me/bert"), ["processor", "'me/bert'", "AutoProcessor.from_pretrained"]),
     "score-by-name": (options(alpha="auto", score_fn="acc"), ["score_fn` must be a function", "'acc'"]),
     "score-by-name-of-a-task": (

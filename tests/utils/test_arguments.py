@@ -107,5 +107,5 @@ def test_where_annotations_cannot_be_resolved_the_types_of_defaults_count():
         free: "Share" = None  # noqa: F821
 
     check_fields(Unresolved(1, object()))
-    with pytest.raises(HfEsmError, match=r"^share must be a finite number, at most 1, not 'all'.$"):
+    with pytest.raises(HfEsmError, match=r"^`share` must be a finite number, at most 1, not 'all'.$"):
         check_fields(Unresolved("all"))

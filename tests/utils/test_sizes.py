@@ -28,7 +28,7 @@ def test_sizes_are_read(size, expected):
     "size", ["", "GB", "0", "-1GB", "0.5", "1.2.3GB", "4 parsecs", "infGB", "nan", 0, -1, True, None, [1]]
 )
 def test_what_is_no_size_is_refused(size):
-    with pytest.raises(HfEsmError, match="max_memory must be a size such as '16GB', '512MiB' or a number of bytes"):
+    with pytest.raises(HfEsmError, match="`max_memory` must be a size such as '16GB', '512MiB' or a number of bytes"):
         bytes_of(size, "max_memory")
 
 
