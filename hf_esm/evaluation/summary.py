@@ -127,9 +127,9 @@ def summarise(
         if all(cell.oracle_outcomes for cell in by_seed.values()):
             variants[f"{label}, tasks given"] = {seed: cell.oracle_outcomes for seed, cell in by_seed.items()}
         for name, outcomes in variants.items():
-            shares = {seed: experts.normalised(found) for seed, found in outcomes.items()}
+            shares = {seed: experts.normalised(by_task) for seed, by_task in outcomes.items()}
             value = sum(shares.values()) / len(shares)
-            draws = torch.stack([experts.normalised_draws(found) for found in outcomes.values()]).mean(0)
+            draws = torch.stack([experts.normalised_draws(by_task) for by_task in outcomes.values()]).mean(0)
             first = first or (value, draws)
             rows.append(
                 Row(
@@ -157,17 +157,17 @@ def _interval(draws: Tensor) -> tuple[float, float]:
 
 def _scores(outcomes: Mapping[int, Mapping[str, Outcome]]) -> dict[str, Any]:
     tasks = next(iter(outcomes.values()))
-    scores = {task: sum(found[task].score for found in outcomes.values()) / len(outcomes) for task in tasks}
+    scores = {task: sum(by_task[task].score for by_task in outcomes.values()) / len(outcomes) for task in tasks}
     return {"tasks": scores, "average": sum(scores.values()) / len(scores)}
 
 
 def _routes(outcomes: Mapping[int, Mapping[str, Outcome]]) -> dict[str, Any]:
     """Confusion of the router, mean over seeds; empty without a router that decided."""
-    if not all(outcome.routed_to for found in outcomes.values() for outcome in found.values()):
+    if not all(outcome.routed_to for by_task in outcomes.values() for outcome in by_task.values()):
         return {"routing": {}, "confusion": []}
     tasks = list(next(iter(outcomes.values())))
     confusion = [
-        [sum(found[task].routed_share(taken) for found in outcomes.values()) / len(outcomes) for taken in tasks]
+        [sum(by_task[task].routed_share(taken) for by_task in outcomes.values()) / len(outcomes) for taken in tasks]
         for task in tasks
     ]
     return {"routing": {task: confusion[i][i] for i, task in enumerate(tasks)}, "confusion": confusion}

@@ -1,4 +1,4 @@
-"""`compare` and its report: what it measures, what it keeps, what it refuses."""
+"""`compare`: what is measured, what the report and the cache hold, what is refused."""
 
 import copy
 import json
@@ -81,7 +81,7 @@ def test_every_method_scores_what_its_merged_model_scores(arguments, compared, t
         scores = evaluate(tmp_path / "routed", arguments["test"], route=route)
         normalised = sum(scores.model[task] / own[task] for task in "ab") / 2
         assert by_label[label].by_seed[0] == pytest.approx(normalised)
-    assert by_label["mean"].by_seed.keys() == {0}  # no proxies, no seeds
+    assert by_label["mean"].by_seed.keys() == {0}  # a method without samples has no seeds
     assert by_label["tsv-c"].alphas == {}
     confusion = by_label["routed"].confusion
     assert [sum(row) for row in confusion] == pytest.approx([1, 1])
@@ -247,7 +247,7 @@ def test_settings_beside_a_list_of_methods_are_refused(tmp_path, capsys):
 
 
 def test_another_tokenizer_is_another_comparison(tmp_path):
-    """Used before or not, one tokenizer is the same."""
+    """A tokenizer is the same before and after it has been used."""
     first = save_tokenizer(tmp_path)
     before = processor_identity(first)
     other = copy.deepcopy(first)
@@ -279,7 +279,7 @@ def test_the_command_compares_a_recipe(models, tmp_path, capsys):
 
 
 def test_draws_without_a_score_have_no_part_in_intervals(tmp_path):
-    """Of ten rows, some draws hold none on which the expert is right."""
+    """Some draws of ten rows hold no row on which the expert is right."""
     experts = {"a": outcome(torch.tensor([1.0] * 2 + [0.0] * 8), 10)}
     half = cell({"a": outcome(torch.tensor([1.0] + [0.0] * 9), 10)})
     found = summarise({"x": Mean(), "y|z": Mean()}, {"x": {0: half}, "y|z": {0: half}}, experts)
@@ -303,7 +303,7 @@ def test_draws_without_a_score_have_no_part_in_intervals(tmp_path):
 
 
 def test_metrics_of_a_module_are_known_by_its_file(tmp_path, monkeypatch):
-    """Which is pickled by its name alone."""
+    """A function of a module is pickled by its name alone, so the file must count."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_metric.py").write_text("def share(found, right):\n    return float((found == right).sum())\n")
     import own_metric

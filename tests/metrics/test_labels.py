@@ -202,7 +202,7 @@ def test_numbers_that_are_no_classes_are_refused(label, config, says):
 
 
 def test_marks_and_lists_of_labels_are_told_apart_by_all_rows():
-    """Of two labels, [0, 1] may say that both hold, or the second."""
+    """With two classes, [0, 1] may list both or mark the second."""
     config = classifier(num_labels=2, id2label={0: "x", 1: "y"}, label2id={"x": 0, "y": 1}).config
     for labels, expected in (([[0, 1], [1, 1]], [[0, 1], [1, 1]]), ([[0, 1], [1]], [[1, 1], [0, 1]])):
         rows = [{"input_ids": [5, 6], "label": label} for label in labels]

@@ -1,4 +1,4 @@
-"""Scores other than accuracy: perplexity, values, metrics of a library, functions."""
+"""Metrics: perplexity, values, metrics of a library, functions, kinds of a user, and what is refused."""
 
 import math
 import pickle
@@ -23,7 +23,7 @@ from support.tiny import BERT
 
 
 class Numbers:
-    """A metric of the evaluate library, of classes."""
+    """Stand-in for a metric of classes from the evaluate library."""
 
     features = dict.fromkeys(("predictions", "references"), SimpleNamespace(dtype="int32"))
 
@@ -77,7 +77,7 @@ def test_what_an_encoder_decoder_is_to_write_is_asked_for():
 
 
 def test_inputs_that_generating_would_refuse_are_left_out():
-    """Such as a BERT tokenizer's beside a T5."""
+    """A BERT tokenizer gives `token_type_ids`, which a T5 does not take."""
     model, samples = T5.build().eval(), token_samples(0, 4)
     with_types = [{**sample, "token_type_ids": torch.zeros_like(sample["input_ids"])} for sample in samples]
     found, expected = (collect_statistics(model, rows, progress=False) for rows in (with_types, samples))

@@ -1,4 +1,4 @@
-"""Answers in words: spans that a model points at, texts that it writes, and how they are rated."""
+"""Answers in words: spans that a model points at, texts that it writes, and how they are scored."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def writers(tokenizer):
-    """The tokenizer as of models that read no token types."""
+    """The tokenizer of models that read no token types."""
     bare = copy.deepcopy(tokenizer)
     bare.model_input_names = ["input_ids", "attention_mask"]
     return bare
@@ -64,7 +64,7 @@ def questions(seed, count=9, longest=45):
 
 @torch.no_grad()
 def spans(model, tokenizer, rows, some_unanswerable=False):
-    """Each row by itself, all spans one after the other."""
+    """Answers to one row at a time, the best of all spans tried one by one."""
     found = []
     for row in rows:
         encoded = tokenizer(row["question"], row["context"], return_tensors="pt")
@@ -187,7 +187,7 @@ def test_what_is_to_be_written_may_stand_in_the_column_of_targets(writers):
 
 
 class LibraryMetric:
-    """A metric of the evaluate library, of texts: lengths' difference over all rows by their right length."""
+    """Stand-in for a metric of texts from the evaluate library: sum of the differences in length / right length."""
 
     name, text = "off", SimpleNamespace(dtype="string")
 

@@ -113,7 +113,7 @@ def test_shares_of_what_is_read_have_intervals():
 
 
 def test_detectors_merge_and_are_compared(tmp_path):
-    """Of unlike classes: each keeps its own head."""
+    """The tasks have different classes, so each keeps its own head."""
     base = detector(2)
     save(base.vit, tmp_path / "base")
     experts, data = {}, {}

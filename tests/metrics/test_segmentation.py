@@ -82,7 +82,7 @@ def test_other_labels_are_refused(label, reduced, says):
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 @torch.no_grad()
 def test_mean_iou_is_that_of_transformers_answers(batch_size):
-    """At the labels' own sizes, over all rows together; drawn rows count as often as they are drawn."""
+    """Answers have the size of each map, and pixels of all rows count together; a row counts each time it is drawn."""
     model, rng = segmenter(), np.random.default_rng(torch.seed() % 2**32)
     rows = [
         {"image": picture(rng, 18 + i, 14), "label": rng.choice([0, 1, 3, 255], (9 + i, 7))}  # class 2 is in none
@@ -101,7 +101,7 @@ def test_mean_iou_is_that_of_transformers_answers(batch_size):
 
 
 def test_mean_iou_of_what_is_known():
-    """Right, wrong, and nothing that is asked for."""
+    """Maps that are all right, all wrong, half ignored, and ignored."""
     model = segmenter()
     sample = {"pixel_values": torch.randn(3, 16, 16)}
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_models_and_metrics_that_do_not_fit_are_refused():
 
 
 def test_segmenters_merge_and_are_compared(tmp_path):
-    """Of unlike classes: each keeps its own head."""
+    """The tasks have different classes, so each keeps its own head."""
     base = segmenter()
     save(base.segformer, tmp_path / "base")
     experts, data = {}, {}
