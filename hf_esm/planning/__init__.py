@@ -1,7 +1,6 @@
-"""What a merge will do, found out from headers and a sample of local weights.
+"""What a merge will do, planned from headers and checked before any long work.
 
-Comes in: the caller's arguments, or a recipe. Goes out: a checked `MergePlan`, or one sentence that says what is
-wrong.
+Comes in: the caller's arguments, or a recipe. Goes out: a checked `MergePlan`, or an error of one sentence.
 """
 
 from .arguments import MergeData, check_arguments, check_replaceable, name_experts

@@ -1,9 +1,10 @@
-"""Checks of a plan against this machine and against the weights themselves."""
+"""Checks of a plan against the disks and memory of this machine, and against the weights."""
 
 import shutil
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 
@@ -20,49 +21,59 @@ def check_disk(
     statistics_dir: Optional[str] = None,
     resume_dir: Optional[str] = None,
 ) -> None:
-    """Raise if the output would replace one of the models, or a disk cannot hold what goes there."""
+    """Raise an error if the output would replace one of the models, or if a disk is too small.
+
+    Args:
+        output: folder of the merged model.
+        statistics_bytes: size of the statistics that will be collected.
+        statistics_dir: folder that statistics are kept in.
+        resume_dir: folder of work in progress.
+    """
     for model in (plan.base, *plan.experts.values()):
         folder = getattr(model, "folder", None) or model.source
         if folder and Path(folder).resolve().is_relative_to(output.resolve()):
-            raise HfEsmError(f"{model.title} stands in output_dir {output}, which would be replaced. Choose another.")
+            raise HfEsmError(
+                f"{model.title} is inside `output_dir` {output}, which would be replaced. Choose another."
+            )
     scratch = Path(resume_dir).expanduser() if resume_dir else output
-    kept = Path(statistics_dir).expanduser() if statistics_dir else scratch
-    wanted = [(output, plan.output_bytes), (scratch, plan.scratch_bytes), (kept, statistics_bytes)]
-    if resume_dir:
-        work = Work(resume_dir, {})
-        wanted += [(scratch, -work.nbytes), (scratch, statistics_bytes if statistics_dir else 0)]
+    statistics = Path(statistics_dir).expanduser() if statistics_dir else scratch
+    sizes = [(output, plan.output_bytes), (scratch, plan.scratch_bytes), (statistics, statistics_bytes)]
+    if resume_dir:  # work that is on the disk already needs no more room; statistics are there twice for a while
+        sizes += [(scratch, -Work(resume_dir, {}).nbytes), (scratch, statistics_bytes if statistics_dir else 0)]
     needed: dict[int, float] = defaultdict(float)
-    places = {}
-    for place, count in wanted:
-        there = next(parent for parent in (place.absolute(), *place.absolute().parents) if parent.exists())
-        disk = there.stat().st_dev
-        needed[disk] += count
-        places.setdefault(disk, (place, there))
-    for disk, (place, there) in places.items():
-        free = shutil.disk_usage(there).free
+    folders = {}
+    for folder, size in sizes:
+        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        disk = existing.stat().st_dev
+        needed[disk] += size
+        folders.setdefault(disk, (folder, existing))
+    for disk, (folder, existing) in folders.items():
+        free = shutil.disk_usage(existing).free
         if needed[disk] > free:
             raise HfEsmError(
-                f"{place}: merging needs {readable(needed[disk])} on this disk and {readable(free)} are free. Make "
+                f"{folder}: merging needs {readable(needed[disk])} on this disk and {readable(free)} are free. Make "
                 "room there."
             )
 
 
-def check_memory(plan: MergePlan, max_memory: Optional[str | int]) -> None:
-    """Raise if the largest weight, or what a method learns with, does not fit in `max_memory`."""
+def check_memory(plan: MergePlan, max_memory: Optional[str | int | float]) -> None:
+    """Raise an error if the largest weight, or the memory that a method learns with, exceeds `max_memory`."""
     if max_memory is None:
         return
-    wanted = {
+    needed = {
         f"the largest weight of {len(plan.experts)} experts": plan.memory_bytes,
         f"learning by {plan.method.name}": plan.learning_bytes,
     }
-    for what, count in wanted.items():
-        if count > bytes_of(max_memory, "max_memory"):
-            raise HfEsmError(f"max_memory {max_memory}: {what} needs {readable(count)}. Give at least that.")
+    for consumer, size in needed.items():
+        if size > bytes_of(max_memory, "max_memory"):
+            raise HfEsmError(f"`max_memory` {max_memory}: {consumer} needs {readable(size)}. Give at least that.")
 
 
-def check_values(plan: MergePlan, progress: Any = iter) -> None:
-    """Read every weight that will be merged or kept by a task once, raise if one is not finite or an expert equals the
-    base, and note in the plan which ones no expert changes.
+def check_values(plan: MergePlan, progress: Callable[[Iterable], Iterable] = iter) -> None:
+    """Read every weight once that will be merged or kept by a task, and note in the plan which no expert changes.
+
+    Raises:
+        HfEsmError: if a weight is not finite, or an expert equals the base in every merged weight.
     """
     changed: dict[str, set[str]] = {task: set() for task in plan.experts}
     for name in progress(plan.heads.shared):
@@ -89,7 +100,7 @@ def check_values(plan: MergePlan, progress: Any = iter) -> None:
 
 
 def _check_finite(tensor: torch.Tensor, checkpoint: Checkpoint, name: str) -> None:
-    # A sum is finite if all its terms are, and is the cheaper look at a sound weight.
+    # A sum is finite only if all its terms are, and costs less than a look at every term.
     if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():
         raise HfEsmError(
             f"{checkpoint.title}: weight '{checkpoint.names[name]}' holds NaN or infinite values. Save or "

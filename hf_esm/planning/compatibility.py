@@ -1,4 +1,4 @@
-"""Is an expert a fine-tune of this base? Answered from headers and configs."""
+"""Checks that an expert is a fine-tune of the base, from headers and configs."""
 
 import re
 from typing import Any
@@ -10,54 +10,61 @@ from .heads import HeadPlan
 
 
 def check_complete(checkpoint: Checkpoint, missing: list[str]) -> None:
+    """Raise an error if weights are missing from a model's files."""
     if missing:
         raise HfEsmError(
-            f"{checkpoint.title}: the file lacks {first_names(missing)}, which its "
+            f"{checkpoint.title}: its files lack {first_names(missing)}, which its "
             f"{type(checkpoint.skeleton).__name__} needs. Save the model again with `save_pretrained`."
         )
 
 
 def check_architecture(base: Checkpoint, expert: Checkpoint) -> None:
-    own, other = base.config.model_type, expert.config.model_type
-    if own != other:
+    """Raise an error if an expert is of another architecture than the base."""
+    base_type, expert_type = base.config.model_type, expert.config.model_type
+    if base_type != expert_type:
         remedy = "Experts must be fine-tunes of it."
         if type(expert.config) in base.config.sub_configs.values():
             name = type(expert.skeleton).__name__
-            remedy = f"It may be a part of the base: load `{name}.from_pretrained(…)` of the base, and pass that."
-        raise HfEsmError(f"{expert.title} is a {other} model, but the base is a {own}. {remedy}")
+            remedy = (
+                f"It may be a fine-tune of a part of the base: load that part by {name}.from_pretrained(…), and pass "
+                "it as the base."
+            )
+        raise HfEsmError(f"{expert.title} is a {expert_type} model, but the base is a {base_type}. {remedy}")
 
 
 def check_weights(base: Checkpoint, expert: Checkpoint, heads: HeadPlan) -> None:
-    """Every weight of the body that one has and the other lacks, and every shape, before any weight is read."""
-    for verb, one, other in (("lacks", base, expert), ("has", expert, base)):
-        prefix = body_prefix(one.skeleton)
-        in_body = [name for name, live in one.names.items() if not prefix or live == prefix + name]
-        # A body without a part that the other's has (BERT's pooler) is no error; one with half of it is.
-        parts = set(map(part_of, other.names))
-        alone = [name for name in in_body if name not in other.names and part_of(name) in parts]
-        if alone:
-            what = f"which the base {'lacks' if one is expert else 'has'}"
-            raise HfEsmError(f"{expert.title} {verb} {first_names(alone)}, {what}. Is it a fine-tune of this base?")
-    for name in heads.shared:
-        ours, theirs = base.shape(name), expert.shape(name)
-        if ours == theirs:
-            continue
-        if len(ours) == 2 and ours[1:] == theirs[1:] and base.linear.get(name) is None:
+    """Raise an error if the bodies of expert and base differ in their weights, or merged weights in their shapes."""
+    for having, lacking in ((base, expert), (expert, base)):
+        prefix = body_prefix(having.skeleton)
+        body = [name for name, live in having.names.items() if not prefix or live == prefix + name]
+        # A body may lack a whole part of the other body (BERT's pooler), but not half a part.
+        parts = set(map(part_of, lacking.names))
+        if missing := [name for name in body if name not in lacking.names and part_of(name) in parts]:
+            verbs = ("has", "lacks") if having is expert else ("lacks", "has")
             raise HfEsmError(
-                f"{expert.title}: '{expert.names[name]}' has {theirs[0]} rows, the base has {ours[0]}. If its "
+                f"{expert.title} {verbs[0]} {first_names(missing)}, which the base {verbs[1]}. Is it a fine-tune of "
+                "this base?"
+            )
+    for name in heads.shared:
+        base_shape, shape = base.shape(name), expert.shape(name)
+        if base_shape == shape:
+            continue
+        if len(base_shape) == 2 and base_shape[1:] == shape[1:] and base.linear.get(name) is None:
+            raise HfEsmError(
+                f"{expert.title}: '{expert.names[name]}' has {shape[0]} rows, the base has {base_shape[0]}. If its "
                 "vocabulary was resized, call `model.resize_token_embeddings` to bring both to one size."
             )
         raise HfEsmError(
-            f"{expert.title}: '{expert.names[name]}' is {theirs}, in the base it is {ours}. Experts must be "
-            "fine-tunes of this base."
+            f"{expert.title}: '{expert.names[name]}' is {tuple(shape)}, in the base it is {tuple(base_shape)}. "
+            "Experts must be fine-tunes of this base."
         )
 
 
-# Settings of which a difference makes another function of the same weights.
+# Settings that make another function of the same weights, if they differ.
 _OF_THE_FUNCTION = r"(num_.*heads|.*_heads|n_heads?|head_dim|hidden_act|hidden_activation|activation(_function)?)$"
 
 
-# Settings that say where a model comes from, how it is trained or run, or what its head is, or that shapes show.
+# Settings whose differences do not matter: of origin, training, run and head, or visible in shapes.
 _INDIFFERENT = (
     r"(.*dropout.*|.*drop_(rate|prob|path).*|architectures|.*dtype|transformers_version|_.*|id2label|label2id|num_labels|"
     r"problem_type|use_cache|.*token_ids?|.*init.*|summary_.*|classifier_.*|tokenizer_class|return_dict|output_.*|"
@@ -69,34 +76,41 @@ _INDIFFERENT = (
 
 
 def differing_settings(base: Checkpoint, expert: Checkpoint) -> list[str]:
-    """The settings of the body in which an expert's config differs from the base's, with both values.
+    """Return the settings of the body, with both values, in which an expert's config differs from that of the base.
 
     Raises:
-        HfEsmError: if they make its weights another function.
+        HfEsmError: if a difference makes another function of the same weights.
     """
-    ours, theirs = _settings(base.config), _settings(expert.config)
-    differing = {name: f"{name} ({theirs[name]}, base {ours[name]})" for name in ours.keys() & theirs.keys()}
-    differing = {name: said for name, said in sorted(differing.items()) if ours[name] != theirs[name]}
-    for name, said in differing.items():
-        if None not in (ours[name], theirs[name]) and re.match(_OF_THE_FUNCTION, name.rpartition(".")[2]):
-            raise HfEsmError(f"{expert.title}: its config differs from the base's in {said}. Is it a fine-tune of it?")
-    return list(differing.values())
+    base_settings, settings = _settings(base.config), _settings(expert.config)
+    differing = []
+    for name in sorted(base_settings.keys() & settings.keys()):
+        values = settings[name], base_settings[name]
+        if values[0] == values[1]:
+            continue
+        difference = f"{name} ({values[0]}, base {values[1]})"
+        if None not in values and re.match(_OF_THE_FUNCTION, name.rpartition(".")[2]):
+            raise HfEsmError(
+                f"{expert.title}: its config differs from the base's in {difference}. Is it a fine-tune of this base?"
+            )
+        differing.append(difference)
+    return differing
 
 
 def _settings(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A config's settings that matter here, those of its parts by dotted names."""
-    found: dict[str, Any] = {}
+    """Return the settings of a config whose differences matter, those of its parts by dotted names."""
+    settings: dict[str, Any] = {}
     for name, value in (config if isinstance(config, dict) else config.to_dict()).items():
         name = str(name)
         if not re.match(_INDIFFERENT, name):
-            found |= _settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
+            settings |= _settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return settings
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a weight belongs to: `encoder`, `pooler`, `classifier`."""
+    """Return the part of the model that a weight belongs to: `encoder`, `pooler`, `classifier`."""
     return name.partition(".")[0]
 
 
 def first_names(names: list[str]) -> str:
+    """Write the first three names, and how many more there are."""
     return ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""A recipe is the arguments of `merge_models` written down in YAML."""
+"""Recipes: the arguments of `merge_models` written down in YAML."""
 
 import os
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..errors import HfEsmError
+from ..utils import check_known
 from .options import MergeOptions
 
 
@@ -25,35 +26,27 @@ _WRITTEN_ONLY = ("recipe_version", "hf_esm_version")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, where plain YAML forgets the first."""
+    """A YAML loader that refuses a repeated key; plain YAML would forget the first value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{repeated[0]!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[str, Any]:
     """Read a recipe: `merge_models(**load_recipe("recipe.yaml"))`, or `compare` with `for_comparison=True`.
 
-    Relative paths in it are taken from the folder that it stands in, where such a file or folder exists. What only
-    `compare` reads (`methods`, `test`, `seeds`, `num_test`) is left out for a merge.
+    A relative path in a recipe starts at the folder of the recipe, if a file or folder exists there. Keys that only
+    `compare` reads (`methods`, `test`, `seeds`, `num_test`) are left out for a merge, so that one recipe serves both.
 
     Raises:
-        HfEsmError: if it is missing, not YAML, of another format version, or has a key that `merge_models` lacks.
+        HfEsmError: if the recipe is missing, is not YAML, is of another format version, lacks a key, or has an unknown
+            key.
     """
     path = Path(path)
-    try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
-    except OSError as error:
-        raise HfEsmError(f"{path}: cannot read the recipe ({error.strerror}).") from None
-    except UnicodeDecodeError:
-        raise HfEsmError(f"{path}: no text, so no recipe.") from None
-    except yaml.YAMLError as error:
-        raise HfEsmError(f"{path}: not a valid recipe: {error}") from None
-    if not isinstance(recipe, dict):
-        raise HfEsmError(f"{path}: a recipe has keys such as base, experts, calibration and method.")
+    recipe = _read_yaml(path)
     version = recipe.get("recipe_version", RECIPE_VERSION)
     if version != RECIPE_VERSION:
         raise HfEsmError(
@@ -61,20 +54,33 @@ def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[s
             f"version {RECIPE_VERSION}. Use that hf_esm."
         )
     recipe = {key: value for key, value in recipe.items() if key not in _WRITTEN_ONLY}
-    if not for_comparison:  # one recipe serves both
+    if not for_comparison:
         recipe = {key: value for key, value in recipe.items() if key not in _COMPARED}
     known = [*_MODELS_AND_DATA, *(field.name for field in fields(MergeOptions))]
-    known += _COMPARED if for_comparison else ()
-    if unknown := [key for key in recipe if key not in known]:
-        raise HfEsmError(f"{path}: there is no setting {unknown[0]!r}; there are {', '.join(known)}.")
+    check_known(recipe, [*known, *(_COMPARED if for_comparison else ())], "key", str(path))
     for key in ("base", "experts"):
         if key not in recipe:
-            raise HfEsmError(f"{path}: the recipe has no {key!r}.")
+            raise HfEsmError(f"{path}: the recipe has no key {key!r}. Add it.")
     return {key: _from_folder(key, value, path.parent) for key, value in recipe.items()}
 
 
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping."""
+    try:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except OSError as error:
+        raise HfEsmError(f"{path}: cannot read the recipe ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise HfEsmError(f"{path} is not a text file, so it is not a recipe.") from None
+    except yaml.YAMLError as error:
+        raise HfEsmError(f"{path}: not a valid recipe: {error}") from None
+    if not isinstance(recipe, dict):
+        raise HfEsmError(f"{path}: a recipe has keys such as base, experts, calibration and method.")
+    return recipe
+
+
 def _from_folder(key: str, value: Any, folder: Path) -> Any:
-    """The value of one key with its relative paths taken from `folder`."""
+    """Return the value of one key, with relative paths that start at `folder`."""
     if key == "base" or (key in ("calibration", "validation") and isinstance(value, str)):
         return absolute_path(value, folder)
     if key in (*_MODELS_AND_DATA, "test") and isinstance(value, Mapping):
@@ -88,7 +94,7 @@ def _from_folder(key: str, value: Any, folder: Path) -> Any:
 
 
 def absolute_path(value: Any, folder: Path) -> Any:
-    """A model or data set as recipes name it, with a relative path in it that exists below `folder` made absolute."""
+    """Return a model or data set as recipes name it, with absolute paths for all that exist below `folder`."""
     if isinstance(value, str):
         return str((folder / value).absolute()) if value and (folder / value).exists() else value
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Time and memory that a merge takes, estimated from shapes."""
+"""Estimates of the time and memory of a merge, from shapes."""
 
 import functools
 import math
@@ -9,17 +9,22 @@ import torch
 from ..checkpoints import Checkpoint, LoraCheckpoint
 
 
-# What an update of low rank takes of a full one's time; measured at widths of 1,024 and 4,096.
+# Time of an update of low rank, as a share of that of a full one; measured at widths of 1,024 and 4,096.
 _ADAPTER = 0.1
 
 
 def merge_bytes(elements: int, tasks: int) -> int:
-    """What merging a weight of so many elements takes: each expert's, its factors in float64, and the work on them."""
+    """Return the bytes for merging one weight: that of each expert, its factors in float64, and the computation.
+
+    Args:
+        elements: number of elements of the weight.
+        tasks: number of experts.
+    """
     return 4 * elements * (2 * tasks + 6)
 
 
 def estimate_seconds(base: Checkpoint, shared: list[str], experts: list[Checkpoint]) -> float:
-    """The eigenproblems of all shared matrices, at the speed of this machine."""
+    """Return the seconds that the eigenproblems of all shared matrices take on this machine."""
     total, tasks = 0.0, len(experts)
     share = sum(_ADAPTER if isinstance(expert, LoraCheckpoint) else 1.0 for expert in experts) / tasks
     for name in shared:
@@ -34,7 +39,7 @@ def estimate_seconds(base: Checkpoint, shared: list[str], experts: list[Checkpoi
 
 @functools.cache
 def _seconds_per_cube() -> float:
-    """How long an eigenproblem takes here, divided by the cube of its size; timed once."""
+    """Return the seconds of an eigenproblem on this machine, divided by the cube of its size; timed once."""
     probe = torch.randn(768, 768, dtype=torch.float64)
     torch.linalg.eigh(probe + probe.T)
     start = time.perf_counter()
@@ -43,6 +48,7 @@ def _seconds_per_cube() -> float:
 
 
 def readable_duration(seconds: float) -> str:
+    """Write a duration in seconds, minutes or hours."""
     return (
         f"{seconds:.0f} s"
         if seconds < 120

@@ -524,7 +524,7 @@ def test_a_dry_run_says_what_a_merge_would_be_and_reads_no_weight(models, tmp_pa
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
     given = {"output_dir": str(tmp_path / "merged"), "max_memory": "1KB", "dry_run": True, "validation": {"left": []}}
     text = str(merge_models(tmp_path / "base", experts, method="concrete-adamerging", **given))
-    said = ["1 kB are free", "max_memory 1KB", "to learn", "`validation` is only used with `alpha='auto'`"]
+    said = ["1 kB are free", "`max_memory` 1KB", "to learn", "`validation` is only used with `alpha='auto'`"]
     assert [part for part in said if part not in text] == [], text
     assert "to calibrate" not in text and "whole merged model" not in text
     given = {"alpha": "auto", "score_fn": lambda model: 0.0, "dry_run": True}

@@ -1,11 +1,14 @@
 """What cannot be merged is refused before any long work, in one message that names it and says what to do."""
 
+import inspect
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import typing
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +26,7 @@ from hf_esm.methods.essential import EssentialMerge, RoutedMerge
 from hf_esm.methods.registry import resolve_method
 from hf_esm.methods.sparse import TIES
 from hf_esm.methods.stack import InputStatistics
+from hf_esm.planning import MergeOptions
 from hf_esm.utils.resume import WORK_FOLDER as WORK
 from support.helpers import perturbed, save, stored_tensors, text_samples
 from support.tiny import BERT, SENTENCES, assert_refused, forbid_calibration, save_models, save_tokenizer, snapshot
@@ -286,6 +290,7 @@ REFUSED = {
         options(calibration={"left": text_samples(1)}),
         [RIGHT, "unlabelled inputs", "'tsv-m'"],
     ),
+    "misspelt-task": (options(calibration={"letf": text_samples(1)}), ["`calibration`", "'letf'", "mean 'left'?"]),
     "empty-calibration": (calibration([]), [OF_LEFT, "no samples"]),
     "all-padding": (
         calibration([*text_samples(1), {"input_ids": [5, 6], "attention_mask": [0, 0]}], num_samples=0),
@@ -371,6 +376,8 @@ REFUSED = {
     "unknown-alpha": (options(alpha="best"), ["'best'", "'auto'"]),
     "unknown-dtype": (options(dtype="int8"), ["'int8'", "'bfloat16'"]),
     "unknown-heads": (options(heads="none"), ["'none'", "'auto', 'merge', 'keep'"]),
+    "misspelt-module": (options(heads=["poolr"]), ["heads", "'poolr'", "Did you mean 'pooler'?"]),
+    "misspelt-column": (options(columns={"txt_pair": "b"}), ["columns", "'txt_pair'", "mean 'text_pair'?"]),
     "unknown-module": (options(heads=["pooler", "colour"]), ["'colour'", "heads"]),
     "auto-without-validation": (options(alpha="auto"), ["alpha='auto'", "validation", "score_fn"]),
     "auto-with-validation-of-one-task": (
@@ -397,6 +404,25 @@ def test_bad_input_is_refused_early_by_name_and_with_a_remedy(damage, says, mode
     if "monkeypatch" in changes:
         monkeypatch.setattr(*changes.pop("monkeypatch"))
     assert_refused(models.folder, says, arguments(models, **changes))
+
+
+def test_merge_models_takes_every_field_of_its_options():
+    """With the names, defaults and annotations of the dataclass, each by keyword alone."""
+    parameters = inspect.signature(merge_models).parameters
+    hints = typing.get_type_hints(merge_models)
+    assert typing.get_type_hints(MergeOptions).items() <= hints.items()
+    for option in fields(MergeOptions):
+        assert parameters[option.name].kind is inspect.Parameter.KEYWORD_ONLY, option.name
+        assert parameters[option.name].default == option.default, option.name
+
+
+def test_a_plan_and_a_result_are_one_line_and_print_as_tables(models):
+    plan = merge_models(**arguments(models, method="mean", dry_run=True))
+    assert repr(plan) == f"MergePlan(mean of left, right into base ({models.base}))"
+    assert len(str(plan).splitlines()) > 8
+    result = merge_models(**arguments(models, method="mean"), progress=False)
+    assert repr(result) == f"MergeResult(mean of left, right, alpha=1, output_dir={str(models.folder / 'merged')!r})"
+    assert len(str(result).splitlines()) > 3
 
 
 def test_an_unknown_argument_is_a_type_error(models):
