@@ -26,7 +26,7 @@ quality: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/typos
 	$(BIN)/ty check --python $(VENV)
-	if [ -f tests/test_house.py ]; then $(BIN)/python -m pytest tests/test_house.py; fi
+	$(BIN)/python -m pytest tests/test_house.py
 
 clean:
 	rm -rf $(VENV) demo_output

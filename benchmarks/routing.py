@@ -109,10 +109,12 @@ def main() -> None:
                         if directions == "update":
                             static = score(model, test, "static")
                             if rank == args.ranks[0]:
-                                report(results, count, alpha, 0, "static", static, static, expert_accuracy)
+                                report(results, (count, alpha, 0, "static"), static, static, expert_accuracy)
                         oracle = score(model, test, "oracle")
-                        report(results, count, alpha, rank, f"oracle, {directions}", oracle, static, expert_accuracy)
-                    row = report(results, count, alpha, rank, title, score(model, test), static, expert_accuracy)
+                        setting = (count, alpha, rank, f"oracle, {directions}")
+                        report(results, setting, oracle, static, expert_accuracy)
+                    setting = (count, alpha, rank, title)
+                    row = report(results, setting, score(model, test), static, expert_accuracy)
                     row |= routes(model, test, expert_accuracy)
                     if (router, features, rank) == ("discriminant", "merged", args.ranks[0]):
                         row["foreign"] = foreign(model, test, Path(scratch) / f"without-{title}-{count}", static)
@@ -135,8 +137,10 @@ def score(model: RoutedModel, test: dict[str, LabelledSamples], mode: str = "") 
 
 
 def report(
-    results: list, samples: int, alpha: float, rank: int, router: str, found: dict, static: dict, expert_accuracy: dict
+    results: list, setting: tuple[int, float, int, str], found: dict, static: dict, expert_accuracy: dict
 ) -> dict[str, Any]:
+    """Add a row of scores to the results; the setting is samples, α, rank and router."""
+
     def normalised(rows: dict[str, Tensor]) -> float:
         return sum(float(rows[task].mean()) / expert_accuracy[task] for task in expert_accuracy) / len(expert_accuracy)
 
@@ -149,10 +153,7 @@ def report(
     low, high = torch.tensor(differences).quantile(torch.tensor([0.025, 0.975])).tolist()
     results.append(
         {
-            "samples": samples,
-            "alpha": alpha,
-            "rank": rank,
-            "router": router,
+            **dict(zip(("samples", "alpha", "rank", "router"), setting, strict=True)),
             "heads named": normalised(found),
             "against static": (normalised(found) - normalised(static), low, high),
             "by task": {task: float(rows.mean()) for task, rows in found.items()},

@@ -6,6 +6,7 @@ PEFT types of `hf_esm.tuners` are registered as soon as both hf_esm and peft are
 
 import sys
 from importlib import import_module
+from importlib.abc import Loader
 from typing import TYPE_CHECKING, Any
 
 from .errors import HfEsmError, HubError
@@ -192,7 +193,7 @@ class _PeftFinder:
         return None
 
 
-class _PeftLoader:
+class _PeftLoader(Loader):
     """peft's own loader, which is put back into its place, and what follows when it is done."""
 
     def __init__(self, loader: Any, finder: _PeftFinder):

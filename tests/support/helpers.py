@@ -230,7 +230,7 @@ def floating_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in found.items() if name in saved and value.is_floating_point()}
 
 
-def expected_updates(
+def expected_updates(  # noqa: C901 - every rule of every method in one place, as it is read in the papers
     base: PreTrainedModel, experts: list[PreTrainedModel], architecture: Architecture, rules: Rules
 ) -> dict[str, Tensor]:
     """What is added to every weight of the base that all experts have, float64, by its name in the base.
