@@ -1,4 +1,4 @@
-"""Mixtures whose experts one module holds: each expert's matrices are calibrated on the tokens that came to it."""
+"""Mixtures whose experts are held by one module: each expert is calibrated on the tokens that are routed to it."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -100,7 +100,7 @@ def test_modules_that_say_nothing_of_their_experts_are_left_alone():
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "qwen3-moe"])
 def test_padding_comes_to_no_expert(name):
-    """In batches of unlike lengths, as in every token by itself."""
+    """Batches of texts of different lengths give the same statistics as single tokens."""
     architecture = ARCHITECTURES[name]
     model, samples = architecture.build(), architecture.samples(3)
     hooks = InputHooks(model)

@@ -1,4 +1,4 @@
-"""Calibrating where memory is short: weights partly on disk, factors in files, and the same statistics."""
+"""Calibration with little memory: weights partly on disk and factors in files give the same statistics."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,7 +140,7 @@ def test_a_process_uses_its_own_device_and_main_memory(monkeypatch, device, limi
 
 
 def test_a_disk_that_is_full_is_one_clear_error(tmp_path, monkeypatch):
-    """Writing on through the mapped file would end the process."""
+    """Otherwise, writing through the mapped file would end the process."""
 
     def full(*args):
         raise OSError(28, "No space left on device")

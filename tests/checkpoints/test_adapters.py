@@ -1,4 +1,4 @@
-"""LoRA adapters as experts: each must merge exactly as the full model that PEFT itself makes of it."""
+"""LoRA adapters as experts: each merges exactly as the full model that PEFT makes of the adapter."""
 
 import copy
 import json
@@ -196,7 +196,7 @@ def classifier(tmp_path_factory):
 
 @pytest.fixture
 def made(classifier, tmp_path):
-    """A copy of the models of one case, to damage."""
+    """A copy of the models of one case, which a test may damage."""
     shutil.copytree(classifier.base.parent, tmp_path, dirs_exist_ok=True)
     return SimpleNamespace(base=tmp_path / "base", adapter=tmp_path / "adapter", full=tmp_path / "full")
 
@@ -228,7 +228,7 @@ def pickled(made):
 
 
 def trained(architecture: Architecture, config: PeftConfig, **settings: Any) -> Callable:
-    """Another adapter in its place."""
+    """Put another adapter in the place of the case's."""
 
     def replace(made):
         shutil.rmtree(made.adapter)
@@ -238,7 +238,7 @@ def trained(architecture: Architecture, config: PeftConfig, **settings: Any) -> 
 
 
 def on_base(architecture: Architecture, model_class: str, config: dict[str, Any]) -> Callable:
-    """Another base in its place, and an adapter and an expert for it."""
+    """Put another base in the place of the case's, with an adapter and an expert on it."""
 
     def replace(made):
         for folder in (made.base, made.full):
@@ -342,7 +342,7 @@ def test_adapters_that_leave_the_head_alone_leave_it_to_all(tmp_path):
 
 
 def test_an_adapter_is_an_update_in_float32_and_writes_no_copy_of_the_model(classifier, tmp_path, monkeypatch):
-    """Over a base in bfloat16 too, whose precision is far below that of the update."""
+    """Also over a base in bfloat16, which is far less precise than the update."""
     live = BertModel.from_pretrained(classifier.base, dtype=torch.bfloat16)
     save(live, tmp_path / "base")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

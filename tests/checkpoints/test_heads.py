@@ -1,4 +1,4 @@
-"""Fine-tunes of another class than their base: bodies merge, every task keeps its own readout."""
+"""Fine-tunes of another class than their base: the bodies are merged, and each task keeps its head."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

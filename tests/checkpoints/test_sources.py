@@ -88,7 +88,7 @@ def commits(hub: HubServer, name: str) -> list[str]:
 
 
 def experts(hub: HubServer) -> dict[str, Any]:
-    """Experts named in every way; the last two pinned to what has been replaced since."""
+    """Experts named in every way; the last two are pinned to commits that have been replaced since."""
     pinned = {"path": "me/c-lora", "revision": commits(hub, "c-lora")[0]}
     return {"a": "me/a", "b": "me/b@v1", "c": pinned}
 
@@ -101,7 +101,7 @@ def merge_and_push(experts: dict[str, Any], output: Path) -> tuple[str, list[Opt
 
 @pytest.fixture(scope="module")
 def merged(hub, online, tmp_path_factory):
-    """Folder of a merge of Hub models, what it said and asked for, and the commits in its plan."""
+    """The folder of a merge of Hub models, its messages and requests, and the commits in its plan."""
     hub.log.clear()
     output = tmp_path_factory.mktemp("hub") / "merged"
     plan, revisions = online(merge_and_push, experts(hub), output)
@@ -167,7 +167,7 @@ def test_what_is_in_the_cache_merges_offline(hub, online, home, models, merged, 
 
 
 def refusal(experts: dict[str, Any], **arguments: Any) -> str:
-    """What the one error says."""
+    """The message of the one error."""
     try:
         quiet("me/base", experts, method="mean", **arguments)
     except HfEsmError as error:

@@ -50,7 +50,7 @@ def models(tmp_path_factory):
 
 
 def same_statistics(found: ActivationStatistics, expected: ActivationStatistics) -> bool:
-    """Whether both are of the same tokens, in whatever batches they ran."""
+    """Return whether both were collected on the same tokens, in whatever batches."""
     return (
         found.keys_of == expected.keys_of
         and found.provenance.num_samples == expected.provenance.num_samples
@@ -292,7 +292,7 @@ def test_files_below_home_are_found(models, tmp_path, monkeypatch):
 
 
 class Undecoded(list):
-    """Rows that a library decodes which is not installed, as `datasets` says it."""
+    """Rows whose decoder is not installed; the error is that of `datasets`."""
 
     def __getitem__(self, index):
         raise ImportError("To support decoding audio data, please install\n 'torchcodec'.")
@@ -315,7 +315,7 @@ VOCABULARIES = (("base", ["a", "b", "c"]), ("more", ["a", "b", "c", "d"]), ("oth
 
 
 def test_processors_that_read_otherwise_are_mentioned(tmp_path):
-    """Whose tokens' embeddings would be merged although they are of unlike words."""
+    """The embeddings of different words would be merged."""
     words = [*SPECIAL, *WORDS]
     made = save_models(tmp_path)
     orders = {"base": words, "left": [*words, "new"], "right": [*SPECIAL, *reversed(WORDS)]}
@@ -474,7 +474,7 @@ def test_code_of_a_processor_is_not_run_unasked(models, tmp_path):
 
 
 def test_a_model_without_a_tokenizer_is_not_given_an_empty_one(models):
-    """Transformers makes one up from the model's type, to which every word is unknown."""
+    """Transformers makes up a tokenizer from the model's type, which knows no word."""
     with pytest.raises(HfEsmError, match="no tokenizer"):
         calibrate(models.base, SENTENCES, progress=False)
     found = calibrate(models.base, SENTENCES, processor=models.tokenizer, progress=False)
@@ -496,7 +496,7 @@ def test_a_dry_run_says_what_a_merge_would_be_and_reads_no_weight(models, tmp_pa
         pytest.fail("a weight was read")
 
     class Headers:
-        """A safetensors file whose values cannot be had."""
+        """A safetensors file whose values cannot be read."""
 
         def __init__(self, *arguments):
             self.file = safetensors.safe_open(*arguments)
