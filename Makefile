@@ -3,15 +3,36 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test demo style quality clean
+.PHONY: test test-fast test-extras test-oldest demo style quality clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[demo,test,quality]"
 	touch $@
 
+# A worker a core; the files of tests that take long are started first.
+WORKERS := -n auto --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests -n auto --dist loadfile
+	$(BIN)/python -m pytest tests $(WORKERS)
+
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest tests $(WORKERS) -m "not slow and not hub"
+
+# What needs libraries that are used if they are there.
+test-extras: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[extras]"
+	$(BIN)/python -m pytest tests -m extras
+
+# With the lower bounds of setup.py, in an environment of their own.
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest tests $(WORKERS)
+
+.venv-oldest/.installed: setup.py
+	$(PYTHON) -m venv .venv-oldest
+	sed -nE 's/^ +"([A-Za-z_]+)>=([0-9.]+)",$$/\1==\2/p' setup.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --quiet --constraint .venv-oldest/constraints.txt --editable ".[demo,test]"
+	touch $@
 
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/hf-esm demo --output demo_output
@@ -29,4 +50,4 @@ quality: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_house.py
 
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) .venv-oldest demo_output

@@ -42,7 +42,8 @@ setup(
     ],
     extras_require={
         "demo": ["matplotlib", "pillow", "scikit-learn"],
-        "test": ["matplotlib", "pillow", "pytest", "pytest-xdist", "scikit-learn", "setuptools>=77"],
+        "test": ["filelock", "matplotlib", "pillow", "pytest", "pytest-xdist", "scikit-learn", "setuptools>=77"],
+        "extras": ["evaluate"],
         "quality": ["pytest", "ruff", "ty", "typos"],
     },
     entry_points={"console_scripts": ["hf-esm=hf_esm.cli:main"]},

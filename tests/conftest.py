@@ -3,25 +3,89 @@
 The process that starts the run imports this file and no test: it must not import torch.
 """
 
+import gc
+import logging
 import os
 import random
+import re
+import shutil
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 
 # Workers inherit the environment, so that all collect the same tests. Two seeds are drawn for every run.
 os.environ.setdefault("HF_ESM_TEST_SEED", ",".join(str(random.SystemRandom().randrange(2**32)) for _ in range(2)))
-# One thread a worker: toys gain nothing from more. Before torch is imported.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; toys gain nothing from more threads
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+gc.disable()  # while everything is imported: see `pytest_collection_finish`
+
+# What Transformers and PEFT log about calls that will not work for long.
+DEPRECATED = re.compile(r"deprecat|will be removed|future version", re.IGNORECASE)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long go first, so that no worker ends long after the other."""
+    long = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("hub")}
+    items.sort(key=lambda item: item.path not in long)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+class Deprecations(logging.Handler):
+    """Keeps what a library logs about our use of it."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
+
+    def emit(self, record):
+        if DEPRECATED.search(record.getMessage()):
+            self.messages.append(f"{record.name}: {record.getMessage()}")
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_calls():
+    """A test fails when Transformers or PEFT logs that a call is deprecated. What they raise as warnings are errors by
+    `filterwarnings` in pyproject.toml.
+    """
+    handler, libraries = Deprecations(), [logging.getLogger(name) for name in ("transformers", "peft")]
+    for library in libraries:
+        library.addHandler(handler)
+    yield
+    for library in libraries:
+        library.removeHandler(handler)
+    assert not handler.messages
+
+
+@pytest.fixture(scope="session")
+def kit(request, tmp_path_factory):
+    """Folder of `base` and the classifiers `a`, `b` and `c`: written once a run for all workers, never changed."""
+    from support.routed_toys import write_bert
+    from support.tiny import snapshot
+
+    shared = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        shared = shared.parent
+    folder = shared / "kit"
+    with FileLock(shared / "kit.lock"):
+        if not folder.exists():
+            write_bert(shared / "kit.part").rename(folder)
+    before = snapshot(folder)
+    yield folder
+    assert snapshot(folder) == before, "a test wrote into the kit"
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """`base`, and the classifiers `a`, `b` and `c` on it, whose texts tell them apart."""
-    from support.routed_toys import write_bert
-
-    return write_bert(tmp_path_factory.mktemp("models"))
+def models(kit, tmp_path_factory):
+    """A copy of the kit for one file of tests, which may write into it."""
+    return Path(shutil.copytree(kit, tmp_path_factory.mktemp("models"), dirs_exist_ok=True))
 
 
 @pytest.fixture(scope="module")

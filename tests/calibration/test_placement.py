@@ -20,6 +20,9 @@ from support.helpers import VOCABULARY, perturbed, text_samples
 from support.problems import relative_error
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A base of 3 MB, of which no weight is large, a full expert and an adapter."""

@@ -23,6 +23,9 @@ from support.problems import relative_error
 from support.tiny import BERT, assert_refused, forbid_calibration, snapshot
 
 
+pytestmark = pytest.mark.slow
+
+
 DECODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,

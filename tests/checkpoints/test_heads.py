@@ -14,6 +14,9 @@ from support.helpers import RULES, check_weights, expected_updates, inside, merg
 from support.problems import relative_error
 
 
+pytestmark = pytest.mark.slow
+
+
 @dataclass(frozen=True)
 class Family:
     """A base, its experts, and what stays out of the merge.

@@ -26,6 +26,9 @@ from support.hub_server import HubServer
 from support.toys import base_model, classifier, lora_adapter, texts, weights, write_models, write_rows
 
 
+pytestmark = pytest.mark.hub
+
+
 CALIBRATION = {task: texts(seed) for seed, task in enumerate("abc")}
 quiet = partial(merge_models, progress=False)
 

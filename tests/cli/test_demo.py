@@ -1,7 +1,6 @@
 """The demo at a small scale, and the pictures."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,10 @@ from hf_esm.cli.demo import BASE, EXPERTS, reload_difference, run_demo
 from hf_esm.cli.digits import TASKS, DemoSettings, load_digit_data
 from hf_esm.metrics.plots import COLOURS, plot_task_scores
 from hf_esm.metrics.scores import accuracy
+from support.processes import run_script
+
+
+pytestmark = pytest.mark.slow
 
 
 SMALL = DemoSettings(
@@ -228,7 +231,8 @@ def test_picture_leaves_pyplot_alone(tmp_path):
         f"plot_task_scores({SCORES}, {REFERENCE}, {str(tmp_path / 'a.png')!r}, 'Title');"
         "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    ran = run_script(code)
+    assert ran.returncode == 0, ran.output
 
 
 def test_picture_errors_are_plain(tmp_path, monkeypatch):

@@ -29,6 +29,9 @@ from support.routed_toys import encoded, expert, logits, task_texts
 from support.tiny import save_tokenizer, snapshot
 
 
+pytestmark = pytest.mark.slow
+
+
 def rows(task, seed, count=16):
     texts = task_texts(task, seed, count)
     found = logits(expert(task), encoded(texts)).argmax(-1).tolist()

@@ -37,7 +37,10 @@ from support.helpers import (
 from support.problems import relative_error
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Version v4.12.0:FutureWarning")  # on the labels of EncoderDecoderModel
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Version v4.12.0:FutureWarning"),  # on the labels of EncoderDecoderModel
+]
 
 # Every architecture by the default method, and the other methods on some.
 CASES = [(name, "esm") for name in ARCHITECTURES] + [

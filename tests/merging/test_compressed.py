@@ -14,6 +14,9 @@ from support.routed_toys import adapter, encoded, expert, logits, merge_bert, ta
 from support.toys import base_model
 
 
+pytestmark = pytest.mark.slow
+
+
 MODULE = "encoder.layer.1.intermediate.dense"
 
 

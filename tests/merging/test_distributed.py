@@ -1,4 +1,4 @@
-"""Two processes under `accelerate launch` merge as one does, from the same statistics and from their own shards."""
+"""Two processes merge as one does, from the same statistics and from their own shards."""
 
 import json
 import os
@@ -13,7 +13,11 @@ from safetensors.torch import load_file
 
 from hf_esm import ActivationStatistics, merge_models
 from support.problems import relative_error
+from support.processes import start_script
 from support.toys import LABELS, largest_difference, texts, weights, write_models, write_rows
+
+
+pytestmark = pytest.mark.slow
 
 
 COUNTS = {"a": 9, "b": 9, "c": 9}  # samples: an odd number, so that one process gets more than the other
@@ -45,7 +49,9 @@ def folder(tmp_path_factory):
         "dropped": arguments(folder, calibration=None, method="dare"),
         "shards": arguments(folder, calibration=None, method="tsv-m", max_shard_size="20KB"),
         "routed": arguments(folder, method={"name": "esm++", "rank": 4}),
-        "learned": arguments(folder, method={"name": "concrete-adamerging", "steps": 3, "expected_mask": True}),
+        "learned": arguments(
+            folder, method={"name": "concrete-adamerging", "steps": 3, "coefficient_steps": 20, "expected_mask": True}
+        ),
     }
     for name, case in cases.items():
         kept = {"statistics_dir": folder / name / "expected statistics"} if "statistics_dir" in case else {}
@@ -58,45 +64,42 @@ def folder(tmp_path_factory):
     return folder
 
 
-def launch(*command):
-    """`accelerate launch --cpu --num_processes 2`, once per process: on CPUs Accelerate starts no second one itself,
-    and leaves that to MPI, which sets the same variables as are set here.
+RANK_1 = """
+import runpy, sys, warnings
+warnings.simplefilter("ignore")
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def launch(script, folder):
+    """Run a script on two processes: the first under `accelerate launch --cpu --num_processes 2`, the second with the
+    variables that the launcher sets. On CPUs Accelerate leaves starting the others to MPI, which sets them, too.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = [
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--main_process_port", str(port)]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    started = [
-        subprocess.Popen(
-            [*launcher, *map(str, command)],
-            env={**common, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in "01"
-    ]
+        port = str(free.getsockname()[1])
+    flags = {"--num_processes": "2", "--num_machines": "1", "--mixed_precision": "no", "--dynamo_backend": "no"}
+    flags = ["--cpu", *(part for pair in flags.items() for part in pair), "--main_process_port", port]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    second = {**common, "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    first = subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", *flags, str(script), str(folder)],
+        env={**os.environ, **common, "RANK": "0", "LOCAL_RANK": "0", "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    output = folder / "output of rank 1"
+    process = start_script(RANK_1, script, folder, output=output, environment={**second, "ACCELERATE_USE_CPU": "true"})
     try:
-        said = [process.communicate(timeout=240)[0] for process in started]
+        said = first.communicate(timeout=240)[0]
+        process.join(60)
     finally:
-        for process in started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+        if first.poll() is None:
+            os.killpg(first.pid, signal.SIGKILL)
+        process.kill()
+    assert [first.returncode, process.exitcode] == [0, 0], said + output.read_text()
 
 
 def ranks(folder, name):

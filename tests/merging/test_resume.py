@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError, Event
@@ -19,6 +17,7 @@ from hf_esm.merging.jobs import Job, run_jobs
 from hf_esm.merging.weights import UnitMerger, Worker
 from hf_esm.utils.resume import WORK_FOLDER, Work
 from hf_esm.utils.sizes import bytes_of
+from support.processes import run_script
 from support.routed_toys import task_texts
 from support.tiny import forbid_calibration, snapshot
 
@@ -92,7 +91,8 @@ def die(description, done, total):
 folder = Path({str(tmp_path)!r})
 merge_models(**given(models), output_dir=folder / "out", resume_dir=str(folder / "work"), callback=die)
 """
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    ran = run_script(script)
+    assert ran.returncode == 9, ran.output
     assert not (tmp_path / "out").exists()
     journal = tmp_path / "work" / WORK_FOLDER / "updates-0.journal"
     assert journal.read_text()

@@ -305,3 +305,26 @@ def test_a_kind_of_a_users_own_is_evaluated(models, tmp_path):
 def test_an_outcome_is_printed_without_its_tensors():
     outcome = run(GPT2.build().eval(), LabelledSamples(token_samples(0), NONE), PERPLEXITY)
     assert repr(outcome) == "Outcome(perplexity of 7 rows)"
+
+
+EVALUATE_METRIC = """
+import datasets
+import evaluate
+
+class Differences(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("int32"), "references": datasets.Value("int32")})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        return {"differences": sum(a != b for a, b in zip(predictions, references))}
+"""
+
+
+@pytest.mark.extras
+def test_the_evaluate_library_loads_a_metric_from_a_folder_and_scores(tmp_path):
+    pytest.importorskip("evaluate", reason="`make test-extras` installs it")
+    (tmp_path / "differences").mkdir()
+    (tmp_path / "differences" / "differences.py").write_text(EVALUATE_METRIC)
+    metric = resolve_metric(tmp_path / "differences")
+    assert metric.score(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 1])) == 2

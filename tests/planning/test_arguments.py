@@ -4,8 +4,6 @@ import inspect
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import typing
 from collections.abc import Callable
 from dataclasses import fields
@@ -29,6 +27,7 @@ from hf_esm.methods.stack import InputStatistics
 from hf_esm.planning import MergeOptions
 from hf_esm.utils.resume import WORK_FOLDER as WORK
 from support.helpers import perturbed, save, stored_tensors, text_samples
+from support.processes import run_script
 from support.tiny import BERT, SENTENCES, assert_refused, forbid_calibration, save_models, save_tokenizer, snapshot
 
 
@@ -596,10 +595,8 @@ def test_a_killed_merge_leaves_nothing_under_the_outputs_name(models):
         models, method="mean", calibration=None, experts={"left": str(models.left), "right": str(models.right)}
     )
     given["base"] = str(models.base)
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLED, json.dumps(given)], capture_output=True, text=True, timeout=120
-    )
-    assert ran.stdout.split() == [str(int(signal.SIGKILL))] * 2, ran.stderr
+    ran = run_script(KILLED, json.dumps(given))
+    assert ran.output.split()[-2:] == [str(int(signal.SIGKILL))] * 2, ran.output
     assert not (models.folder / "merged").exists()
     assert {path.name for path in old.iterdir()} == {"old.txt", RECIPE_FILE}
     merge_models(**given, progress=False)

@@ -25,6 +25,9 @@ from support.tiny import snapshot
 from support.toys import LABELS, write_rows
 
 
+pytestmark = pytest.mark.hub
+
+
 TEXTS = [*task_texts("a", 7, 4), *task_texts("b", 8, 4)]
 
 

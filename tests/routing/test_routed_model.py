@@ -4,8 +4,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -37,6 +35,7 @@ from hf_esm.data.batches import collate
 from hf_esm.tuners.routed.model import Uncompiled, recording
 from support.architectures import ARCHITECTURES
 from support.helpers import image_samples, save, token_inputs
+from support.processes import run_script
 from support.routed_toys import (
     EXACT,
     FULL,
@@ -718,7 +717,7 @@ for adapter, batch, output in (case.split(":") for case in sys.argv[1:]):
 
 
 def test_exported_experts_are_lora_adapters_that_peft_alone_loads(routed, language, tmp_path):
-    cases, script = [], tmp_path / "alone.py"
+    cases = []
     samples = {"bert": encoded(task_texts("b", 6)), "gpt2": task_ids("b", 6)}
     for name, model in (("bert", routed), ("gpt2", language.routed)):
         written = model.export_lora(tmp_path / name)
@@ -729,9 +728,9 @@ def test_exported_experts_are_lora_adapters_that_peft_alone_loads(routed, langua
             cases.append((written["b"], tmp_path / f"{name}.ids", tmp_path / f"{name}.out", model(batch)[0]))
         config = json.loads((written["b"] / "adapter_config.json").read_text())
         assert (config["peft_type"], config["fan_in_fan_out"]) == ("LORA", name == "gpt2")
-    script.write_text(ALONE)
     given = [":".join(map(str, paths)) for *paths, _ in cases]
-    subprocess.run([sys.executable, script, *given], check=True, timeout=120)
+    ran = run_script(ALONE, *given)
+    assert ran.returncode == 0, ran.output
     for *_, output, expected in cases:
         found = torch.load(output)
         assert torch.allclose(found, expected, atol=1e-5)

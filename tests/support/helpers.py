@@ -87,13 +87,17 @@ class Architecture:
         cls = getattr(transformers, model_class or self.model_class)
         torch.manual_seed(0)
         model = cls(cls.config_class(**copy.deepcopy(self.settings | settings))).eval()
-        return perturbed(model, 0.2, 0)
+        return perturb(model, 0.2, 0)
+
+
+def perturbed(model: PreTrainedModel, scale: float, seed: int) -> PreTrainedModel:
+    """A copy of the model with noise, of full rank, on every weight that is saved."""
+    return perturb(copy.deepcopy(model), scale, seed)
 
 
 @torch.no_grad()
-def perturbed(model: PreTrainedModel, scale: float, seed: int) -> PreTrainedModel:
-    """A copy of the model with noise, of full rank, on every weight that is saved."""
-    model = copy.deepcopy(model)
+def perturb(model: PreTrainedModel, scale: float, seed: int) -> PreTrainedModel:
+    """The model itself, with noise added as `perturbed` does to a copy."""
     generator = torch.Generator().manual_seed(1000 + seed)
     for name, weight in floating_weights(model).items():
         noise = scale * torch.randn(weight.shape, generator=generator)

@@ -6,8 +6,6 @@ import copy
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ from hf_esm.tuners.registration import HfEsmPeftType, register
 from support import reference
 from support.helpers import VOCABULARY, Architecture, perturbed, save, text_samples, token_inputs
 from support.problems import SEEDS, relative_error
+from support.processes import run_script
 from support.tiny import BERT, save_tokenizer, snapshot
 
 
@@ -342,7 +341,8 @@ def test_lora_form_needs_no_hf_esm(cases, tmp_path):
     outputs = {name: tmp_path / f"{name}.safetensors" for name in cases}
     arguments = [(c.at, c.kind.auto, c.folder / "lora", outputs[name]) for name, c in cases.items()]
     flat = [str(argument) for of_case in arguments for argument in of_case]
-    subprocess.run([sys.executable, "-c", VANILLA, *flat], check=True, cwd=tmp_path, capture_output=True)
+    ran = run_script(VANILLA, *flat)
+    assert ran.returncode == 0, ran.output
     for name, case in cases.items():
         found = load_file(outputs[name])
         config = json.loads((case.folder / "lora" / "adapter_config.json").read_text())

@@ -35,6 +35,9 @@ from support.routed import (
 )
 
 
+pytestmark = pytest.mark.slow
+
+
 ENCODERS = ["bert", "roberta", "distilbert", "deberta-v2", "deberta-v3", "mpnet", "albert"]
 IMAGES = ["vit", "clip-vision", "dinov2", "swin"]
 DECODERS = ["gpt2", "gpt-neox", "llama", "mistral", "qwen3", "gemma3", "phi3"]
