@@ -1,4 +1,4 @@
-"""The model card of a merge: plain values for its template."""
+"""The model card of a merge: the plan as plain values for the template."""
 
 from pathlib import Path
 
@@ -13,12 +13,14 @@ from ..version import __version__
 def write_card(
     folder: Path, plan: MergePlan, sources: dict[str, ModelSource], alpha: float, num_samples: list[int]
 ) -> None:
-    """Write `README.md`: what was merged and how, how to load it, licence and limits.
+    """Write `README.md`: what was merged and how, how to load the model, licence and limits.
 
-    `num_samples` holds the number of proxy samples of each expert that was calibrated.
+    Args:
+        sources: the models by task; the base is `"base"`.
+        num_samples: number of samples of each expert that was calibrated.
     """
     licences = set(plan.licences.values())
-    task_heads = [task for task, own in plan.heads.by_task.items() if own]
+    task_heads = [task for task, head in plan.heads.by_task.items() if head]
     data = ModelCardData(
         base_model=[source.repo_id for source in sources.values() if source.repo_id] or None,
         base_model_relation="merge" if any(source.repo_id for source in sources.values()) else None,
@@ -60,7 +62,7 @@ def write_card(
 
 
 def _named(model: Checkpoint) -> str:
-    """Id or folder; of a model in memory, also what it was loaded from."""
+    """Return the id or folder of a model; for a live model, its class and what it was loaded from."""
     if not isinstance(model, LiveCheckpoint):
         return model.source
     return f"a live {type(model.skeleton).__name__}" + (f", loaded from {model.source}" if model.source else "")
