@@ -1,4 +1,4 @@
-"""The linear maps of a live model: names, orientation, slices, types. Works on the meta device, reads no values."""
+"""The structure of a live model: linear maps, blocks, towers, names. Works on the meta device; reads no values."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -29,8 +29,8 @@ class LinearMap:
 
 
 def linear_maps(model: nn.Module) -> dict[str, LinearMap]:
-    """Every linear map of `model` by the name of its weight, weights that are tied to another one left out."""
-    own = {name for name, _ in model.named_parameters()}
+    """Return every linear map of `model` by the name of its weight, without weights that are tied to another one."""
+    untied = {name for name, _ in model.named_parameters()}
     maps = {}
     for module_name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
@@ -43,46 +43,46 @@ def linear_maps(model: nn.Module) -> dict[str, LinearMap]:
             }
         for name, kind in found.items():
             weight = f"{module_name}.{name}" if module_name else name
-            if weight in own:
+            if weight in untied:
                 maps[weight] = LinearMap(weight, module_name, kind.transposed, kind.slices)
     return maps
 
 
 def _holds_experts(module: nn.Module, parameter: Tensor) -> bool:
-    """Whether a three-dimensional parameter is a stack of matrices, by what its module says of itself."""
+    """Whether a three-dimensional parameter is a stack of matrices, judged by the attributes of its module."""
     return hasattr(module, "is_transposed") or getattr(module, "num_experts", None) == parameter.shape[0]
 
 
 def without_labels(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's settings but those of the head and of where the model comes from."""
+    """Return a config's settings without those of the head and the name of the checkpoint."""
     dropped = ("id2label", "label2id", "problem_type", "_name_or_path")
     return {name: value for name, value in settings.items() if name not in dropped}
 
 
 def body_key(model: PreTrainedModel) -> str:
-    """The same for models of one class on bodies that are built alike."""
+    """Return a key that is equal for models of one class whose bodies have equal configs."""
     return repr((type(model), without_labels(model.config.to_dict())))
 
 
 def matrix_names(weight: str, linear: LinearMap) -> list[str]:
-    """Names of the matrices that a weight holds, as `to_matrices` lists them: its own, or one for every slice."""
+    """Return the names of the matrices that a weight holds, in the order of `to_matrices`: one, or one per slice."""
     return [f"{weight}.{i}" for i in range(linear.slices)] if linear.slices else [weight]
 
 
 def width_of(shape: torch.Size, linear: LinearMap) -> int:
-    """`d_in` of a linear map, or of each in a stack, whose weight is of this shape."""
+    """Return `d_in` of a linear map, or of each map in a stack, from the shape of its weight."""
     return shape[-2 if linear.transposed else -1]
 
 
 def is_routable(name: str, linear: LinearMap | None) -> bool:
-    """Whether experts can be routed beside a linear map: not where it reads only some of a sample's tokens, as the
+    """Whether routed experts can be added to a linear map: not if it reads only some of a sample's tokens, as the
     experts of a mixture do.
     """
     return linear is not None and not linear.slices and ".experts." not in name
 
 
 def to_matrices(tensor: Tensor, linear: LinearMap | None) -> list[Tensor]:
-    """A parameter as the matrices `[d_out, d_in]` that it holds; a parameter of another kind as it is."""
+    """Return the matrices `[d_out, d_in]` that a parameter holds; a parameter of another kind as it is."""
     if linear is None:
         return [tensor]
     slices = list(tensor) if linear.slices else [tensor]
@@ -90,7 +90,7 @@ def to_matrices(tensor: Tensor, linear: LinearMap | None) -> list[Tensor]:
 
 
 def from_matrices(matrices: list[Tensor], linear: LinearMap | None) -> Tensor:
-    """The inverse of `to_matrices`."""
+    """Return the parameter that holds these matrices: the inverse of `to_matrices`."""
     if linear is None:
         return matrices[0]
     matrices = [matrix.T for matrix in matrices] if linear.transposed else matrices
@@ -98,7 +98,7 @@ def from_matrices(matrices: list[Tensor], linear: LinearMap | None) -> Tensor:
 
 
 def layer_type(name: str) -> str:
-    """The name with its integers removed: weights of one type stand in different layers at the same place."""
+    """Return the name without its integers: weights of one type are at the same place in different layers."""
     return ".".join(part for part in name.split(".") if not re.fullmatch(r"\d+", part))
 
 
@@ -123,35 +123,37 @@ def depth_of(name: str, depths: Mapping[str, tuple[int, int]]) -> tuple[int, int
 
 
 def body_prefix(model: PreTrainedModel) -> str:
-    """What stands before the names of the shared body's weights, as `"bert."` in a task model; empty for a body."""
+    """Return the prefix of the body's weights in a task model, such as `"bert."`; empty for a bare body."""
     prefix = model.base_model_prefix
     return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
 
 
 def towers(model: nn.Module) -> tuple[str, ...]:
-    """The two encoders of a model that compares texts with something else, such as CLIP, by name, that of texts first:
-    each reads samples of its own, and nothing but a projection stands behind it. None of any other model.
+    """Return the names of the two encoders of a model such as CLIP, which compares texts with other inputs.
+
+    Each encoder reads its own samples and is followed by nothing but a projection. The encoder of texts comes first.
+    Empty for any other model.
     """
     parts = {name: part for name, part in model.named_children() if next(part.parameters(), None) is not None}
-    found = [name for name, part in parts.items() if isinstance(part, PreTrainedModel)]
-    beside = all(name in found or name.endswith("_projection") for name in parts)
-    if not hasattr(model, "get_text_features") or len(found) != 2 or "text_model" not in found or not beside:
+    encoders = [name for name, part in parts.items() if isinstance(part, PreTrainedModel)]
+    complete = all(name in encoders or name.endswith("_projection") for name in parts)
+    if not hasattr(model, "get_text_features") or len(encoders) != 2 or "text_model" not in encoders or not complete:
         return ()
-    return tuple(sorted(found, key=lambda name: name != "text_model"))
+    return tuple(sorted(encoders, key=lambda name: name != "text_model"))
 
 
 def tower_of(module: str, names: Sequence[str]) -> str:
-    """The tower that a module is in, or projects from; empty without towers."""
+    """Return the tower that a module belongs to, or projects from; empty without towers."""
     if not names:
         return ""
     return next((name for name in names if module.startswith(f"{name}.")), names[not module.startswith("text_")])
 
 
 def canonical_names(model: PreTrainedModel) -> dict[str, str]:
-    """`{canonical: own name}` of every weight that `save_pretrained` writes.
+    """Return the name in `model` of every weight that `save_pretrained` writes, by its canonical name.
 
-    The canonical name of a weight of the body is its name inside the body, so that it is the same in a bare body and
-    in every task model built on it; that of any other weight is its own name.
+    The canonical name of a weight of the body is its name inside the body, equal in a bare body and in every task
+    model built on it. Any other weight is named as in `model`.
     """
     prefix = body_prefix(model)
     unsaved = {*(getattr(model, "all_tied_weights_keys", None) or ()), *(model._keys_to_ignore_on_save or ())}

@@ -1,10 +1,10 @@
 """Linear algebra on plain tensors: streamed factors, essential directions, polar factors, truncated SVDs.
 
-Everything that is decomposed here is decomposed in float64, whatever the dtype of the input: eigenvalues enter the
-methods with small exponents (`λ^0.15`), and a polar factor gives its weakest direction the weight of its strongest, so
-that rounding noise would become signal. Each decomposition takes the eigenproblem of the smaller side, or, where that
-is far smaller, of the column space: the update of a LoRA expert costs what its rank does. Only what is wanted up to a
-stated tolerance is computed in float32, and leading directions by randomised iteration.
+Decompositions are computed in float64, whatever the dtype of the input: eigenvalues enter the methods with small
+exponents (`λ^0.15`), and a polar factor gives its weakest direction the weight of its strongest, so that rounding
+noise would become signal. Each decomposition solves the eigenproblem of the smaller side, or of the column space if
+that is far smaller: the update of a LoRA expert costs what its rank does. With a tolerance, results are computed in
+float32, and leading directions by randomised iteration.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from scipy.linalg import eigh as selected_eigh
 from torch import Tensor
 
 
-# Rows from which on it pays to have LAPACK compute the wanted eigenvectors alone, which torch does not offer. Smaller
-# matrices are decomposed side by side, which SciPy's lock forbids.
+# Rows from which on LAPACK computes the wanted eigenvectors alone, which torch does not offer. Smaller matrices are
+# decomposed in parallel, which SciPy's lock forbids.
 _LARGE = 2048
 
 
@@ -25,7 +25,7 @@ _LARGE = 2048
 RELATIVE_CUTOFF = 1e-6
 
 
-# The same for squared singular values, and eigenvalues, that were computed in float32.
+# The cutoff of squared singular values, and of eigenvalues, that were computed in float32.
 _SINGLE_CUTOFF = 1e-5
 
 
@@ -33,15 +33,15 @@ _SINGLE_CUTOFF = 1e-5
 _WELL_CONDITIONED = 1e-4
 
 
-# How often a map is applied, at least, until its leading directions are found.
+# Least number of applications of a map until its leading directions are found.
 _APPLICATIONS = 4
 
 
-# Random vectors that tell what a map has beside its leading directions, to a few percent of that or better.
+# Random vectors that estimate the energy of a map outside of its leading directions, to a few percent or better.
 _PROBES = 32
 
 
-# Dimensions of a column space that is looked for: of use to matrices that take long, and of little cost.
+# Dimensions of a column space that is searched: it pays for matrices that take long, and costs little.
 _NARROWEST, _WIDEST = 64, 256
 
 
@@ -50,10 +50,10 @@ _BLOCK = 128
 
 
 def triangular_factor(rows: Tensor) -> Tensor:
-    """A matrix `R` of at most `d` rows with `RᵀR = rowsᵀ rows`: the triangular factor of a QR of `rows` `[n, d]`.
+    """Return `R`, of at most `d` rows, with `RᵀR = rowsᵀ rows`: the triangular factor of a QR of `rows` `[n, d]`.
 
-    Nothing is squared, so no precision is lost. `rows` itself is returned where it has at most `d` rows. The factor
-    of several blocks of rows is the factor of their factors, stacked.
+    Nothing is squared, so no precision is lost. If `rows` has at most `d` rows, it is returned as it is. The factor of
+    several blocks of rows is the factor of their stacked factors.
     """
     if rows.shape[0] <= rows.shape[1]:
         return rows
@@ -66,8 +66,9 @@ class EssentialSubspace:
 
     Attributes:
         directions: `[d_out, k]` float64, orthonormal columns, strongest first; float32 with a tolerance.
-        squares: `[k]` of the same dtype, the squared singular values of `ΔO` along them; with a tolerance, at most.
-        total: the sum of all squared singular values, the discarded ones included; with a tolerance, estimated.
+        squares: `[k]` of the same dtype, the squared singular values of `ΔO` along the directions; with a tolerance,
+            lower bounds of them.
+        total: the sum of all squared singular values, the discarded ones included; with a tolerance, an estimate.
     """
 
     directions: Tensor
@@ -81,72 +82,89 @@ class EssentialSubspace:
 
 
 def essential_subspace(
-    factor: Tensor, delta: Tensor, rank: int, shrinkage: float = 0.0, tolerance: float = 0.0
+    factor: Tensor, update: Tensor, rank: int, shrinkage: float = 0.0, tolerance: float = 0.0
 ) -> EssentialSubspace:
-    """Essential subspace decomposition (arXiv 2602.20208) of one weight's update.
+    """Decompose one weight's update in its essential subspace (ESD, arXiv 2602.20208).
+
+    The cheapest of several equal ways is taken: by the output shift or by the inputs' second moments, on the side of
+    the outputs or of the inputs, exactly or by randomised iteration.
 
     Args:
         factor: `[m, d_in]`, any matrix with the Gram matrix of the layer's inputs (see `triangular_factor`).
-        delta: `[d_out, d_in]`, the update of the weight.
-        rank: directions to keep; fewer come back where the shift's numerical rank is lower.
-        shrinkage: draw the Gram matrix `G` of the inputs towards the identity, `G + shrinkage · mean(diag G) · I`:
-            between the directions of the output shift (0) and the singular vectors of the update itself (large).
-        tolerance: above 0, where few of many directions are wanted, they are found by randomised iteration, in
-            float32; see `_iterated_directions`.
+        update: `[d_out, d_in]`, the update of the weight.
+        rank: directions to keep; fewer are returned if the numerical rank of the output shift is lower.
+        shrinkage: draws the Gram matrix `G` of the inputs towards the identity, `G + shrinkage · mean(diag G) · I`:
+            from the directions of the output shift (0) to the singular vectors of the update itself (large).
+        tolerance: above 0, if few of many directions are wanted, they are found by randomised iteration, in float32;
+            see `_iterated_directions`.
     """
-    if (basis := column_space(delta, tolerance)) is not None:
-        inside = essential_subspace(factor, basis.T @ delta.to(basis.dtype), rank, shrinkage)
+    if (basis := column_space(update, tolerance)) is not None:
+        inside = essential_subspace(factor, basis.T @ update.to(basis.dtype), rank, shrinkage)
         directions, squares = inside.directions.to(basis.dtype), inside.squares.to(basis.dtype)
         return EssentialSubspace(basis @ directions, squares, inside.total)
-    few = tolerance > 0 and _few(rank, delta)
+    few = tolerance > 0 and _few(rank, update)
     dtype = working_dtype(tolerance) if few else torch.float64
-    factor, delta = factor.to(dtype), delta.to(dtype)
+    factor, update = factor.to(dtype), update.to(dtype)
     ridge = shrinkage * norm(factor).square() / factor.shape[1]
-    (rows, columns), tokens = delta.shape, factor.shape[0]
+    (rows, columns), tokens = update.shape, factor.shape[0]
     tall = rows > columns
-    # Multiplications on the ways to a Gram matrix, by the output shift or by the inputs' second moments, beside those
+    # Multiplications on the ways to a Gram matrix, by the output shift or by the inputs' second moments, without those
     # that both take; and on the whole way.
     by_shift, by_moments = tokens * rows * (columns + rows / 2), columns**2 * (tokens / 2 + rows)
     if tall:
-        making = columns**2 * (tokens + rows + 3 * columns) / 2
+        whole_way = columns**2 * (tokens + rows + 3 * columns) / 2
     else:
-        making = min(by_shift, by_moments) + rows**2 * columns / 2
-    if few and (not ridge or making > _APPLICATIONS * 2 * _drawn(rank) * columns * (rows + tokens)):
+        whole_way = min(by_shift, by_moments) + rows**2 * columns / 2
+    if few and (not ridge or whole_way > _APPLICATIONS * 2 * _drawn(rank) * columns * (rows + tokens)):
 
         def apply(x: Tensor) -> Tensor:
-            seen = delta.T @ x
-            return delta @ (factor.T @ (factor @ seen) + ridge * seen)
+            back = update.T @ x
+            return update @ (factor.T @ (factor @ back) + ridge * back)
 
-        return EssentialSubspace(*_iterated_directions(apply, delta, rank, tolerance))
+        return EssentialSubspace(*_iterated_directions(apply, update, rank, tolerance))
     if ridge > 0 and (tall or by_shift > by_moments):
-        # By the inputs' second moments; tall updates on the inputs' side, the smaller one.
-        moments = _symmetric(factor.T, factor)
-        moments.diagonal().add_(ridge)
-        if not tall:
-            gram = _symmetric(delta @ _mirrored(moments), delta.T)
-            squares, directions = _leading_eigenpairs(gram, rank, tolerance)
-            return EssentialSubspace(directions, squares, float(gram.trace()))
-        root = torch.linalg.cholesky(moments)
-        gram = _symmetric(root.T, _mirrored(_symmetric(delta.T, delta)) @ root)
-        squares, vectors = _leading_eigenpairs(gram, rank, tolerance)
-        directions = torch.linalg.qr(delta @ (root @ vectors)).Q
+        return _subspace_by_moments(factor, update, rank, ridge, tolerance)
+    return _subspace_by_shift(factor, update, rank, ridge, tolerance)
+
+
+def _subspace_by_moments(
+    factor: Tensor, update: Tensor, rank: int, ridge: Tensor, tolerance: float
+) -> EssentialSubspace:
+    """By the inputs' second moments, plus `ridge` on their diagonal; a tall update on the side of the inputs."""
+    moments = _symmetric(factor.T, factor)
+    moments.diagonal().add_(ridge)
+    if update.shape[0] <= update.shape[1]:
+        gram = _symmetric(update @ _mirrored(moments), update.T)
+        squares, directions = _leading_eigenpairs(gram, rank, tolerance)
         return EssentialSubspace(directions, squares, float(gram.trace()))
-    shift = (triangular_factor(factor) if tall else factor) @ delta.T
+    root = torch.linalg.cholesky(moments)
+    gram = _symmetric(root.T, _mirrored(_symmetric(update.T, update)) @ root)
+    squares, vectors = _leading_eigenpairs(gram, rank, tolerance)
+    directions = torch.linalg.qr(update @ (root @ vectors)).Q
+    return EssentialSubspace(directions, squares, float(gram.trace()))
+
+
+def _subspace_by_shift(
+    factor: Tensor, update: Tensor, rank: int, ridge: Tensor, tolerance: float
+) -> EssentialSubspace:
+    """By the output shift, plus `ridge` times the update's Gram matrix."""
+    tall = update.shape[0] > update.shape[1]
+    shift = (triangular_factor(factor) if tall else factor) @ update.T
     wide = shift.shape[0] < shift.shape[1] and ridge == 0
     gram = _symmetric(shift, shift.T) if wide else _symmetric(shift.T, shift)
     if ridge > 0:
-        gram += ridge * _symmetric(delta, delta.T)
+        gram += ridge * _symmetric(update, update.T)
     squares, vectors = _leading_eigenpairs(gram, rank, tolerance)
     directions = (shift.T @ vectors) / squares.sqrt() if wide else vectors
     return EssentialSubspace(directions, squares, float(gram.trace()))
 
 
 def polar_factor(matrix: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
-    """`U Vᵀ` of the SVD `U S Vᵀ` of `matrix` `[p, q]` on its numerical range, and the mean of its singular values.
+    """Return `U Vᵀ` of the SVD `U S Vᵀ` of `matrix` `[p, q]` on its numerical range, and the mean singular value.
 
     Directions whose singular value is numerically zero are left out of the factor (an SVD would fill them with
-    arbitrary ones), while the mean runs over all `min(p, q)` values, zeros included. Both come back in float64; with
-    a `tolerance`, in float32, and are computed in it where no singular value is below a hundredth of the largest.
+    arbitrary directions), while the mean runs over all `min(p, q)` values, zeros included. Both are float64; with a
+    `tolerance` they are float32, and computed in float32 if no singular value is below a hundredth of the largest.
     """
     if tolerance == 0 and (basis := column_space(matrix)) is not None:
         inside, mean = polar_factor(basis.T @ matrix.double())
@@ -165,11 +183,10 @@ def polar_factor(matrix: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tensor
 
 
 def truncated_svd(matrix: Tensor, rank: int, tolerance: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading `rank` singular triplets `U [p, k], S [k], Vh [k, q]` of `matrix`, in float64.
+    """Return the leading `rank` singular triplets `U [p, k], S [k], Vh [k, q]` of `matrix`, in float64.
 
-    `k` is smaller than `rank` where the numerical rank is. With a `tolerance`, where few of many triplets are wanted,
-    they are those of `matrix` on directions that are found by randomised iteration, in float32; see
-    `_iterated_directions`.
+    `k` is smaller than `rank` if the numerical rank is. With a `tolerance`, if few of many triplets are wanted, they
+    are those of `matrix` on directions that are found by randomised iteration, in float32; see `_iterated_directions`.
     """
     if (basis := column_space(matrix, tolerance)) is not None:
         left, values, right = (part.to(basis.dtype) for part in truncated_svd(basis.T @ matrix.to(basis.dtype), rank))
@@ -193,10 +210,11 @@ def truncated_svd(matrix: Tensor, rank: int, tolerance: float = 0.0) -> tuple[Te
 
 
 def column_space(matrix: Tensor, tolerance: float = 0.0) -> Optional[Tensor]:
-    """An orthonormal basis `[p, k]` of the column space of `matrix` `[p, q]` in float64; in float32, of all but less
-    than `tolerance` of its squares. `k` is at most an eighth of the smaller side; where it would be more, None.
+    """Return an orthonormal basis `[p, k]` of the column space of `matrix` `[p, q]`, or None if it is not small.
 
-    It is the leading directions of random mixtures of the columns (arXiv 0909.4061), if they hold enough.
+    The basis is float64; with a `tolerance`, float32, and all but less than that share of the matrix's energy lies in
+    it. `k` is at most an eighth of the smaller side. The basis is made of the leading directions of random mixtures of
+    the columns (arXiv 0909.4061).
     """
     most = min(min(matrix.shape) // 8, _WIDEST)
     if most < _NARROWEST:
@@ -214,9 +232,7 @@ def column_space(matrix: Tensor, tolerance: float = 0.0) -> Optional[Tensor]:
 
 
 def _symmetric(left: Tensor, right: Tensor) -> Tensor:
-    """The lower triangle of a product that is symmetric, which is all that a symmetric eigenproblem reads; what stands
-    above it is undefined.
-    """
+    """Return the lower triangle of a symmetric product, all that an eigenproblem reads; the rest is undefined."""
     size = left.shape[0]
     product = left.new_zeros(size, size)
     for start in range(0, size, _BLOCK):
@@ -226,13 +242,14 @@ def _symmetric(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _mirrored(lower: Tensor) -> Tensor:
-    """A symmetric matrix from its lower triangle."""
+    """Return a symmetric matrix from its lower triangle."""
     return lower.tril() + lower.tril(-1).T
 
 
 def _leading_eigenpairs(gram: Tensor, rank: int, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The `rank` largest eigenvalues of a Gram matrix (its lower triangle), descending, with their vectors; zero ones
-    are dropped. With a `tolerance`, where they are few, by randomised iteration.
+    """Return the `rank` largest eigenvalues of a Gram matrix (its lower triangle), descending, and their vectors.
+
+    Numerically zero eigenvalues are dropped. With a `tolerance`, few of many are found by randomised iteration.
     """
     if tolerance > 0 and _few(rank, gram):
         vectors, values, _ = _iterated_directions(_mirrored(gram).matmul, gram, rank, tolerance)
@@ -243,40 +260,42 @@ def _leading_eigenpairs(gram: Tensor, rank: int, tolerance: float = 0.0) -> tupl
 
 
 def working_dtype(tolerance: float) -> torch.dtype:
-    """What is computed exactly is in float64; what may be off by a tolerance, in float32."""
+    """Return the dtype of decompositions: float64, or float32 with a tolerance."""
     return torch.float32 if tolerance > 0 else torch.float64
 
 
 def norm(tensor: Tensor) -> Tensor:
-    """The Frobenius norm, summed up in float64; piece by piece, as torch copies what it sums up in another dtype."""
+    """Return the Frobenius norm, summed in float64; piece by piece, since torch copies what it converts."""
     pieces = tensor.reshape(-1).split(2**17)
     return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).norm()
 
 
 def _few(rank: int, matrix: Tensor) -> bool:
-    """Whether iterating for so many directions takes less than decomposing."""
+    """Whether iterating for `rank` directions takes less than decomposing."""
     return 4 * rank <= min(matrix.shape)
 
 
 def _drawn(rank: int) -> int:
-    """Random columns to iterate from for so many directions."""
+    """Return the number of random columns to iterate with for `rank` directions."""
     return rank + max(rank // 8, 16)
 
 
 def _iterated_directions(
     apply: Callable[[Tensor], Tensor], matrix: Tensor, rank: int, tolerance: float
 ) -> tuple[Tensor, Tensor, float]:
-    """The eigenvectors of the `rank` largest eigenvalues, these, descending, both float32, and the sum of all, of a
-    positive semidefinite map of `[d_out, k]` to the same, by randomised subspace iteration (arXiv 0909.4061).
+    """Return the leading eigenvectors and eigenvalues of a map, descending, float32, and the sum of all eigenvalues.
 
-    It ends with the step that adds about `tolerance` (at least 1e-5) of what the directions hold, or less: half of
-    it shows in the singular values of the map's image, so that no product is spent on finding out. The values are
-    those of the step before. The start is the same each time, on every device. Nearly all of the leading sum is held
-    then; which of many directions of nearly one strength are among them is not settled. What the rest sums up to is
-    estimated from random probes (arXiv 2010.09649).
+    Randomised subspace iteration (arXiv 0909.4061). It ends with the step that adds about `tolerance` (at least 1e-5)
+    of the directions' energy, or less: half of that shows in the singular values of the map's image, so that no
+    product is spent on finding out. The eigenvalues are those of the step before. The start is the same each time, on
+    every device. Nearly all of the leading energy is found; among many directions of nearly equal strength, which ones
+    are returned is not determined. The sum of the other eigenvalues is estimated from random probes (arXiv
+    2010.09649).
 
     Args:
-        matrix: `[d_out, d_in]`, float32, whose dtype and device it takes.
+        apply: the map, positive semidefinite, from `[d_out, k]` to `[d_out, k]`.
+        matrix: `[d_out, d_in]`, float32; gives the size, the dtype and the device of the start.
+        rank: number of eigenvectors.
     """
     draw = torch.Generator().manual_seed(0)
     start = torch.randn(matrix.shape[0], _drawn(rank), generator=draw)
@@ -297,7 +316,7 @@ def _iterated_directions(
 
 
 def significant(squares: Tensor) -> Tensor:
-    """Which squared singular values, or eigenvalues of a Gram matrix, are not numerically zero."""
+    """Return which squared singular values, or eigenvalues of a Gram matrix, are not numerically zero."""
     if not len(squares):
         return squares > 0
     cutoff = _SINGLE_CUTOFF if squares.dtype == torch.float32 else RELATIVE_CUTOFF**2
@@ -305,8 +324,9 @@ def significant(squares: Tensor) -> Tensor:
 
 
 def largest_eigenpairs(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest eigenvalues, descending, and their vectors as columns, of a symmetric `[n, n]` matrix, of
-    which the lower triangle is read.
+    """Return the `count` largest eigenvalues of a symmetric `[n, n]` matrix, descending, and their vectors as columns.
+
+    Only the lower triangle is read.
     """
     size = len(matrix)
     if matrix.device.type == "cpu" and size >= _LARGE and 4 * count <= size:

@@ -1,7 +1,7 @@
-"""Essential components as adapters: one expert compressed, several fused."""
+"""Essential components as adapters: compresses one expert, and fuses several adapters."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Optional
@@ -15,6 +15,8 @@ from ..architecture import to_matrices
 from ..calibration import ActivationStatistics, calibrate_checkpoint
 from ..checkpoints import (
     Access,
+    ModelSource,
+    ModelSpec,
     find_processors,
     open_checkpoint,
     rank_settings,
@@ -22,7 +24,7 @@ from ..checkpoints import (
     write_adapter,
     write_lora_adapter,
 )
-from ..data import Sample
+from ..data import DataSpec, Sample
 from ..errors import HfEsmError
 from ..linalg import essential_subspace, truncated_svd
 from ..methods import EssentialMerge, fuse_with_singular_values, share_subtracted
@@ -32,86 +34,88 @@ from ..utils import default_accelerator, main_first, new_folder, together
 from .expert_statistics import gather_statistics
 
 
-# What the one expert is called in messages.
+# The task name of the one expert, as messages and progress bars show it.
 _TASK = "expert"
 
 
-# The options of a merge that mean something here.
-_OPTIONS = {
-    "num_samples",
-    "seed",
-    "max_length",
-    "columns",
-    "heads",
-    "batch_size",
-    "allow_pickle",
-    "trust_remote_code",
-    "progress",
-}
-
-
 def essential_components(
-    base: Any,
-    expert: Any,
-    calibration: Any = None,
+    base: ModelSpec,
+    expert: ModelSpec,
+    calibration: Optional[DataSpec] = None,
     *,
     rank: int,
     output_dir: str | os.PathLike,
     shrinkage: float = 0.0,
     as_lora: bool = True,
+    heads: str | Sequence[str] = "auto",
     processor: Any = None,
+    num_samples: int = 32,
+    seed: int = 0,
+    max_length: Optional[int] = None,
+    columns: Optional[Mapping[str, str]] = None,
+    batch_size: int = 8,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    progress: bool = True,
     token: Optional[str | bool] = None,
     accelerator: Optional[Accelerator] = None,
-    **options: Any,
 ) -> Path:
     """Compress one fine-tuned model to an adapter: the essential components (arXiv 2602.20208) of its update.
 
-    Of every calibrated linear map of the body that it shares with the base, the update `Δ [d_out, d_in]` is kept as
-    `E C`, with `E` the `rank` leading principal directions of the output shift `X Δᵀ` on the expert's own samples.
-    What else was tuned is not in the adapter: heads, embeddings, norms, biases, the experts of a mixture.
+    The update `Δ [d_out, d_in]` of every calibrated linear map of the body is approximated by `E C`, with `E` the
+    `rank` leading principal directions of the output shift `X Δᵀ` on the expert's samples. Other tuned weights are not
+    in the adapter: heads, embeddings, norms, biases, the experts of a mixture.
 
     Args:
-        base: the checkpoint that the expert was tuned from, and that the adapter goes on; as for `merge_models`.
+        base: the checkpoint that the expert was tuned from, and that the adapter is for; as for `merge_models`.
         expert: the fine-tuned model, as for `merge_models`.
-        calibration: its unlabelled samples, `ActivationStatistics` or the path of a statistics file, as for
-            `merge_models`; not needed where a statistics file stands beside its weights.
-        rank: components per linear map; where the output shift has fewer, the map gets those.
+        calibration: the expert's unlabelled samples, `ActivationStatistics`, or the path of a statistics file, as for
+            `merge_models`; not needed if there is a statistics file beside the expert's weights.
+        rank: components per linear map; a map whose output shift has fewer gets those.
         output_dir: folder to write; it must not exist yet.
         shrinkage: weight of the identity in the inputs' second moments; see `essential_subspace`.
-        as_lora: write an ordinary LoRA adapter (`A = C`, `B = E`), which anyone loads without hf_esm; otherwise one of
-            `EssentialComponentsConfig`, which can be fused with others and keeps float32 factors.
-        processor: tokenizer or processor, where none stands beside the models.
-        token: access token for the Hub.
+        as_lora: write an ordinary LoRA adapter (`A = C`, `B = E`), which loads without hf_esm; otherwise an adapter of
+            `EssentialComponentsConfig`, which can be fused with others. Factors are float32.
+        heads: modules that belong to the task, not to the body, as for `merge_models`.
+        processor: tokenizer or processor of the samples; by default the one beside the models.
+        num_samples: number of samples, chosen at random if there are more; 0 takes all.
+        seed: seed of that choice.
+        max_length: number of tokens that a text is cut to; by default what the model takes, at most 512.
+        columns: names of the columns that hold `text`, `text_pair`, `text_target`, `image`, `audio`, if they differ.
+        batch_size: samples per batch and process.
+        allow_pickle: read `.bin` checkpoints, which can run code.
+        trust_remote_code: run code that comes with a model.
+        progress: show progress bars.
+        token: access token for the Hub; by default the one that `hf auth login` stored.
         accelerator: the Accelerate instance to calibrate under; by default a new one.
-        options: fields of `MergeOptions`: `num_samples`, `seed`, `max_length`, `columns`, `heads`, `batch_size`,
-            `allow_pickle`, `trust_remote_code`, `progress`.
 
-    Returns the folder. Factors are float32.
+    Returns the folder.
 
     Raises:
-        HfEsmError: on input that does not fit; nothing is left at `output_dir`.
+        HfEsmError: on models or data that cannot be read or do not fit; nothing is left at `output_dir`.
     """
-    unknown = options.keys() - _OPTIONS
-    if unknown:
-        raise TypeError(f"essential_components has no argument {sorted(unknown)[0]!r}")
     if not isinstance(rank, int) or rank < 1:
         raise HfEsmError(f"rank must be a whole number, 1 or more, not {rank!r}.")
     if not 0 <= shrinkage < float("inf"):
         raise HfEsmError(f"shrinkage must be 0 or more, not {shrinkage!r}.")
-    options, accelerator = MergeOptions(**options), accelerator or default_accelerator()
+    options = MergeOptions(
+        heads=heads,
+        num_samples=num_samples,
+        seed=seed,
+        max_length=max_length,
+        columns=columns,
+        batch_size=batch_size,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    accelerator = accelerator or default_accelerator()
     output = new_folder(output_dir)
-    access = Access(token, options.allow_pickle, options.trust_remote_code)
+    access = Access(token, allow_pickle, trust_remote_code)
 
     def read() -> tuple[MergePlan, Optional[ActivationStatistics], list[Sample]]:
-        sources = {"base": resolve_source(base, "base", access)}
-        sources[_TASK] = resolve_source(expert, "expert", access)
-        opened = open_checkpoint(sources["base"])
-        tuned = {_TASK: open_checkpoint(sources[_TASK], opened)}
-        plan = plan_merge(opened, tuned, EssentialMerge(), options.heads, sources=sources)
-        processors = find_processors(sources, processor, options.trust_remote_code)
-        found, samples = gather_statistics(plan, sources, MergeData({_TASK: calibration}), processors, options)
-        check_values(plan)
-        return plan, found[_TASK], samples.get(_TASK, [])
+        sources = {"base": resolve_source(base, "base", access), _TASK: resolve_source(expert, "expert", access)}
+        return _read(sources, calibration, processor, options)
 
     plan, statistics, samples = main_first(accelerator, read)
     if statistics is None:
@@ -125,18 +129,31 @@ def essential_components(
     return output
 
 
+def _read(
+    sources: dict[str, ModelSource], calibration: Any, processor: Any, options: MergeOptions
+) -> tuple[MergePlan, Optional[ActivationStatistics], list[Sample]]:
+    """Open and check the models; return the plan, and the expert's statistics or its encoded samples."""
+    base = open_checkpoint(sources["base"])
+    experts = {_TASK: open_checkpoint(sources[_TASK], base)}
+    plan = plan_merge(base, experts, EssentialMerge(), options.heads, sources=sources)
+    processors = find_processors(sources, processor, options.trust_remote_code)
+    statistics, samples = gather_statistics(plan, sources, MergeData({_TASK: calibration}), processors, options)
+    check_values(plan)
+    return plan, statistics[_TASK], samples.get(_TASK, [])
+
+
 def _decompose(
     plan: MergePlan, statistics: ActivationStatistics, rank: int, shrinkage: float
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """`(C [r, d_in], E [d_out, r])` by module of the base, float32."""
+    """Return `(C [r, d_in], E [d_out, r])`, float32, by module of the base."""
     factors = {}
     for name in plan.heads.shared:
         linear = plan.base.linear.get(name)
         if linear is None or linear.slices or name not in statistics:
             continue
-        (delta,) = to_matrices(plan.experts[_TASK].update(name, plan.base.tensor(name)), linear)
-        directions = essential_subspace(statistics[name].factor, delta, rank, shrinkage).directions
-        factors[linear.module] = (directions.T @ delta.double()).float(), directions.float()
+        (update,) = to_matrices(plan.experts[_TASK].update(name, plan.base.tensor(name)), linear)
+        directions = essential_subspace(statistics[name].factor, update, rank, shrinkage).directions
+        factors[linear.module] = (directions.T @ update.double()).float(), directions.float()
     return factors
 
 
@@ -172,20 +189,25 @@ def _write_components(output: Path, factors: dict[str, tuple[Tensor, Tensor]], p
 def fuse_components(model: PeftModel, adapter_names: Sequence[str], new_name: str) -> None:
     """Add an adapter that is the ESM merge (arXiv 2602.20208) of loaded adapters of essential components.
 
-    Per linear map, as `EssentialMerge` does by default: the leading components of each of the `T` adapters,
-    orthogonalised against each other, with their singular values, scaled, and a part of the updates' sum taken off. No
-    update is ever built; the new adapter's rank is at most the sum of the ranks. It is not made active; saved modules
-    such as heads stay with the adapters that brought them.
+    Each linear map is merged as `EssentialMerge` does by default: the leading components of each of the `T` adapters
+    are orthogonalised against each other, keep their singular values, and are scaled; a part of the updates' sum is
+    subtracted. No update is ever built; the rank of the new adapter is at most the sum of the ranks. The new adapter
+    is not made active; saved modules such as heads stay with the adapters that they came with.
+
+    Args:
+        model: holds the adapters.
+        adapter_names: two adapters or more, each once.
+        new_name: name of the new adapter, without dots.
 
     Raises:
-        HfEsmError: on fewer than two adapters, one that is not there or of another kind, or a name that is taken.
+        HfEsmError: on fewer than two adapters, an adapter that is missing or of another kind, or a name that is taken.
     """
     _check_names(model, adapter_names, new_name)
     factors = {}
     for path, layer in model.get_base_model().named_modules():
         if isinstance(layer, EssentialComponentsLayer):
-            held = [name for name in adapter_names if name in layer.essential_components_E]
-            updates = [(layer.essential_components_E[name], layer.essential_components_C[name]) for name in held]
+            present = [name for name in adapter_names if name in layer.essential_components_E]
+            updates = [(layer.essential_components_E[name], layer.essential_components_C[name]) for name in present]
             fused = _fuse(updates, len(adapter_names))
             if fused is not None:
                 factors[path] = fused
@@ -225,27 +247,32 @@ def _check_names(model: PeftModel, adapter_names: Sequence[str], new_name: str) 
 
 
 def _fuse(updates: list[tuple[Tensor, Tensor]], tasks: int) -> Optional[tuple[Tensor, Tensor]]:
-    """The fusion of one map's updates `E_t C_t` as such a pair: E orthonormal, the strongest component first. None
-    where no adapter changes the map.
+    """Fuse one map's updates `E_t C_t`; returns `E`, orthonormal, the strongest component first, and `C`.
+
+    None if no adapter changes the map.
     """
     method = EssentialMerge()
-    directions, coordinates, wholes = [], [], []
+    directions, coordinates, whole_updates = [], [], []
     for e, c in updates:
         basis, triangle = torch.linalg.qr(e.cpu().double())  # training leaves E neither orthonormal nor independent
-        whole = triangle @ c.cpu().double()
-        kept = max(int(min(len(e), c.shape[1]) * method.rank_share) // tasks, 1)
-        directions.append(basis[:, :kept])
-        coordinates.append(whole[:kept])
-        wholes.append((basis, whole))
-    if not any(found.any() for found in coordinates):
+        rows = triangle @ c.cpu().double()
+        rank = max(int(min(len(e), c.shape[1]) * method.rank_share) // tasks, 1)
+        directions.append(basis[:, :rank])
+        coordinates.append(rows[:rank])
+        whole_updates.append((basis, rows))
+    if not any(rows.any() for rows in coordinates):
         return None
     left, right = fuse_with_singular_values(directions, coordinates)
-    norm = torch.stack([whole.norm() for _, whole in wholes]).norm()
-    scale = method.factor * norm / torch.linalg.qr(left, mode="r").R.matmul(right).norm()
-    total = torch.cat([basis for basis, _ in wholes], dim=1), torch.cat([whole for _, whole in wholes])
-    size = torch.linalg.qr(total[0], mode="r").R.matmul(total[1]).norm()
-    share = share_subtracted(method.sum_subtracted, size, norm)
+    norm = torch.stack([rows.norm() for _, rows in whole_updates]).norm()
+    scale = method.factor * norm / _norm_of_product(left, right)
+    total = torch.cat([basis for basis, _ in whole_updates], dim=1), torch.cat([rows for _, rows in whole_updates])
+    share = share_subtracted(method.sum_subtracted, _norm_of_product(*total), norm)
     left, right = torch.cat([left * scale, -share * total[0]], dim=1), torch.cat([right, total[1]])
     basis, triangle = torch.linalg.qr(left)
-    turn, values, right = truncated_svd(triangle @ right, len(triangle))
-    return basis @ turn, values[:, None] * right
+    rotation, values, right = truncated_svd(triangle @ right, len(triangle))
+    return basis @ rotation, values[:, None] * right
+
+
+def _norm_of_product(left: Tensor, right: Tensor) -> Tensor:
+    """The Frobenius norm of `left @ right`, without the product of their outer sides."""
+    return torch.linalg.qr(left, mode="r").R.matmul(right).norm()

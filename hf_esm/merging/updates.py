@@ -1,4 +1,4 @@
-"""What pass one leaves: the unscaled merged updates on disk, and their reports."""
+"""The outcome of pass one: unscaled merged updates on disk, and the report of each weight."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,17 +12,17 @@ from ..checkpoints import Checkpoint
 
 @dataclass
 class WeightReport:
-    """What became of one weight.
+    """How one weight was merged.
 
     Attributes:
         name: its name in the base model.
-        how: the rule that merged it (`"esm"`, `"tsv-m"`, `"mean"`, `"sum"`, …; of a mixture's experts, several:
-            `"esm and tsv-m"`); `"unchanged"` where no expert differs from the base.
+        how: the rule that merged the weight (`"esm"`, `"tsv-m"`, `"mean"`, `"sum"`, …; for the experts of a mixture,
+            maybe several: `"esm and tsv-m"`); `"unchanged"` if no expert differs from the base.
         norm: Frobenius norm of the merged update, before α and the scale between layers.
-        scaled: whether α multiplies it.
-        layer_scale: its scale between layers of one type; 1 where the method has none.
+        scaled: whether α multiplies the update.
+        layer_scale: scale between layers of one type; 1 if the method has none.
         update_norms: Frobenius norm of each expert's update, by task.
-        energy_kept: share of each expert's output shift that its kept directions carry, by task (ESM); of a mixture,
+        energy_kept: share of each expert's output shift that the kept directions carry, by task (ESM); of a mixture,
             the mean over its experts.
     """
 
@@ -36,20 +36,25 @@ class WeightReport:
 
 
 class MergedUpdates:
-    """Pass one's outcome: the unscaled merged updates on disk, and their reports."""
+    """The unscaled merged updates on disk, and the reports of all weights.
+
+    Attributes:
+        base: the base model.
+        reports: by the weight's canonical name.
+    """
 
     def __init__(self, base: Checkpoint, reports: dict[str, WeightReport], files: list[Path]):
         self.base, self.reports = base, reports
-        self._owner = {}
+        self._files = {}
         for path in files:
             file = safe_open(path, "pt")
-            self._owner.update(dict.fromkeys(file.keys(), file))
+            self._files.update(dict.fromkeys(file.keys(), file))
 
     def weight(self, name: str, alpha: float) -> Tensor:
-        """`W0 + α β Δ_M` in float32; the base's own weight, as stored, where nothing was merged."""
+        """Return `W0 + α β Δ_M`, float32; the base's weight, as stored, if nothing was merged."""
         weight = self.base.tensor(name)
-        if name not in self._owner:
+        if name not in self._files:
             return weight
         report = self.reports[name]
         scale = alpha * report.layer_scale if report.scaled else report.layer_scale
-        return torch.add(weight.float(), self._owner[name].get_tensor(name), alpha=scale)
+        return torch.add(weight.float(), self._files[name].get_tensor(name), alpha=scale)

@@ -3,12 +3,13 @@ them, and as ordinary LoRA where there is no hf_esm.
 """
 
 import copy
+import inspect
 import json
 import pickle
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_esm import HfEsmError, calibrate, essential_components, fuse_components, write_lora_adapter
+from hf_esm import HfEsmError, MergeOptions, calibrate, essential_components, fuse_components, write_lora_adapter
 from hf_esm.tuners.essential.config import EssentialComponentsConfig
 from hf_esm.tuners.essential.layer import EssentialComponentsLayer
 from hf_esm.tuners.essential.model import EssentialComponentsModel
@@ -566,7 +567,7 @@ def test_bad_input_is_refused_and_leaves_nothing(cases, tmp_path):
     refused("no calibration samples", compress, case, expert, None, "new")
     refused("of another model", compress, case, expert, cases["gpt2"].statistics["left"], "new")
     refused("is a gpt2 model", compress, case, cases["gpt2"].experts["left"], statistics, "new")
-    with pytest.raises(TypeError, match="no argument 'alpha'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'alpha'"):
         compress(case, expert, statistics, "new", alpha=1.0)
     refused("would be empty", write_lora_adapter, case.folder / "new", {"a": (torch.zeros(0, 4), torch.zeros(5, 0))})
     assert snapshot(case.folder) == before
@@ -634,3 +635,11 @@ def test_nothing_warns(cases):
         warnings.simplefilter("ignore", FutureWarning)  # of Transformers, about how PEFT calls it
         for name in ("left", "lora"):
             loaded(cases["gpt2"], name).merge_and_unload()
+
+
+def test_the_parameters_of_essential_components_are_options_of_a_merge():
+    parameters = inspect.signature(essential_components).parameters
+    options = {field.name: field.default for field in fields(MergeOptions)}
+    shared = parameters.keys() & options.keys() - {"rank", "output_dir"}
+    assert shared >= {"heads", "num_samples", "seed", "max_length", "columns", "batch_size", "progress"}
+    assert {name: parameters[name].default for name in shared} == {name: options[name] for name in shared}
