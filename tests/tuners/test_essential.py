@@ -564,7 +564,7 @@ def test_bad_input_is_refused_and_leaves_nothing(cases, tmp_path):
         refused("rank must be a whole number, 1 or more", compress, case, expert, statistics, "new", rank=rank)
     refused("shrinkage must be 0 or more", compress, case, expert, statistics, "new", shrinkage=-1.0)
     refused("equals the base", compress, case, case.base, statistics, "new")
-    refused("no calibration samples", compress, case, expert, None, "new")
+    refused("has no `calibration`", compress, case, expert, None, "new")
     refused("of another model", compress, case, expert, cases["gpt2"].statistics["left"], "new")
     refused("is a gpt2 model", compress, case, cases["gpt2"].experts["left"], statistics, "new")
     with pytest.raises(TypeError, match="unexpected keyword argument 'alpha'"):
