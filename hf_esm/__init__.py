@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.abc import Loader
 from typing import TYPE_CHECKING, Any
 
-from .errors import HfEsmError, HubError
+from .errors import DamagedFileError, HfEsmError, HubError, IncompatibleError
 from .version import __version__
 
 
@@ -68,12 +68,14 @@ __all__ = [
     "Comparison",
     "ConcreteAdaMerging",
     "ConcreteTaskArithmetic",
+    "DamagedFileError",
     "EssentialComponentsConfig",
     "EssentialComponentsModel",
     "EssentialMerge",
     "Explanation",
     "HfEsmError",
     "HubError",
+    "IncompatibleError",
     "InputStatistics",
     "Interference",
     "IsoC",

@@ -7,3 +7,11 @@ class HfEsmError(ValueError):
 
 class HubError(HfEsmError):
     """The Hub refuses something, or cannot be reached."""
+
+
+class IncompatibleError(HfEsmError):
+    """A model is not a fine-tune of the base: kind, configuration, names or shapes of weights differ."""
+
+
+class DamagedFileError(HfEsmError):
+    """A file is missing, cut off or changed, and cannot be read as what it was written as."""

@@ -1,8 +1,10 @@
 """What `import hf_esm` loads and hands out, and how its PEFT types are registered: in fresh processes."""
 
 import ast
+import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import hf_esm
 
 
 ADAPTERS = Path(__file__).parent / "fixtures" / "written_by_0.1.0"
+ERRORS = ("DamagedFileError", "HfEsmError", "HubError", "IncompatibleError")
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "numpy", "yaml", "huggingface_hub")
 
 
@@ -76,7 +79,7 @@ def test_type_checkers_see_the_names_that_are_loaded_on_first_use():
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     assert seen == hf_esm._WING_OF
-    assert sorted(hf_esm.__all__) == sorted([*seen, "HfEsmError", "HubError", "__version__"])
+    assert sorted(hf_esm.__all__) == sorted([*seen, *ERRORS, "__version__"])
 
 
 def test_adapters_load_through_transformers_and_peft_where_only_hf_esm_was_imported():
@@ -233,3 +236,15 @@ assert not [finder for finder in sys.meta_path if type(finder).__name__ == "_Pef
 """,
         small_peft(),
     )
+
+
+def test_errors_can_be_told_apart(tmp_path):
+    assert all(issubclass(getattr(hf_esm, name), hf_esm.HfEsmError) for name in ERRORS)
+    (tmp_path / "statistics.safetensors").write_bytes(b"cut off")
+    with pytest.raises(hf_esm.DamagedFileError, match="not a readable statistics file"):
+        hf_esm.ActivationStatistics.load(tmp_path / "statistics.safetensors")
+    other = shutil.copytree(ADAPTERS / "b", tmp_path / "b")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    with pytest.raises(hf_esm.IncompatibleError, match="config differs from the base's in hidden_act"):
+        hf_esm.merge_models(ADAPTERS / "base", {"a": ADAPTERS / "a", "b": other}, method="mean", dry_run=True)

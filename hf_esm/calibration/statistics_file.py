@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checkpoints import ShardedWriter
-from ..errors import HfEsmError
+from ..errors import DamagedFileError, HfEsmError
 from ..linalg import triangular_factor
 from ..methods import InputStatistics
 from ..utils import atomic_file
@@ -97,7 +97,9 @@ def read_file(path: Path) -> tuple[FileEntries, dict[str, Tensor], dict[str, Any
     try:
         file = safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        raise HfEsmError(f"{path}: not a readable statistics file ({error}). Run `hf-esm calibrate` again.") from None
+        raise DamagedFileError(
+            f"{path}: not a readable statistics file ({error}). Run `hf-esm calibrate` again."
+        ) from None
     metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise HfEsmError(f"{path}: no activation statistics in it. `hf-esm calibrate` writes such a file.")

@@ -5,7 +5,7 @@ are read one at a time; and back to disk: sharded safetensors, heads, LoRA adapt
 """
 
 from .adapters import LoraCheckpoint
-from .base import Checkpoint, LiveCheckpoint, quiet_loading
+from .base import Checkpoint, LiveCheckpoint, quiet_loading, quiet_peft
 from .conversion import output_dtype, to_stored, write_plan
 from .heads import attach_head, load_task_model, save_head
 from .layout import (
@@ -79,6 +79,7 @@ __all__ = [
     "open_checkpoint",
     "output_dtype",
     "quiet_loading",
+    "quiet_peft",
     "rank_settings",
     "resolve_class",
     "resolve_source",

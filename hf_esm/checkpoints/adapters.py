@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architecture import canonical_names
 from ..errors import HfEsmError
-from .base import Checkpoint, build_skeleton, quiet_loading
+from .base import Checkpoint, build_skeleton, quiet_loading, quiet_peft
 from .conversion import to_stored, write_plan
 from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .shards import ShardedWriter
@@ -140,7 +140,8 @@ class LoraCheckpoint(Checkpoint):
         if placement:  # over a model that is partly on disk, PEFT writes a copy of it into the working folder
             return self._load_from_disk(**placement)
         model = self.base.load_model_as(type(self.skeleton), self.config)
-        return PeftModel.from_pretrained(model, str(self.folder)).merge_and_unload().eval()
+        with quiet_peft():
+            return PeftModel.from_pretrained(model, str(self.folder)).merge_and_unload().eval()
 
     def _load_from_disk(self, offload_folder: str, **placement: Any) -> PreTrainedModel:
         """Load the model from a copy with the updates in it, which is written weight by weight to `offload_folder`."""
@@ -243,7 +244,8 @@ def _load_adapter(
     adapter.init_lora_weights = False
     remedy = f"Was it trained on another base than {base_title}?"
     try:
-        model = PeftModel(skeleton, adapter, low_cpu_mem_usage=True)
+        with quiet_peft():
+            model = PeftModel(skeleton, adapter, low_cpu_mem_usage=True)
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 # It would move the factors to the device and dtype of the base's weights, which have no values here.

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import HfEsmError
+from ..errors import DamagedFileError, HfEsmError
 from .base import Checkpoint, build_skeleton, quiet_loading, refuse_quantised
 from .conversion import StoredWeights
 from .layout import CONFIG_FILE, WEIGHTS_FILE
@@ -156,7 +156,9 @@ class TensorFiles:
                 state.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
             except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
                 reason = str(error).splitlines()[0]
-                raise HfEsmError(f"{title}: {path} cannot be read ({reason}). Save or download it again.") from None
+                raise DamagedFileError(
+                    f"{title}: {path} cannot be read ({reason}). Save or download it again."
+                ) from None
         return cls({key: (tuple(value.shape), value.dtype) for key, value in state.items()}, state.__getitem__)
 
 
@@ -167,7 +169,7 @@ def _safetensors_paths(folder: Path, title: str) -> list[Path]:
         try:
             return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, AttributeError) as error:
-            raise HfEsmError(f"{title}: {index} is damaged ({error!r}). Copy or download it again.") from None
+            raise DamagedFileError(f"{title}: {index} is damaged ({error}). Copy or download it again.") from None
     return [folder / WEIGHTS_FILE] if (folder / WEIGHTS_FILE).is_file() else []
 
 

@@ -14,7 +14,7 @@ from ..checkpoints import (
     RECIPE_FILE,
     REPORT_FILE,
 )
-from ..errors import HfEsmError
+from ..errors import DamagedFileError
 
 
 # Files that people edit, or that do not change the model's output.
@@ -44,13 +44,15 @@ def read_hashes(folder: Path, title: str) -> dict[str, str]:
         title: the model, as the user named it.
     """
     if not (folder / HASHES_FILE).is_file():
-        raise HfEsmError(f"{title}: {HASHES_FILE} is missing, so that its files cannot be checked. Download it again.")
+        raise DamagedFileError(
+            f"{title}: {HASHES_FILE} is missing, so that its files cannot be checked. Download it again."
+        )
     try:
         hashes = dict(json.loads((folder / HASHES_FILE).read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         hashes = {}
     if not hashes:
-        raise HfEsmError(f"{title}: {HASHES_FILE} is damaged. Download it again.")
+        raise DamagedFileError(f"{title}: {HASHES_FILE} is damaged. Download it again.")
     return hashes
 
 
@@ -58,10 +60,10 @@ def verify_hashes(folder: Path, title: str) -> None:
     """Refuse a folder in which a file is missing, or differs from its recorded hash."""
     for name, expected in read_hashes(folder, title).items():
         if not (folder / name).is_file():
-            raise HfEsmError(f"{title}: {name} is missing. Download the whole model again.")
+            raise DamagedFileError(f"{title}: {name} is missing. Download the whole model again.")
         if _hash(folder / name) != expected:
             path = (folder / name).resolve()  # the Hub's client uses the file in its cache until the file is deleted
-            raise HfEsmError(
+            raise DamagedFileError(
                 f"{title}: {name} is damaged: its hash is not the one recorded. Delete {path} and download it again; "
                 f"if you changed it yourself, remove its line from {HASHES_FILE}."
             )

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..architecture import body_prefix
 from ..checkpoints import Checkpoint
-from ..errors import HfEsmError
+from ..errors import HfEsmError, IncompatibleError
 from .heads import HeadPlan
 
 
@@ -29,7 +29,7 @@ def check_architecture(base: Checkpoint, expert: Checkpoint) -> None:
                 f"It may be a fine-tune of a part of the base: load that part by {name}.from_pretrained(…), and pass "
                 "it as the base."
             )
-        raise HfEsmError(f"{expert.title} is a {expert_type} model, but the base is a {base_type}. {remedy}")
+        raise IncompatibleError(f"{expert.title} is a {expert_type} model, but the base is a {base_type}. {remedy}")
 
 
 def check_weights(base: Checkpoint, expert: Checkpoint, heads: HeadPlan) -> None:
@@ -41,7 +41,7 @@ def check_weights(base: Checkpoint, expert: Checkpoint, heads: HeadPlan) -> None
         parts = set(map(part_of, lacking.names))
         if missing := [name for name in body if name not in lacking.names and part_of(name) in parts]:
             verbs = ("has", "lacks") if having is expert else ("lacks", "has")
-            raise HfEsmError(
+            raise IncompatibleError(
                 f"{expert.title} {verbs[0]} {first_names(missing)}, which the base {verbs[1]}. Is it a fine-tune of "
                 "this base?"
             )
@@ -50,11 +50,11 @@ def check_weights(base: Checkpoint, expert: Checkpoint, heads: HeadPlan) -> None
         if base_shape == shape:
             continue
         if len(base_shape) == 2 and base_shape[1:] == shape[1:] and base.linear.get(name) is None:
-            raise HfEsmError(
+            raise IncompatibleError(
                 f"{expert.title}: '{expert.names[name]}' has {shape[0]} rows, the base has {base_shape[0]}. If its "
                 "vocabulary was resized, call `model.resize_token_embeddings` to bring both to one size."
             )
-        raise HfEsmError(
+        raise IncompatibleError(
             f"{expert.title}: '{expert.names[name]}' is {tuple(shape)}, in the base it is {tuple(base_shape)}. "
             "Experts must be fine-tunes of this base."
         )
@@ -89,7 +89,7 @@ def differing_settings(base: Checkpoint, expert: Checkpoint) -> list[str]:
             continue
         difference = f"{name} ({values[0]}, base {values[1]})"
         if None not in values and re.match(_OF_THE_FUNCTION, name.rpartition(".")[2]):
-            raise HfEsmError(
+            raise IncompatibleError(
                 f"{expert.title}: its config differs from the base's in {difference}. Is it a fine-tune of this base?"
             )
         differing.append(difference)

@@ -21,6 +21,7 @@ from ..checkpoints import (
     ModelSpec,
     attach_head,
     load_processor,
+    quiet_peft,
     resolve_class,
     resolve_source,
     whole_folder,
@@ -105,7 +106,8 @@ class RoutedModel:
                 f"{model}: this device_map offloads '{offloaded[0]}'. Routed experts need every base layer on a "
                 "device: pass a device_map that offloads nothing, or a smaller dtype."
             )
-        adapted = PeftModel.from_pretrained(static, str(folder / ROUTED_FOLDER)).eval()
+        with quiet_peft():
+            adapted = PeftModel.from_pretrained(static, str(folder / ROUTED_FOLDER)).eval()
         source.repo_id, source.revision = repo_id, folder.name if repo_id else None
         loading = {"trust_remote_code": trust_remote_code, **kwargs}
         return cls(adapted, folder, load_processor(folder, trust_remote_code), source, loading)
