@@ -29,7 +29,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_esm import ActivationStatistics, EssentialMerge
 from hf_esm.architecture import LinearMap
@@ -54,6 +54,7 @@ class Stored(Checkpoint):
     def __init__(self, path: Path, depth: int):
         self.file, self.title = safe_open(path, "pt"), path.stem
         self.names = {f"layer.{i}.weight": f"layer.{i}.weight" for i in range(depth)}
+        self.skeleton = nn.Module()  # without blocks, so that no weight has a depth
         self.linear = {name: LinearMap(name, name.removesuffix(".weight")) for name in self.names}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -145,7 +146,7 @@ def share_held(inputs: Tensor, update: Tensor, tasks: int) -> float:
     """Return the energy of directions found with the tolerance, as a share of that of the exact directions."""
     rank = max(int(min(update.shape) * METHOD.rank_share) // tasks, 1)
     with fast_products(TOLERANCE):
-        directions = essential_subspace(inputs, update, rank, METHOD.shrinkage, TOLERANCE).directions
+        directions = essential_subspace(inputs, update, rank, METHOD.shrinkage, TOLERANCE).directions.to(update.dtype)
     seen = update.T @ directions
     ridge = METHOD.shrinkage * inputs.square().sum() / inputs.shape[1]
     held = (inputs @ seen).square().sum() + ridge * seen.square().sum()
