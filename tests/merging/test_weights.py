@@ -152,7 +152,7 @@ def small_models(seed, dtype):
 
 
 def planned(base, experts, method=None):
-    heads = SimpleNamespace(shared=list(base.tensors), own={})
+    heads = SimpleNamespace(shared=list(base.tensors), by_task={})
     return SimpleNamespace(base=base, experts=experts, method=method, heads=heads, unchanged=frozenset())
 
 

@@ -335,7 +335,7 @@ def test_gradient_checkpointing_trains_the_same(load, name, router):
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     expected = {task: gradients(task) for task in (None, TASKS[1])}
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     runs: Counter[str] = Counter()
     for layer in layers(model):
         layer.register_forward_hook(lambda layer, *_: runs.update([layer.name]))

@@ -251,9 +251,9 @@ def test_a_sample_trains_its_own_expert(cases):
 def test_reentrant_gradient_checkpointing_is_refused(cases, kind):
     case = cases[kind]
     model = loaded(case, "prototype", is_trainable=True).train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    refused("gradient_checkpointing_enable({'use_reentrant': False})", model, **case.batch)
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    refused("activation_checkpointing_enable({'use_reentrant': False})", model, **case.batch)
+    model.activation_checkpointing_disable()
     model(**case.batch).logits.square().mean().backward()
 
 

@@ -29,7 +29,7 @@ def keep_routes(model: nn.Module, hold: Hold) -> None:
         if settings.get("use_reentrant") is not False:
             raise HfEsmError(
                 "Reentrant gradient checkpointing loses the routes of routed experts. Call "
-                "gradient_checkpointing_enable({'use_reentrant': False})."
+                "activation_checkpointing_enable({'use_reentrant': False})."
             )
         context_fn = settings.get("context_fn")
         if isinstance(context_fn, _Contexts):

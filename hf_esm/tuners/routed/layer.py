@@ -129,7 +129,7 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
             raise HfEsmError(
                 f"{self.name} was run outside of its model's forward pass, so that there is no route. Call the model, "
                 "or name the task: `with route(model, task)`. To checkpoint activations, call "
-                "`gradient_checkpointing_enable` of Transformers."
+                "`activation_checkpointing_enable` of Transformers."
             )
         frame = frame or Frame(x.shape[0])
         rows = sample_rows(x, frame.batch)
