@@ -14,6 +14,9 @@ import pytest
 import hf_esm
 
 
+pytestmark = pytest.mark.slow
+
+
 ADAPTERS = Path(__file__).parent / "fixtures" / "written_by_0.1.0"
 ERRORS = ("DamagedFileError", "HfEsmError", "HubError", "IncompatibleError")
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "numpy", "yaml", "huggingface_hub")

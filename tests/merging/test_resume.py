@@ -22,6 +22,9 @@ from support.routed_toys import task_texts
 from support.tiny import forbid_calibration, snapshot
 
 
+pytestmark = pytest.mark.slow
+
+
 EMBEDDINGS = "embeddings.word_embeddings.weight"
 
 

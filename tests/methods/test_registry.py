@@ -103,6 +103,7 @@ def test_a_registered_method_is_compared(models, tmp_path):
     assert [row.label for row in found.rows] == ["mean", "median"]
 
 
+@pytest.mark.slow
 def test_an_installed_package_offers_a_method(models, tmp_path):
     """In a process of its own, with the package's metadata as pip leaves it."""
     package = tmp_path / "site" / "halves"

@@ -30,6 +30,9 @@ from support.routed import (
 )
 
 
+pytestmark = pytest.mark.slow
+
+
 kinds = pytest.mark.parametrize("kind", KINDS)
 routers = pytest.mark.parametrize("router", ROUTERS)
 cases = pytest.fixture(write_cases, scope="module")

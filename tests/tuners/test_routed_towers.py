@@ -20,6 +20,9 @@ from support.routed import ROUTERS, TASKS, chosen, padded, rebuilt, recorded, sa
 from support.routed_toys import tuned
 
 
+pytestmark = pytest.mark.slow
+
+
 # With projections behind each tower, without, and behind both at once.
 NAMES = ["clip", "siglip", "dual-encoder"]
 TEXT, VISION = "text_model", "vision_model"
