@@ -34,14 +34,14 @@ def linear_maps(model: nn.Module) -> dict[str, LinearMap]:
     maps = {}
     for module_name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
-            found = {"weight": LinearMap("", "", isinstance(module, Conv1D))}
+            kinds = {"weight": LinearMap("", "", isinstance(module, Conv1D))}
         else:
-            found = {
+            kinds = {
                 name: LinearMap("", "", getattr(module, "is_transposed", False), parameter.shape[0])
                 for name, parameter in module.named_parameters(recurse=False)
                 if parameter.dim() == 3 and _holds_experts(module, parameter)
             }
-        for name, kind in found.items():
+        for name, kind in kinds.items():
             weight = f"{module_name}.{name}" if module_name else name
             if weight in untied:
                 maps[weight] = LinearMap(weight, module_name, kind.transposed, kind.slices)

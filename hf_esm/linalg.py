@@ -176,9 +176,9 @@ def polar_factor(matrix: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tensor
         if squares[0] > _WELL_CONDITIONED * squares[-1] or tried == torch.float64:
             break
     mean = squares.clamp_min(0).sqrt().mean()
-    kept = significant(squares)
-    vectors = vectors[:, kept]
-    root = (vectors / squares[kept].sqrt()) @ vectors.T
+    nonzero = significant(squares)
+    vectors = vectors[:, nonzero]
+    root = (vectors / squares[nonzero].sqrt()) @ vectors.T
     return (root @ held if wide else held @ root).to(dtype), mean.to(dtype)
 
 
@@ -223,10 +223,11 @@ def column_space(matrix: Tensor, tolerance: float = 0.0) -> Optional[Tensor]:
     mixtures = torch.randn(matrix.shape[1], most + 8, generator=torch.Generator().manual_seed(0))
     mixed, triangle = torch.linalg.qr(matrix @ mixtures.to(matrix))
     squares, turn = torch.linalg.eigh(triangle @ triangle.T)
-    kept = squares > squares[-1] * (10 * cutoff) ** 2
-    if not 0 < kept.sum() <= most:
+    strong = squares > squares[-1] * (10 * cutoff) ** 2
+    if not 0 < strong.sum() <= most:
         return None
-    rows = torch.linalg.qr(matrix.T @ (mixed @ turn[:, kept])).Q  # a step of iteration, against noise in the mixtures
+    # A step of iteration, against noise in the mixtures.
+    rows = torch.linalg.qr(matrix.T @ (mixed @ turn[:, strong])).Q
     basis = torch.linalg.qr(matrix @ rows).Q
     return basis if norm(matrix - basis @ (basis.T @ matrix)) <= cutoff * norm(matrix) else None
 
@@ -255,8 +256,8 @@ def _leading_eigenpairs(gram: Tensor, rank: int, tolerance: float = 0.0) -> tupl
         vectors, values, _ = _iterated_directions(_mirrored(gram).matmul, gram, rank, tolerance)
         return values, vectors
     values, vectors = largest_eigenpairs(gram, rank)
-    kept = significant(values)
-    return values[kept], vectors[:, kept]
+    nonzero = significant(values)
+    return values[nonzero], vectors[:, nonzero]
 
 
 def working_dtype(tolerance: float) -> torch.dtype:
@@ -308,8 +309,8 @@ def _iterated_directions(
         if not 2 * (torch.linalg.svdvals(triangle)[:rank].sum() - held) > max(tolerance, _SINGLE_CUTOFF) * held:
             break
     values, turn = values.flip(0)[:rank], turn.flip(1)[:, :rank]
-    kept = significant(values)
-    values, directions = values[kept], torch.linalg.qr(image @ turn[:, kept]).Q
+    nonzero = significant(values)
+    values, directions = values[nonzero], torch.linalg.qr(image @ turn[:, nonzero]).Q
     probes = torch.randn(matrix.shape[0], _PROBES, generator=draw).to(matrix)
     probes -= directions @ (directions.T @ probes)
     return directions, values, float(values.sum() + (probes * apply(probes)).sum() / _PROBES)
@@ -330,8 +331,8 @@ def largest_eigenpairs(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     size = len(matrix)
     if matrix.device.type == "cpu" and size >= _LARGE and 4 * count <= size:
-        found = selected_eigh(matrix.numpy(), subset_by_index=(size - count, size - 1))
-        values, vectors = map(torch.from_numpy, found)
+        pairs = selected_eigh(matrix.numpy(), subset_by_index=(size - count, size - 1))
+        values, vectors = map(torch.from_numpy, pairs)
     else:
         values, vectors = torch.linalg.eigh(matrix)
     return values.flip(0)[:count], vectors.flip(1)[:, :count]

@@ -172,12 +172,12 @@ def calibrate_experts(
     """
     paths = {task: scratch / f"statistics-{task}.safetensors" for task in samples}
     folder = Path(options.statistics_dir).expanduser() if options.statistics_dir else None
-    kept = {task: folder / f"{task}.safetensors" for task in samples} if folder else {}
-    if kept and not options.resume_dir:
-        paths = kept
+    saved = {task: folder / f"{task}.safetensors" for task in samples} if folder else {}
+    if saved and not options.resume_dir:
+        paths = saved
     done = {task for task, path in paths.items() if options.resume_dir and path.is_file()}
     waiting = {task: rows for task, rows in samples.items() if task not in done}
-    with_base = bool(kept) or plan.method.needs_features
+    with_base = bool(saved) or plan.method.needs_features
     pooled = pool_inputs(plan.base, waiting if with_base else {}, options, accelerator, scratch)
     readings: dict[Any, Reading] = {}
     for task, rows in progress(waiting.items()):
@@ -187,10 +187,10 @@ def calibrate_experts(
             if accelerator.is_main_process:
                 collected.save(paths[task], compact=folder is not None)
         del collected
-    if kept and options.resume_dir:
+    if saved and options.resume_dir:
         with together(accelerator):
             for task, path in paths.items() if accelerator.is_main_process else ():
-                with atomic_file(kept[task]) as partial:
+                with atomic_file(saved[task]) as partial:
                     shutil.copy2(path, partial)
-        paths = kept
+        paths = saved
     return {task: ActivationStatistics.load(path) for task, path in paths.items()}

@@ -254,7 +254,7 @@ class UnitMerger:
                 is_linear=linear is not None,
                 routable=is_routable(unit[0], linear),
                 statistics=[
-                    found[name].to(device) if found and name in found else None for found in self.statistics.values()
+                    known[name].to(device) if known and name in known else None for known in self.statistics.values()
                 ],
                 thresholds=list(self.thresholds),
                 depth=depth_of(base.names[unit[0]], self.depths),

@@ -57,14 +57,14 @@ def plan_heads(base: Checkpoint, experts: dict[str, Checkpoint], heads: str | It
     common = [name for name in base.names if all(name in expert.names for expert in experts.values())]
     warnings: list[str] = []
     if not isinstance(heads, str):
-        kept = _weights_of_modules(list(heads), experts)
+        of_tasks = _weights_of_modules(list(heads), experts)
     elif heads == "merge":
-        kept = set()
+        of_tasks = set()
     else:
         mergeable = set(common) if heads == "auto" and _labels_agree(base, experts.values()) else set()
         mergeable = {name for name in mergeable if _one_shape(name, base, experts)}
-        kept = _weights_of_heads(experts.values(), mergeable, warnings)
-    shared = [name for name in common if name not in kept]
+        of_tasks = _weights_of_heads(experts.values(), mergeable, warnings)
+    shared = [name for name in common if name not in of_tasks]
     merged = set(shared)
     by_task = {task: [name for name in expert.names if name not in merged] for task, expert in experts.items()}
     return HeadPlan(shared, by_task, [name for name in base.names if name not in merged], warnings)
@@ -72,10 +72,10 @@ def plan_heads(base: Checkpoint, experts: dict[str, Checkpoint], heads: str | It
 
 def _weights_of_heads(experts: Iterable[Checkpoint], mergeable: set[str], warnings: list[str]) -> set[str]:
     """Return the weights outside the bodies that are not mergeable, and those of the bodies that feed only them."""
-    kept: set[str] = set()
+    of_heads: set[str] = set()
     for expert in experts:
         head = {name for name in expert.names if not _in_body(expert, name)} - mergeable
-        kept |= head
+        of_heads |= head
         if not head:
             continue
         feeding = readouts(expert.skeleton)
@@ -84,8 +84,8 @@ def _weights_of_heads(experts: Iterable[Checkpoint], mergeable: set[str], warnin
                 f"{expert.title}: could not tell which weights of its body feed only its head (no dummy input runs "
                 "through it), so all of the body is merged. To keep modules per task, name them: `heads=[…]`."
             )
-        kept |= feeding or set()
-    return kept
+        of_heads |= feeding or set()
+    return of_heads
 
 
 _known_readouts: dict[tuple[type, str], Optional[frozenset[str]]] = {}

@@ -92,7 +92,7 @@ class MergeOptions(RunOptions):
 
 def torch_dtype(dtype: Optional[str | torch.dtype]) -> Optional[torch.dtype]:
     """Return the floating-point dtype of this name in torch; None for None."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(resolved, torch.dtype) and resolved.is_floating_point):
         raise HfEsmError(f"`dtype` must be a floating-point dtype of torch such as 'bfloat16', not {dtype!r}.")
-    return found
+    return resolved
