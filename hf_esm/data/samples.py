@@ -1,5 +1,6 @@
 """Samples: strings, pairs, columns, images, sound and ready inputs encoded as a model's inputs; saved and loaded."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, Optional
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.image_utils import is_valid_image
@@ -305,7 +306,16 @@ def save_samples(samples: list[Sample], path: Path) -> None:
     """Write samples to a safetensors file, so that a recipe can repeat the calibration exactly."""
     tensors = {f"{i}.{name}": value.contiguous() for i, sample in enumerate(samples) for name, value in sample.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, {"format": FORMAT, "version": str(FORMAT_VERSION)})
+    path.write_bytes(_with_sorted_metadata(save(tensors, {"format": FORMAT, "version": str(FORMAT_VERSION)})))
+
+
+def _with_sorted_metadata(file: bytes) -> bytes:
+    """Sort the metadata of a safetensors file: the library writes it in random order, so that hashes would differ."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return file[:8] + encoded.ljust(size) + file[8 + size :]
 
 
 def is_samples_file(path: Path) -> bool:

@@ -25,7 +25,7 @@ from hf_esm.checkpoints.processors import differing_processors, find_processors
 from hf_esm.checkpoints.sources import ModelSource
 from hf_esm.data.options import SampleOptions
 from hf_esm.data.rows import read_rows
-from hf_esm.data.samples import encode, save_samples
+from hf_esm.data.samples import encode, load_samples, save_samples
 from hf_esm.metrics.labels import LabelledSamples
 from hf_esm.metrics.scores import run
 from hf_esm.utils.fingerprints import data_identity
@@ -534,3 +534,11 @@ def test_a_dry_run_says_what_a_merge_would_be_and_reads_no_weight(models, tmp_pa
             assert (f"{what}: holds the whole merged model" in text) == says, text
     with pytest.raises(pytest.fail.Exception, match="a weight was read"):
         merge_models(tmp_path / "base", experts, calibration=dict.fromkeys(experts, text_samples(0)), progress=False)
+
+
+def test_the_same_samples_are_the_same_bytes(tmp_path):
+    samples = [{"input_ids": torch.tensor([3, 1, 2]), "pixel_values": torch.rand(1, 2, 2)}]
+    files = {saved(samples, tmp_path / f"{i}.safetensors").read_bytes() for i in range(12)}
+    assert len(files) == 1
+    (read,) = load_samples(tmp_path / "0.safetensors")
+    assert read.keys() == samples[0].keys() and all(torch.equal(read[name], samples[0][name]) for name in read)
