@@ -38,7 +38,7 @@ setup(
         "pandas",
         "psutil",
         "pyyaml",
-        "scipy>=1.11",
+        "scipy>=1.13",
     ],
     extras_require={
         "demo": ["matplotlib", "pillow", "scikit-learn"],
