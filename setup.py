@@ -27,7 +27,7 @@ setup(
     package_dir={"hf_esm": "hf_esm", "hf_esm.model_cards": "model_cards"},
     package_data={"hf_esm": ["py.typed"], "hf_esm.model_cards": ["*.md"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.9.1",
         "transformers>=5.23",
         "peft>=0.21",
         "accelerate>=1.15",
