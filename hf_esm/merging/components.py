@@ -240,6 +240,11 @@ def _check_names(model: PeftModel, adapter_names: Sequence[str], new_name: str) 
         if not isinstance(model.peft_config[name], EssentialComponentsConfig):
             kind = model.peft_config[name].peft_type.value
             raise HfEsmError(f"Adapter {name!r} is a {kind} adapter; only essential components are fused.")
+        if model.peft_config[name].gates:
+            raise HfEsmError(
+                f"Adapter {name!r} has gates, and may hold several tasks: fuse adapters without gates, or merge this "
+                "one into the model by `merge_and_unload()`."
+            )
     if not isinstance(new_name, str) or not new_name or "." in new_name:
         raise HfEsmError(f"An adapter's name is a string without dots, not {new_name!r}. Choose another new_name.")
     if new_name in model.peft_config:

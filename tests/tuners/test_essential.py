@@ -576,7 +576,7 @@ def test_bad_input_is_refused_and_leaves_nothing(cases, tmp_path):
 def test_unsupported_modules_and_ranks_are_refused(cases):
     config = EssentialComponentsConfig(target_modules=["word_embeddings"])
     refused("'bert.embeddings.word_embeddings' is a Embedding", get_peft_model, fresh(cases["bert"]), config)
-    refused("version 2; this hf_esm reads version 1", EssentialComponentsConfig, format_version=2)
+    refused("version 3; this hf_esm reads versions 1 and 2", EssentialComponentsConfig, format_version=3)
     refused("rank 0", EssentialComponentsConfig, r=0)
     refused("rank 0", EssentialComponentsConfig, rank_pattern={"query": 0})
 
@@ -609,6 +609,9 @@ def test_broken_and_quantised_weights_are_not_merged(cases):
 def test_bad_fusions_are_refused(cases):
     case = cases["bert"]
     model = loaded(case, "left", "right")
+    model.add_adapter("gated", EssentialComponentsConfig(target_modules=["query"], gates=True))
+    refused("'gated' has gates", fuse_components, model, ["left", "gated"], "fused")
+    model.delete_adapter("gated")
     refused("no adapter 'middle'; it has left, right", fuse_components, model, ["left", "middle"], "fused")
     refused("two adapters or more", fuse_components, model, ["left"], "fused")
     refused("two adapters or more", fuse_components, model, ["left", "left"], "fused")

@@ -1,4 +1,4 @@
-"""The essential components of one task's update as an adapter: a truncated essential subspace decomposition."""
+"""Essential components of updates as an adapter: of one task, or of several tasks with gates that are trained."""
 
 from ..registration import HfEsmPeftType, register
 from .config import EssentialComponentsConfig

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..base import AdapterModel, check_linear
@@ -13,8 +12,9 @@ from .layer import EssentialComponentsLayer, EssentialComponentsLinear
 class EssentialComponentsModel(AdapterModel):
     """A model with the essential components `E C` of one task's update on its weights (arXiv 2602.20208).
 
-    Factors are float32 over a base of any dtype. `essential_components` writes such an adapter from a fine-tuned
-    model, and `fuse_components` makes one adapter of several. The adapter can be trained as any other PEFT adapter.
+    With gates, of one or several tasks: `E diag(gates) C`. Tensors are float32 over a base of any dtype.
+    `essential_components` writes an adapter without gates from a fine-tuned model, and `fuse_components` makes one
+    adapter of several. The adapter can be trained as any other PEFT adapter; with gates, they alone are trained.
     """
 
     prefix: str = "essential_components_"
@@ -34,10 +34,11 @@ class EssentialComponentsModel(AdapterModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, current_key), config.r)
+        config.task_ranks_of(current_key)  # raises if they do not fit
+        settings = adapter_name, config.rank_of(current_key), config.gates, config.inference_mode
         if isinstance(target, EssentialComponentsLayer):
-            target.update_layer(adapter_name, rank, config.inference_mode)
+            target.update_layer(*settings)
             return
         check_linear(target, current_key, "essential components")
-        layer = EssentialComponentsLinear(target, current_key, adapter_name, rank, config.inference_mode)
+        layer = EssentialComponentsLinear(target, current_key, *settings)
         self.add_layer(adapter_name, layer, parent, target_name, target)
