@@ -1,8 +1,10 @@
 """What a score is.
 
-Comes in: a model and labelled rows. Goes out: a metric's score, the outputs that it was computed from, and pictures.
+Comes in: a model and labelled rows, or an expert's answers on samples. Goes out: a metric's score, the outputs that it
+was computed from, agreement with the expert, and pictures.
 """
 
+from .agreement import Agreement, ExpertAnswers, agreement_of, collect_answers, divergence
 from .labels import LabelledSamples
 from .metric import ACCURACY, Metric, MetricSpec, load_labelled, resolve_metric
 from .plots import COLOURS, plot_alpha_curves, plot_energy, plot_matrix, plot_task_scores, require_matplotlib
@@ -12,12 +14,17 @@ from .scores import Outcome, Scores, accuracy, normalised, run
 __all__ = [
     "ACCURACY",
     "COLOURS",
+    "Agreement",
+    "ExpertAnswers",
     "LabelledSamples",
     "Metric",
     "MetricSpec",
     "Outcome",
     "Scores",
     "accuracy",
+    "agreement_of",
+    "collect_answers",
+    "divergence",
     "load_labelled",
     "normalised",
     "plot_alpha_curves",

@@ -1,0 +1,269 @@
+"""Agreement: how near a model's answers are to an expert's, on samples without labels."""
+
+import inspect
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import torch
+from accelerate.utils import tqdm
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..data import Sample, batch_for, batch_indices, reads_singly
+from ..errors import DamagedFileError, HfEsmError
+from ..utils import atomic_file, fingerprint
+from .answers import KINDS, Answer, kind_by_class, kind_by_output, no_probability, plain_model
+
+
+FORMAT = "hf_esm.answers"
+FORMAT_VERSION = 1
+ROUNDING = 1e-7  # a mean divergence below this is the rounding of float32
+
+
+@dataclass(frozen=True)
+class ExpertAnswers:
+    """What an expert answers on the samples of its task.
+
+    Attributes:
+        kind: `tokens` for models that write and masked language models, `classes` for classifiers, `vectors` for all
+            others, such as embedding models and bodies without a head.
+        samples: `N` unbatched, unpadded model inputs.
+        answers: `N` dictionaries of tensors on the CPU. All have `positions`, `[n]` int32: the tokens (or rows of the
+            output) that are compared. `tokens` have `ids`, `[n, k]` int32, the most probable tokens, best first, and
+            `log_probabilities`, float32: `[n, k + 1]`, the last one that of all other tokens together, or `[n, V]`
+            where all tokens are listed. `classes` have `[n, C]` float32 `logits`, `label_logits` (several labels may
+            hold) or `values` (regression). `vectors` have `[n, d]` float32 `vectors`.
+    """
+
+    kind: str
+    samples: list[Sample]
+    answers: list[Answer]
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the answers, without the samples, to one safetensors file, which appears when it is complete.
+
+        Returns:
+            The path of the file.
+        """
+        path = Path(path)
+        tensors = {f"{i}.{name}": value for i, answer in enumerate(self.answers) for name, value in answer.items()}
+        metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "kind": self.kind}
+        with atomic_file(path) as partial:
+            save_file(tensors, partial, {**metadata, "samples": _identity(self.samples)})
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, samples: list[Sample]) -> "ExpertAnswers":
+        """Read the answers on these samples from a file that `save` wrote.
+
+        Raises:
+            HfEsmError: if the file is damaged, has another format, another version of this one, or holds answers on
+                other samples.
+        """
+        path = Path(path)
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise DamagedFileError(f"{path}: not a readable file of answers ({error}). Remove it.") from None
+        if metadata.get("format") != FORMAT:
+            raise HfEsmError(f"{path}: no expert's answers in it. Remove the file, or name another one.")
+        if metadata.get("version") != str(FORMAT_VERSION):
+            raise HfEsmError(
+                f"{path}: format version {metadata.get('version')}; this hf_esm reads {FORMAT_VERSION}. Remove it."
+            )
+        if metadata.get("samples") != _identity(samples):
+            raise HfEsmError(f"{path}: answers on other samples. Remove the file, or give the samples that it is of.")
+        starts = [f"{i}." for i in range(len(samples))]
+        answers = [{k.removeprefix(s): v for k, v in tensors.items() if k.startswith(s)} for s in starts]
+        broken = any(answer.keys() != answers[0].keys() or not _is_whole(answer) for answer in answers)
+        if broken or metadata.get("kind") not in KINDS:
+            raise DamagedFileError(f"{path}: its answers are damaged. Remove the file.")
+        return cls(metadata["kind"], samples, answers)
+
+
+def _identity(samples: list[Sample]) -> str:
+    return fingerprint([sorted(sample.items()) for sample in samples])
+
+
+def _is_whole(answer: Answer) -> bool:
+    """Whether all tensors are finite and have a row per position."""
+    count = len(answer.get("positions", ()))
+    return len(answer) > 1 and all(len(value) == count and value.isfinite().all() for value in answer.values())
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near a model's answers are to an expert's on the samples of one task.
+
+    Attributes:
+        kind: kind of the answers; see `ExpertAnswers`.
+        divergence: mean divergence of the model's answers from the expert's; see `divergence`.
+        equal: share of equal best answers, in [0, 1]: tokens, classes, or sets of labels; None for values and vectors.
+        count: number of tokens, samples or other answers that were compared.
+    """
+
+    kind: str
+    divergence: float
+    equal: Optional[float]
+    count: int
+
+    def score(self, base: "Agreement") -> float:
+        """Return the number to choose models by: higher is better, and 1 is the expert itself.
+
+        It is the share of equal answers for classes (it follows the score on labelled rows more closely than the
+        divergence of their probabilities), else `gain_over(base)`.
+        """
+        return self.gain_over(base) if self.kind != "classes" or self.equal is None else self.equal
+
+    def gain_over(self, base: "Agreement") -> float:
+        """Return the share of the base's divergence that is gone: 1 for the expert, 0 for the base.
+
+        It is 0 for all models if the base answers as the expert does, up to rounding: there is nothing to gain.
+        """
+        return 1 - self.divergence / base.divergence if base.divergence > ROUNDING else 0.0
+
+
+def collect_answers(
+    model: PreTrainedModel,
+    samples: list[Sample],
+    *,
+    batch_size: int = 8,
+    top: int = 128,
+    title: str = "model",
+    progress: bool = True,
+) -> ExpertAnswers:
+    """Run an expert over samples, and keep its answers.
+
+    Of a distribution over a vocabulary the `top` most probable tokens are kept, and the probability of all others
+    together.
+
+    Args:
+        model: the expert, on the device to run on.
+        samples: unbatched, unpadded model inputs. Those of encoder-decoders need `decoder_input_ids` or `labels`.
+        batch_size: samples per batch.
+        top: tokens to keep of each distribution.
+        title: name on the progress bar.
+        progress: show a progress bar.
+
+    Raises:
+        HfEsmError: if the model gives nothing to compare.
+    """
+    answers: dict[int, Answer] = {}
+    name = kind_by_class(model)
+    with _in_evaluation(model), torch.no_grad():
+        groups = _groups(model, name, samples, batch_size)
+        for group in tqdm(groups, desc=f"Answers of {title}", disable=not progress or not groups, leave=False):
+            chosen = [samples[i] for i in group]
+            batch = _batch(model, chosen)
+            output = model(**batch)
+            name = name or kind_by_output(output)
+            kind = KINDS[name]
+            rows = kind.rows(output, batch, model)
+            for row, sample, i in zip(rows, chosen, group, strict=True):
+                positions = kind.positions(sample, row, model)
+                answer = kind.keep(row[positions.to(row.device)], sample, model, top)
+                answers[i] = {"positions": positions.int(), **answer}
+    cpu = [{key: value.cpu().contiguous() for key, value in answers[i].items()} for i in range(len(samples))]
+    return ExpertAnswers(name or "vectors", samples, cpu)
+
+
+def divergence(model: PreTrainedModel, answers: ExpertAnswers, indices: Iterable[int]) -> Tensor:
+    """Divergence of a model's answers from the expert's on some of the samples, which is what refining minimises.
+
+    It is the mean over all compared answers of these samples: of tokens and classes KL(expert ‖ model) in nats, of
+    several labels that may hold the sum over labels; of values the squared difference; of vectors 1 − cosine. Samples
+    share batches where that changes nothing.
+
+    Returns:
+        A scalar, float32 or better, with a gradient. 0 if the samples hold nothing to compare, such as texts of one
+        token.
+    """
+    kind, total, count = KINDS[answers.kind], torch.zeros(()), 0
+    for rows, answer in _compared(model, answers, list(indices), None):
+        total = total + kind.divergences(rows, answer).sum()
+        count += len(rows)
+    return total / max(count, 1)
+
+
+@torch.no_grad()
+def agreement_of(
+    model: PreTrainedModel, answers: ExpertAnswers, indices: Optional[Sequence[int]] = None, *, batch_size: int = 8
+) -> Agreement:
+    """Compare a model's answers with the expert's on the samples, or on some of them."""
+    kind, total, equal, count = KINDS[answers.kind], 0.0, [], 0
+    chosen = range(len(answers.samples)) if indices is None else indices
+    with _in_evaluation(model):
+        for rows, answer in _compared(model, answers, list(chosen), batch_size):
+            total += float(kind.divergences(rows, answer).double().sum())
+            count += len(rows)
+            equal.append(kind.equal(rows, answer))
+    known = count > 0 and all(share is not None for share in equal)
+    shares = sum(int(share.sum()) for share in equal) / count if known else None
+    return Agreement(answers.kind, total / max(count, 1), shares, count)
+
+
+def _compared(
+    model: PreTrainedModel, answers: ExpertAnswers, indices: list[int], batch_size: Optional[int]
+) -> Iterator[tuple[Tensor, Answer]]:
+    """Run the model, batch by batch, and yield `[n, …]` rows of its output with the expert's answers to them."""
+    kind, samples = KINDS[answers.kind], [answers.samples[i] for i in indices]
+    for group in _groups(model, answers.kind, samples, batch_size or max(len(samples), 1)):
+        batch = _batch(model, [samples[i] for i in group])
+        rows = kind.rows(model(**batch), batch, model)
+        parts = [answers.answers[indices[i]] for i in group]
+        joined = {name: _joined([part[name] for part in parts]).to(rows.device) for name in parts[0]}
+        at = torch.arange(len(group)).repeat_interleave(torch.tensor([len(part["positions"]) for part in parts]))
+        yield rows[at.to(rows.device), joined.pop("positions").long()], joined
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Stack tensors of rows; logits over the tokens of samples of several lengths are padded with no probability."""
+    if tensors[0].dim() == 1:
+        return torch.cat(tensors)
+    width = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([F.pad(tensor, (0, width - tensor.shape[1]), value=no_probability(tensor)) for tensor in tensors])
+
+
+def _batch(model: PreTrainedModel, samples: list[Sample]) -> dict[str, Tensor]:
+    """Return a batch without targets, unless a decoder's inputs are to be made from them."""
+    targets = model.config.is_encoder_decoder and "decoder_input_ids" not in samples[0]
+    if not targets:
+        samples = [{name: value for name, value in sample.items() if name != "labels"} for sample in samples]
+    return batch_for(samples, model)
+
+
+def _groups(model: PreTrainedModel, kind: str, samples: list[Sample], batch_size: int) -> list[list[int]]:
+    """Return the indices of the samples of each batch. Samples of several lengths share one only if they differ in
+    tokens alone, the model takes a mask, and no convolution reads the padding.
+    """
+    if not samples:
+        return []
+    if kind != "tokens" and "input_ids" in samples[0] and reads_singly(model.config):
+        batch_size = 1
+    shapes = [{n: v.shape for n, v in sample.items() if v.is_floating_point() or v.dim() != 1} for sample in samples]
+    inner = plain_model(model)
+    masked = "attention_mask" in inspect.signature(inner.forward).parameters
+    convolved = any(isinstance(module, nn.Conv1d) for module in inner.modules())
+    padded = masked and not convolved and all(shape == shapes[0] for shape in shapes)
+    return batch_indices(samples, batch_size, padded)
+
+
+@contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode inside the block."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
