@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..architecture import towers
 from ..data import Sample, batch_for, batch_indices, reads_singly
 from ..errors import DamagedFileError, HfEsmError
 from ..utils import atomic_file, fingerprint
@@ -144,7 +145,12 @@ def collect_answers(
     """Run an expert over samples, and keep its answers.
 
     Of a distribution over a vocabulary the `top` most probable tokens are kept, and the probability of all others
-    together.
+    together. The model's are lumped in the same way, so that the divergence is a lower bound of the full one
+    (data-processing inequality), and exact if `top` is at least the size of the vocabulary. On four fine-tunes of a
+    small language model (2,048 tokens) the base's divergence was too low by 1 to 27 % with 16 tokens, 0.2 to 13 %
+    with 64, 0.1 to 8 % with 128, 0.1 to 4 % with 256: least where the expert is sure. What a merge has gained over
+    its base changes less, since both are lumped: by 0.00 to 0.02 with 128 for merges between base and expert. A token
+    needs `8 top` bytes; log-probabilities of half precision would save a quarter of them, for 1e-5 of the divergence.
 
     Args:
         model: the expert, on the device to run on.
@@ -159,6 +165,8 @@ def collect_answers(
     """
     answers: dict[int, Answer] = {}
     name = kind_by_class(model)
+    if name and model.config.is_encoder_decoder and not {"decoder_input_ids", "labels"} & set().union(*samples):
+        raise HfEsmError(f"{type(model).__name__}: an expert with a decoder needs `decoder_input_ids` or `labels`.")
     with _in_evaluation(model), torch.no_grad():
         groups = _groups(model, name, samples, batch_size)
         for group in tqdm(groups, desc=f"Answers of {title}", disable=not progress or not groups, leave=False):
@@ -171,9 +179,9 @@ def collect_answers(
             for row, sample, i in zip(rows, chosen, group, strict=True):
                 positions = kind.positions(sample, row, model)
                 answer = kind.keep(row[positions.to(row.device)], sample, model, top)
-                answers[i] = {"positions": positions.int(), **answer}
-    cpu = [{key: value.cpu().contiguous() for key, value in answers[i].items()} for i in range(len(samples))]
-    return ExpertAnswers(name or "vectors", samples, cpu)
+                answer = {"positions": positions.int(), **answer}
+                answers[i] = {key: value.cpu().contiguous() for key, value in answer.items()}
+    return ExpertAnswers(name or "vectors", samples, [answers[i] for i in range(len(samples))])
 
 
 def divergence(model: PreTrainedModel, answers: ExpertAnswers, indices: Iterable[int]) -> Tensor:
@@ -243,17 +251,19 @@ def _batch(model: PreTrainedModel, samples: list[Sample]) -> dict[str, Tensor]:
 
 def _groups(model: PreTrainedModel, kind: str, samples: list[Sample], batch_size: int) -> list[list[int]]:
     """Return the indices of the samples of each batch. Samples of several lengths share one only if they differ in
-    tokens alone, the model takes a mask, and no convolution reads the padding.
+    tokens alone, the model takes a mask, and nothing reads the padding: no convolution, no pooling of the last token.
     """
     if not samples:
         return []
     if kind != "tokens" and "input_ids" in samples[0] and reads_singly(model.config):
         batch_size = 1
     shapes = [{n: v.shape for n, v in sample.items() if v.is_floating_point() or v.dim() != 1} for sample in samples]
-    inner = plain_model(model)
-    masked = "attention_mask" in inspect.signature(inner.forward).parameters
-    convolved = any(isinstance(module, nn.Conv1d) for module in inner.modules())
-    padded = masked and not convolved and all(shape == shapes[0] for shape in shapes)
+    plain = plain_model(model)
+    masked = "attention_mask" in inspect.signature(plain.forward).parameters
+    convolved = any(isinstance(module, nn.Conv1d) for module in plain.modules())
+    # The towers of SigLIP and the classifiers of XLNet pool the last token, padding or not.
+    pooled = kind != "tokens" and (towers(plain) or getattr(model.config, "summary_type", "") == "last")
+    padded = masked and not convolved and not pooled and all(shape == shapes[0] for shape in shapes)
     return batch_indices(samples, batch_size, padded)
 
 

@@ -81,7 +81,7 @@ class Tokens:
         if logits is None or tokens is None or logits.dim() != 3 or logits.shape[1] != tokens.shape[1]:
             raise HfEsmError(
                 f"{_class_name(model)} gives no distribution for each token of these samples, so its answers cannot "
-                "be compared. Samples of an encoder-decoder need `decoder_input_ids` or `labels`."
+                "be compared. Choose method and α without agreement."
             )
         return logits
 
