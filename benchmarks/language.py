@@ -1,0 +1,277 @@
+"""Compare methods on a folder of language experts: kept share of the experts' gain over the base, without labels.
+
+    python benchmarks/language.py FOLDER [--methods default mean "{name: esm, gamma: 0.15}"] [--split test]
+    python benchmarks/language.py FOLDER --subsets --methods default regmean tsv-m
+
+FOLDER holds
+    base/             the causal language model that all experts were tuned from, with its tokenizer
+    experts/TASK/     one full fine-tune per task, as `save_pretrained` writes it
+    data/TASK.json.gz {"train": [{"text", "label"?}, …], "validation": […], "test": […]}, gzipped JSON
+
+Rows with a `label` are scored on the label, as the answer to `text`; other rows on the text. An end-of-text token is
+added to both, and the text is cut to `--max-length` tokens. The samples of a task are `--num-samples` of its train
+rows, text and label joined, another draw for every seed.
+
+Kept share of a task: (log base - log model) / (log base - log expert) of the perplexities, in %. 0 is as good as the
+base, 100 as good as the expert. Nats per token: mean over the tasks of the loss. Seconds: of the merge, with
+calibration.
+
+A method is a name, `default` (`merge_models` without `method`), or settings as YAML. `alpha` and `refine` among the
+settings are arguments of `merge_models`: "{name: regmean, alpha: 0.7}". The output folder holds `table.md`,
+`results.json` and a cache, so that a second run computes only what is new. After a change of the package's code, all merges are new.
+`--subsets` compares on all subsets of 2 and of 3 tasks, and writes `subsets.md` and `subsets.json`.
+"""
+
+import argparse
+import gzip
+import hashlib
+import itertools
+import json
+import logging
+import math
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import hf_esm
+from hf_esm import METHODS, merge_models
+from hf_esm.methods import resolve_method
+from hf_esm.utils import files_identity, fingerprint, markdown_table
+
+
+# Methods that learn masks take hours, and methods that route write no single model.
+STATIC = [name for name in METHODS if not name.startswith("concrete") and not resolve_method(name).routes]
+DEFAULT = "default"
+IGNORED = -100
+Row = dict[str, str]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--methods", nargs="+", default=[DEFAULT, *STATIC], help="names, or settings as YAML")
+    parser.add_argument("--tasks", nargs="+", help="default: every folder in experts/")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each draws other samples")
+    parser.add_argument("--num-samples", type=int, default=64, help="samples per task")
+    parser.add_argument("--split", choices=["validation", "test"], default="validation")
+    parser.add_argument("--rows", type=int, default=150, help="rows per task, the first of the split; 0 for all")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens of a text")
+    parser.add_argument("--alpha", choices=["default", "auto"], default="default")
+    parser.add_argument("--subsets", action="store_true", help="on all subsets of 2 and of 3 tasks")
+    parser.add_argument(
+        "--output", type=Path, default=Path("language_report"), help="folder of the table and its cache"
+    )
+    args = parser.parse_args()
+    logging.getLogger("hf_esm").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tasks = args.tasks or sorted(path.name for path in (args.folder / "experts").iterdir() if path.is_dir())
+    suite = Suite(args, tasks)
+    if args.subsets:
+        chosen = [subset for size in (2, 3) for subset in itertools.combinations(tasks, size)]
+        results = {subset: suite.results(subset) for subset in chosen}
+        lines = subset_table(results)
+        written = [{"tasks": subset, **result} for subset, result in results.items()]
+        suite.write("subsets", lines, written)
+        return
+    result = suite.results(tuple(tasks))
+    suite.write("table", task_table(result, tasks), result)
+
+
+class Suite:
+    """The folder's rows and perplexities, which every table reads; the cache of what was computed."""
+
+    def __init__(self, args: argparse.Namespace, tasks: list[str]):
+        self.args = args
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(args.folder / "base")
+        self.train: dict[str, list[Row]] = {}
+        self.rows: dict[str, list[Row]] = {}
+        for task in tasks:
+            data = json.loads(gzip.decompress((args.folder / "data" / f"{task}.json.gz").read_bytes()))
+            self.train[task], self.rows[task] = data["train"], data[args.split][: args.rows or None]
+        sources = sorted(Path(hf_esm.__file__).parent.rglob("*.py"))
+        code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+        files = [files_identity(args.folder / part) for part in ("base", "experts", "data")]
+        self.identity = [files, args.split, args.rows, args.max_length]
+        self.merge_identity = [code, args.num_samples]
+        self.scored: dict[str, dict[str, float]] = {}
+
+    def results(self, tasks: tuple[str, ...]) -> dict[str, Any]:
+        """Losses in nats per token of base, experts and every merged model: by method, one entry per seed."""
+        folder = self.args.folder
+        base = {task: self.loss(folder / "base", task) for task in tasks}
+        expert = {task: self.loss(folder / "experts" / task, task) for task in tasks}
+        methods = {}
+        for label in self.args.methods:
+            arguments = merge_arguments(label, self.args.alpha)
+            methods[label] = []
+            for seed in self.args.seeds:
+                key = ["merged", self.merge_identity, arguments, seed, tasks]
+                entry = self.cached(key, lambda a=arguments, s=seed: self.merge_and_score(a, s, tasks))
+                shares = {t: 100 * (base[t] - entry["losses"][t]) / (base[t] - expert[t]) for t in tasks}
+                methods[label].append({"seed": seed, **entry, "kept": shares, "mean": mean(shares.values())})
+                print(f"{', '.join(tasks)}: {label}, seed {seed}: {mean(shares.values()):.1f}", file=sys.stderr)
+        return {"base": base, "experts": expert, "methods": methods}
+
+    def merge_and_score(self, arguments: dict[str, Any], seed: int, tasks: tuple[str, ...]) -> dict[str, Any]:
+        """Merge on one draw of samples; losses by task, and the seconds that the merge took."""
+        args, samples = self.args, {}
+        for task in tasks:
+            train = self.train[task]
+            drawn = random.Random(seed).sample(train, min(args.num_samples or len(train), len(train)))
+            samples[task] = [row["text"] + row.get("label", "") for row in drawn]
+        with tempfile.TemporaryDirectory() as scratch:
+            merged, start = Path(scratch) / "merged", time.perf_counter()
+            merge_models(
+                args.folder / "base",
+                {task: args.folder / "experts" / task for task in tasks},
+                calibration=samples,
+                num_samples=args.num_samples,
+                max_length=args.max_length,
+                seed=seed,
+                output_dir=merged,
+                progress=False,
+                **arguments,
+            )
+            seconds = time.perf_counter() - start
+            # Most methods that read no samples give one model for all seeds, which is scored once.
+            weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(merged.glob("*.safetensors"))]
+            key = fingerprint(weights, tasks)
+            if key not in self.scored:
+                self.scored[key] = self.losses(merged, tasks)
+        return {"losses": self.scored[key], "seconds": seconds}
+
+    def losses(self, model_folder: Path, tasks: tuple[str, ...]) -> dict[str, float]:
+        """Mean loss per scored token of a model in a folder, by task."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+        return {task: loss_per_token(model, self.tokenizer, self.rows[task], self.args.max_length) for task in tasks}
+
+    def loss(self, model_folder: Path, task: str) -> float:
+        """The same of one task, from the cache if it is there."""
+        return self.cached([str(model_folder), task], lambda: self.losses(model_folder, (task,))[task])
+
+    def cached(self, key: list[Any], compute: Callable[[], Any]) -> Any:
+        """The value that an earlier run computed under this key, or else a new one."""
+        file = self.args.output / "cache" / f"{fingerprint(self.identity, key)}.json"
+        if not file.is_file():
+            value = compute()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(value))
+            partial.replace(file)
+        return json.loads(file.read_text())
+
+    def write(self, name: str, lines: list[str], results: Any) -> None:
+        """Print a table, and write it beside what it was made from."""
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
+        text = "\n".join(lines)
+        (self.args.output / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+        raw = json.dumps({"settings": settings, "results": results}, indent=1)
+        (self.args.output / ("results.json" if name == "table" else f"{name}.json")).write_text(raw, encoding="utf-8")
+        print(text)
+
+
+def merge_arguments(label: str, alpha: str) -> dict[str, Any]:
+    """Arguments of `merge_models` for one entry of `--methods`."""
+    read = yaml.safe_load(label)
+    settings = dict(read) if isinstance(read, dict) else {"name": read}
+    arguments = {"alpha": "auto"} if alpha == "auto" else {}
+    arguments |= {key: settings.pop(key) for key in ("alpha", "refine") if key in settings}
+    return arguments if settings == {"name": DEFAULT} else {**arguments, "method": settings}
+
+
+@torch.no_grad()
+def loss_per_token(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
+    max_length: int = 256,
+    batch_size: int = 8,
+) -> float:
+    """Mean loss per scored token over all rows, in nats; the perplexity is its exponential.
+
+    Rows of similar length share a batch, padded on the right. Rows of fewer than three tokens are left out.
+    """
+    encoded = [encode(tokenizer, row, max_length) for row in rows]
+    encoded = sorted((pair for pair in encoded if len(pair[0]) > 2), key=lambda pair: len(pair[0]))
+    total, count = 0.0, 0
+    for start in range(0, len(encoded), batch_size):
+        inputs = padded(encoded[start : start + batch_size])
+        scored = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        total, count = total + float(model(**inputs).loss) * scored, count + scored
+    return total / count
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> tuple[list[int], list[int]]:
+    """Token ids of a row, and its labels: those of the answer if it has one, else of the whole text."""
+    text = tokenizer(row["text"], add_special_tokens=False).input_ids[:max_length]
+    answer = [tokenizer.eos_token_id]
+    if "label" not in row:
+        return text + answer, text + answer
+    answer = tokenizer(row["label"], add_special_tokens=False).input_ids + answer
+    return text + answer, [IGNORED] * len(text) + answer
+
+
+def padded(batch: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+    """Model inputs of rows of differing length: `[rows, tokens]` each."""
+    ids, labels = ([torch.tensor(part) for part in column] for column in zip(*batch, strict=True))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad(ids, batch_first=True),
+        "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad(labels, batch_first=True, padding_value=IGNORED),
+    }
+
+
+def task_table(result: dict[str, Any], tasks: list[str]) -> list[str]:
+    """Markdown rows: base, experts and every method, with the perplexities of the first two."""
+    rows = [["method", *tasks, "mean (range over seeds)", "nats per token", "seconds"]]
+    for name in ("base", "experts"):
+        losses = result[name]
+        perplexities = [f"perplexity {math.exp(losses[task]):.3g}" for task in tasks]
+        rows.append([name, *perplexities, "0" if name == "base" else "100", f"{mean(losses.values()):.3f}", ""])
+    for label, entries in result["methods"].items():
+        kept = [f"{mean(entry['kept'][task] for entry in entries):.1f}" for task in tasks]
+        nats = mean(mean(entry["losses"].values()) for entry in entries)
+        seconds = mean(entry["seconds"] for entry in entries)
+        rows.append([f"`{label}`", *kept, with_range(entries), f"{nats:.3f}", f"{seconds:.1f}"])
+    return markdown_table(rows)
+
+
+def subset_table(results: dict[tuple[str, ...], dict[str, Any]]) -> list[str]:
+    """Markdown rows: the mean kept share of every method, by subset, then the mean over the subsets of a size."""
+    labels = list(next(iter(results.values()))["methods"])
+    rows = [["tasks", *(f"`{label}`" for label in labels)]]
+    for subset, result in results.items():
+        rows.append([", ".join(subset), *(with_range(result["methods"][label]) for label in labels)])
+    for size in sorted({len(subset) for subset in results}):
+        of_size = [result["methods"] for subset, result in results.items() if len(subset) == size]
+        means = [mean(mean(e["mean"] for e in methods[label]) for methods in of_size) for label in labels]
+        rows.append([f"mean, {size} tasks", *(f"{value:.1f}" for value in means)])
+    return markdown_table(rows)
+
+
+def with_range(entries: list[dict[str, Any]]) -> str:
+    """Mean over seeds, and the lowest and highest seed where they differ."""
+    values = [entry["mean"] for entry in entries]
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    return f"{mean(values):.1f}" + (f" ({low} to {high})" if low != high else "")
+
+
+def mean(values: Any) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()

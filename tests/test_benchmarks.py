@@ -1,0 +1,105 @@
+"""Runs benchmarks/language.py as users run it, on a folder of toy language models."""
+
+import gzip
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from support.routed_toys import GPT2, task_texts, tuned
+from support.tiny import save_tokenizer
+
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "language.py"
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    """`base`, the experts `a` and `b`, and rows: those of `a` are texts, those of `b` have answers."""
+    folder = tmp_path_factory.mktemp("suite")
+    model = GPT2.build()
+    model.save_pretrained(folder / "base")
+    tokenizer = save_tokenizer(folder / "base")
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(folder / "base")
+    rows = {"a": [{"text": text} for text in task_texts("a")]}
+    rows["b"] = [{"text": text, "label": " so so"[: 3 * (1 + i % 2)]} for i, text in enumerate(task_texts("b"))]
+    (folder / "data").mkdir()
+    for seed, task in enumerate(rows, start=1):
+        tuned(model, seed).save_pretrained(folder / "experts" / task)
+        data = json.dumps({"train": rows[task][:12], "validation": rows[task][12:], "test": rows[task][12:]})
+        (folder / "data" / f"{task}.json.gz").write_bytes(gzip.compress(data.encode()))
+    return SimpleNamespace(folder=folder, model=model, tokenizer=tokenizer, rows=rows)
+
+
+@pytest.fixture
+def run(suite, tmp_path, monkeypatch, capsys):
+    """Runs the script; returns what it printed, and what it wrote."""
+
+    def run_script(*arguments, file="results.json"):
+        common = ["--rows", "2", "--num-samples", "8", "--max-length", "20", "--output", str(tmp_path / "report")]
+        monkeypatch.setattr(sys, "argv", ["language.py", str(suite.folder), *common, *arguments])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out, json.loads((tmp_path / "report" / file).read_text())["results"]
+
+    return run_script
+
+
+def literal_loss(suite, model, rows):
+    """Mean negative log-probability of each scored token, one row at a time."""
+    losses = []
+    for row in rows:
+        text = suite.tokenizer(row["text"], add_special_tokens=False).input_ids[:20]
+        answer = suite.tokenizer(row.get("label", ""), add_special_tokens=False).input_ids
+        ids = torch.tensor([*text, *answer, suite.tokenizer.eos_token_id])
+        with torch.no_grad():
+            log_probabilities = functional.log_softmax(model(ids[None]).logits[0].double(), dim=-1)
+        first = len(text) if "label" in row else 1
+        losses += [-float(log_probabilities[i - 1, ids[i]]) for i in range(first, len(ids))]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("task", ["a", "b"])
+def test_batched_scores_are_those_of_single_rows(suite, task):
+    loss_per_token = runpy.run_path(str(SCRIPT))["loss_per_token"]
+    rows = suite.rows[task]
+    expected = literal_loss(suite, suite.model, rows)
+    for batch_size in (1, 5):
+        found = loss_per_token(suite.model, suite.tokenizer, rows, max_length=20, batch_size=batch_size)
+        assert math.isclose(found, expected, rel_tol=1e-5)
+
+
+def test_a_comparison_of_language_experts(suite, run):
+    methods = ["--methods", "default", "mean", "{name: regmean, alpha: 0.7}", "--seeds", "0", "1"]
+    printed, results = run(*methods)
+    rows = [line.split(" | ") for line in printed.splitlines()]
+    assert [row[0] for row in rows[2:]] == ["| base", "| experts", *(f"| `{label}`" for label in methods[1:4])]
+    for task in ("a", "b"):
+        expected = literal_loss(suite, suite.model, suite.rows[task][12:14])
+        assert math.isclose(results["base"][task], expected, rel_tol=1e-5)
+    mean, regmean = (results["methods"][label] for label in methods[2:4])
+    for entry in mean:
+        for task, loss in entry["losses"].items():
+            gain = results["base"][task] - results["experts"][task]
+            assert math.isclose(entry["kept"][task], 100 * (results["base"][task] - loss) / gain)
+    assert regmean[0]["losses"] != regmean[1]["losses"]  # other samples
+
+
+def test_a_second_run_merges_only_what_is_new(run, monkeypatch):
+    first = run("--methods", "mean", "--seeds", "0")
+    monkeypatch.setattr("hf_esm.merge_models", lambda *_, **__: pytest.fail("merged again"))
+    assert run("--methods", "mean", "--seeds", "0") == first
+    with pytest.raises(pytest.fail.Exception, match="merged again"):
+        run("--methods", "ties", "--seeds", "0")
+
+
+def test_subsets_of_two_tasks(run):
+    printed, results = run("--subsets", "--methods", "mean", "--seeds", "0", file="subsets.json")
+    assert [entry["tasks"] for entry in results] == [["a", "b"]]
+    assert printed.splitlines()[-1].startswith("| mean, 2 tasks | ")
