@@ -18,8 +18,8 @@ calibration.
 
 A method is a name, `default` (`merge_models` without `method`), or settings as YAML. `alpha` and `refine` among the
 settings are arguments of `merge_models`: "{name: regmean, alpha: 0.7}". The output folder holds `table.md`,
-`results.json` and a cache, so that a second run computes only what is new. After a change of the package's code, all merges are new.
-`--subsets` compares on all subsets of 2 and of 3 tasks, and writes `subsets.md` and `subsets.json`.
+`results.json` and a cache, so that a second run computes only what is new. After a change of the package's
+code, all merges are new. `--subsets` compares on all subsets of 2 and of 3 tasks, and writes `subsets.md` and `subsets.json`.
 """
 
 import argparse
