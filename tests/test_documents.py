@@ -1,4 +1,4 @@
-"""What README.md, CONTRIBUTING.md and benchmarks/README.md name exists."""
+"""What README.md, CONTRIBUTING.md, benchmarks/README.md and docs/ name exists."""
 
 import re
 from pathlib import Path
@@ -9,14 +9,14 @@ import hf_esm
 
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/results.md"]
 TESTS = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_files_and_tests_that_a_document_names_exist(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    paths = re.findall(r"\b(?:hf_esm|tests|examples|benchmarks)/[\w/.]*\w", text)
+    paths = re.findall(r"\b(?:hf_esm|tests|examples|benchmarks|docs)/[\w/.]*\w", text)
     links = [(ROOT / name).parent / link for link in re.findall(r"\]\((?!http|#)([^)#]+)", text)]
     missing = [str(path) for path in [*map(ROOT.joinpath, paths), *links] if not path.exists()]
     missing += [test for test in re.findall(r"\btest_\w+(?![\w.]*\.py)\b", text) if f"def {test}(" not in TESTS]
