@@ -186,9 +186,11 @@ def merge_arguments(label: str, alpha: str) -> dict[str, Any]:
     """Arguments of `merge_models` for one entry of `--methods`."""
     read = yaml.safe_load(label)
     settings = dict(read) if isinstance(read, dict) else {"name": read}
-    arguments = {"alpha": "auto"} if alpha == "auto" else {}
-    arguments |= {key: settings.pop(key) for key in ("alpha", "refine") if key in settings}
-    return arguments if settings == {"name": DEFAULT} else {**arguments, "method": settings}
+    arguments = {key: settings.pop(key) for key in ("alpha", "refine") if key in settings}
+    if settings != {"name": DEFAULT}:
+        arguments["method"] = settings
+    tunable = "method" not in arguments or resolve_method(settings).tunable
+    return {"alpha": "auto", **arguments} if alpha == "auto" and tunable else arguments
 
 
 @torch.no_grad()

@@ -103,3 +103,18 @@ def test_subsets_of_two_tasks(run):
     printed, results = run("--subsets", "--methods", "mean", "--seeds", "0", file="subsets.json")
     assert [entry["tasks"] for entry in results] == [["a", "b"]]
     assert printed.splitlines()[-1].startswith("| mean, 2 tasks | ")
+
+
+@pytest.mark.parametrize(
+    ("label", "alpha", "expected"),
+    [
+        ("default", "default", {}),
+        ("default", "auto", {"alpha": "auto"}),
+        ("ties", "auto", {"alpha": "auto", "method": {"name": "ties"}}),
+        ("mean", "auto", {"method": {"name": "mean"}}),  # whose scale is fixed
+        ("{name: default, refine: true}", "default", {"refine": True}),
+        ("{name: esm, gamma: 0.15, alpha: 0.7}", "auto", {"alpha": 0.7, "method": {"name": "esm", "gamma": 0.15}}),
+    ],
+)
+def test_an_entry_of_methods_becomes_arguments_of_the_merge(label, alpha, expected):
+    assert runpy.run_path(str(SCRIPT))["merge_arguments"](label, alpha) == expected
