@@ -1,6 +1,5 @@
 """Learns the mask and the coefficients of the Concrete methods on unlabelled samples (arXiv 2312.06173)."""
 
-import json
 import random
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any, Optional
 import torch
 from accelerate import Accelerator
 from accelerate.utils import reduce, send_to_device
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..architecture import to_matrices
@@ -18,14 +15,11 @@ from ..data import Sample, collate
 from ..errors import HfEsmError
 from ..methods import LearnedMask, final_mask, relaxed_mask
 from ..planning import MergePlan
-from ..utils import atomic_file
 from .alpha import CandidateModels
+from .saved_state import SavedState
 
 
 SAVE_EVERY = 100  # steps
-
-
-FORMAT = "hf_esm.concrete"
 
 
 def learn_mask(
@@ -55,8 +49,8 @@ def learn_mask(
     """
     method = plan.method
     learner = _Learner(plan, samples, accelerator, batch_size, seed)
-    state = _SavedState(folder, learner) if folder is not None else None
-    done = state.resume() if state is not None else 0
+    state = learner.saved_state(folder / "concrete.safetensors") if folder is not None else None
+    done = state.resume().get("step", 0) if state is not None else 0
     stages = [("Learning the mask", 0, method.steps, learner.mask_step)]
     if method.adapts:
         total = method.steps + method.coefficient_steps
@@ -65,7 +59,7 @@ def learn_mask(
         for step in progress(title)(range(max(start, done), end)):
             take_step(step)
             if state is not None and ((step + 1) % SAVE_EVERY == 0 or step + 1 == stages[-1][2]):
-                state.save(step + 1)
+                state.save(step=step + 1)
     return learner.learned()
 
 
@@ -144,6 +138,12 @@ class _Learner:
     def distinct(tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """Return every tensor once, even if it is under several names."""
         return list({id(tensor): tensor for tensor in tensors.values()}.values())
+
+    def saved_state(self, path: Path) -> SavedState:
+        """Return the state on disk: what is learned, each tensor once, and the optimizers."""
+        tensors = {f"logits.{name}": tensor for name, tensor in self.logits.items()}
+        tensors |= {f"coefficients.{i}": tensor for i, tensor in enumerate(self.distinct(self.coefficients))}
+        return SavedState(path, tensors, self.optimizers, self.accelerator)
 
     def mask_step(self, step: int) -> None:
         """Take one step of the mask; before it, one step of fresh coefficients, if they are learned."""
@@ -251,55 +251,3 @@ def entropy(model: Any, batch: Mapping[str, Tensor], task: str) -> Tensor:
         )
     log_probabilities = logits.log_softmax(-1)
     return -(log_probabilities.exp() * log_probabilities).sum(-1).mean()
-
-
-class _SavedState:
-    """The learner's parameters and optimizers on disk, and the number of steps taken."""
-
-    def __init__(self, folder: Path, learner: _Learner):
-        self.path, self.learner = folder / "concrete.safetensors", learner
-
-    def _parameters(self) -> dict[str, Tensor]:
-        """Return the learned tensors by name, each once."""
-        coefficients = self.learner.distinct(self.learner.coefficients)
-        return {
-            **{f"logits.{name}": tensor for name, tensor in self.learner.logits.items()},
-            **{f"coefficients.{i}": tensor for i, tensor in enumerate(coefficients)},
-        }
-
-    def _optimized(self) -> Iterable[tuple[str, torch.optim.Optimizer, Tensor]]:
-        """Yield the prefix of the state's names, the optimizer, and the parameter, of everything that is optimised."""
-        for kind, optimizer in self.learner.optimizers.items():
-            for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-                yield f"{kind}.{i}.", optimizer, parameter
-
-    def save(self, step: int) -> None:
-        """Write the state on the main process, in place of the one before."""
-        if self.learner.accelerator.is_main_process:
-            tensors = self._parameters()
-            for prefix, optimizer, parameter in self._optimized():
-                tensors |= {prefix + name: value for name, value in optimizer.state.get(parameter, {}).items()}
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            with atomic_file(self.path) as partial:
-                save_file(tensors, partial, {"format": FORMAT, "header": json.dumps({"step": step})})
-        self.learner.accelerator.wait_for_everyone()
-
-    def resume(self) -> int:
-        """Load the state of an interrupted run, if there is one; returns the number of steps it has taken."""
-        if not self.path.is_file():
-            return 0
-        try:
-            with safe_open(self.path, "pt") as file:
-                header = json.loads((file.metadata() or {})["header"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise HfEsmError(f"{self.path}: cannot be resumed ({error}). Remove the file to start again.") from None
-        for name, tensor in self._parameters().items():
-            tensor.copy_(tensors[name])
-        for prefix, optimizer, parameter in self._optimized():
-            state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            if state:
-                optimizer.state[parameter] = {
-                    name: value if name == "step" else value.to(parameter.device) for name, value in state.items()
-                }
-        return header["step"]

@@ -38,7 +38,7 @@ Item = TypeVar("Item")
 
 
 # Elements of a weight below which several weights are merged in parallel.
-_SMALL = 4_000_000
+SMALL = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class UnitMerger:
             compute=partial(self.merge, unit),
             input_bytes=4 * experts * elements,
             total_bytes=merge_bytes(elements, experts),
-            alone=elements > _SMALL or self.worker.one_by_one,
+            alone=elements > SMALL or self.worker.one_by_one,
         )
 
     def read(self, unit: list[str]) -> list[list[Tensor]]:

@@ -8,6 +8,7 @@ from .checks import check_disk, check_memory, check_values
 from .options import MergeOptions, torch_dtype
 from .plan import MergePlan, calibrated_widths, plan_merge
 from .recipe import RECIPE_VERSION, absolute_path, load_recipe
+from .refinement import RefineSettings, resolve_refine
 from .resources import merge_bytes
 
 
@@ -16,6 +17,7 @@ __all__ = [
     "MergeData",
     "MergeOptions",
     "MergePlan",
+    "RefineSettings",
     "absolute_path",
     "calibrated_widths",
     "check_arguments",
@@ -27,5 +29,6 @@ __all__ = [
     "merge_bytes",
     "name_experts",
     "plan_merge",
+    "resolve_refine",
     "torch_dtype",
 ]

@@ -1,5 +1,6 @@
 """A linear map with essential components on it."""
 
+from collections.abc import Mapping
 from typing import Any, Optional
 
 import torch
@@ -50,6 +51,11 @@ class EssentialComponentsLayer(AdapterLayer):
             getattr(self, f"essential_components_{name}")[adapter_name] = nn.Parameter(tensor)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_tensors(self, adapter: str, tensors: Mapping[str, nn.Parameter]) -> None:
+        """Take parameters as an adapter's `E`, `C` and `gates`; several layers may share them."""
+        for name, parameter in tensors.items():
+            getattr(self, f"essential_components_{name}")[adapter] = parameter
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """`E [d_out, r]` and `C [r, d_in]` of an adapter.
