@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..architecture import to_matrices
 from ..calibration import ActivationStatistics
-from ..checkpoints import rank_settings
+from ..checkpoints import rank_settings, write_adapter
 from ..linalg import essential_subspace
 from ..planning import MergePlan, merge_bytes
 from ..tuners.essential import EssentialComponentsConfig
@@ -42,9 +42,9 @@ class ComponentFactors:
     coordinates: Tensor
     ranks: tuple[int, ...]
 
-    @property
-    def num_gates(self) -> int:
-        return len(self.coordinates)
+    def zero_gates(self) -> Tensor:
+        """Return gates `[r]` that change nothing."""
+        return self.directions.new_zeros(len(self.coordinates))
 
     def update(self, gates: Tensor) -> Tensor:
         """Return `E diag(gates) C`, `[d_out, d_in]` float32, from gates `[r]`."""
@@ -61,9 +61,9 @@ class UpdateFactors:
 
     updates: Tensor
 
-    @property
-    def num_gates(self) -> int:
-        return len(self.updates)
+    def zero_gates(self) -> Tensor:
+        """Return coefficients `[T]` that change nothing."""
+        return self.updates.new_zeros(len(self.updates))
 
     def update(self, gates: Tensor) -> Tensor:
         """Return `Σ_t gates_t Δ_t`, `[d_out, d_in]` float32, from coefficients `[T]`."""
@@ -199,7 +199,7 @@ def _read_factors(path: str) -> dict[str, ComponentFactors]:
 
 
 def adapter_config(
-    factors: Mapping[str, ComponentFactors], tasks: Iterable[str], **settings
+    factors: Mapping[str, ComponentFactors], tasks: Iterable[str], **settings: Any
 ) -> EssentialComponentsConfig:
     """Return the configuration of the adapter of gates.
 
@@ -208,7 +208,7 @@ def adapter_config(
         tasks: tasks of the components, in order.
         settings: other fields of the configuration.
     """
-    rank, pattern = rank_settings({module: part.num_gates for module, part in factors.items()})
+    rank, pattern = rank_settings({module: len(part.coordinates) for module, part in factors.items()})
     return EssentialComponentsConfig(
         r=rank,
         rank_pattern=pattern,
@@ -218,3 +218,21 @@ def adapter_config(
         task_ranks={f"^{m}": list(part.ranks) for m, part in factors.items() if len(set(part.ranks)) > 1},
         **settings,
     )
+
+
+def write_gates(
+    output: Path, plan: MergePlan, factors: Mapping[str, ComponentFactors], gates: Mapping[str, Tensor]
+) -> None:
+    """Write gates as a PEFT adapter over the merged model, in a folder that does not exist yet.
+
+    Args:
+        factors: by the canonical name of the weight, as `build_gates` returns them.
+        gates: `[r]` by the same names.
+    """
+    modules = {name: plan.base.linear[name].module for name in factors}
+    config = adapter_config({modules[n]: part for n, part in factors.items()}, plan.experts, inference_mode=True)
+    tensors = {}
+    for name, part in factors.items():
+        values = {"E": part.directions, "C": part.coordinates, "gates": gates[name]}
+        tensors |= {f"{modules[name]}.essential_components_{kind}": value for kind, value in values.items()}
+    write_adapter(output, config, tensors, type(plan.base.skeleton))

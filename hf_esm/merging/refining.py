@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..architecture import block_depths, canonical_names
-from ..metrics import ExpertAnswers, agreement_of, divergence
+from ..metrics import ROUNDING, ExpertAnswers, agreement_of, divergence
 from ..planning import RefineSettings
 from ..tuners.essential import EssentialComponentsConfig, EssentialComponentsLayer, EssentialComponentsModel
 from ..utils import gather
@@ -90,23 +90,25 @@ def refine(
     by_task = dict(models) if isinstance(models, Mapping) else dict.fromkeys(tasks, models)
     distinct = list({id(model): model for model in by_task.values()}.values())
     with ExitStack() as stack:
-        gates = stack.enter_context(_gates_on(distinct, factors, tasks))
+        gates = stack.enter_context(gates_on(distinct, factors, tasks))
         if settings.gradient_checkpointing:
             for model in distinct:
                 stack.enter_context(_checkpointed(model))
-        loss = _Loss(by_task, learn, held_back, _scales(base_divergence, tasks), accelerator)
+        loss = RefiningLoss(by_task, learn, held_back, _scales(base_divergence, tasks), accelerator)
         return _train(gates, loss, settings, seed, folder, progress("Refining"))
 
 
 def _scales(base_divergence: Mapping[str, float], tasks: list[str]) -> dict[str, float]:
-    """Return what each task's divergence is divided by: the base's, or the mean of the others' if that is zero."""
-    positive = [base_divergence[task] for task in tasks if base_divergence[task] > 0]
-    mean = sum(positive) / len(positive) if positive else 1.0
-    return {task: base_divergence[task] if base_divergence[task] > 0 else mean for task in tasks}
+    """Return what each task's divergence is divided by: the base's; the mean of the others' if the base answers as the
+    expert does.
+    """
+    positive = {task: base_divergence[task] for task in tasks if base_divergence[task] > ROUNDING}
+    mean = sum(positive.values()) / len(positive) if positive else 1.0
+    return {task: positive.get(task, mean) for task in tasks}
 
 
 @contextmanager
-def _gates_on(
+def gates_on(
     models: list[PreTrainedModel], factors: Mapping[str, Factors], tasks: list[str]
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Put gates on the linear maps of all models, which share them; they are zero, and alone require gradients.
@@ -114,7 +116,7 @@ def _gates_on(
     Yields the gates by the canonical name of the weight. Afterwards the models are as they were.
     """
     device = models[0].device
-    gates = {name: nn.Parameter(torch.zeros(part.num_gates, device=device)) for name, part in factors.items()}
+    gates = {name: nn.Parameter(part.zero_gates().to(device)) for name, part in factors.items()}
     components = {name: part for name, part in factors.items() if isinstance(part, ComponentFactors)}
     tensors = {
         name: {"E": _frozen(part.directions, device), "C": _frozen(part.coordinates, device), "gates": gates[name]}
@@ -157,7 +159,6 @@ def _adapter_on(
         yield {name: layer for name, layer in model.named_modules() if isinstance(layer, EssentialComponentsLayer)}
     finally:
         adapted.unload()
-        del model.peft_config
 
 
 class _Coefficients(nn.Module):
@@ -205,7 +206,7 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Loss:
+class RefiningLoss:
     """The loss of the gates: the mean over tasks of scaled divergences from the experts' answers.
 
     Attributes:
@@ -253,7 +254,7 @@ class _Loss:
 
 def _train(
     gates: Mapping[str, nn.Parameter],
-    loss: _Loss,
+    loss: RefiningLoss,
     settings: RefineSettings,
     seed: int,
     folder: Optional[Path],

@@ -4,7 +4,7 @@ Comes in: a model and labelled rows, or an expert's answers on samples. Goes out
 was computed from, agreement with the expert, and pictures.
 """
 
-from .agreement import Agreement, ExpertAnswers, agreement_of, collect_answers, divergence
+from .agreement import ROUNDING, Agreement, ExpertAnswers, agreement_of, collect_answers, divergence
 from .labels import LabelledSamples
 from .metric import ACCURACY, Metric, MetricSpec, load_labelled, resolve_metric
 from .plots import COLOURS, plot_alpha_curves, plot_energy, plot_matrix, plot_task_scores, require_matplotlib
@@ -14,6 +14,7 @@ from .scores import Outcome, Scores, accuracy, normalised, run
 __all__ = [
     "ACCURACY",
     "COLOURS",
+    "ROUNDING",
     "Agreement",
     "ExpertAnswers",
     "LabelledSamples",
