@@ -57,7 +57,7 @@ class ExpertAnswers:
         tensors = {f"{i}.{name}": value for i, answer in enumerate(self.answers) for name, value in answer.items()}
         metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "kind": self.kind}
         with atomic_file(path) as partial:
-            save_file(tensors, partial, {**metadata, "samples": _identity(self.samples)})
+            save_file(tensors, partial, {**metadata, "samples": fingerprint(self.samples)})
         return path
 
     @classmethod
@@ -81,7 +81,7 @@ class ExpertAnswers:
             raise HfEsmError(
                 f"{path}: format version {metadata.get('version')}; this hf_esm reads {FORMAT_VERSION}. Remove it."
             )
-        if metadata.get("samples") != _identity(samples):
+        if metadata.get("samples") != fingerprint(samples):
             raise HfEsmError(f"{path}: answers on other samples. Remove the file, or give the samples that it is of.")
         starts = [f"{i}." for i in range(len(samples))]
         answers = [{k.removeprefix(s): v for k, v in tensors.items() if k.startswith(s)} for s in starts]
@@ -89,10 +89,6 @@ class ExpertAnswers:
         if broken or metadata.get("kind") not in KINDS:
             raise DamagedFileError(f"{path}: its answers are damaged. Remove the file.")
         return cls(metadata["kind"], samples, answers)
-
-
-def _identity(samples: list[Sample]) -> str:
-    return fingerprint([sorted(sample.items()) for sample in samples])
 
 
 def _is_whole(answer: Answer) -> bool:
