@@ -6,6 +6,7 @@ write a `MergeMethod` with `merge(stack) -> Merged` and register it under a name
 
 from .averaging import Mean, TaskArithmetic
 from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic, LearnedMask, final_mask, relaxed_mask
+from .embeddings import merge_counted_embedding, merge_embedding
 from .essential import EssentialMerge, RoutedMerge, fuse_with_singular_values, share_subtracted
 from .isotropic import IsoC, IsoCTS
 from .registry import METHODS, describe_method, register_method, resolve_method
@@ -41,6 +42,8 @@ __all__ = [
     "fuse_with_singular_values",
     "magnitude_threshold",
     "mean_update",
+    "merge_counted_embedding",
+    "merge_embedding",
     "register_method",
     "relaxed_mask",
     "resolve_method",

@@ -56,6 +56,7 @@ class ConcreteTaskArithmetic(MergeMethod):
 
     name: ClassVar[str] = "concrete-task-arithmetic"
     needs_samples: ClassVar[bool] = True
+    counts_embeddings: ClassVar[bool] = False  # the mask was learned on the sum of their updates
     adapts: ClassVar[bool] = False  # whether coefficients are learned; the next three say how
     layer_wise: ClassVar[bool] = False
     coefficient_steps: ClassVar[int] = 0

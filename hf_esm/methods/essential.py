@@ -98,6 +98,9 @@ class EssentialMerge(MergeMethod):
         default=False,
         metadata={"help": "keep the mean singular values in the TSV-M fallback, as the RoBERTa code does"},
     )
+    published_embeddings: bool = field(
+        default=False, metadata={"help": "merge embeddings by TSV-M, as published, instead of by token counts"}
+    )
     scale_all: bool = field(
         default=False, metadata={"help": "let alpha multiply every parameter's update, not only linear maps"}
     )
@@ -122,6 +125,11 @@ class EssentialMerge(MergeMethod):
     def stacks_shared_inputs(self) -> bool:
         """Whether separate q, k and v projections are merged as one stacked weight."""
         return self.stack_shared_inputs
+
+    @property
+    def counts_embeddings(self) -> bool:
+        """Whether embeddings are merged by token counts."""
+        return not self.published_embeddings
 
     def merge(self, stack: Stack) -> Merged:
         if not stack.is_matrix:
@@ -266,6 +274,7 @@ _PUBLISHED = {
     "shrinkage": 0.0,
     "keep_singular_values": False,
     "match_norm": False,
+    "published_embeddings": True,
     "scale_all": True,
 }
 

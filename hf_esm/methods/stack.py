@@ -40,9 +40,12 @@ class Stack:
         layer_type: the name with its integers removed. Weights of one type share a scale between layers.
         updates: `T` float32 tensors of one shape: `[d_out, d_in]` for a matrix, any shape for other parameters.
         is_linear: whether the weight is the matrix of a linear map, rather than an embedding or another parameter.
+        is_embedding: whether the weight is the matrix `[V, d]` of an embedding, tied to an output map or not.
         part: index of the matrix, where one parameter holds several (the experts of a mixture).
         routable: whether routed experts can be added to the weight.
         statistics: per expert, the statistics of the map's inputs, or None. Only linear maps have statistics.
+        counts: per expert, how often its samples read each row of an embedding, `[V]`; empty if that is not known of
+            all experts.
         thresholds: per expert, a magnitude that `MergeMethod.prepare` returned: of TIES, the smallest that is kept.
         depth: index of the block that holds the weight, and the number of blocks; None outside of blocks.
         weights: per expert, how much the caller wants of it; 1 by default.
@@ -53,9 +56,11 @@ class Stack:
     layer_type: str
     updates: list[Tensor]
     is_linear: bool = False
+    is_embedding: bool = False
     part: int = 0
     routable: bool = False
     statistics: list[Optional[InputStatistics]] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
     thresholds: list[float] = field(default_factory=list)
     depth: Optional[tuple[int, int]] = None
     weights: list[float] = field(default_factory=list)
@@ -134,6 +139,7 @@ class MergeMethod:
             no scale.
         tolerance: share of the leading directions' energy that may be missed. Above 0, matrices are multiplied in the
             precision that the hardware multiplies fastest.
+        counts_embeddings: whether embeddings are merged by token counts (`merge_embedding`) instead of by `merge`.
         stacks_shared_inputs: whether linear maps that read one tensor (q, k and v) are merged as one weight.
         router: the router (see `RoutedExpertsConfig`), if the method routes: an expert per task is written into the
             folder of the merged model. Empty by default. The attributes below are read only if it is set.
@@ -150,6 +156,7 @@ class MergeMethod:
     needs_samples: ClassVar[bool] = False
     layer_exponent: ClassVar[float] = 0.0
     tolerance: ClassVar[float] = 0.0
+    counts_embeddings: ClassVar[bool] = True
     stacks_shared_inputs: ClassVar[bool] = False
     router: ClassVar[str] = ""
     directions: ClassVar[str] = "residual"
