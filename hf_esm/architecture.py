@@ -48,6 +48,13 @@ def linear_maps(model: nn.Module) -> dict[str, LinearMap]:
     return maps
 
 
+def embeddings(model: nn.Module) -> dict[str, str]:
+    """Return the module of every embedding of `model` by the name of its weight, each weight once."""
+    untied = {name for name, _ in model.named_parameters()}
+    modules = {f"{name}.weight": name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    return {weight: module for weight, module in modules.items() if weight in untied}
+
+
 def _holds_experts(module: nn.Module, parameter: Tensor) -> bool:
     """Whether a three-dimensional parameter is a stack of matrices, judged by the attributes of its module."""
     return hasattr(module, "is_transposed") or getattr(module, "num_experts", None) == parameter.shape[0]

@@ -52,6 +52,8 @@ class ActivationStatistics(Mapping):
         provenance: where the statistics come from.
         pooled: what each block of the *base* reads on the same samples, `[num_samples, d_in]` float32, by the
             canonical name of a weight. A router is made from these. Empty without a base.
+        token_counts: how often the samples read each row of an embedding, `[V]` int64, by the canonical name of its
+            weight.
 
     Example:
         >>> from hf_esm import ActivationStatistics, calibrate
@@ -68,6 +70,7 @@ class ActivationStatistics(Mapping):
     keys_of: dict[str, str]
     provenance: Provenance = field(default_factory=Provenance)
     pooled: Mapping[str, Tensor] = field(default_factory=dict)
+    token_counts: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, weight: str) -> InputStatistics:
         return self.entries[self.keys_of[weight]]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..architecture import LinearMap, canonical_names, linear_maps
+from ..architecture import LinearMap, canonical_names, embeddings, linear_maps
 from ..errors import HfEsmError
 
 
@@ -88,6 +88,12 @@ class Checkpoint:
         """The linear maps by the canonical names of their weights."""
         maps = linear_maps(self.skeleton)
         return {name: maps[live] for name, live in self.names.items() if live in maps}
+
+    @cached_property
+    def embeddings(self) -> set[str]:
+        """Canonical names of the embeddings' weights, those that are tied to an output map included."""
+        weights = embeddings(self.skeleton)
+        return {name for name, live in self.names.items() if live in weights}
 
     @cached_property
     def trained(self) -> set[str]:

@@ -27,7 +27,7 @@ from ..calibration import ActivationStatistics
 from ..checkpoints import ShardedWriter
 from ..errors import HfEsmError
 from ..linalg import norm
-from ..methods import Merged, MergeMethod, Stack, WholeUpdates, mean_update
+from ..methods import Merged, MergeMethod, Stack, WholeUpdates, mean_update, merge_embedding
 from ..planning import MergePlan, merge_bytes
 from ..utils import algebra_device, fast_products, roomy
 from .jobs import Job, run_jobs
@@ -224,9 +224,7 @@ class UnitMerger:
             task: _matrices(weights, linear, device)
             for task, weights in zip(self.plan.experts, zip(*updates, strict=True), strict=True)
         }
-        # Running means and variances are averages already: beyond those of the experts, a variance may be negative.
-        merge = self.plan.method.merge if unit[0] in base.trained else partial(mean_update, scaled=False)
-        merged = [merge(stack) for stack in self._stacks(unit, matrices, device)]
+        merged = [self._merge_stack(stack, unit[0]) for stack in self._stacks(unit, matrices, device)]
         report = self._report(merged, matrices)
         if len(unit) > 1:
             heights = [weights[0].shape[1 if linear.transposed else 0] for weights in updates]
@@ -237,6 +235,14 @@ class UnitMerger:
             name: (from_matrices(own_parts, linear).cpu(), replace(report, name=base.names[name]))
             for name, own_parts in zip(unit, parts, strict=True)
         }
+
+    def _merge_stack(self, stack: Stack, name: str) -> Merged:
+        """Merge one matrix or other parameter by the rule of its kind."""
+        if name not in self.plan.base.trained:
+            # Running means and variances are averages already: beyond those of the experts, a variance may be negative.
+            return mean_update(stack, scaled=False)
+        method = self.plan.method
+        return merge_embedding(stack) if stack.is_embedding and method.counts_embeddings else method.merge(stack)
 
     def _stacks(
         self, unit: list[str], matrices: Mapping[str, list[Tensor]], device: Optional[torch.device]
@@ -252,14 +258,22 @@ class UnitMerger:
                 layer_type=layer_type(unit[0]),
                 updates=updates,
                 is_linear=linear is not None,
+                is_embedding=unit[0] in base.embeddings,
                 routable=is_routable(unit[0], linear),
                 statistics=[
-                    known[name].to(device) if known and name in known else None for known in self.statistics.values()
+                    known[name].to(device) if linear and known and name in known else None
+                    for known in self.statistics.values()
                 ],
+                counts=self._counts(unit[0], device),
                 thresholds=list(self.thresholds),
                 depth=depth_of(base.names[unit[0]], self.depths),
                 read_base=lambda part=part: read_base()[part],
             )
+
+    def _counts(self, name: str, device: Optional[torch.device]) -> list[Tensor]:
+        """Return how often each expert's samples read each row of an embedding; empty unless all are known."""
+        known = [statistics.token_counts.get(name) if statistics else None for statistics in self.statistics.values()]
+        return [] if any(counts is None for counts in known) else [counts.to(device) for counts in known]
 
     def _report(self, merged: list[Merged], matrices: Mapping[str, list[Tensor]]) -> WeightReport:
         """Return the report of a unit, still without a name."""

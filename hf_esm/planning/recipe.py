@@ -53,6 +53,8 @@ def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[s
             f"{path}: recipe version {version}, written by hf_esm {recipe.get('hf_esm_version', '?')}; this one reads "
             f"version {RECIPE_VERSION}. Use that hf_esm."
         )
+    if "hf_esm_version" in recipe and isinstance(recipe.get("method"), Mapping):
+        recipe["method"] = {**_missing_settings(recipe["method"]), **recipe["method"]}
     recipe = {key: value for key, value in recipe.items() if key not in _WRITTEN_ONLY}
     if not for_comparison:
         recipe = {key: value for key, value in recipe.items() if key not in _COMPARED}
@@ -62,6 +64,11 @@ def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[s
         if key not in recipe:
             raise HfEsmError(f"{path}: the recipe has no key {key!r}. Add it.")
     return {key: _from_folder(key, value, path.parent) for key, value in recipe.items()}
+
+
+def _missing_settings(method: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a recipe written by a merge lacks because they are younger, as they were then."""
+    return {"published_embeddings": True} if "sum_subtracted" in method else {}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

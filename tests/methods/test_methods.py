@@ -302,12 +302,15 @@ PRESETS = {
         "stack_shared_inputs": False,
         "keep_fallback_scale": False,
         "tolerance": 0.0,
+        "published_embeddings": False,
         "scale_all": False,
     },
 }
 # Steps 3 and 8 only; both polar factors of the TSV-M fallback keep their scale; α multiplies everything.
 PRESETS["esm-roberta"] = (
-    PRESETS["esm"] | PUBLISHED | {"layer_exponent": 2.0, "keep_fallback_scale": True, "scale_all": True}
+    PRESETS["esm"]
+    | PUBLISHED
+    | {"layer_exponent": 2.0, "keep_fallback_scale": True, "scale_all": True, "published_embeddings": True}
 )
 # Steps 3, 4 and 8, factor 2, q, k and v as one weight; α multiplies everything.
 PRESETS["esm-vit"] = (
@@ -319,6 +322,7 @@ PRESETS["esm-vit"] = (
         "layer_exponent": 2.0,
         "factor": 2.0,
         "stack_shared_inputs": True,
+        "published_embeddings": True,
         "scale_all": True,
     }
 )

@@ -296,3 +296,14 @@ def test_the_callback_counts_every_stage_up_to_its_end(models, tmp_path):
     for stage, counts in seen.items():
         assert counts == [(i + 1, len(counts)) for i in range(len(counts))], stage
     assert len(seen["Calibrating"]) == len(LABELS)
+
+
+def test_a_recipe_that_a_merge_wrote_before_embeddings_were_counted_repeats_that_merge(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    written = MODELS + "hf_esm_version: 0.1.0\nmethod: {name: esm, sum_subtracted: 0.13}\n"
+    path.write_text(written, encoding="utf-8")
+    assert load_recipe(path)["method"]["published_embeddings"] is True
+    path.write_text(written.replace("{name", "{published_embeddings: false, name"), encoding="utf-8")
+    assert load_recipe(path)["method"]["published_embeddings"] is False
+    path.write_text(written.replace("hf_esm_version: 0.1.0\n", ""), encoding="utf-8")  # written by hand
+    assert "published_embeddings" not in load_recipe(path)["method"]
