@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from support.problems import relative_error
 
 from hf_esm.methods import METHODS, EssentialMerge, Stack, merge_counted_embedding, merge_embedding
+from support.problems import relative_error
 
 
 def problem(seed, tasks=3, rows=11, width=5):
