@@ -239,7 +239,7 @@ class UnitMerger:
     def _merge_stack(self, stack: Stack, name: str) -> Merged:
         """Merge one matrix or other parameter by the rule of its kind."""
         if name not in self.plan.base.trained:
-            # Running means and variances are averages already: beyond those of the experts, a variance may be negative.
+            # Running means and variances are averages: beyond those of the experts, a variance may be negative.
             return mean_update(stack, scaled=False)
         method = self.plan.method
         return merge_embedding(stack) if stack.is_embedding and method.counts_embeddings else method.merge(stack)
