@@ -191,9 +191,10 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     Transformers checkpoints in training mode alone, in which dropout would make answers random.
     """
     blocks = [model.get_submodule(name) for name in block_depths(model)]
-    caching = model.config.use_cache if hasattr(model.config, "use_cache") else None
-    if caching is not None:
-        model.config.use_cache = False  # running a block again would extend its cache again
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "use_cache")}
+    caching = [(config, config.use_cache) for config in configs.values()]
+    for config, _ in caching:
+        config.use_cache = False  # a block that runs again would extend its cache again
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     try:
@@ -201,8 +202,8 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for block in blocks:
             del block.forward
-        if caching is not None:
-            model.config.use_cache = caching
+        for config, before in caching:
+            config.use_cache = before
 
 
 @dataclass(frozen=True)

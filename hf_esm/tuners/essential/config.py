@@ -45,6 +45,9 @@ class EssentialComponentsConfig(PeftConfig):
         >>> model = get_peft_model(base, config)  # the output is that of the base until the adapter is trained
         >>> sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         256
+        >>> gated = EssentialComponentsConfig(r=4, target_modules=["query"], gates=True, tasks=["law", "code"])
+        >>> gated.task_ranks_of("encoder.layer.0.attention.self.query")
+        {'law': 2, 'code': 2}
     """
 
     r: int = field(default=8, metadata={"help": "number of components of each linear map"})
