@@ -141,6 +141,8 @@ def calibrate_checkpoint(
     folder: Path,
     title: str,
     readings: Optional[dict[Any, Reading]] = None,
+    *,
+    counts_only: bool = False,
 ) -> ActivationStatistics:
     """Load an expert, run it over its samples, and release it.
 
@@ -151,6 +153,7 @@ def calibrate_checkpoint(
             with the statistics.
         title: name on the progress bar.
         readings: see `collect_statistics`.
+        counts_only: collect no statistics but token counts.
 
     Raises:
         HfEsmError: if a layer reads NaN or infinite values.
@@ -159,7 +162,7 @@ def calibrate_checkpoint(
     with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as spill:
         with together(accelerator):
             place = placement(expert, accelerator, options.max_memory, Path(spill))
-            spills = place or needs_spill(expert, samples, accelerator, options.max_memory)
+            spills = place or (not counts_only and needs_spill(expert, samples, accelerator, options.max_memory))
             model = expert.load_model(**place)
         statistics = collect_statistics(
             model,
@@ -171,6 +174,7 @@ def calibrate_checkpoint(
             progress=options.progress,
             folder=Path(spill) if spills else None,
             readings=readings,
+            counts_only=counts_only,
         )
     _check_finite(statistics, expert)
     return statistics

@@ -3,7 +3,8 @@
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,11 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architecture import body_key, layer_type, tower_of, towers
-from ..data import Sample, batch_for, batch_indices, text_config
+from ..data import Sample, batch_for, batch_indices, sample_fingerprint, text_config
 from ..linalg import triangular_factor
 from ..methods import InputStatistics
 from ..utils import default_accelerator, gather, together
 from .decoder_inputs import with_decoder_inputs
+from .embeddings import RowCounter
 from .hooks import Call, InputHooks
 from .reading import Reading, learn_reading
 from .recorder import FactorAccumulator, InputRecorder
@@ -36,8 +38,10 @@ def collect_statistics(
     progress: bool = True,
     folder: Optional[Path] = None,
     readings: Optional[dict[Any, Reading]] = None,
+    counts_only: bool = False,
 ) -> ActivationStatistics:
-    """Run a model over samples, shared out over processes, and collect the statistics of its linear maps.
+    """Run a model over samples, shared out over processes, and collect the statistics of its linear maps,
+    and the token counts of its embeddings.
 
     Args:
         model: the expert. It is moved to the accelerator's device for the run, and afterwards is as it was.
@@ -46,11 +50,13 @@ def collect_statistics(
         accelerator: the Accelerate instance to run under; by default a new one.
         batch_size: samples per batch and process.
         title: name on the progress bar.
-        provenance: origin of the statistics; by default the number of samples alone.
+        provenance: origin of the statistics; by default the number of samples alone. The fingerprints of the samples
+            are added.
         progress: show a progress bar.
         folder: empty folder for the factors, which then need no memory while they grow, and are read from there.
         readings: how models read batches, learned in earlier calls on fine-tunes of the same checkpoint; this call
             adds to it. Learning takes up to three passes over two samples.
+        counts_only: collect no statistics but token counts, for methods that need no others.
 
     Returns:
         Statistics of every linear map that ran, the same on every process.
@@ -75,16 +81,20 @@ def collect_statistics(
     ):
         local = with_decoder_inputs(model, local, batch_size)
         groups, reading = learn_batches(hooks, local, batch_size, {} if readings is None else readings)
-        recorder = InputRecorder(hooks, reading, folder)
+        recorder, counter = InputRecorder(hooks, reading, folder), RowCounter(hooks.embeddings, reading.repeated)
         for group in tqdm(groups, desc=f"Calibrating {title}", disable=not progress or not groups, leave=False):
             batch = batch_for([local[i] for i in group], model)
-            with recorder.recording(batch.get("attention_mask")):
+            mask = batch.get("attention_mask")
+            with nullcontext() if counts_only else recorder.recording(mask), counter.counting(len(group), mask):
                 model(**batch)
     keys_of = _keys_of(gather(accelerator, dict(recorder.leaders)))
     entries = {
         key: _reduce(recorder.accumulators.pop(key, None), accelerator) for key in sorted(set(keys_of.values()))
     }
-    return ActivationStatistics(entries, keys_of, provenance or Provenance(num_samples=len(samples)))
+    provenance = replace(
+        provenance or Provenance(num_samples=len(samples)), samples=tuple(map(sample_fingerprint, samples))
+    )
+    return ActivationStatistics(entries, keys_of, provenance, token_counts=_total(gather(accelerator, counter.counts)))
 
 
 def learn_batches(
@@ -191,6 +201,14 @@ def _keys_of(leaders_of_processes: list[dict[str, set[str]]]) -> dict[str, str]:
         for weight, names in leaders_of_process.items():
             leaders[weight] |= names
     return {weight: next(iter(names)) for weight, names in leaders.items() if len(names) == 1}
+
+
+def _total(counts_of_processes: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Add up the token counts of all processes."""
+    total: dict[str, Tensor] = {}
+    for counts in counts_of_processes:
+        total |= {name: total.get(name, 0) + count for name, count in counts.items()}
+    return dict(sorted(total.items()))
 
 
 def _reduce(accumulator: Optional[FactorAccumulator], accelerator: Accelerator) -> InputStatistics:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architecture import canonical_names, linear_maps
+from .embeddings import RowHooks
 from .mixtures import mixtures_of
 
 
@@ -24,10 +25,11 @@ class InputHooks:
     Attributes:
         model: the live model.
         mixtures: the mixtures of the model, by the canonical name of their first matrices.
+        embeddings: hooks on the embeddings of the model.
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.model, maps = model, linear_maps(model)
+        self.model, self.embeddings, maps = model, RowHooks(model), linear_maps(model)
         canonical = {live: name for name, live in canonical_names(model).items()}
         mixtures = mixtures_of(model, maps, canonical)
         self.mixtures = {mixture.first: mixture for mixture in mixtures.values()}

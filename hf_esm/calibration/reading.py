@@ -18,19 +18,22 @@ class Reading:
     Attributes:
         left_out: inputs that are not made of samples, such as DeBERTa's relative positions.
         padded: inputs that contain the padding of a batch.
+        repeated: readings of embeddings that are made once a batch, such as those of positions.
         alike: whether a padded batch gives the same inputs as single samples, up to rounding. Models with
             convolutions, for example, read the padding.
     """
 
     left_out: set[Call] = field(default_factory=set)
     padded: set[Call] = field(default_factory=set)
+    repeated: set[Call] = field(default_factory=set)
     alike: bool = True
 
 
 def learn_reading(hooks: InputHooks, run: Callable[[list[int]], Any], mask: Optional[Tensor]) -> Reading:
     """Learn how a model reads batches, by comparing a batch of two samples with the samples alone.
 
-    An input that has the same shape for one sample and for the batch is not made of samples.
+    An input that has the same shape for one sample and for the batch is not made of samples. A reading of an embedding
+    that has the same shape is made once a batch.
 
     Args:
         hooks: hooks on the model.
@@ -40,9 +43,13 @@ def learn_reading(hooks: InputHooks, run: Callable[[list[int]], Any], mask: Opti
     """
     reading = Reading()
     alone: dict[Call, list[tuple[torch.Size, Tensor]]] = defaultdict(list)
+    shapes: dict[Call, torch.Size] = {}
     singles = (0, 1) if mask is not None else (1,)
     for i in singles:
-        with hooks.hooked(lambda call, inputs: alone[call].append((inputs.shape, _sketch(input_rows(inputs))))):
+        with (
+            hooks.hooked(lambda call, inputs: alone[call].append((inputs.shape, _sketch(input_rows(inputs))))),
+            hooks.embeddings.hooked(lambda call, rows: shapes.update({call: rows.shape})),
+        ):
             run([i])
     alike: dict[Call, bool] = {}
 
@@ -57,7 +64,11 @@ def learn_reading(hooks: InputHooks, run: Callable[[list[int]], Any], mask: Opti
                 reading.padded.add(call)
             alike[call] = _agree(input_rows(inputs, mask if padded else None), expected)
 
-    with hooks.hooked(compare):
+    def compare_rows(call: Call, rows: Tensor) -> None:
+        if shapes.get(call) == rows.shape:
+            reading.repeated.add(call)
+
+    with hooks.hooked(compare), hooks.embeddings.hooked(compare_rows):
         run([0, 1])
     reading.alike = mask is None or all(alike.get(call, False) for call in alone.keys() - reading.left_out)
     if not reading.alike:

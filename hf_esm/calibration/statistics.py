@@ -27,6 +27,7 @@ class Provenance:
         seed: seed of their choice.
         compressed_rank: rows per factor after compression; None if the factors are exact.
         compression_error: the largest `‖R − R_q‖_F / ‖R‖_F` over all factors.
+        samples: a fingerprint of every sample that was run, sorted; empty in files of hf_esm 0.1.
     """
 
     model: str = ""
@@ -35,6 +36,10 @@ class Provenance:
     seed: Optional[int] = None
     compressed_rank: Optional[int] = None
     compression_error: float = 0.0
+    samples: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        self.samples = tuple(sorted(self.samples))
 
 
 @dataclass
@@ -53,7 +58,7 @@ class ActivationStatistics(Mapping):
         pooled: what each block of the *base* reads on the same samples, `[num_samples, d_in]` float32, by the
             canonical name of a weight. A router is made from these. Empty without a base.
         token_counts: how often the samples read each row of an embedding, `[V]` int64, by the canonical name of its
-            weight.
+            weight. Empty in files of hf_esm 0.1.
 
     Example:
         >>> from hf_esm import ActivationStatistics, calibrate
@@ -97,15 +102,17 @@ class ActivationStatistics(Mapping):
             return {key: (self.entries.counts[key], self.entries.mean(key)) for key in self.entries}
         return {key: (entry.count, entry.mean) for key, entry in self.entries.items()}
 
-    def check_fits(self, widths: Mapping[str, int], task: str) -> None:
+    def check_fits(self, widths: Mapping[str, int], task: str, rows: Optional[Mapping[str, int]] = None) -> None:
         """Raise if the statistics are of another architecture.
 
         Args:
             widths: number of inputs of every matrix that is merged with statistics, by canonical name.
             task: task of the expert.
+            rows: number of rows of every embedding that is merged by token counts, by canonical name.
 
         Raises:
-            HfEsmError: if no matrix has statistics, or a matrix has another number of inputs.
+            HfEsmError: if no matrix has statistics, or a matrix has another number of inputs, or an embedding another
+                number of rows.
         """
         if widths and not self.keys() & widths.keys():
             raise HfEsmError(
@@ -117,6 +124,14 @@ class ActivationStatistics(Mapping):
                 raise HfEsmError(
                     f"The statistics of '{task}' have {self.width(name)} inputs for '{name}', the base has "
                     f"{widths[name]}: they are of another model. Calibrate again."
+                )
+
+        for name in self.token_counts.keys() & (rows or {}).keys():
+            counted = len(self.token_counts[name])
+            if counted != rows[name]:
+                raise HfEsmError(
+                    f"The statistics of '{task}' have token counts of {counted} rows for '{name}', the base has "
+                    f"{rows[name]}: they are of another model. Calibrate again."
                 )
 
     def save(self, path: str | os.PathLike, compact: bool = True) -> Path:
@@ -134,7 +149,7 @@ class ActivationStatistics(Mapping):
         if path.is_dir() or not path.suffix:
             path = path / STATISTICS_FILE
         header = {"keys_of": self.keys_of, "provenance": asdict(self.provenance)}
-        write_file(path, self.entries, self.pooled, header, compact)
+        write_file(path, self.entries, self.pooled, self.token_counts, header, compact)
         return path
 
     @classmethod
@@ -146,9 +161,9 @@ class ActivationStatistics(Mapping):
         """
         path = Path(path)
         path = path / STATISTICS_FILE if path.is_dir() else path
-        entries, pooled, header = read_file(path)
+        entries, pooled, token_counts, header = read_file(path)
         try:
-            return cls(entries, header["keys_of"], Provenance(**header["provenance"]), pooled)
+            return cls(entries, header["keys_of"], Provenance(**header["provenance"]), pooled, token_counts)
         except (KeyError, TypeError) as error:
             raise damaged(path, error) from None
 
@@ -173,10 +188,13 @@ class ActivationStatistics(Mapping):
             num_samples=sum(part.provenance.num_samples for part in parts),
             compressed_rank=min(ranks, default=None),
             compression_error=max(part.provenance.compression_error for part in parts),
+            samples=tuple(name for part in parts for name in part.provenance.samples),
         )
         in_all = [weight for weight in parts[0].pooled if all(weight in part.pooled for part in parts)]
         pooled = {weight: torch.cat([part.pooled[weight] for part in parts]) for weight in in_all}
-        return cls(entries, keys_of, provenance, pooled)
+        counted = [name for name in parts[0].token_counts if all(name in part.token_counts for part in parts)]
+        token_counts = {name: sum(part.token_counts[name] for part in parts) for name in counted}
+        return cls(entries, keys_of, provenance, pooled, token_counts)
 
     def compress(self, rank: int) -> "ActivationStatistics":
         """Return a smaller, lossy copy: the top `rank` rows of `S Vᵀ` of each factor. `provenance` states the error.
@@ -199,7 +217,7 @@ class ActivationStatistics(Mapping):
             compressed_rank=min(rank, earlier.compressed_rank or rank),
             compression_error=(earlier.compression_error**2 + (1 - earlier.compression_error**2) * error**2) ** 0.5,
         )
-        return type(self)(entries, self.keys_of, provenance, self.pooled)
+        return type(self)(entries, self.keys_of, provenance, self.pooled, self.token_counts)
 
 
 def _check_one_model(parts: list[ActivationStatistics], keys_of: dict[str, str]) -> None:
@@ -207,7 +225,8 @@ def _check_one_model(parts: list[ActivationStatistics], keys_of: dict[str, str])
     missing = [w for part in parts for w in keys_of if w not in part and not w.rpartition(".")[2].isdigit()]
     differing = [weight for part in parts for weight, key in part.keys_of.items() if keys_of[weight] != key]
     models = {(part.provenance.model, part.provenance.revision) for part in parts if part.provenance.model}
-    if missing or differing or len(models) > 1:
+    sizes = {(name, len(counted)) for part in parts for name, counted in part.token_counts.items()}
+    if missing or differing or len(models) > 1 or len(sizes) > len(dict(sizes)):
         raise HfEsmError("Statistics of different models cannot be merged; collect them on the same model.")
 
 

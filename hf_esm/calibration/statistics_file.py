@@ -17,10 +17,11 @@ from ..utils import atomic_file
 
 
 FORMAT = "hf_esm.statistics"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # version 1 has no token counts, and no fingerprints of samples
 PRIVACY = (
     "Factors and means are computed from the calibration samples. They hold no sample as such, but where there are "
-    "fewer tokens than features the inputs of a layer can be recovered up to a rotation."
+    "fewer tokens than features the inputs of a layer can be recovered up to a rotation. Token counts tell how often "
+    "the samples hold each token, and fingerprints let anyone test whether a known sample was among them."
 )
 
 
@@ -56,6 +57,7 @@ def write_file(
     path: Path,
     entries: Mapping[str, InputStatistics],
     pooled: Mapping[str, Tensor],
+    token_counts: Mapping[str, Tensor],
     header: dict[str, Any],
     compact: bool,
 ) -> None:
@@ -65,31 +67,37 @@ def write_file(
         path: file to write.
         entries: statistics of each input, by key.
         pooled: what the base's blocks read, by the weight's canonical name.
+        token_counts: how often each row of an embedding was read, by the weight's canonical name.
         header: everything else, as JSON can hold it.
         compact: reduce each factor to at most as many rows as it has columns.
     """
     planned = {f"{weight}.pooled": torch.empty_like(rows, device="meta") for weight, rows in pooled.items()}
+    planned |= {
+        f"{name}.token_counts": torch.empty_like(counted, device="meta") for name, counted in token_counts.items()
+    }
     counts = {}
     for key, entry in entries.items():
         rows, width = entry.factor.shape
         planned[f"{key}.factor"] = torch.empty(min(rows, width) if compact else rows, width, device="meta")
         planned[f"{key}.mean"] = torch.empty(width, device="meta")
         counts[key] = entry.count
-    header = json.dumps({"counts": counts, **header, "pooled": list(pooled)})
-    metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "privacy": PRIVACY, "header": header}
+    header = json.dumps({"counts": counts, **header, "pooled": list(pooled), "token_counts": list(token_counts)})
+    metadata = {"format": FORMAT, "version": str(FORMAT_VERSIONS[-1]), "privacy": PRIVACY, "header": header}
     with (
         atomic_file(path, ".safetensors") as partial,
         ShardedWriter(path.parent, planned, 2**62, partial.stem, metadata=metadata) as writer,
     ):
         for weight, rows in pooled.items():
             writer.write(f"{weight}.pooled", rows)
+        for name, counted in token_counts.items():
+            writer.write(f"{name}.token_counts", counted)
         for key, entry in entries.items():
             writer.write(f"{key}.factor", triangular_factor(entry.factor) if compact else entry.factor)
             writer.write(f"{key}.mean", entry.mean)
 
 
-def read_file(path: Path) -> tuple[FileEntries, dict[str, Tensor], dict[str, Any]]:
-    """Open what `write_file` wrote: its entries, `pooled`, and the header.
+def read_file(path: Path) -> tuple[FileEntries, dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Open what `write_file` wrote: its entries, `pooled`, `token_counts`, and the header.
 
     Raises:
         HfEsmError: if the file is damaged, has another format, or another version of this one.
@@ -103,17 +111,24 @@ def read_file(path: Path) -> tuple[FileEntries, dict[str, Tensor], dict[str, Any
     metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise HfEsmError(f"{path}: no activation statistics in it. `hf-esm calibrate` writes such a file.")
-    if metadata.get("version") != str(FORMAT_VERSION):
+    if metadata.get("version") not in map(str, FORMAT_VERSIONS):
+        versions = " and ".join(map(str, FORMAT_VERSIONS))
         raise HfEsmError(
-            f"{path}: format version {metadata.get('version')}; this hf_esm reads {FORMAT_VERSION}. "
-            "Upgrade hf_esm, or calibrate again."
+            f"{path}: format version {metadata.get('version')}; this hf_esm reads {versions}. Upgrade hf_esm, or "
+            "calibrate again."
         )
     try:
         header: dict[str, Any] = json.loads(metadata["header"])
         pooled = {weight: file.get_tensor(f"{weight}.pooled") for weight in header["pooled"]}
-        return FileEntries(file, header["counts"]), pooled, header
-    except (KeyError, TypeError, ValueError) as error:
+        names = header["token_counts"] if metadata["version"] != "1" else []
+        token_counts = {name: file.get_tensor(f"{name}.token_counts") for name in names}
+        entries = FileEntries(file, header["counts"])
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise damaged(path, error) from None
+    for name, counted in token_counts.items():
+        if counted.dtype != torch.int64 or counted.dim() != 1 or (counted < 0).any():
+            raise HfEsmError(f"{path}: the token counts of '{name}' are not numbers of tokens. Calibrate again.")
+    return entries, pooled, token_counts, header
 
 
 def damaged(path: Path, error: Exception) -> HfEsmError:

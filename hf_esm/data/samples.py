@@ -1,5 +1,6 @@
 """Samples: strings, pairs, columns, images, sound and ready inputs encoded as a model's inputs; saved and loaded."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -300,6 +301,15 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 # Types of models whose first position is the index after the padding token's.
 _OFFSET_POSITIONS = ("roberta", "camembert", "mpnet", "data2vec-text", "xmod", "ibert", "luke")
+
+
+def sample_fingerprint(sample: Sample) -> str:
+    """Return a short hash of a sample's inputs, the same after `save_samples` and on every machine."""
+    digest = hashlib.sha256()
+    for name, value in sorted(sample.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def save_samples(samples: list[Sample], path: Path) -> None:

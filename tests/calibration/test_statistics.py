@@ -144,7 +144,8 @@ def rewritten(path, **changes):
 BROKEN = {  # what happens to the file: what the message says
     "other-format": (lambda path: rewritten(path, format="pt"), "no activation statistics"),
     "no-metadata": (lambda path: save_file(load_file(path), path), "no activation statistics"),
-    "later-version": (lambda path: rewritten(path, version="2"), "version 2"),
+    "later-version": (lambda path: rewritten(path, version="3"), "version 3"),
+    "no-counts": (lambda path: rewritten(path, version="2"), "damaged"),
     "no-version": (lambda path: rewritten(path, version=None), "version"),
     "bad-header": (lambda path: rewritten(path, header="{"), "statistics"),
     "truncated-data": (lambda path: path.write_bytes(path.read_bytes()[:-9]), "not a readable"),
