@@ -96,7 +96,7 @@ class EssentialComponentsConfig(PeftConfig):
 
     def rank_of(self, module: str) -> int:
         """Return the number of components of a module, by its full name."""
-        return self.rank_pattern.get(get_pattern_key(self.rank_pattern, module), self.r)
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.r)
 
     def task_ranks_of(self, module: str) -> dict[str, int]:
         """Return the number of components of each task in a module, in their order; empty if tasks are not known.
@@ -107,7 +107,7 @@ class EssentialComponentsConfig(PeftConfig):
         if not self.tasks:
             return {}
         rank, equal = self.rank_of(module), [self.rank_of(module) // len(self.tasks)] * len(self.tasks)
-        ranks = self.task_ranks.get(get_pattern_key(self.task_ranks, module), equal)
+        ranks = self.task_ranks.get(get_pattern_key(list(self.task_ranks), module), equal)
         if len(ranks) != len(self.tasks) or sum(ranks) != rank:
             raise HfEsmError(
                 f"{module} has {rank} components, but its {len(self.tasks)} tasks have {ranks}. Say in `task_ranks` "
