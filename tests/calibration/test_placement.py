@@ -79,6 +79,8 @@ def test_a_model_that_does_not_fit_is_calibrated_from_the_disk(folder, ran, expe
         assert relative_error(found[name].factor, expected[name].factor) < 1e-5
         assert relative_error(found[name].mean, expected[name].mean) < 1e-5
         assert found[name].count == expected[name].count
+    assert found.token_counts.keys() == {"embed_tokens.weight"}
+    assert torch.equal(found.token_counts["embed_tokens.weight"], expected.token_counts["embed_tokens.weight"])
     assert found.pooled.keys() == expected.pooled.keys() != set()
     assert all(relative_error(found.pooled[name], rows) < 1e-5 for name, rows in expected.pooled.items())
 
