@@ -135,6 +135,11 @@ def body_prefix(model: PreTrainedModel) -> str:
     return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
 
 
+def writes(model: PreTrainedModel) -> bool:
+    """Return whether a model writes: a language model, or an encoder-decoder whose decoder predicts tokens."""
+    return model.can_generate()
+
+
 def towers(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the two encoders of a model such as CLIP, which compares texts with other inputs.
 

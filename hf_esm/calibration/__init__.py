@@ -6,7 +6,8 @@ every later merge.
 
 from .calibrator import calibrate, calibrate_checkpoint, pool_inputs
 from .collection import collect_statistics, pooled_inputs
-from .placement import factor_bytes
+from .decoder_inputs import with_decoder_inputs
+from .placement import factor_bytes, loaded_model
 from .reading import Reading
 from .statistics import ActivationStatistics
 
@@ -18,6 +19,8 @@ __all__ = [
     "calibrate_checkpoint",
     "collect_statistics",
     "factor_bytes",
+    "loaded_model",
     "pool_inputs",
     "pooled_inputs",
+    "with_decoder_inputs",
 ]

@@ -75,7 +75,7 @@ def collect_statistics(
     hooks = InputHooks(model)
     with (
         together(accelerator),
-        _in_evaluation(model, accelerator),
+        in_evaluation(model, accelerator),
         torch.no_grad(),
         accelerator.split_between_processes(samples) as local,
     ):
@@ -150,7 +150,7 @@ def pooled_inputs(
     """
     hooks, tower_names = InputHooks(model), towers(model)
     pooled: dict[str, Tensor] = {}
-    with _in_evaluation(model, accelerator or default_accelerator()), torch.no_grad():
+    with in_evaluation(model, accelerator or default_accelerator()), torch.no_grad():
         samples = with_decoder_inputs(model, samples, batch_size)
         for group in tqdm(batch_indices(samples, batch_size), desc=f"Reading {title}", disable=not progress):
             means: dict[str, Tensor] = {}
@@ -169,7 +169,7 @@ def pooled_inputs(
 
 
 @contextmanager
-def _in_evaluation(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[None]:
+def in_evaluation(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[None]:
     """Put the model on the accelerator's device and into evaluation mode inside the block."""
     training = {module: module.training for module in model.modules()}
     config = text_config(model.config)

@@ -1,16 +1,21 @@
 """Where a model that is calibrated fits: on the accelerator's device, or partly on disk."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Optional
 
 from accelerate import Accelerator
 from accelerate.utils.modeling import get_max_memory
+from transformers import PreTrainedModel
 
 from ..architecture import width_of
 from ..checkpoints import Checkpoint
 from ..data import Sample
 from ..utils import bytes_of
+from .collection import in_evaluation
 
 
 def placement(
@@ -31,6 +36,17 @@ def placement(
     if checkpoint.nbytes <= next(iter(memory.values())):
         return {}
     return {"device_map": "auto", "max_memory": memory, "offload_folder": str(folder)}
+
+
+@contextmanager
+def loaded_model(
+    checkpoint: Checkpoint, accelerator: Accelerator, max_memory: Optional[int | float | str], folder: Path
+) -> Iterator[PreTrainedModel]:
+    """Load a model where it fits, on the accelerator's device if it does; `folder` takes the weights that do not."""
+    with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as spill:
+        model = checkpoint.load_model(**placement(checkpoint, accelerator, max_memory, Path(spill)))
+        with in_evaluation(model, accelerator):
+            yield model
 
 
 def available_memory(accelerator: Accelerator, max_memory: Optional[int | float | str] = None) -> dict[int | str, int]:

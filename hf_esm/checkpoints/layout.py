@@ -28,5 +28,8 @@ ROUTED_FOLDER = "routed"
 ROUTER_FEATURES = "router_features.safetensors"
 HASHES_FILE = "hashes.json"
 
+# In the folder of a refined model whose gates are not folded into its weights: their adapter.
+REFINED_FOLDER = "refined"
+
 # Beside the weights of an expert:
 STATISTICS_FILE = "esm_statistics.safetensors"

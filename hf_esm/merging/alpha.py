@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from math import inf, isnan
 from typing import Any, Optional
 
@@ -65,7 +66,8 @@ def search_alpha(
 class CandidateModels:
     """The models that are scored: a model per task around one shared body, or the merged model as a whole.
 
-    Memory: one body, and all heads.
+    Tasks that keep no weights of their own, such as those of language models, share one model. Memory: one body, and
+    all heads.
 
     Attributes:
         whole: the merged model, if it is scored as a whole; otherwise None.
@@ -73,16 +75,29 @@ class CandidateModels:
         body: the shared parameters and buffers, by canonical name.
     """
 
-    def __init__(self, plan: MergePlan, device: torch.device, whole: bool = False):
-        self.plan, self.device = plan, device
+    def __init__(
+        self, plan: MergePlan, device: torch.device, whole: bool = False, dtype: Optional[torch.dtype] = torch.float32
+    ):
+        """Build the models on a device, in a dtype, or with None in that of the base."""
+        self.plan, self.device, self.dtype = plan, device, dtype
         self._shared = set(plan.heads.shared)
         self.body: dict[str, torch.Tensor] = {}
         self.whole = self._build(plan.base, []) if whole else None
-        self.by_task = {} if whole else {t: self._build(e, plan.heads.by_task[t]) for t, e in plan.experts.items()}
+        self._headless: dict[type, PreTrainedModel] = {}
+        self.by_task = {} if whole else {task: self._model_of(task) for task in plan.experts}
+
+    def _model_of(self, task: str) -> PreTrainedModel:
+        weights, expert = self.plan.heads.by_task[task], self.plan.experts[task]
+        if weights:
+            return self._build(expert, weights)
+        kind = type(expert.skeleton)
+        if kind not in self._headless:
+            self._headless[kind] = self._build(expert, [])
+        return self._headless[kind]
 
     def _build(self, checkpoint: Checkpoint, task_weights: list[str]) -> PreTrainedModel:
         """Build a model of the checkpoint's class around the shared body, with the weights that its task keeps."""
-        model = self.plan.base.load_model_as(type(checkpoint.skeleton), checkpoint.config).float().to(self.device)
+        model = self.plan.base.load_model_as(type(checkpoint.skeleton), checkpoint.config).to(self.device, self.dtype)
         state = model.state_dict()
         with torch.no_grad():
             for name in task_weights:
@@ -97,10 +112,10 @@ class CandidateModels:
         return model.eval()
 
     @torch.no_grad()
-    def set_alpha(self, updates: MergedUpdates, alpha: float) -> None:
-        """Write the merged weights at a scale into the shared body."""
+    def set_weights(self, weight: Callable[[str], torch.Tensor]) -> None:
+        """Write the weights that a function returns by canonical name into the shared body."""
         for name, parameter in self.body.items():
-            parameter.copy_(updates.weight(name, alpha))
+            parameter.copy_(weight(name))
 
 
 def score_candidates(
@@ -146,7 +161,7 @@ def choose_alpha(
     metric = resolve_metric(options.metric)
 
     def score(candidate: float) -> float:
-        models.set_alpha(updates, candidate)
+        models.set_weights(partial(updates.weight, alpha=candidate))
         scores = score_candidates(models, labelled, score_fn, metric, options.batch_size)
         return sum(scores.values()) / len(scores)
 

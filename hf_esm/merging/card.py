@@ -1,17 +1,18 @@
 """The model card of a merge: the plan as plain values for the template."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..checkpoints import CARD_FILE, Checkpoint, LiveCheckpoint, LoraCheckpoint, ModelSource
 from ..hub import pipeline_of, template
-from ..planning import MergePlan
 from ..version import __version__
+from .result import MergeResult
 
 
 def write_card(
-    folder: Path, plan: MergePlan, sources: dict[str, ModelSource], alpha: float, num_samples: list[int]
+    folder: Path, result: MergeResult, sources: Mapping[str, ModelSource], num_samples: list[int]
 ) -> None:
     """Write `README.md`: what was merged and how, how to load the model, licence and limits.
 
@@ -19,6 +20,7 @@ def write_card(
         sources: the models by task; the base is `"base"`.
         num_samples: number of samples of each expert that was calibrated.
     """
+    plan = result.plan
     licences = set(plan.licences.values())
     task_heads = [task for task, head in plan.heads.by_task.items() if head]
     data = ModelCardData(
@@ -49,7 +51,10 @@ def write_card(
         decides=plan.method.decides,
         predicts=all("classification" in pipeline_of(type(e.skeleton).__name__) for e in plan.experts.values()),
         keeps_features=plan.method.needs_features,
-        alpha=alpha,
+        alpha=result.alpha,
+        choice=result.choice,
+        agreement=result.agreement,
+        refined=bool(result.refined),
         licences=sorted(set(plan.licences.values()) - {"not stated"}),
         model_class=type(plan.base.skeleton).__name__,
         task_heads=task_heads,

@@ -101,6 +101,7 @@ def essential_components(
     options = MergeOptions(
         heads=heads,
         num_samples=num_samples,
+        statistics_samples=num_samples or None,
         seed=seed,
         max_length=max_length,
         columns=columns,
@@ -137,9 +138,9 @@ def _read(
     experts = {_TASK: open_checkpoint(sources[_TASK], base)}
     plan = plan_merge(base, experts, EssentialMerge(), options.heads, sources=sources)
     processors = find_processors(sources, processor, options.trust_remote_code)
-    statistics, samples = gather_statistics(plan, sources, MergeData({_TASK: calibration}), processors, options)
+    gathered = gather_statistics(plan, sources, MergeData({_TASK: calibration}), processors, options)
     check_values(plan)
-    return plan, statistics[_TASK], samples.get(_TASK, [])
+    return plan, gathered.statistics[_TASK], gathered.samples.get(_TASK, [])
 
 
 def _decompose(

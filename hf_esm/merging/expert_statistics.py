@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Optional
@@ -11,11 +11,11 @@ from accelerate import Accelerator
 
 from ..calibration import ActivationStatistics, Reading, calibrate_checkpoint, pool_inputs
 from ..checkpoints import STATISTICS_FILE, ModelSource
-from ..data import Sample, encode, is_samples_file, read_rows
+from ..data import Sample, encode, is_samples_file, read_rows, sample_fingerprint
 from ..errors import HfEsmError
-from ..metrics import LabelledSamples
+from ..metrics import ExpertAnswers, LabelledSamples
 from ..planning import MergeData, MergeOptions, MergePlan, calibrated_widths
-from ..utils import atomic_file, together
+from ..utils import atomic_file, fingerprint, together
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,48 @@ class Inputs:
         processors: tokenizer or processor of each expert; that of the merged model has the key `"base"`.
         statistics: activation statistics, or None where there are none (yet).
         samples: encoded samples of the experts that have no statistics, and of all experts if the method learns.
+        agreement_samples: other encoded samples, on which the merged model is compared with the experts. Empty if
+            agreement is not used, or a task has none.
         labelled: encoded validation rows with their labels, if alpha is searched on them.
+        answers: every expert's answers on its `agreement_samples`, once the experts were asked.
     """
 
     processors: Mapping[str, Any]
     statistics: Mapping[str, Optional[ActivationStatistics]]
     samples: Mapping[str, list[Sample]]
+    agreement_samples: Mapping[str, list[Sample]] = field(default_factory=dict)
     labelled: Mapping[str, LabelledSamples] = field(default_factory=dict)
+    answers: Mapping[str, ExpertAnswers] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a merge uses of its samples.
+
+    Attributes:
+        statistics: activation statistics of every expert.
+        samples: the samples themselves, of every expert, to learn a mask on.
+        features: the pooled features of the base, which a router is made from.
+        agreement: whether samples are set apart for agreement: `"halves"`, even if half of a few samples is left for
+            statistics; `"rest"`, only those that statistics do not take; `""`, none.
+    """
+
+    statistics: bool = False
+    samples: bool = False
+    features: bool = False
+    agreement: str = ""
+
+
+STATISTICS_SAMPLES = 32  # per task, by default
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Statistics that exist, and encoded samples; see `Inputs`."""
+
+    statistics: dict[str, Optional[ActivationStatistics]]
+    samples: dict[str, list[Sample]]
+    agreement_samples: dict[str, list[Sample]]
 
 
 def gather_statistics(
@@ -41,35 +76,82 @@ def gather_statistics(
     data: MergeData,
     processors: Mapping[str, Any],
     options: MergeOptions,
-) -> tuple[dict[str, Optional[ActivationStatistics]], dict[str, list[Sample]]]:
-    """Return the statistics that exist, and the encoded samples of the tasks that have no statistics yet.
+    needs: Needs = Needs(statistics=True),
+) -> Gathered:
+    """Return the statistics that exist, and the encoded samples: of tasks without statistics, and for agreement.
 
     Raises:
-        HfEsmError: if a task has neither, or if its statistics do not fit the plan.
+        HfEsmError: if a task lacks what the merge needs, or if its statistics do not fit the plan.
     """
-    statistics: dict[str, Optional[ActivationStatistics]] = dict.fromkeys(plan.experts)
-    samples: dict[str, list[Sample]] = {}
-    if not plan.method.needs_statistics and not plan.method.needs_samples:
-        return statistics, samples
+    gathered = Gathered(dict.fromkeys(plan.experts), {}, {})
+    counted = bool(plan.base.embeddings & set(plan.heads.shared))
+    required = needs.statistics or needs.samples
     for task, expert in plan.experts.items():
         calibration = data.calibration_of(task)
-        if plan.method.needs_samples:
-            _check_samples(plan, task, calibration)
-        statistics[task] = _existing_statistics(plan, sources[task], task, calibration, options)
-        if statistics[task] is not None:
-            statistics[task].check_fits(calibrated_widths(plan), task)
+        if not required and not needs.agreement and (calibration is None or not counted):
+            continue
+        statistics, rows = _statistics_and_samples(calibration)
+        if needs.samples:
+            _check_samples(plan, task, rows)
+        existing = _existing_statistics(plan, sources[task], task, statistics, rows, options, needs)
+        if existing is not None:
+            existing.check_fits(calibrated_widths(plan), task)
+        gathered.statistics[task] = existing
+        if rows is None or (existing is not None and not needs.agreement and not needs.samples):
             continue
         title = f"calibration of '{task}'"
-        rows = read_rows(calibration, title, options)
-        samples[task] = encode(rows, processors[task], expert.config, title, options)
-    if plan.method.needs_features:
-        _check_features(statistics)
-    return statistics, samples
+        chosen = read_rows(rows, title, options if needs.agreement else _for_statistics(options))
+        encoded = encode(chosen, processors[task], expert.config, title, options)
+        learned, apart = encoded, []
+        if needs.agreement:
+            learned, apart = _set_apart(encoded, existing, options, needs.agreement)
+        if existing is None or needs.samples:
+            gathered.samples[task] = learned
+        if apart:
+            gathered.agreement_samples[task] = apart
+    if needs.features:
+        _check_features(gathered.statistics)
+    if gathered.agreement_samples.keys() != plan.experts.keys():
+        gathered.agreement_samples.clear()
+    return gathered
 
 
-def _check_samples(plan: MergePlan, task: str, calibration: Any) -> None:
-    """Raise an error unless the calibration of a task is samples."""
-    if calibration is None or isinstance(calibration, ActivationStatistics) or _is_statistics_file(calibration):
+def _for_statistics(options: MergeOptions) -> MergeOptions:
+    """Return the options of reading the samples of statistics alone."""
+    most = options.statistics_samples or STATISTICS_SAMPLES
+    return replace(options, num_samples=min(options.num_samples or most, most))
+
+
+def _set_apart(
+    samples: list[Sample], statistics: Optional[ActivationStatistics], options: MergeOptions, how: str
+) -> tuple[list[Sample], list[Sample]]:
+    """Return samples for statistics and others for agreement, drawn by seed whatever their order is; where there are
+    statistics, all that these were not taken from are for agreement.
+
+    A least-squares merge fits the samples of its statistics: on those it agrees more than it does elsewhere.
+    """
+    if statistics is not None:
+        seen = set(statistics.provenance.samples)
+        return samples, [sample for sample in samples if sample_fingerprint(sample) not in seen]
+    count = options.statistics_samples or STATISTICS_SAMPLES
+    if not options.statistics_samples and how == "halves":
+        count = min(count, (len(samples) + 1) // 2)
+    drawn = sorted(samples, key=lambda sample: fingerprint([options.seed, sample_fingerprint(sample)]))
+    return drawn[:count], drawn[count:]
+
+
+def _statistics_and_samples(calibration: Any) -> tuple[Any, Any]:
+    """Return the statistics and the samples that a caller passes for one task; None for what is not passed."""
+    if isinstance(calibration, Mapping) and calibration and calibration.keys() <= {"statistics", "samples"}:
+        return calibration.get("statistics"), calibration.get("samples")
+    if isinstance(calibration, ActivationStatistics) or _is_statistics_file(calibration):
+        return calibration, None
+    return None, calibration
+
+
+def _check_samples(plan: MergePlan, task: str, rows: Any) -> None:
+    """Raise an error unless there are samples of a task."""
+    if rows is None:
         raise HfEsmError(
             f"{plan.experts[task].title}: {plan.method.name} learns from the samples themselves. Pass unlabelled "
             "inputs of the task as its `calibration`, not statistics."
@@ -77,22 +159,35 @@ def _check_samples(plan: MergePlan, task: str, calibration: Any) -> None:
 
 
 def _existing_statistics(
-    plan: MergePlan, source: ModelSource, task: str, calibration: Any, options: MergeOptions
+    plan: MergePlan,
+    source: ModelSource,
+    task: str,
+    statistics: Any,
+    rows: Any,
+    options: MergeOptions,
+    needs: Needs,
 ) -> Optional[ActivationStatistics]:
-    """Return the statistics that a task has, and None if its calibration is samples."""
-    if isinstance(calibration, ActivationStatistics):
-        return calibration
-    if calibration is not None:
-        is_file = _is_statistics_file(calibration)
-        return ActivationStatistics.load(Path(calibration).expanduser()) if is_file else None
+    """Return the statistics that a task has, and None if they are collected on its samples.
+
+    Statistics beside the expert's weights serve where there are no samples, or where samples are for agreement and the
+    file tells which samples it was made from.
+    """
+    if isinstance(statistics, ActivationStatistics):
+        return statistics
+    if statistics is not None:
+        return ActivationStatistics.load(Path(statistics).expanduser())
     stored = source.folder / STATISTICS_FILE if source.folder else None
-    if stored is None or not stored.is_file():
+    if stored is not None and stored.is_file():
+        existing = ActivationStatistics.load(stored)
+        if rows is None or (needs.agreement and existing.provenance.samples and (existing.pooled or not needs.features)):
+            return existing
+    elif rows is None and (needs.statistics or needs.samples):
         raise HfEsmError(
             f"{plan.experts[task].title} has no `calibration`, and its folder has no {STATISTICS_FILE}. Pass about "
-            f"{options.num_samples or 32} unlabelled inputs of the task, or choose a method that needs none, such as "
-            "`method='tsv-m'`."
+            f"{options.num_samples or STATISTICS_SAMPLES} unlabelled inputs of the task, or choose a method that "
+            "needs none, such as `method='tsv-m'`."
         )
-    return ActivationStatistics.load(stored)
+    return None
 
 
 def _check_features(statistics: Mapping[str, Optional[ActivationStatistics]]) -> None:
@@ -160,6 +255,7 @@ def calibrate_experts(
     accelerator: Accelerator,
     scratch: Path,
     progress: Callable[[Iterable], Iterable] = iter,
+    with_features: bool = False,
 ) -> dict[str, ActivationStatistics]:
     """Return the statistics of every expert that has samples. One model is in memory at a time.
 
@@ -169,6 +265,7 @@ def calibrate_experts(
 
     Args:
         scratch: folder for statistics that are not kept in `options.statistics_dir`.
+        with_features: include the features of the base even if the statistics are not kept.
     """
     paths = {task: scratch / f"statistics-{task}.safetensors" for task in samples}
     folder = Path(options.statistics_dir).expanduser() if options.statistics_dir else None
@@ -177,7 +274,7 @@ def calibrate_experts(
         paths = saved
     done = {task for task, path in paths.items() if options.resume_dir and path.is_file()}
     waiting = {task: rows for task, rows in samples.items() if task not in done}
-    with_base = bool(saved) or plan.method.needs_features
+    with_base = bool(saved) or with_features
     pooled = pool_inputs(plan.base, waiting if with_base else {}, options, accelerator, scratch)
     readings: dict[Any, Reading] = {}
     for task, rows in progress(waiting.items()):
@@ -194,3 +291,13 @@ def calibrate_experts(
                     shutil.copy2(path, partial)
         paths = saved
     return {task: ActivationStatistics.load(path) for task, path in paths.items()}
+
+
+def count_tokens(
+    plan: MergePlan, samples: Mapping[str, list[Sample]], options: MergeOptions, accelerator: Accelerator, scratch: Path
+) -> dict[str, ActivationStatistics]:
+    """Return token counts alone of every expert, for methods that need no other statistics."""
+    return {
+        task: calibrate_checkpoint(plan.experts[task], rows, options, accelerator, scratch, task, counts_only=True)
+        for task, rows in samples.items()
+    }

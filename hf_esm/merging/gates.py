@@ -83,6 +83,38 @@ def fold(weight: Tensor, factors: Factors, gates: Tensor, transposed: bool = Fal
     return weight.float() + (update.T if transposed else update)
 
 
+@dataclass(frozen=True)
+class RefinedWeights:
+    """The weights of a refined model.
+
+    Attributes:
+        plan: the plan of the merge.
+        merged: returns the merged model's weight by canonical name.
+        factors: what gates multiply, by canonical name.
+        gates: by the same names.
+        folded: whether the gates of essential components are in the weights. Otherwise they are an adapter on them.
+    """
+
+    plan: MergePlan
+    merged: Callable[[str], Tensor]
+    factors: Mapping[str, Factors]
+    gates: Mapping[str, Tensor]
+    folded: bool = True
+
+    def weight(self, name: str) -> Tensor:
+        """Return a weight, float32 where gates are folded in."""
+        weight, factors = self.merged(name), self.factors.get(name)
+        if factors is None or (isinstance(factors, ComponentFactors) and not self.folded):
+            return weight
+        linear = self.plan.base.linear.get(name)
+        return fold(weight, factors, self.gates[name], transposed=linear is not None and linear.transposed)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the gates of essential components as a PEFT adapter, in a folder that does not exist yet."""
+        components = {name: part for name, part in self.factors.items() if isinstance(part, ComponentFactors)}
+        write_gates(folder, self.plan, components, self.gates)
+
+
 def gated_maps(
     plan: MergePlan, statistics: Mapping[str, Optional[ActivationStatistics]], components: int
 ) -> list[str]:

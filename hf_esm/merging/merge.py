@@ -9,9 +9,9 @@ from accelerate import Accelerator
 
 from ..checkpoints import Access, ModelSpec
 from ..data import DataSpec
-from ..methods import MergeMethod, resolve_method
+from ..methods import EssentialMerge, MergeMethod, resolve_method
 from ..metrics import Metric
-from ..planning import MergeData, MergeOptions, MergePlan, check_arguments, name_experts
+from ..planning import MergeData, MergeOptions, MergePlan, RefineSettings, check_arguments, name_experts
 from ..utils import default_accelerator, from_arguments
 from .result import MergeResult
 from .run import MergeRun
@@ -21,9 +21,10 @@ def merge_models(
     base: ModelSpec,
     experts: Mapping[str, ModelSpec] | Iterable[Any],
     *,
-    method: str | Mapping[str, Any] | MergeMethod = "esm",
+    method: str | Mapping[str, Any] | MergeMethod = "auto",
     calibration: Optional[Mapping[str, Any] | str | os.PathLike] = None,
     alpha: Optional[float | str] = None,
+    refine: Optional[bool | Mapping[str, Any] | RefineSettings] = None,
     validation: Optional[Mapping[str, DataSpec]] = None,
     metric: str | os.PathLike | Metric | Callable[..., float] = "accuracy",
     score_fn: Optional[Callable[[Any], float] | Mapping[str, Callable[[Any], float]]] = None,
@@ -33,7 +34,8 @@ def merge_models(
     overwrite: bool = False,
     dtype: Optional[str | torch.dtype] = None,
     max_shard_size: str | int | float = "5GB",
-    num_samples: int = 32,
+    num_samples: int = 64,
+    statistics_samples: Optional[int] = None,
     seed: int = 0,
     max_length: Optional[int] = None,
     columns: Optional[Mapping[str, str]] = None,
@@ -57,15 +59,21 @@ def merge_models(
             `{"path": …, "revision": …}`, or a live `PreTrainedModel`.
         experts: at least two models by task name, each given like the base, or as the folder or id of a PEFT LoRA
             adapter. Or a list of folders and ids, whose last part names the task.
-        method: name of a method, `{"name": …, setting: value}`, or an instance of its class.
+        method: name of a method, `{"name": …, setting: value}`, an instance of its class, or `"auto"`: ESM; for models
+            that write (language models), ESM or RegMean, whichever agrees more with the experts on samples that the
+            statistics were not taken from, then refined.
         calibration: by task name, unlabelled samples: strings, pairs of strings, rows (`text`, `text_pair`, `image`,
             `audio`, or the columns that `columns` names), ready model inputs (`input_ids`, …), images, a
             `datasets.Dataset`, a `DataLoader`, a data file, or `{"path": …}` for `datasets.load_dataset`. Or
-            `ActivationStatistics`, or the path of a statistics file. Or the one folder that was the `statistics_dir`
+            `ActivationStatistics`, or the path of a statistics file, or both as `{"statistics": …, "samples": …}`,
+            where the samples are for agreement. Or the one folder that was the `statistics_dir`
             of an earlier merge. Experts with a statistics file in their folder need none, and neither do methods that
             use no statistics.
-        alpha: scale of the merged update: a number, `"auto"` to choose the number on `validation` or by `score_fn`,
-            or None for the default of the method.
+        alpha: scale of the merged update: a number, `"auto"` to choose the number on `validation`, by `score_fn`, or
+            without labels by agreement with the experts, or None for the default of the method.
+        refine: train gates on the experts' essential directions after the merge until the model answers as the experts
+            do on unlabelled samples: True, or settings (see `RefineSettings`). By default, only `method="auto"`
+            refines, and only models that write.
         validation: by task name, labelled rows (column `label`), for `alpha="auto"`.
         metric: what validation rows are scored by; see `hf_esm.metrics.resolve_metric`.
         score_fn: used by `alpha="auto"` instead of `validation`. A function is called with the merged model; functions
@@ -76,7 +84,10 @@ def merge_models(
         overwrite: replace an earlier merged model in the output folder, when the new one is complete.
         dtype: floating-point dtype of the written weights; by default each weight keeps the dtype of the base.
         max_shard_size: size of the largest file of weights: `"5GB"`, or a number of bytes.
-        num_samples: number of samples per task, chosen at random if there are more; 0 takes all.
+        num_samples: number of samples per task, chosen at random if there are more; 0 takes all. Where agreement
+            chooses or refines, 32 of them (of fewer than 64, half) are for statistics, the others for agreement.
+            Without agreement, at most 32 are used.
+        statistics_samples: number of samples per task that statistics are taken from, if it is to be another.
         seed: seed of that choice, and of what a method learns.
         max_length: number of tokens that a text is cut to; by default what the model takes, at most 512.
         columns: names of the columns for `text`, `text_pair`, `text_target`, `image`, `audio` and `label`, if they
@@ -115,9 +126,9 @@ def merge_models(
         'BertForSequenceClassification'
     """
     options = from_arguments(MergeOptions, locals())
-    merge_method = resolve_method(options.method)
+    merge_method = None if options.method == "auto" else resolve_method(options.method)
     if rank is not None:
-        merge_method = merge_method.with_rank(rank)
+        merge_method = (merge_method or EssentialMerge()).with_rank(rank)
     experts = name_experts(experts)
     data = MergeData(calibration, validation, score_fn, processor)
     check_arguments(options, merge_method, experts, data)
@@ -131,10 +142,12 @@ def merge_models(
     run.check_weights()
     with run.workspace():
         inputs = run.calibrate(inputs)
-        thresholds = run.prepare(inputs)
-        reports = run.merge_weights(inputs, thresholds)
-        updates, result = run.choose_alpha(inputs, reports)
-        run.write(result, inputs, updates)
-        run.add_experts(result, inputs, updates)
+        inputs = run.ask_experts(inputs)
+        candidates = run.merge_weights(inputs)
+        chosen = run.choose(inputs, candidates)
+        chosen = run.refine(inputs, chosen)
+        result = run.result_of(chosen)
+        run.write(result, inputs, chosen)
+        run.add_experts(inputs, chosen)
         run.publish(result)
     return result

@@ -31,20 +31,26 @@ from ..checkpoints import (
 from ..data import Sample, save_samples
 from ..errors import HfEsmError
 from ..methods import describe_method
-from ..planning import RECIPE_VERSION, MergeData, MergeOptions, MergePlan, absolute_path, torch_dtype
+from ..planning import (
+    RECIPE_VERSION,
+    MergeData,
+    MergeOptions,
+    MergePlan,
+    RefineSettings,
+    absolute_path,
+    torch_dtype,
+)
 from ..utils import bytes_of
 from ..version import __version__
 from .card import write_card
 from .expert_statistics import Inputs
 from .result import MergeResult
-from .updates import MergedUpdates
 
 
 def write_model(
     folder: Path,
     plan: MergePlan,
-    updates: MergedUpdates,
-    alpha: float,
+    weight: Callable[[str], Tensor],
     options: MergeOptions,
     *,
     progress: Callable[[Iterable], Iterable] = iter,
@@ -54,6 +60,9 @@ def write_model(
     """Pass two: write every weight of the base with its scaled update.
 
     The files are those that `save_pretrained` would write. Each of `world_size` processes writes files of its own.
+
+    Args:
+        weight: returns the merged model's weight by its canonical name.
 
     Raises:
         HfEsmError: if a value is too large for float16.
@@ -67,7 +76,7 @@ def write_model(
         folder, planned, bytes_of(options.max_shard_size, "max_shard_size"), rank=rank, world_size=world_size
     ) as writer:
         for group in progress([group for group in groups if any(map(writer.owns, group.stored))]):
-            tensors = {name: _written(name, base, updates.weight(name, alpha), dtype) for name in group.names}
+            tensors = {name: _written(name, base, weight(name), dtype) for name in group.names}
             for key, tensor in to_stored(base, tensors).items():
                 if writer.owns(key):
                     writer.write(key, tensor)
@@ -93,10 +102,14 @@ def write_files(
     inputs: Inputs,
     data: MergeData,
     options: MergeOptions,
+    refining: Optional[RefineSettings] = None,
 ) -> None:
     """Write all files of a merged model except its weights to `result.output_dir`.
 
     These are configs, processor, heads, samples that the recipe refers to, recipe, report and card.
+
+    Args:
+        refining: settings that the model was refined with, if it was.
     """
     folder, plan = result.output_dir, result.plan
     _write_configs(folder, plan, sources["base"], options)
@@ -104,10 +117,11 @@ def write_files(
         _with_chat_template(inputs.processors).save_pretrained(folder)
     for task, expert in plan.experts.items():
         save_head(folder, task, expert, plan.heads.by_task[task])
-    _write_recipe(result, sources, record_calibration(folder, plan, inputs.samples, data, options), options)
+    calibration = record_calibration(folder, plan, inputs, data, options, refining is not None)
+    _write_recipe(result, sources, calibration, options, refining)
     _write_report(result)
     counts = [existing.provenance.num_samples for existing in inputs.statistics.values() if existing is not None]
-    write_card(folder, plan, sources, result.alpha, counts)
+    write_card(folder, result, sources, counts)
 
 
 def _write_configs(folder: Path, plan: MergePlan, source: ModelSource, options: MergeOptions) -> None:
@@ -123,11 +137,15 @@ def _write_configs(folder: Path, plan: MergePlan, source: ModelSource, options: 
 
 
 # Options that a recipe repeats. The others say where and how to merge, not what the merged model is.
-_RECORDED = ("heads", "num_samples", "seed", "max_length", "columns", "dtype", "max_shard_size", "batch_size")
+_RECORDED = ("heads", "num_samples", "statistics_samples", "seed", "max_length", "columns", "dtype", "max_shard_size", "batch_size")
 
 
 def _write_recipe(
-    result: MergeResult, sources: Mapping[str, ModelSource], calibration: Mapping[str, Any], options: MergeOptions
+    result: MergeResult,
+    sources: Mapping[str, ModelSource],
+    calibration: Mapping[str, Any],
+    options: MergeOptions,
+    refining: Optional[RefineSettings],
 ) -> None:
     """Write the recipe that repeats a merge: `hf-esm merge merge_recipe.yaml`."""
     plan = result.plan
@@ -139,6 +157,7 @@ def _write_recipe(
         **({"calibration": dict(calibration)} if calibration else {}),
         "method": describe_method(plan.method),
         "alpha": result.alpha,
+        "refine": asdict(refining) if refining else False,
         **{name: _plain(getattr(options, name)) for name in _RECORDED if getattr(options, name) is not None},
     }
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
@@ -150,6 +169,10 @@ def _write_report(result: MergeResult) -> None:
     report = {
         "alpha": result.alpha,
         "alpha_scores": result.alpha_scores,
+        "chosen_by": result.chosen_by,
+        "choice": result.choice,
+        "agreement": {task: asdict(found) for task, found in result.agreement.items()},
+        "refined": result.refined,
         "seconds": {stage: round(value, 3) for stage, value in result.seconds.items()},
         "warnings": result.warnings,
         "weights": [asdict(weight) for weight in result.weights],
@@ -159,39 +182,51 @@ def _write_report(result: MergeResult) -> None:
 
 
 def record_calibration(
-    folder: Path,
-    plan: MergePlan,
-    samples: Mapping[str, list[Sample]],
-    data: MergeData,
-    options: MergeOptions,
+    folder: Path, plan: MergePlan, inputs: Inputs, data: MergeData, options: MergeOptions, refined: bool
 ) -> dict[str, Any]:
     """Return by task where the recipe finds the calibration again.
 
-    That is where the caller's data are, or the statistics that `options.statistics_dir` keeps. Data in memory, and
-    data in a folder that is about to be replaced, are saved next to the recipe.
+    That is where the caller's data are, or the statistics that `options.statistics_dir` keeps. Data in memory, data in
+    a folder that is about to be replaced, and samples that were split are saved next to the recipe.
+
+    Args:
+        refined: whether the recipe needs the samples for agreement again.
     """
     recorded: dict[str, Any] = {}
     for task in plan.experts:
         calibration = data.calibration_of(task)
         saved = f"{CALIBRATION_FOLDER}/{task}.safetensors"
-        if task in samples and options.statistics_dir:
+        samples, apart = inputs.samples.get(task), inputs.agreement_samples.get(task, [])
+        if isinstance(calibration, Mapping) and calibration and calibration.keys() <= {"statistics", "samples"}:
+            calibration = calibration.get("statistics")
+        if samples and options.statistics_dir:
             kept = Path(options.statistics_dir).expanduser() / f"{task}.safetensors"
             recorded[task] = str(kept.absolute())
         elif isinstance(calibration, (str, os.PathLike)) and _will_be_replaced(calibration, options):
             (folder / CALIBRATION_FOLDER).mkdir(exist_ok=True)
             shutil.copy(Path(calibration).expanduser(), folder / saved)
             recorded[task] = saved
+        elif samples and (apart or not _is_found_again(calibration)):
+            save_samples(samples + (apart if refined else []), folder / saved)
+            recorded[task] = saved
+            continue
         elif isinstance(calibration, (str, os.PathLike)):
             recorded[task] = str(Path(calibration).expanduser().absolute())
-        elif isinstance(calibration, Mapping) and "path" in calibration:
+        elif _is_found_again(calibration):
             recorded[task] = absolute_path(calibration, Path())
-        elif task in samples:
-            save_samples(samples[task], folder / saved)
-            recorded[task] = saved
-        elif isinstance(calibration, ActivationStatistics) and plan.method.needs_statistics:
+        elif isinstance(calibration, ActivationStatistics):
             calibration.save(folder / saved, compact=False)
             recorded[task] = saved
+        if refined and apart and task in recorded:
+            apart_file = f"{CALIBRATION_FOLDER}/{task}-agreement.safetensors"
+            save_samples(apart, folder / apart_file)
+            recorded[task] = {"statistics": recorded[task], "samples": apart_file}
     return recorded
+
+
+def _is_found_again(calibration: Any) -> bool:
+    """Whether a recipe can name the caller's samples: a file, or arguments of `datasets.load_dataset`."""
+    return isinstance(calibration, (str, os.PathLike)) or (isinstance(calibration, Mapping) and "path" in calibration)
 
 
 def _will_be_replaced(path: str | os.PathLike, options: MergeOptions) -> bool:

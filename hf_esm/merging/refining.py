@@ -135,8 +135,9 @@ def gates_on(
                     for name, parameters in tensors.items():
                         layers[modules[name]].set_tensors(ADAPTER, parameters)
                 for name in factors.keys() - components.keys():
-                    module = model.get_submodule(modules[name])
-                    stack.enter_context(_coefficients_on(module, factors[name].updates.to(device), gates[name]))
+                    weight = model.get_submodule(modules[name]).weight
+                    for module in [m for m in model.modules() if getattr(m, "weight", None) is weight]:
+                        stack.enter_context(_coefficients_on(module, factors[name].updates.to(device), gates[name]))
             yield gates
     finally:
         for module, mode in modes:

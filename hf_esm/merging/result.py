@@ -11,6 +11,7 @@ from ..checkpoints import load_task_model
 from ..hub import push_folder
 from ..planning import MergePlan
 from ..routing import RoutedModel
+from .judging import TaskAgreement
 from .updates import WeightReport
 
 
@@ -22,11 +23,16 @@ class MergeResult:
         output_dir: folder of the merged model; a temporary one, which is removed with this object, if the caller
             named none.
         alpha: scale of the merged update.
-        alpha_scores: mean validation score by α, if α was searched.
+        alpha_scores: mean score by α, if α was searched: on labelled rows, or agreement with the experts.
         weights: a report for each merged weight, in the order of the base: rule, norms, scales, energy kept.
         seconds: time by stage, in seconds.
         warnings: messages for the user, in the order in which they were logged.
         plan: result of the checks: models, commits, heads, method.
+        chosen_by: what chose method and α: `"labels"`, `"agreement"`, or `"default"`.
+        choice: the same as one line, with the numbers; empty for a default.
+        agreement: by task, agreement of the merged model and of the base with the expert, on samples that neither
+            statistics nor gates were made from; empty if there were none.
+        refined: divergence from the experts by step of refining, as a share of the base's; empty if not refined.
     """
 
     output_dir: Path
@@ -36,6 +42,10 @@ class MergeResult:
     seconds: dict[str, float]
     warnings: list[str]
     plan: MergePlan
+    chosen_by: str = "default"
+    choice: str = ""
+    agreement: dict[str, TaskAgreement] = field(default_factory=dict)
+    refined: dict[int, float] = field(default_factory=dict)
     _temporary: Any = field(default=None)
 
     def load_model(self, **kwargs: Any) -> PreTrainedModel:
@@ -84,6 +94,17 @@ class MergeResult:
         energies = [value for report in self.weights for value in report.energy_kept.values()]
         if energies:
             lines.append(f"  energy   {sum(energies) / len(energies):.1%} of the output shifts kept on average")
+        if self.choice:
+            lines.append(f"  chosen   {self.choice}")
+        if self.refined:
+            first, last = self.refined[0], min(self.refined.values())
+            lines.append(f"  refined  divergence from the experts {first:.3f} → {last:.3f} of the base's")
+        if self.agreement:
+            shown = ", ".join(
+                f"{task} {found.merged:.2f}" + (f" (base {found.base:.2f})" if found.base else "")
+                for task, found in self.agreement.items()
+            )
+            lines.append(f"  agrees   {shown}; 1 is the expert")
         lines.append("  time     " + ", ".join(f"{stage} {value:.1f} s" for stage, value in self.seconds.items()))
         lines += [f"  warning  {warning}" for warning in self.warnings]
         return "\n".join([*lines, f"  written  {self.output_dir}"])

@@ -1,22 +1,18 @@
-"""The steps of one merge, with its times, warnings and progress."""
+"""The steps of one merge."""
 
-import logging
 import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Optional
 
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 
-from ..architecture import is_routable
-from ..calibration import factor_bytes
+from ..architecture import is_routable, writes
+from ..calibration import ActivationStatistics, factor_bytes
 from ..checkpoints import (
+    REFINED_FOLDER,
     Access,
     ModelSource,
     ModelSpec,
@@ -28,110 +24,76 @@ from ..checkpoints import (
 )
 from ..errors import HfEsmError
 from ..hub import write_hashes
-from ..methods import MergeMethod, describe_method
+from ..methods import Mean, MergeMethod, describe_method
 from ..planning import (
     MergeData,
     MergeOptions,
     MergePlan,
+    RefineSettings,
     check_disk,
     check_memory,
     check_values,
     plan_merge,
+    resolve_refine,
     torch_dtype,
 )
 from ..tuners.routed import check_separable
-from ..utils import (
-    Work,
-    bytes_of,
-    gather,
-    main_first,
-    publish_folder,
-    readable,
-    staging_folder,
-    together,
-)
+from ..utils import Work, bytes_of, gather, main_first, publish_folder, readable, together
 from ..version import __version__
-from .alpha import choose_alpha, read_validation
-from .expert_statistics import Inputs, calibrate_experts, gather_statistics, missing_statistics, swapped_statistics
+from .alpha import read_validation
+from .choice import Candidate, Chosen, choose, default_methods
+from .expert_statistics import (
+    Inputs,
+    Needs,
+    calibrate_experts,
+    count_tokens,
+    gather_statistics,
+    missing_statistics,
+    swapped_statistics,
+)
+from .judging import ask_experts
 from .learning import learn_mask
 from .output import write_files, write_model
+from .refined import refine_chosen
 from .result import MergeResult
 from .routed_experts import write_experts
-from .updates import MergedUpdates, WeightReport
+from .session import Session
+from .updates import MergedUpdates
 from .weights import Worker, merge_weights, scale_layers, whole_updates
 
 
-logger = logging.getLogger(__name__)
-
-
-class MergeRun:
+class MergeRun(Session):
     """One merge. All processes call its steps in the order in which they are defined.
 
     Attributes:
-        options: the options of the merge.
-        method: the method with its settings.
+        named: the method that the caller named, with its settings; None for `"auto"`.
         data: the caller's data.
-        accelerator: the Accelerate instance that all steps run under.
-        output: folder that the caller named for the merged model, if any.
-        seconds: time by stage, in seconds.
-        warnings: messages for the user.
         sources: the models by task, the base as `"base"`; known after `open_models`.
         plan: result of the checks; known after `open_models`.
-        work: work in progress in `options.resume_dir`; known after `find_work`.
-        folder: where the merged model is written before it is published; known inside `workspace`.
-        scratch: where intermediate files are; known inside `workspace`.
+        static_methods: the methods that the static model is merged by, to choose the best; known after `open_models`.
+        refining: settings of refining, or None; known after `open_models`.
     """
 
     sources: dict[str, ModelSource]
     plan: MergePlan
-    work: Work
-    folder: Path
-    scratch: Path
+    static_methods: list[MergeMethod]
+    refining: Optional[RefineSettings]
 
     def __init__(
         self,
         options: MergeOptions,
-        method: MergeMethod,
+        method: Optional[MergeMethod],
         data: MergeData,
         accelerator: Accelerator,
         callback: Optional[Callable[[str, int, int], None]] = None,
     ):
-        self.options, self.method, self.data = options, method, data
-        self.accelerator, self.callback = accelerator, callback
-        self.output = Path(options.output_dir).expanduser() if options.output_dir else None
-        self.seconds: dict[str, float] = {}
-        self.warnings: list[str] = []
-        self._cleanup = ExitStack()
+        super().__init__(options, accelerator, callback)
+        self.named, self.data = method, data
 
-    # What every step uses.
-
-    @contextmanager
-    def stage(self, name: str, joined: bool = True) -> Iterator[None]:
-        """Time a stage, at whose end all processes wait for each other; `joined=False` if the block does so itself."""
-        start = time.perf_counter()
-        with together(self.accelerator) if joined else nullcontext():
-            yield
-        self.seconds[name] = time.perf_counter() - start
-
-    def warn(self, *messages: str) -> None:
-        """Record warnings, and log them on the main process."""
-        for message in messages:
-            self.warnings.append(message)
-            if self.accelerator.is_main_process:
-                logger.warning(message)
-
-    def progress(self, description: str) -> Callable[[Iterable], Iterator]:
-        """Return a wrapper for iterables that shows a bar and calls the caller's callback, on the main process."""
-
-        def wrap(items: Any) -> Iterator:
-            items = list(items)
-            bar = tqdm(items, desc=description, disable=not self.options.progress or not items)
-            for done, item in enumerate(bar):
-                yield item
-                if self.callback is not None and self.accelerator.is_main_process:
-                    self.callback(description, done + 1, len(items))
-
-        return wrap
+    @property
+    def method(self) -> MergeMethod:
+        """The method of the merge; with several `static_methods`, the first of them until one is chosen."""
+        return self.plan.method
 
     # Before any long work.
 
@@ -142,6 +104,14 @@ class MergeRun:
         with self.stage("reading headers", joined=False):
             read = partial(self._read_headers, base, experts, access, headers_only)
             self.sources, self.plan = main_first(self.accelerator, read)
+        base = self.plan.base.skeleton
+        automatic = self.named is None or (self.method.static_method == "auto" and writes(base))
+        self.static_methods = default_methods(base) if automatic else [self.method]
+        chosen = (automatic and writes(base)) if self.options.refine is None else self.options.refine
+        self.refining = resolve_refine(chosen)
+        if self.refining and self.method.routes and not self.method.needs_statistics:
+            raise HfEsmError(f"{self.method.name} merges nothing that could be refined. Leave `refine` out.")
+        self.plan.training = self._training()
 
     def _read_headers(
         self, base: ModelSpec, experts: Mapping[str, ModelSpec], access: Access, headers_only: bool
@@ -150,12 +120,13 @@ class MergeRun:
         sources |= {task: resolve_source(spec, f"expert '{task}'", access) for task, spec in experts.items()}
         opened = open_checkpoint(sources["base"], headers_only=headers_only)
         checkpoints = {task: open_checkpoint(sources[task], opened, headers_only) for task in experts}
-        if self.method.decides:
+        method = self.named or default_methods(opened.skeleton)[0]
+        if method.decides:
             for checkpoint in (opened, *checkpoints.values()):
                 check_separable(checkpoint.skeleton)
         dtype = torch_dtype(self.options.dtype)
-        plan = plan_merge(opened, checkpoints, self.method, self.options.heads, dtype, sources)
-        if self.method.routes and not any(is_routable(n, opened.linear.get(n)) for n in plan.heads.shared):
+        plan = plan_merge(opened, checkpoints, method, self.options.heads, dtype, sources)
+        if method.routes and not any(is_routable(n, opened.linear.get(n)) for n in plan.heads.shared):
             raise HfEsmError(f"{opened.title} has no linear maps to route experts on. Merge it by another method.")
         return sources, plan
 
@@ -181,6 +152,7 @@ class MergeRun:
         warnings = [f"`{name}` is only used with `alpha='auto'`." for name in unused if options.alpha != "auto"]
         if options.max_memory and plan.output_bytes > bytes_of(options.max_memory, "max_memory"):
             causes = {"`alpha='auto'`": options.alpha == "auto", plan.method.name: plan.method.routes}
+            causes["`refine`"] = self.refining is not None
             size = readable(plan.output_bytes)
             warnings += [
                 f"{cause}: holds the whole merged model in memory, {size} or more."
@@ -213,14 +185,34 @@ class MergeRun:
         plan, options, data = self.plan, self.options, self.data
         check_memory(plan, options.max_memory)
         processors = find_processors(self.sources, data.processor, options.trust_remote_code)
-        statistics, samples = gather_statistics(plan, self.sources, data, processors, options)
+        gathered = gather_statistics(plan, self.sources, data, processors, options, self._needs())
         if self.output is not None:
-            to_calibrate = samples if self.method.needs_statistics else {}
+            to_calibrate = gathered.samples if self._needs().statistics else {}
             factors = sum(factor_bytes(plan.experts[task], rows, shared=True) for task, rows in to_calibrate.items())
             check_disk(plan, self.output, factors, options.statistics_dir, options.resume_dir)
-        searched = options.alpha == "auto"
-        labelled = read_validation(plan, data.validation, processors, options) if searched else {}
-        return Inputs(processors, statistics, samples, labelled)
+        labelled = read_validation(plan, data.validation, processors, options) if self._searched else {}
+        return Inputs(processors, gathered.statistics, gathered.samples, gathered.agreement_samples, labelled)
+
+    @property
+    def _searched(self) -> bool:
+        """Whether α is searched because the caller asked for it."""
+        return self.options.alpha == "auto"
+
+    @property
+    def _labelled(self) -> bool:
+        """Whether labels, or a function of the caller's, choose α."""
+        return self._searched and (self.data.validation is not None or self.data.score_fn is not None)
+
+    def _needs(self) -> Needs:
+        """Return what the merge uses of its samples."""
+        compared = len(self.static_methods) > 1 or (self._searched and not self._labelled)
+        components = self.refining is not None and self.refining.components > 0
+        return Needs(
+            statistics=components or any(m.needs_statistics for m in (self.method, *self.static_methods)),
+            samples=self.method.needs_samples,
+            features=self.method.needs_features,
+            agreement="halves" if compared or self.refining else "rest" if self._labelled else "",
+        )
 
     def find_work(self, inputs: Inputs) -> None:
         """Look for the work of an interrupted merge.
@@ -239,8 +231,9 @@ class MergeRun:
         return {
             "the base": identities.pop("base"),
             "the experts": identities,
-            "the samples or statistics": [statistics, inputs.samples],
-            "the method or its settings": describe_method(self.method),
+            "the samples or statistics": [statistics, inputs.samples, inputs.agreement_samples],
+            "the method or its settings": describe_method(self.named) if self.named else "auto",
+            "`refine`": self.refining and asdict(self.refining),
             "`heads`": self.options.heads,
             "`batch_size`": self.options.batch_size,
             "`seed`": self.options.seed,
@@ -255,51 +248,87 @@ class MergeRun:
 
     # The merge.
 
-    @contextmanager
-    def workspace(self) -> Iterator[None]:
-        """Provide the folders that all processes work in. An unpublished one is removed at the end."""
-        with self._cleanup:
-            self.folder = self._shared_folder()
-            self.scratch = self.work.folder or self.folder / ".scratch"
-            self._cleanup.callback(self.work.release)
-            with together(self.accelerator):
-                if self.accelerator.is_main_process:
-                    if self.options.resume_dir:
-                        self.work.begin(self.folder)
-                    else:
-                        self.scratch.mkdir()
-            yield
-
-    def _shared_folder(self) -> Path:
-        """Make a folder next to the output, or a temporary one, and return its path on every process."""
-        folder = None
-        with together(self.accelerator):
-            if self.accelerator.is_main_process:
-                output = self.output or Path(tempfile.gettempdir()) / "hf_esm"
-                folder = self._cleanup.enter_context(staging_folder(output))
-        return gather(self.accelerator, folder)[0]
+    # The merge.
 
     def calibrate(self, inputs: Inputs) -> Inputs:
-        """Collect the statistics of the experts that have samples."""
+        """Collect the statistics of the experts that have samples; their token counts alone if that is all it takes."""
+        plan, options, needs = self.plan, self.options, self._needs()
+        embeddings = plan.base.embeddings & (set(plan.heads.shared) - plan.unchanged)
+        collected: dict[str, ActivationStatistics] = {}
         with self.stage("calibrating", joined=False):
-            if self.method.needs_statistics:
+            if needs.statistics:
+                progress = self.progress("Calibrating")
                 collected = calibrate_experts(
-                    self.plan,
-                    inputs.samples,
-                    self.options,
-                    self.accelerator,
-                    self.scratch,
-                    self.progress("Calibrating"),
+                    plan, inputs.samples, options, self.accelerator, self.scratch, progress, needs.features
                 )
-                inputs = replace(inputs, statistics={**inputs.statistics, **collected})
-        self.warn(*missing_statistics(self.plan, inputs.statistics))
+            elif embeddings and inputs.samples.keys() == plan.experts.keys():
+                collected = count_tokens(plan, inputs.samples, options, self.accelerator, self.scratch)
+        inputs = replace(inputs, statistics={**inputs.statistics, **collected})
+        if needs.statistics:
+            self.warn(*missing_statistics(plan, inputs.statistics))
         return inputs
 
-    def prepare(self, inputs: Inputs) -> list[float]:
-        """Let the method learn from the whole model; return the thresholds of all stacks."""
+    def ask_experts(self, inputs: Inputs) -> Inputs:
+        """Run the experts on the samples that agreement is measured on."""
+        if not inputs.agreement_samples:
+            self._do_without_agreement()
+            return inputs
+        with self.stage("asking experts", joined=False):
+            answers = ask_experts(
+                self.plan,
+                inputs.agreement_samples,
+                self.options,
+                self.accelerator,
+                self.scratch,
+                self.progress("Asking experts"),
+            )
+        return replace(inputs, answers=answers)
+
+    def _do_without_agreement(self) -> None:
+        """Take the first method and its α where no samples are left for agreement, and say so."""
+        if self._needs().agreement == "halves":
+            self.warn(
+                "No samples beside those of the statistics: the method and alpha are not chosen by agreement with the "
+                "experts, and nothing is refined. Pass samples of every task as `calibration`."
+            )
+        self.static_methods, self.refining = self.static_methods[:1], None
+
+    def merge_weights(self, inputs: Inputs) -> list[Candidate]:
+        """Pass one, by each of the methods: merge every weight of all experts into scratch files."""
+        methods = list(self.static_methods)
+        if len(methods) > 1:
+            methods.append(Mean())
+        with self.stage("merging", joined=False):
+            return [self._candidate(method, inputs, alone=len(methods) == 1) for method in methods]
+
+    def _candidate(self, method: MergeMethod, inputs: Inputs, alone: bool) -> Candidate:
+        plan = replace(self.plan, method=method)
+        scratch = self.scratch if alone else self.scratch / method.name
+        with together(self.accelerator):
+            scratch.mkdir(exist_ok=True)
+        thresholds = self._prepare(plan, inputs)
+        max_memory = self.options.max_memory and bytes_of(self.options.max_memory, "max_memory")
+        with together(self.accelerator):
+            reports = merge_weights(
+                plan,
+                inputs.statistics,
+                scratch,
+                worker=Worker.of(self.accelerator, max_memory),
+                thresholds=thresholds,
+                resumable=self.options.resume_dir is not None,
+                progress=self.progress(f"Merging by {method.name}" if not alone else "Merging"),
+            )
+        reports = {name: report for part in gather(self.accelerator, reports) for name, report in part.items()}
+        base = plan.base
+        matrices = {name for name in reports if name in base.linear or len(base.shape(name)) == 2}
+        scale_layers(reports, method, matrices)
+        return Candidate(method, MergedUpdates(base, reports, sorted(scratch.glob("updates-*.safetensors"))))
+
+    def _prepare(self, plan: MergePlan, inputs: Inputs) -> list[float]:
+        """Let a method learn from the whole model; return the thresholds of all stacks."""
         learn = partial(
             learn_mask,
-            self.plan,
+            plan,
             inputs.samples,
             self.accelerator,
             batch_size=self.options.batch_size,
@@ -307,63 +336,71 @@ class MergeRun:
             folder=self.scratch if self.options.resume_dir else None,
             progress=self.progress,
         )
-        with self.stage("preparing", joined=not self.method.needs_samples):
-            return self.method.prepare(whole_updates(self.plan, learn, self.progress("Preparing")))
+        with nullcontext() if plan.method.needs_samples else together(self.accelerator):
+            return plan.method.prepare(whole_updates(plan, learn, self.progress("Preparing")))
 
-    def merge_weights(self, inputs: Inputs, thresholds: list[float]) -> dict[str, WeightReport]:
-        """Pass one: merge every weight of all experts into scratch files; return reports by weight."""
-        max_memory = self.options.max_memory and bytes_of(self.options.max_memory, "max_memory")
-        with self.stage("merging"):
-            reports = merge_weights(
-                self.plan,
-                inputs.statistics,
-                self.scratch,
-                worker=Worker.of(self.accelerator, max_memory),
-                thresholds=thresholds,
-                resumable=self.options.resume_dir is not None,
-                progress=self.progress("Merging"),
+    def choose(self, inputs: Inputs, candidates: list[Candidate]) -> Chosen:
+        """Choose the method and α."""
+        with self.stage("choosing alpha", joined=False):
+            return choose(
+                self.plan, candidates, inputs, self.data.score_fn, self.options, self.accelerator, self.progress
             )
-        reports = {name: report for part in gather(self.accelerator, reports) for name, report in part.items()}
-        base = self.plan.base
-        matrices = {name for name in reports if name in base.linear or len(base.shape(name)) == 2}
-        scale_layers(reports, self.method, matrices)
-        return reports
 
-    def choose_alpha(self, inputs: Inputs, reports: dict[str, WeightReport]) -> tuple[MergedUpdates, MergeResult]:
-        """Choose the scale of the merged updates; return the updates, and the result as far as it is known."""
-        with self.stage("choosing alpha"):
-            updates = MergedUpdates(self.plan.base, reports, sorted(self.scratch.glob("updates-*.safetensors")))
-            choice = choose_alpha(
+    def refine(self, inputs: Inputs, chosen: Chosen) -> Chosen:
+        """Train gates on the experts' essential directions, if asked, and measure agreement with the experts."""
+        stage = "refining" if self.refining else "measuring agreement"
+        with self.stage(stage, joined=False):
+            chosen = refine_chosen(
                 self.plan,
-                updates,
-                inputs.labelled,
-                self.data.score_fn,
-                self.accelerator,
+                chosen,
+                inputs,
+                self.refining,
                 self.options,
-                self.progress("Choosing alpha"),
+                self.accelerator,
+                self.scratch,
+                self.progress,
             )
-        alpha, scores = gather(self.accelerator, choice)[0]
-        weights = [reports[name] for name in self.plan.base.names if name in reports]
-        return updates, MergeResult(self.folder, alpha, scores, weights, self.seconds, self.warnings, self.plan)
+        self.warn(*chosen.warnings())
+        return chosen
 
-    def write(self, result: MergeResult, inputs: Inputs, updates: MergedUpdates) -> None:
+    def result_of(self, chosen: Chosen) -> MergeResult:
+        """Return the result as far as it is known."""
+        if not self.method.routes:
+            self.plan = replace(self.plan, method=chosen.candidate.method)
+        reports = chosen.candidate.reports
+        return MergeResult(
+            output_dir=self.folder,
+            alpha=chosen.alpha,
+            alpha_scores=chosen.scores,
+            weights=[reports[name] for name in self.plan.base.names if name in reports],
+            seconds=self.seconds,
+            warnings=self.warnings,
+            plan=self.plan,
+            chosen_by=chosen.by,
+            choice=chosen.note,
+            agreement=chosen.agreement,
+            refined=chosen.refined,
+        )
+
+    def write(self, result: MergeResult, inputs: Inputs, chosen: Chosen) -> None:
         """Pass two: write the merged weights, and all other files of the model."""
         accelerator = self.accelerator
         with self.stage("writing"):
             write_model(
                 self.folder,
                 self.plan,
-                updates,
-                result.alpha,
+                chosen.weight,
                 self.options,
                 progress=self.progress("Writing"),
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
             )
             if accelerator.is_main_process:
-                write_files(result, self.sources, inputs, self.data, self.options)
+                if chosen.adapter is not None:
+                    chosen.adapter.save_adapter(self.folder / REFINED_FOLDER)
+                write_files(result, self.sources, inputs, self.data, self.options, self.refining)
 
-    def add_experts(self, result: MergeResult, inputs: Inputs, updates: MergedUpdates) -> None:
+    def add_experts(self, inputs: Inputs, chosen: Chosen) -> None:
         """Write the experts and the router, if the method routes."""
         if not self.method.routes:
             return
@@ -372,7 +409,7 @@ class MergeRun:
                 self.folder,
                 self.scratch,
                 self.plan,
-                partial(updates.weight, alpha=result.alpha),
+                chosen.weight,
                 statistics=inputs.statistics,
                 samples=inputs.samples,
                 accelerator=self.accelerator,
@@ -392,6 +429,6 @@ class MergeRun:
                 if self.options.resume_dir:
                     self.work.end()
         if self.output is None:
-            result._temporary = self._cleanup.pop_all()
+            result._temporary = self.cleanup.pop_all()
         else:
             result.output_dir = self.output

@@ -197,6 +197,14 @@ class RoutedMerge(EssentialMerge):
     rank: int = field(
         default=32, metadata={"help": "rank of each expert, per linear map; published: 8 and 32", "least": 1}
     )
+    static_method: str = field(
+        default="auto",
+        metadata={
+            "help": "what the static model is merged by: own, ESM with the settings above; auto, on models that write "
+            "what method=auto chooses there, otherwise own",
+            "choices": ("auto", "own"),
+        },
+    )
     router: str = field(
         default="discriminant",
         metadata={

@@ -143,6 +143,8 @@ class MergeMethod:
         stacks_shared_inputs: whether linear maps that read one tensor (q, k and v) are merged as one weight.
         router: the router (see `RoutedExpertsConfig`), if the method routes: an expert per task is written into the
             folder of the merged model. Empty by default. The attributes below are read only if it is set.
+        static_method: what the static model beside routed experts is merged by: `"own"`, this method's `merge`, or
+            `"auto"`, what `method="auto"` takes for the kind of model.
         directions: what the experts approximate: `"residual"`, the part of each update that the merged model lacks, or
             `"update"`, the update itself.
         needs_merged_features: whether the router is made from features of the merged model, not from the base's.
@@ -159,6 +161,7 @@ class MergeMethod:
     counts_embeddings: ClassVar[bool] = True
     stacks_shared_inputs: ClassVar[bool] = False
     router: ClassVar[str] = ""
+    static_method: ClassVar[str] = "own"
     directions: ClassVar[str] = "residual"
     needs_merged_features: ClassVar[bool] = False
     depth: ClassVar[float] = 1 / 3

@@ -15,6 +15,7 @@ from ..errors import HfEsmError
 from ..methods import MergeMethod
 from ..metrics import Metric
 from ..utils import bytes_of
+from .refinement import RefineSettings, resolve_refine
 
 
 @dataclass
@@ -22,9 +23,16 @@ class MergeOptions(RunOptions):
     """Everything about a merge except the models and the data. `merge_models` takes each field as an argument.
 
     Attributes:
-        method: name of a method, `{"name": …, setting: value}`, or an instance of its class.
-        alpha: scale of the merged update; a number, `"auto"` to choose the number on validation data, or None for the
-            default of the method.
+        method: name of a method, `{"name": …, setting: value}`, an instance of its class, or `"auto"`: ESM; for models
+            that write, ESM or RegMean, whichever agrees more with the experts, refined.
+        alpha: scale of the merged update; a number, `"auto"` to choose the number on validation data or, without
+            labels, by agreement with the experts, or None for the default of the method.
+        refine: train gates on the experts' essential directions after the merge: True, or settings, see
+            `RefineSettings`. By default, only `method="auto"` refines, and only models that write.
+        num_samples: number of samples per task, chosen at random if there are more; 0 takes all. Where agreement
+            chooses or refines, they are split: statistics are taken from some, agreement from the others.
+        statistics_samples: number of samples per task that statistics are taken from; by default 32, or half of the
+            samples if agreement is used and there are fewer than 64.
         metric: what validation rows are scored by: a name, a function, or a `Metric`; see `metrics.resolve_metric`.
         rank: rank of each expert of `method="esm++"` and `"tsv-c"`, per linear map; by default that of the method.
         heads: which weights each task keeps for itself: `"auto"`, `"merge"`, `"keep"`, or names of modules; see
@@ -45,13 +53,25 @@ class MergeOptions(RunOptions):
         >>> from hf_esm import MergeOptions
         >>> options = MergeOptions(method={"name": "esm", "gamma": 0.2}, alpha=0.8)
         >>> options.num_samples, options.max_shard_size
-        (32, '5GB')
+        (64, '5GB')
     """
 
-    method: str | Mapping[str, Any] | MergeMethod = field(default="esm", metadata={"help": "name of a merge method"})
+    method: str | Mapping[str, Any] | MergeMethod = field(
+        default="auto", metadata={"help": "name of a merge method, or auto: chosen for the kind of model"}
+    )
     alpha: Optional[float | str] = field(
         default=None,
-        metadata={"help": "scale of the merged update: a number, or 'auto' to choose it on validation data"},
+        metadata={"help": "scale of the merged update: a number, or 'auto' to choose it on validation data or by agreement"},
+    )
+    refine: Optional[bool | Mapping[str, Any] | RefineSettings] = field(
+        default=None, metadata={"help": "train gates on the experts' essential directions after the merge"}
+    )
+    num_samples: int = field(
+        default=64, metadata={"help": "samples per task, chosen at random; 0 takes all", "least": 0}
+    )
+    statistics_samples: Optional[int] = field(
+        default=None,
+        metadata={"help": "samples per task for statistics (default: 32; the rest is for agreement)", "least": 1},
     )
     metric: str | os.PathLike | Metric | Callable[..., float] = field(
         default="accuracy",
@@ -86,6 +106,7 @@ class MergeOptions(RunOptions):
         if self.alpha not in (None, "auto") and not (isinstance(self.alpha, Real) and isfinite(self.alpha)):
             raise HfEsmError(f"`alpha` must be a finite number or 'auto', not {self.alpha!r}.")
         super().__post_init__()
+        resolve_refine(self.refine)
         torch_dtype(self.dtype)
         bytes_of(self.max_shard_size, "max_shard_size")
 

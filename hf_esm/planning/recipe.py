@@ -109,5 +109,5 @@ def absolute_path(value: Any, folder: Path) -> Any:
     return value
 
 
-# Keys of `{"path": …}` that may name something on disk.
-_PATHS = ("path", "data_files", "data_dir")
+# Keys of `{"path": …}` and `{"statistics": …, "samples": …}` that may name something on disk.
+_PATHS = ("path", "data_files", "data_dir", "statistics", "samples")

@@ -1,0 +1,112 @@
+"""Agreement of merged models with the experts: the experts' answers, and a judge that compares models with them."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import inf, isnan
+from pathlib import Path
+from typing import Any, Optional
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..calibration import loaded_model, with_decoder_inputs
+from ..data import Sample, load_samples, save_samples
+from ..metrics import Agreement, ExpertAnswers, agreement_of, collect_answers
+from ..planning import MergeOptions, MergePlan
+from ..utils import together
+from .alpha import CandidateModels
+from .updates import MergedUpdates
+
+
+@dataclass(frozen=True)
+class TaskAgreement:
+    """How far the merged model agrees with one expert.
+
+    Attributes:
+        merged: agreement of the merged model; see `Agreement.score`. 1 is the expert.
+        base: that of the base; 0 for models that write.
+    """
+
+    merged: float
+    base: float
+
+
+def ask_experts(
+    plan: MergePlan,
+    samples: Mapping[str, list[Sample]],
+    options: MergeOptions,
+    accelerator: Accelerator,
+    folder: Path,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict[str, ExpertAnswers]:
+    """Return every expert's answers on samples of its task.
+
+    The processes share the tasks. One expert at a time is in memory, and its answers are a file before the next is
+    loaded; files that an interrupted merge left are used again.
+
+    Args:
+        samples: by task, other samples than the statistics were taken from.
+        folder: for the files.
+    """
+    paths = {task: (folder / f"asked-{task}.safetensors", folder / f"answers-{task}.safetensors") for task in samples}
+    with together(accelerator):
+        mine = list(samples)[accelerator.process_index :: accelerator.num_processes]
+        for task in progress([task for task in mine if not paths[task][1].is_file()]):
+            with loaded_model(plan.experts[task], accelerator, options.max_memory, folder) as expert:
+                asked = with_decoder_inputs(expert, samples[task], options.batch_size)
+                answers = collect_answers(
+                    expert, asked, batch_size=options.batch_size, title=task, progress=options.progress
+                )
+            save_samples(asked, paths[task][0])
+            answers.save(paths[task][1])
+    return {task: ExpertAnswers.load(path, load_samples(asked)) for task, (asked, path) in paths.items()}
+
+
+class Judge:
+    """Measures how far merged models agree with the experts, one model at a time, in one shared body.
+
+    Attributes:
+        models: the models that the weights are written into, in the dtype of the base.
+        answers: answers of every expert on samples of its task.
+        base: agreement of the base with every expert, with the task's head.
+    """
+
+    def __init__(self, plan: MergePlan, answers: Mapping[str, ExpertAnswers], accelerator: Accelerator, batch_size: int):
+        self.models = CandidateModels(plan, accelerator.device, dtype=None)
+        self.answers, self.batch_size = answers, batch_size
+        self.base = self.measure(plan.base.tensor)
+
+    def measure(self, weight: Callable[[str], Tensor], indices: Optional[Mapping[str, Sequence[int]]] = None) -> dict[str, Agreement]:
+        """Return the agreement of a model with every expert.
+
+        Args:
+            weight: returns the model's weights by canonical name.
+            indices: by task, of the samples to measure on; by default all.
+        """
+        self.models.set_weights(weight)
+        return {
+            task: agreement_of(
+                self.models.by_task[task], answers, indices and indices[task], batch_size=self.batch_size
+            )
+            for task, answers in self.answers.items()
+        }
+
+    def score(self, updates: MergedUpdates, alpha: Any) -> float:
+        """Return the mean agreement over all tasks at a scale, the number to choose by; NaN counts as the worst."""
+        return mean_score(self.measure(partial(updates.weight, alpha=alpha)), self.base)
+
+
+def mean_score(agreements: Mapping[str, Agreement], base: Mapping[str, Agreement]) -> float:
+    """Return the mean over all tasks of `Agreement.score`."""
+    score = sum(agreements[task].score(base[task]) for task in agreements) / len(agreements)
+    return -inf if isnan(score) else score
+
+
+def by_task(agreements: Mapping[str, Agreement], base: Mapping[str, Agreement]) -> dict[str, TaskAgreement]:
+    """Return both models' agreement with every expert."""
+    return {
+        task: TaskAgreement(agreements[task].score(base[task]), base[task].score(base[task])) for task in agreements
+    }
+
+
