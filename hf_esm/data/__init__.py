@@ -7,7 +7,16 @@ input each), and batches on a model's device.
 from .batches import batch_for, batch_indices, collate, reads_singly, to_generate_from
 from .options import RunOptions, SampleOptions
 from .rows import DataSpec, read_rows
-from .samples import Sample, encode, is_samples_file, is_words, sample_fingerprint, save_samples, text_config
+from .samples import (
+    Sample,
+    encode,
+    is_samples_file,
+    is_words,
+    load_samples,
+    sample_fingerprint,
+    save_samples,
+    text_config,
+)
 
 
 __all__ = [
@@ -21,6 +30,7 @@ __all__ = [
     "encode",
     "is_samples_file",
     "is_words",
+    "load_samples",
     "read_rows",
     "reads_singly",
     "sample_fingerprint",

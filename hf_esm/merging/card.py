@@ -11,9 +11,7 @@ from ..version import __version__
 from .result import MergeResult
 
 
-def write_card(
-    folder: Path, result: MergeResult, sources: Mapping[str, ModelSource], num_samples: list[int]
-) -> None:
+def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSource], num_samples: list[int]) -> None:
     """Write `README.md`: what was merged and how, how to load the model, licence and limits.
 
     Args:

@@ -1,6 +1,6 @@
 """Chooses the method and α of a merge: by labelled rows, by agreement with the experts on samples, or by default."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
@@ -142,7 +142,16 @@ def choose(
     with together(accelerator):
         if accelerator.is_main_process:
             if options.alpha == "auto" and (inputs.labelled or score_fn is not None):
-                found = _by_labels(plan, candidates, inputs, score_fn, options, accelerator, progress, judge)
+                found = _by_labels(
+                    plan,
+                    candidates,
+                    inputs,
+                    score_fn,
+                    options,
+                    accelerator=accelerator,
+                    progress=progress,
+                    judge=judge,
+                )
             elif judge is not None and (options.alpha == "auto" or len(candidates) > 1):
                 found = _by_agreement(candidates, judge, options.alpha)
             else:
@@ -197,6 +206,7 @@ def _by_labels(
     inputs: Inputs,
     score_fn: Any,
     options: MergeOptions,
+    *,
     accelerator: Accelerator,
     progress: Callable[[str], Callable[[Iterable], Iterable]],
     judge: Optional[Judge],

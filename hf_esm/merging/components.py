@@ -101,7 +101,7 @@ def essential_components(
     options = MergeOptions(
         heads=heads,
         num_samples=num_samples,
-        statistics_samples=num_samples or None,
+        statistics_samples=num_samples,
         seed=seed,
         max_length=max_length,
         columns=columns,

@@ -118,8 +118,8 @@ def gather_statistics(
 
 def _for_statistics(options: MergeOptions) -> MergeOptions:
     """Return the options of reading the samples of statistics alone."""
-    most = options.statistics_samples or STATISTICS_SAMPLES
-    return replace(options, num_samples=min(options.num_samples or most, most))
+    most = STATISTICS_SAMPLES if options.statistics_samples is None else options.statistics_samples
+    return replace(options, num_samples=min(options.num_samples or most, most)) if most else options
 
 
 def _set_apart(
@@ -133,9 +133,10 @@ def _set_apart(
     if statistics is not None:
         seen = set(statistics.provenance.samples)
         return samples, [sample for sample in samples if sample_fingerprint(sample) not in seen]
-    count = options.statistics_samples or STATISTICS_SAMPLES
-    if not options.statistics_samples and how == "halves":
-        count = min(count, (len(samples) + 1) // 2)
+    count = options.statistics_samples
+    if count is None:
+        count = min(STATISTICS_SAMPLES, (len(samples) + 1) // 2 if how == "halves" else len(samples))
+    count = count or len(samples)
     drawn = sorted(samples, key=lambda sample: fingerprint([options.seed, sample_fingerprint(sample)]))
     return drawn[:count], drawn[count:]
 
@@ -179,7 +180,9 @@ def _existing_statistics(
     stored = source.folder / STATISTICS_FILE if source.folder else None
     if stored is not None and stored.is_file():
         existing = ActivationStatistics.load(stored)
-        if rows is None or (needs.agreement and existing.provenance.samples and (existing.pooled or not needs.features)):
+        if rows is None or (
+            needs.agreement and existing.provenance.samples and (existing.pooled or not needs.features)
+        ):
             return existing
     elif rows is None and (needs.statistics or needs.samples):
         raise HfEsmError(
@@ -294,7 +297,11 @@ def calibrate_experts(
 
 
 def count_tokens(
-    plan: MergePlan, samples: Mapping[str, list[Sample]], options: MergeOptions, accelerator: Accelerator, scratch: Path
+    plan: MergePlan,
+    samples: Mapping[str, list[Sample]],
+    options: MergeOptions,
+    accelerator: Accelerator,
+    scratch: Path,
 ) -> dict[str, ActivationStatistics]:
     """Return token counts alone of every expert, for methods that need no other statistics."""
     return {

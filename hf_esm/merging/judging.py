@@ -72,12 +72,16 @@ class Judge:
         base: agreement of the base with every expert, with the task's head.
     """
 
-    def __init__(self, plan: MergePlan, answers: Mapping[str, ExpertAnswers], accelerator: Accelerator, batch_size: int):
+    def __init__(
+        self, plan: MergePlan, answers: Mapping[str, ExpertAnswers], accelerator: Accelerator, batch_size: int
+    ):
         self.models = CandidateModels(plan, accelerator.device, dtype=None)
         self.answers, self.batch_size = answers, batch_size
         self.base = self.measure(plan.base.tensor)
 
-    def measure(self, weight: Callable[[str], Tensor], indices: Optional[Mapping[str, Sequence[int]]] = None) -> dict[str, Agreement]:
+    def measure(
+        self, weight: Callable[[str], Tensor], indices: Optional[Mapping[str, Sequence[int]]] = None
+    ) -> dict[str, Agreement]:
         """Return the agreement of a model with every expert.
 
         Args:
@@ -108,5 +112,3 @@ def by_task(agreements: Mapping[str, Agreement], base: Mapping[str, Agreement]) 
     return {
         task: TaskAgreement(agreements[task].score(base[task]), base[task].score(base[task])) for task in agreements
     }
-
-

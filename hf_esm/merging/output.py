@@ -28,7 +28,7 @@ from ..checkpoints import (
     to_stored,
     write_plan,
 )
-from ..data import Sample, save_samples
+from ..data import save_samples
 from ..errors import HfEsmError
 from ..methods import describe_method
 from ..planning import (
@@ -137,7 +137,17 @@ def _write_configs(folder: Path, plan: MergePlan, source: ModelSource, options: 
 
 
 # Options that a recipe repeats. The others say where and how to merge, not what the merged model is.
-_RECORDED = ("heads", "num_samples", "statistics_samples", "seed", "max_length", "columns", "dtype", "max_shard_size", "batch_size")
+_RECORDED = (
+    "heads",
+    "num_samples",
+    "statistics_samples",
+    "seed",
+    "max_length",
+    "columns",
+    "dtype",
+    "max_shard_size",
+    "batch_size",
+)
 
 
 def _write_recipe(

@@ -25,6 +25,7 @@ def refine_chosen(
     inputs: Inputs,
     settings: Optional[RefineSettings],
     options: MergeOptions,
+    *,
     accelerator: Accelerator,
     folder: Path,
     progress: Callable[[str], Callable[[Iterable], Iterable]],
@@ -43,7 +44,17 @@ def refine_chosen(
     held_back: Optional[dict[str, range]] = None
     if settings is not None and all(len(answers.samples) > 1 for answers in inputs.answers.values()):
         held_back = {task: _held_back(answers) for task, answers in inputs.answers.items()}
-        weights, trained = _refined(plan, chosen, inputs, held_back, settings, options, accelerator, folder, progress)
+        weights, trained = _refined(
+            plan,
+            chosen,
+            inputs,
+            held_back,
+            settings,
+            options,
+            accelerator=accelerator,
+            folder=folder,
+            progress=progress,
+        )
         adapter = weights if settings.keep_adapter else None
         chosen = replace(chosen, weight=weights.weight, refined=trained.history, adapter=adapter)
     measured = None
@@ -78,6 +89,7 @@ def _refined(
     held_back: Mapping[str, range],
     settings: RefineSettings,
     options: MergeOptions,
+    *,
     accelerator: Accelerator,
     folder: Path,
     progress: Callable[[str], Callable[[Iterable], Iterable]],
@@ -125,7 +137,7 @@ def _embedding_factors(plan: MergePlan, chosen: Chosen) -> dict[str, Factors]:
 def _measured(
     judge: Judge, chosen: Chosen, held_back: Optional[Mapping[str, range]]
 ) -> tuple[dict[str, TaskAgreement], bool]:
-    """Return the agreement of the chosen model by task, and whether the mean of the updates agrees more and is taken."""
+    """Return the agreement of the written model by task, and whether that is the mean because it agrees more."""
     base = judge.base if held_back is None else judge.measure(judge.models.plan.base.tensor, held_back)
     found = judge.measure(chosen.weight, held_back)
     if chosen.rival is not None and held_back is not None:

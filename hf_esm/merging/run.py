@@ -1,50 +1,32 @@
 """The steps of one merge."""
 
 import shutil
-from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Optional
+from typing import Any
 
-from accelerate import Accelerator
-
-from ..architecture import is_routable, writes
 from ..calibration import ActivationStatistics, factor_bytes
 from ..checkpoints import (
     REFINED_FOLDER,
-    Access,
-    ModelSource,
-    ModelSpec,
     differing_processors,
     find_processors,
     model_identity,
-    open_checkpoint,
-    resolve_source,
 )
-from ..errors import HfEsmError
 from ..hub import write_hashes
 from ..methods import Mean, MergeMethod, describe_method
 from ..planning import (
-    MergeData,
-    MergeOptions,
     MergePlan,
-    RefineSettings,
     check_disk,
     check_memory,
     check_values,
-    plan_merge,
-    resolve_refine,
-    torch_dtype,
 )
-from ..tuners.routed import check_separable
-from ..utils import Work, bytes_of, gather, main_first, publish_folder, readable, together
+from ..utils import Work, bytes_of, gather, main_first, publish_folder, together
 from ..version import __version__
 from .alpha import read_validation
-from .choice import Candidate, Chosen, choose, default_methods
+from .choice import Candidate, Chosen, choose
 from .expert_statistics import (
     Inputs,
-    Needs,
     calibrate_experts,
     count_tokens,
     gather_statistics,
@@ -54,124 +36,16 @@ from .expert_statistics import (
 from .judging import ask_experts
 from .learning import learn_mask
 from .output import write_files, write_model
+from .planned import PlannedRun
 from .refined import refine_chosen
 from .result import MergeResult
 from .routed_experts import write_experts
-from .session import Session
 from .updates import MergedUpdates
 from .weights import Worker, merge_weights, scale_layers, whole_updates
 
 
-class MergeRun(Session):
-    """One merge. All processes call its steps in the order in which they are defined.
-
-    Attributes:
-        named: the method that the caller named, with its settings; None for `"auto"`.
-        data: the caller's data.
-        sources: the models by task, the base as `"base"`; known after `open_models`.
-        plan: result of the checks; known after `open_models`.
-        static_methods: the methods that the static model is merged by, to choose the best; known after `open_models`.
-        refining: settings of refining, or None; known after `open_models`.
-    """
-
-    sources: dict[str, ModelSource]
-    plan: MergePlan
-    static_methods: list[MergeMethod]
-    refining: Optional[RefineSettings]
-
-    def __init__(
-        self,
-        options: MergeOptions,
-        method: Optional[MergeMethod],
-        data: MergeData,
-        accelerator: Accelerator,
-        callback: Optional[Callable[[str, int, int], None]] = None,
-    ):
-        super().__init__(options, accelerator, callback)
-        self.named, self.data = method, data
-
-    @property
-    def method(self) -> MergeMethod:
-        """The method of the merge; with several `static_methods`, the first of them until one is chosen."""
-        return self.plan.method
-
-    # Before any long work.
-
-    def open_models(
-        self, base: ModelSpec, experts: Mapping[str, ModelSpec], access: Access, headers_only: bool
-    ) -> None:
-        """Resolve the models, read their headers, and plan the merge."""
-        with self.stage("reading headers", joined=False):
-            read = partial(self._read_headers, base, experts, access, headers_only)
-            self.sources, self.plan = main_first(self.accelerator, read)
-        base = self.plan.base.skeleton
-        automatic = self.named is None or (self.method.static_method == "auto" and writes(base))
-        self.static_methods = default_methods(base) if automatic else [self.method]
-        chosen = (automatic and writes(base)) if self.options.refine is None else self.options.refine
-        self.refining = resolve_refine(chosen)
-        if self.refining and self.method.routes and not self.method.needs_statistics:
-            raise HfEsmError(f"{self.method.name} merges nothing that could be refined. Leave `refine` out.")
-        self.plan.training = self._training()
-
-    def _read_headers(
-        self, base: ModelSpec, experts: Mapping[str, ModelSpec], access: Access, headers_only: bool
-    ) -> tuple[dict[str, ModelSource], MergePlan]:
-        sources = {"base": resolve_source(base, "base", access)}
-        sources |= {task: resolve_source(spec, f"expert '{task}'", access) for task, spec in experts.items()}
-        opened = open_checkpoint(sources["base"], headers_only=headers_only)
-        checkpoints = {task: open_checkpoint(sources[task], opened, headers_only) for task in experts}
-        method = self.named or default_methods(opened.skeleton)[0]
-        if method.decides:
-            for checkpoint in (opened, *checkpoints.values()):
-                check_separable(checkpoint.skeleton)
-        dtype = torch_dtype(self.options.dtype)
-        plan = plan_merge(opened, checkpoints, method, self.options.heads, dtype, sources)
-        if method.routes and not any(is_routable(n, opened.linear.get(n)) for n in plan.heads.shared):
-            raise HfEsmError(f"{opened.title} has no linear maps to route experts on. Merge it by another method.")
-        return sources, plan
-
-    def dry_plan(self) -> MergePlan:
-        """Return the plan, with warnings of all that would stop the merge or waste its time."""
-        self.plan.warnings += [*self._notices(), *self._lacking_resources()]
-        return self.plan
-
-    def announce(self) -> None:
-        """Warn of what the headers and the arguments show."""
-        self.warn(*self.plan.warnings, *self._notices())
-        live = [source.title for source in self.sources.values() if source.model is not None]
-        if self.output is not None and live:
-            self.warn(
-                f"{', '.join(live)}: passed as a live model. The recipe names what it was loaded from, which does not "
-                "include later changes."
-            )
-
-    def _notices(self) -> list[str]:
-        """Return warnings of arguments that have no effect, and of steps that need more memory than is allowed."""
-        options, plan = self.options, self.plan
-        unused = [name for name in ("validation", "score_fn") if getattr(self.data, name) is not None]
-        warnings = [f"`{name}` is only used with `alpha='auto'`." for name in unused if options.alpha != "auto"]
-        if options.max_memory and plan.output_bytes > bytes_of(options.max_memory, "max_memory"):
-            causes = {"`alpha='auto'`": options.alpha == "auto", plan.method.name: plan.method.routes}
-            causes["`refine`"] = self.refining is not None
-            size = readable(plan.output_bytes)
-            warnings += [
-                f"{cause}: holds the whole merged model in memory, {size} or more."
-                for cause in causes
-                if causes[cause]
-            ]
-        return warnings
-
-    def _lacking_resources(self) -> list[str]:
-        """Return the errors of a merge that has too little memory or disk."""
-        checks = [partial(check_memory, self.plan, self.options.max_memory)]
-        checks += [partial(check_disk, self.plan, self.output)] if self.output is not None else []
-        errors = []
-        for check in checks:
-            try:
-                check()
-            except HfEsmError as error:
-                errors.append(str(error))
-        return errors
+class MergeRun(PlannedRun):
+    """One merge. All processes call its steps in the order in which they are defined, after those of `PlannedRun`."""
 
     def read_inputs(self) -> Inputs:
         """Read the statistics that exist, the samples to calibrate on, and the validation rows."""
@@ -185,34 +59,13 @@ class MergeRun(Session):
         plan, options, data = self.plan, self.options, self.data
         check_memory(plan, options.max_memory)
         processors = find_processors(self.sources, data.processor, options.trust_remote_code)
-        gathered = gather_statistics(plan, self.sources, data, processors, options, self._needs())
+        gathered = gather_statistics(plan, self.sources, data, processors, options, self.needs())
         if self.output is not None:
-            to_calibrate = gathered.samples if self._needs().statistics else {}
+            to_calibrate = gathered.samples if self.needs().statistics else {}
             factors = sum(factor_bytes(plan.experts[task], rows, shared=True) for task, rows in to_calibrate.items())
             check_disk(plan, self.output, factors, options.statistics_dir, options.resume_dir)
-        labelled = read_validation(plan, data.validation, processors, options) if self._searched else {}
+        labelled = read_validation(plan, data.validation, processors, options) if self.searched else {}
         return Inputs(processors, gathered.statistics, gathered.samples, gathered.agreement_samples, labelled)
-
-    @property
-    def _searched(self) -> bool:
-        """Whether α is searched because the caller asked for it."""
-        return self.options.alpha == "auto"
-
-    @property
-    def _labelled(self) -> bool:
-        """Whether labels, or a function of the caller's, choose α."""
-        return self._searched and (self.data.validation is not None or self.data.score_fn is not None)
-
-    def _needs(self) -> Needs:
-        """Return what the merge uses of its samples."""
-        compared = len(self.static_methods) > 1 or (self._searched and not self._labelled)
-        components = self.refining is not None and self.refining.components > 0
-        return Needs(
-            statistics=components or any(m.needs_statistics for m in (self.method, *self.static_methods)),
-            samples=self.method.needs_samples,
-            features=self.method.needs_features,
-            agreement="halves" if compared or self.refining else "rest" if self._labelled else "",
-        )
 
     def find_work(self, inputs: Inputs) -> None:
         """Look for the work of an interrupted merge.
@@ -251,8 +104,8 @@ class MergeRun(Session):
     # The merge.
 
     def calibrate(self, inputs: Inputs) -> Inputs:
-        """Collect the statistics of the experts that have samples; their token counts alone if that is all it takes."""
-        plan, options, needs = self.plan, self.options, self._needs()
+        """Collect the statistics of the experts that have samples, or token counts alone if no method needs more."""
+        plan, options, needs = self.plan, self.options, self.needs()
         embeddings = plan.base.embeddings & (set(plan.heads.shared) - plan.unchanged)
         collected: dict[str, ActivationStatistics] = {}
         with self.stage("calibrating", joined=False):
@@ -286,7 +139,7 @@ class MergeRun(Session):
 
     def _do_without_agreement(self) -> None:
         """Take the first method and its α where no samples are left for agreement, and say so."""
-        if self._needs().agreement == "halves":
+        if self.needs().agreement == "halves":
             self.warn(
                 "No samples beside those of the statistics: the method and alpha are not chosen by agreement with the "
                 "experts, and nothing is refined. Pass samples of every task as `calibration`."
@@ -356,9 +209,9 @@ class MergeRun(Session):
                 inputs,
                 self.refining,
                 self.options,
-                self.accelerator,
-                self.scratch,
-                self.progress,
+                accelerator=self.accelerator,
+                folder=self.scratch,
+                progress=self.progress,
             )
         self.warn(*chosen.warnings())
         return chosen

@@ -8,7 +8,7 @@ from .checks import check_disk, check_memory, check_values
 from .options import MergeOptions, torch_dtype
 from .plan import MergePlan, calibrated_widths, plan_merge
 from .recipe import RECIPE_VERSION, absolute_path, load_recipe
-from .refinement import RefineSettings, resolve_refine
+from .refinement import RefineSettings, refining_bytes, resolve_refine
 from .resources import merge_bytes
 
 
@@ -29,6 +29,7 @@ __all__ = [
     "merge_bytes",
     "name_experts",
     "plan_merge",
+    "refining_bytes",
     "resolve_refine",
     "torch_dtype",
 ]

@@ -95,9 +95,12 @@ def _named(expert: Any) -> tuple[str, Any]:
 
 
 def check_arguments(
-    options: MergeOptions, method: MergeMethod, experts: Mapping[str, ModelSpec], data: MergeData
+    options: MergeOptions, method: Optional[MergeMethod], experts: Mapping[str, ModelSpec], data: MergeData
 ) -> None:
     """Raise an error for arguments that cannot be right, whatever the files hold.
+
+    Args:
+        method: the method that the caller named, if any.
 
     Raises:
         HfEsmError: on data of a wrong kind or of unknown tasks, on a search of `alpha` without data, and on folders
@@ -131,15 +134,17 @@ def _check_kinds(data: MergeData) -> None:
             raise HfEsmError(f"`{name}` must be data by task, as {{'task': …}}, not a {type(passed).__name__}.")
 
 
-def _check_search(method: MergeMethod, experts: Mapping[str, ModelSpec], data: MergeData) -> None:
+def _check_search(method: Optional[MergeMethod], experts: Mapping[str, ModelSpec], data: MergeData) -> None:
     """Raise an error if alpha cannot be searched."""
-    if not method.tunable:
+    if method is not None and not method.tunable:
         raise HfEsmError(f"The method {method.name!r} has no alpha to choose. Leave `alpha` out.")
     if data.validation is None and data.score_fn is None:
-        raise HfEsmError(
-            "`alpha='auto'` needs labelled rows per task (`validation`) or a function that scores models "
-            "(`score_fn`). Or pass a number as `alpha`."
-        )
+        if data.calibration is None and method is not None and not method.needs_statistics:
+            raise HfEsmError(
+                "`alpha='auto'` needs unlabelled samples (`calibration`) or labelled rows (`validation`) per task, or "
+                "a function that scores models (`score_fn`). Or pass a number as `alpha`."
+            )
+        return
     name = "validation" if data.score_fn is None else "score_fn"
     scored = getattr(data, name)
     if isinstance(scored, Mapping) and (lacking := sorted(experts.keys() - scored.keys())):

@@ -63,6 +63,7 @@ def check_memory(plan: MergePlan, max_memory: Optional[str | int | float]) -> No
     needed = {
         f"the largest weight of {len(plan.experts)} experts": plan.memory_bytes,
         f"learning by {plan.method.name}": plan.learning_bytes,
+        "refining (`refine`)": plan.refining_bytes,
     }
     for consumer, size in needed.items():
         if size > bytes_of(max_memory, "max_memory"):

@@ -31,8 +31,8 @@ class MergeOptions(RunOptions):
             `RefineSettings`. By default, only `method="auto"` refines, and only models that write.
         num_samples: number of samples per task, chosen at random if there are more; 0 takes all. Where agreement
             chooses or refines, they are split: statistics are taken from some, agreement from the others.
-        statistics_samples: number of samples per task that statistics are taken from; by default 32, or half of the
-            samples if agreement is used and there are fewer than 64.
+        statistics_samples: number of samples per task that statistics are taken from; 0 takes all, and leaves none for
+            agreement. By default 32, or half of the samples if agreement is used and there are fewer than 64.
         metric: what validation rows are scored by: a name, a function, or a `Metric`; see `metrics.resolve_metric`.
         rank: rank of each expert of `method="esm++"` and `"tsv-c"`, per linear map; by default that of the method.
         heads: which weights each task keeps for itself: `"auto"`, `"merge"`, `"keep"`, or names of modules; see
@@ -61,7 +61,9 @@ class MergeOptions(RunOptions):
     )
     alpha: Optional[float | str] = field(
         default=None,
-        metadata={"help": "scale of the merged update: a number, or 'auto' to choose it on validation data or by agreement"},
+        metadata={
+            "help": "scale of the merged update: a number, or 'auto' to choose it on validation data or by agreement"
+        },
     )
     refine: Optional[bool | Mapping[str, Any] | RefineSettings] = field(
         default=None, metadata={"help": "train gates on the experts' essential directions after the merge"}
@@ -71,7 +73,7 @@ class MergeOptions(RunOptions):
     )
     statistics_samples: Optional[int] = field(
         default=None,
-        metadata={"help": "samples per task for statistics (default: 32; the rest is for agreement)", "least": 1},
+        metadata={"help": "samples per task for statistics (default: 32); 0 takes all", "least": 0},
     )
     metric: str | os.PathLike | Metric | Callable[..., float] = field(
         default="accuracy",

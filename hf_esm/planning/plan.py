@@ -42,6 +42,8 @@ class MergePlan:
         unchanged: canonical names of weights that no expert changes and that stay those of the base. Before the
             weights are read (`check_values`), only weights that no adapter touches are known, if all experts are
             adapters.
+        refining_bytes: memory for refining, besides activations; 0 without.
+        passes: passes over samples for agreement and refining, in words.
     """
 
     base: Checkpoint
@@ -58,6 +60,8 @@ class MergePlan:
     seconds: float
     warnings: list[str] = field(default_factory=list)
     unchanged: frozenset[str] = frozenset()
+    refining_bytes: int = 0
+    passes: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"MergePlan({self.method.name} of {', '.join(self.experts)} into {self.base.title})"
@@ -80,11 +84,12 @@ class MergePlan:
             f"  memory     {self._memory()}",
             f"  time       about {readable_duration(self.seconds)} to merge, besides reading and calibrating",
         ]
+        lines += [f"  samples    {line}" for line in self.passes]
         return "\n".join(lines + [f"  warning    {warning}" for warning in self.warnings])
 
     def _memory(self) -> str:
         needed = {"to calibrate": self.calibration_bytes if self.method.needs_statistics else 0}
-        needed |= {"to learn": self.learning_bytes, "to merge": self.memory_bytes}
+        needed |= {"to learn": self.learning_bytes, "to refine": self.refining_bytes, "to merge": self.memory_bytes}
         return ", ".join(f"{readable(count)} {purpose}" for purpose, count in needed.items() if count)
 
 

@@ -1,11 +1,13 @@
 """The settings of refining: how gates on the experts' essential directions are trained after a merge."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
 from ..errors import HfEsmError
 from ..utils import check_fields, check_known
+from .plan import MergePlan
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,19 @@ def resolve_refine(refine: bool | Mapping[str, Any] | RefineSettings | None) -> 
         raise HfEsmError(f"`refine` must be true, false or a mapping of settings, not {refine!r}.")
     check_known(refine, [setting.name for setting in fields(RefineSettings)], "setting", "refine")
     return RefineSettings(**refine)
+
+
+def refining_bytes(plan: MergePlan, settings: RefineSettings) -> int:
+    """Return the memory for refining, besides activations: the model, and what the gates multiply, float32."""
+    base, tasks = plan.base, len(plan.experts)
+    size = base.nbytes
+    for name in plan.heads.shared:
+        shape = base.shape(name)
+        if name in plan.unchanged:
+            continue
+        if name in base.embeddings:
+            size += 4 * (tasks + 1) * math.prod(shape)
+        elif name in base.linear and not base.linear[name].slices:
+            rank = min(settings.components, *shape)
+            size += 4 * tasks * (rank * sum(shape) if rank else math.prod(shape))
+    return size

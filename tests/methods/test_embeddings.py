@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_esm.methods import METHODS, EssentialMerge, Stack, merge_counted_embedding, merge_embedding
-from support.problems import relative_error
+from support.problems import relative_error, seeds
 
 
 def problem(seed, tasks=3, rows=11, width=5):
@@ -29,7 +29,7 @@ def least_squares(updates, counts, weights):
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.5, -1.0, 2.0], [1.0, 0.0, 0.0]])
-@pytest.mark.parametrize("seed", torch.randint(2**31, (3,)).tolist())
+@seeds
 def test_embeddings_by_the_literal_least_squares(seed, weights):
     updates, counts = problem(seed)
     merged = merge_counted_embedding(updates, counts, weights)

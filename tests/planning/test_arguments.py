@@ -378,7 +378,10 @@ REFUSED = {
     "misspelt-module": (options(heads=["poolr"]), ["heads", "'poolr'", "Did you mean 'pooler'?"]),
     "misspelt-column": (options(columns={"txt_pair": "b"}), ["columns", "'txt_pair'", "mean 'text_pair'?"]),
     "unknown-module": (options(heads=["pooler", "colour"]), ["'colour'", "heads"]),
-    "auto-without-validation": (options(alpha="auto"), ["alpha='auto'", "validation", "score_fn"]),
+    "auto-without-data": (
+        options(alpha="auto", method="tsv-m", calibration=None),
+        ["alpha='auto'", "calibration", "validation", "score_fn"],
+    ),
     "auto-with-validation-of-one-task": (
         options(alpha="auto", validation={"left": [{"input_ids": [5], "label": 0}]}),
         ["alpha='auto'", "'right'"],

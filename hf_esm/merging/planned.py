@@ -1,0 +1,190 @@
+"""The steps of a merge before any long work: headers, plan, and what the merge needs of its samples."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Optional
+
+from accelerate import Accelerator
+
+from ..architecture import is_routable, writes
+from ..checkpoints import (
+    Access,
+    ModelSource,
+    ModelSpec,
+    open_checkpoint,
+    resolve_source,
+)
+from ..errors import HfEsmError
+from ..methods import MergeMethod
+from ..planning import (
+    MergeData,
+    MergeOptions,
+    MergePlan,
+    RefineSettings,
+    check_disk,
+    check_memory,
+    plan_merge,
+    refining_bytes,
+    resolve_refine,
+    torch_dtype,
+)
+from ..tuners.routed import check_separable
+from ..utils import bytes_of, main_first, readable
+from .choice import default_methods
+from .expert_statistics import (
+    Needs,
+)
+from .session import Session
+
+
+class PlannedRun(Session):
+    """The steps of a merge that read headers alone.
+
+    Attributes:
+        named: the method that the caller named, with its settings; None for `"auto"`.
+        data: the caller's data.
+        sources: the models by task, the base as `"base"`; known after `open_models`.
+        plan: result of the checks; known after `open_models`.
+        static_methods: the methods that the static model is merged by, to choose the best; known after `open_models`.
+        refining: settings of refining, or None; known after `open_models`.
+    """
+
+    sources: dict[str, ModelSource]
+    plan: MergePlan
+    static_methods: list[MergeMethod]
+    refining: Optional[RefineSettings]
+
+    def __init__(
+        self,
+        options: MergeOptions,
+        method: Optional[MergeMethod],
+        data: MergeData,
+        accelerator: Accelerator,
+        callback: Optional[Callable[[str, int, int], None]] = None,
+    ):
+        super().__init__(options, accelerator, callback)
+        self.named, self.data = method, data
+
+    @property
+    def method(self) -> MergeMethod:
+        """The method of the merge; with several `static_methods`, the first of them until one is chosen."""
+        return self.plan.method
+
+    # Before any long work.
+
+    def open_models(
+        self, base: ModelSpec, experts: Mapping[str, ModelSpec], access: Access, headers_only: bool
+    ) -> None:
+        """Resolve the models, read their headers, and plan the merge."""
+        with self.stage("reading headers", joined=False):
+            read = partial(self._read_headers, base, experts, access, headers_only)
+            self.sources, self.plan = main_first(self.accelerator, read)
+        base = self.plan.base.skeleton
+        automatic = self.named is None or (self.method.static_method == "auto" and writes(base))
+        self.static_methods = default_methods(base) if automatic else [self.method]
+        chosen = (automatic and writes(base)) if self.options.refine is None else self.options.refine
+        self.refining = resolve_refine(chosen)
+        if self.refining and self.method.routes and not self.method.needs_statistics:
+            raise HfEsmError(f"{self.method.name} merges nothing that could be refined. Leave `refine` out.")
+        if self.refining:
+            self.plan.refining_bytes = refining_bytes(self.plan, self.refining)
+        self.plan.passes = self._passes()
+
+    def _passes(self) -> list[str]:
+        """Return what agreement costs, for the plan."""
+        passes, needs = [], self.needs()
+        if needs.agreement:
+            searched = sum(method.tunable for method in self.static_methods) * (
+                self.searched or len(self.static_methods) > 1
+            )
+            passes.append(
+                "agreement: every expert once over its samples, the merged model "
+                f"{1 + 8 * searched} times or so over those of all tasks"
+            )
+        if self.refining:
+            passes.append(
+                f"refining: at most {self.refining.steps} steps, forward and backward, on {self.refining.batch_size} "
+                f"samples of each task; {readable(self.plan.refining_bytes)} besides activations"
+            )
+        return passes
+
+    def _read_headers(
+        self, base: ModelSpec, experts: Mapping[str, ModelSpec], access: Access, headers_only: bool
+    ) -> tuple[dict[str, ModelSource], MergePlan]:
+        sources = {"base": resolve_source(base, "base", access)}
+        sources |= {task: resolve_source(spec, f"expert '{task}'", access) for task, spec in experts.items()}
+        opened = open_checkpoint(sources["base"], headers_only=headers_only)
+        checkpoints = {task: open_checkpoint(sources[task], opened, headers_only) for task in experts}
+        method = self.named or default_methods(opened.skeleton)[0]
+        if method.decides:
+            for checkpoint in (opened, *checkpoints.values()):
+                check_separable(checkpoint.skeleton)
+        dtype = torch_dtype(self.options.dtype)
+        plan = plan_merge(opened, checkpoints, method, self.options.heads, dtype, sources)
+        if method.routes and not any(is_routable(n, opened.linear.get(n)) for n in plan.heads.shared):
+            raise HfEsmError(f"{opened.title} has no linear maps to route experts on. Merge it by another method.")
+        return sources, plan
+
+    def dry_plan(self) -> MergePlan:
+        """Return the plan, with warnings of all that would stop the merge or waste its time."""
+        self.plan.warnings += [*self._notices(), *self._lacking_resources()]
+        return self.plan
+
+    def announce(self) -> None:
+        """Warn of what the headers and the arguments show."""
+        self.warn(*self.plan.warnings, *self._notices())
+        live = [source.title for source in self.sources.values() if source.model is not None]
+        if self.output is not None and live:
+            self.warn(
+                f"{', '.join(live)}: passed as a live model. The recipe names what it was loaded from, which does not "
+                "include later changes."
+            )
+
+    def _notices(self) -> list[str]:
+        """Return warnings of arguments that have no effect, and of steps that need more memory than is allowed."""
+        options, plan = self.options, self.plan
+        unused = [name for name in ("validation", "score_fn") if getattr(self.data, name) is not None]
+        warnings = [f"`{name}` is only used with `alpha='auto'`." for name in unused if options.alpha != "auto"]
+        if options.max_memory and plan.output_bytes > bytes_of(options.max_memory, "max_memory"):
+            causes = {"`alpha='auto'`": options.alpha == "auto", plan.method.name: plan.method.routes}
+            causes["`refine`"] = self.refining is not None
+            size = readable(plan.output_bytes)
+            warnings += [
+                f"{cause}: holds the whole merged model in memory, {size} or more."
+                for cause in causes
+                if causes[cause]
+            ]
+        return warnings
+
+    def _lacking_resources(self) -> list[str]:
+        """Return the errors of a merge that has too little memory or disk."""
+        checks = [partial(check_memory, self.plan, self.options.max_memory)]
+        checks += [partial(check_disk, self.plan, self.output)] if self.output is not None else []
+        errors = []
+        for check in checks:
+            try:
+                check()
+            except HfEsmError as error:
+                errors.append(str(error))
+        return errors
+
+    @property
+    def searched(self) -> bool:
+        """Whether α is searched because the caller asked for it."""
+        return self.options.alpha == "auto"
+
+    @property
+    def labelled(self) -> bool:
+        """Whether labels, or a function of the caller's, choose α."""
+        return self.searched and (self.data.validation is not None or self.data.score_fn is not None)
+
+    def needs(self) -> Needs:
+        """Return what the merge uses of its samples."""
+        compared = len(self.static_methods) > 1 or (self.searched and not self.labelled)
+        components = self.refining is not None and self.refining.components > 0
+        return Needs(
+            statistics=components or any(m.needs_statistics for m in (self.method, *self.static_methods)),
+            samples=self.method.needs_samples,
+            features=self.method.needs_features,
+            agreement="halves" if compared or self.refining else "rest" if self.labelled else "",
+        )
