@@ -14,7 +14,7 @@ from ..checkpoints import STATISTICS_FILE, ModelSource
 from ..data import Sample, encode, is_samples_file, read_rows, sample_fingerprint
 from ..errors import HfEsmError
 from ..metrics import ExpertAnswers, LabelledSamples
-from ..planning import MergeData, MergeOptions, MergePlan, calibrated_widths
+from ..planning import MergeData, MergeOptions, MergePlan, calibrated_widths, counted_rows
 from ..utils import atomic_file, fingerprint, together
 
 
@@ -95,7 +95,7 @@ def gather_statistics(
             _check_samples(plan, task, rows)
         existing = _existing_statistics(plan, sources[task], task, statistics, rows, options, needs)
         if existing is not None:
-            existing.check_fits(calibrated_widths(plan), task)
+            existing.check_fits(calibrated_widths(plan), task, counted_rows(plan))
         gathered.statistics[task] = existing
         if rows is None or (existing is not None and not needs.agreement and not needs.samples):
             continue

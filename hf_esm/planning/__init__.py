@@ -6,7 +6,7 @@ Comes in: the caller's arguments, or a recipe. Goes out: a checked `MergePlan`, 
 from .arguments import MergeData, check_arguments, check_replaceable, name_experts
 from .checks import check_disk, check_memory, check_values
 from .options import MergeOptions, torch_dtype
-from .plan import MergePlan, calibrated_widths, plan_merge
+from .plan import MergePlan, calibrated_widths, counted_rows, plan_merge
 from .recipe import RECIPE_VERSION, absolute_path, load_recipe
 from .refinement import RefineSettings, refining_bytes, resolve_refine
 from .resources import merge_bytes
@@ -25,6 +25,7 @@ __all__ = [
     "check_memory",
     "check_replaceable",
     "check_values",
+    "counted_rows",
     "load_recipe",
     "merge_bytes",
     "name_experts",

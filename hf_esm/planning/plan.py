@@ -240,3 +240,8 @@ def calibrated_widths(plan: MergePlan) -> dict[str, int]:
         if name in plan.heads.shared
         for matrix in matrix_names(name, linear)
     }
+
+
+def counted_rows(plan: MergePlan) -> dict[str, int]:
+    """Return the number of rows of every embedding that is merged, by name."""
+    return {name: plan.base.shape(name)[0] for name in plan.base.embeddings if name in plan.heads.shared}

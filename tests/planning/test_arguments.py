@@ -168,9 +168,9 @@ def calibration(left: Any, **changes: Any) -> Callable:
     return options(calibration={"left": left, "right": text_samples(2)}, **changes)
 
 
-def statistics_of(width: int, name: str = BODY_WEIGHT) -> ActivationStatistics:
+def statistics_of(width: int, name: str = BODY_WEIGHT, counts: Any = ()) -> ActivationStatistics:
     entry = InputStatistics(torch.randn(4, width), torch.randn(width), 4)
-    return ActivationStatistics({name: entry}, {name: name})
+    return ActivationStatistics({name: entry}, {name: name}, token_counts=dict(counts))
 
 
 def labelled(label: Any, **changes: Any) -> Callable:
@@ -325,6 +325,10 @@ REFUSED = {
     "data-file-empty": (data_file(""), [OF_LEFT, "data.jsonl"]),
     "no-such-file": (calibration("nowhere.jsonl"), [OF_LEFT, "nowhere.jsonl", "no file"]),
     "statistics-of-another-width": (calibration(statistics_of(32)), ["'left'", BODY_WEIGHT, "32", "Calibrate again"]),
+    "statistics-of-another-vocabulary": (
+        calibration(statistics_of(24, counts={"embeddings.word_embeddings.weight": torch.arange(59)})),
+        ["'left'", "59 rows for 'embeddings.word_embeddings.weight', the base has 60", "Calibrate again"],
+    ),
     "statistics-of-another-model": (calibration(statistics_of(16, "h.0.w")), ["'left'", "h.0.w", "Calibrate again"]),
     # Where it goes.
     "output-exists": (
