@@ -307,6 +307,7 @@ def sample_fingerprint(sample: Sample) -> str:
     """Return a short hash of a sample's inputs, the same after `save_samples` and on every machine."""
     digest = hashlib.sha256()
     for name, value in sorted(sample.items()):
+        value = value if value.is_floating_point() else value.long()  # tokens are the same in any integer dtype
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
         digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -80,7 +80,9 @@ class MergeRun(PlannedRun):
     def _dependencies(self, inputs: Inputs) -> dict[str, Any]:
         """Return all that work in progress depends on, under the names that errors use."""
         identities = {name: model_identity(source) for name, source in self.sources.items()}
-        statistics = {t: [asdict(s.provenance), s.keys_of, s.means()] for t, s in inputs.statistics.items() if s}
+        statistics = {
+            t: [asdict(s.provenance), s.keys_of, s.means()] for t, s in inputs.statistics.items() if s is not None
+        }
         return {
             "the base": identities.pop("base"),
             "the experts": identities,

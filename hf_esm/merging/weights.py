@@ -272,7 +272,10 @@ class UnitMerger:
 
     def _counts(self, name: str, device: Optional[torch.device]) -> list[Tensor]:
         """Return how often each expert's samples read each row of an embedding; empty unless all are known."""
-        known = [statistics.token_counts.get(name) if statistics else None for statistics in self.statistics.values()]
+        known = [
+            statistics.token_counts.get(name) if statistics is not None else None
+            for statistics in self.statistics.values()
+        ]
         return [] if any(counts is None for counts in known) else [counts.to(device) for counts in known]
 
     def _report(self, merged: list[Merged], matrices: Mapping[str, list[Tensor]]) -> WeightReport:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_esm import MergeResult, merge_models
+from hf_esm.calibration import collect_statistics
 from support import reference
 from support.problems import relative_error
 
@@ -183,7 +184,8 @@ class Rules:
         layer_exponent: see `reference.layer_scales`.
         uncalibrated: regular expression of linear maps that are treated as other matrices.
         sisters: names of the maps that are merged as one weight.
-        alpha: what every update is multiplied by.
+        alpha: what every update is multiplied by, but for embeddings.
+        counted: whether embeddings are merged by token counts.
     """
 
     esm: Optional[dict[str, Any]] = None
@@ -193,6 +195,7 @@ class Rules:
     uncalibrated: str = "^$"
     sisters: tuple[str, ...] = ()
     alpha: float = 1.0
+    counted: bool = True
 
 
 PUBLISHED = {
@@ -210,13 +213,17 @@ RULES = {
     "mean": Rules(matrix=reference.mean),
     "task-arithmetic": Rules(matrix=reference.task_arithmetic, rest=reference.task_arithmetic, alpha=0.3),
     "esm-roberta": Rules(
-        esm=PUBLISHED, matrix=lambda deltas: reference.tsv_m(deltas, keep_scale=True), layer_exponent=2.0
+        esm=PUBLISHED,
+        matrix=lambda deltas: reference.tsv_m(deltas, keep_scale=True),
+        layer_exponent=2.0,
+        counted=False,
     ),
     "esm-vit": Rules(
         esm=PUBLISHED | {"task_exponent": 2.0, "dimension_exponent": 2.0, "factor": 2.0},
         layer_exponent=2.0,
         uncalibrated=r"\.(o_proj|out_proj)\.weight$",
         sisters=("q_proj", "k_proj", "v_proj"),
+        counted=False,
     ),
 }
 
@@ -249,6 +256,8 @@ def expected_updates(  # noqa: C901 - every rule of every method in one place, a
             rows = token_inputs(expert, architecture.samples(seed), architecture)
             inputs.append({inside(expert, name): x for name, x in rows.items()})
     linear = {f"{name}.weight": m for name, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    embedded = {f"{name}.weight" for name, m in base.named_modules() if rules.counted and isinstance(m, nn.Embedding)}
+    counts = token_counts(experts, architecture) if embedded & weights.keys() else []
     buffers = {name for name, _ in base.named_buffers()}  # averages, or what nobody trains
     transposed = {
         f"{name}.{key}"
@@ -275,6 +284,12 @@ def expected_updates(  # noqa: C901 - every rule of every method in one place, a
         elif name in buffers:
             updates[name] = reference.mean(deltas) / rules.alpha
             continue
+        elif name in embedded:
+            known = [found.get(inside(base, name)) for found in counts]
+            by_counts = all(count is not None for count in known)
+            merged = reference.counted_embedding(deltas, known) if by_counts else reference.mean(deltas)
+            updates[name] = merged / rules.alpha  # α scales no embedding
+            continue
         elif weight.dim() == 2:
             merged = rules.matrix(deltas)
         elif stacked:
@@ -300,6 +315,16 @@ def expected_updates(  # noqa: C901 - every rule of every method in one place, a
         for name, scale in zip(of_type, reference.layer_scales(list(of_type.values()), rules.layer_exponent)):
             updates[name] = updates[name] * scale
     return {name: rules.alpha * update for name, update in updates.items()}
+
+
+def token_counts(experts: list[PreTrainedModel], architecture: Architecture) -> list[dict[str, Tensor]]:
+    """How often each expert's samples read each row of each embedding; `test_token_counts.py` tests the counting."""
+    return [
+        collect_statistics(
+            expert, architecture.samples(seed), batch_size=1, progress=False, counts_only=True
+        ).token_counts
+        for seed, expert in enumerate(experts)
+    ]
 
 
 def save(model: PreTrainedModel, folder: Path) -> str:

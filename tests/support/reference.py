@@ -204,6 +204,15 @@ def dare(deltas: list[Tensor], masks: list[Tensor], density: float = 0.1) -> Ten
     return sum(delta.double() * mask / density for delta, mask in zip(deltas, masks))
 
 
+def counted_embedding(deltas: list[Tensor], counts: list[Tensor]) -> Tensor:
+    """Each row's mean update, weighted by the shares of the counts plus a tenth of the mean share."""
+    merged = torch.zeros_like(deltas[0], dtype=torch.float64)
+    for row in range(len(merged)):
+        shares = [float(count[row]) / max(float(count.sum()), 1.0) + 0.1 / len(count) for count in counts]
+        merged[row] = sum(s * delta[row].double() for s, delta in zip(shares, deltas)) / sum(shares)
+    return merged
+
+
 def regmean(deltas: list[Tensor], inputs: list[Tensor], off_diagonal: float = 0.9, ridge: float = 0.0) -> Tensor:
     """`(Σ Δ_t G_t) (Σ G_t)⁺`, `G_t = XᵀX / tr XᵀX`, off-diagonal entries times a factor, plus `ridge · tr(G_t) / d_in`
     on the diagonal. A task whose inputs are all zero does not count."""
