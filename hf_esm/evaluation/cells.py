@@ -33,7 +33,17 @@ CELL_VERSION = 2  # of the cached files and of what their names depend on
 
 
 # Options of `merge_models` that `compare` does not take: it sets them itself.
-NOT_COMPARED = {"method", "alpha", "rank", "seed", "overwrite", "statistics_dir", "resume_dir", "max_shard_size"}
+NOT_COMPARED = {
+    "method",
+    "alpha",
+    "refine",
+    "rank",
+    "seed",
+    "overwrite",
+    "statistics_dir",
+    "resume_dir",
+    "max_shard_size",
+}
 
 
 @dataclass
@@ -114,14 +124,14 @@ class Inputs:
         """Arguments of `merge_models` for one cell, except the models and the output."""
         shared = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
         tuned = method.tunable and self.validation is not None
-        needs_data = method.needs_statistics or method.needs_samples
+        uses_data = method.needs_statistics or method.needs_samples or method.counts_embeddings
         return {
             **{name: value for name, value in shared.items() if name not in {*NOT_COMPARED, "output_dir"}},
             "method": method,
             "seed": seed,
             "progress": False,
             "alpha": "auto" if tuned else None,
-            "calibration": self.calibration if needs_data else None,
+            "calibration": self.calibration if uses_data else None,
             "validation": self.validation if tuned else None,
             "processor": self.processor,
             "token": self.token,
@@ -227,7 +237,7 @@ class CellStore:
 
     def _merge_and_measure(self, method: MergeMethod, seed: int, arguments: dict[str, Any]) -> Cell:
         inputs = self.inputs
-        if method.needs_statistics:
+        if self.inputs.uses_samples(method) and not method.needs_samples:
             statistics = self._statistics_folder(seed)
             complete = all((statistics / f"{task}.safetensors").is_file() for task in inputs.experts)
             if complete and not method.needs_features:  # features of the merged model come from the samples themselves

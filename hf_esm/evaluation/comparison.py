@@ -42,7 +42,8 @@ def compare(
     metric: MetricSpec = "accuracy",
     heads: str | Iterable[str] = "auto",
     dtype: Optional[str | torch.dtype] = None,
-    num_samples: int = 32,
+    num_samples: int = 64,
+    statistics_samples: Optional[int] = None,
     max_length: Optional[int] = None,
     columns: Optional[Mapping[str, str]] = None,
     batch_size: int = 8,
@@ -63,10 +64,10 @@ def compare(
         output_dir: folder of the report; it may exist.
         methods: names, or settings as in recipes: `["esm", {"name": "esm", "shrinkage": 0.0}]`. `label` in the
             settings names the row of the report.
-        seeds: seeds of the choice of samples. Methods that need samples are merged once for each seed.
+        seeds: seeds of the choice of samples. Methods that use samples are merged once for each seed.
         num_test: number of test rows per task, chosen at random; 0 takes all.
-        metric, heads, dtype, num_samples, max_length, columns, batch_size, max_memory, allow_pickle,
-            trust_remote_code, progress: options of every merge, see `MergeOptions`.
+        metric, heads, dtype, num_samples, statistics_samples, max_length, columns, batch_size, max_memory,
+            allow_pickle, trust_remote_code, progress: options of every merge, see `MergeOptions`.
 
     Returns:
         Comparison with one row per method. Print it for a table, or open `report.md` in `output_dir`.
@@ -89,6 +90,7 @@ def compare(
         heads=heads,
         dtype=dtype,
         num_samples=num_samples,
+        statistics_samples=statistics_samples,
         max_length=max_length,
         columns=columns,
         batch_size=batch_size,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..checkpoints import CARD_FILE, Checkpoint, LiveCheckpoint, LoraCheckpoint, ModelSource
+from ..checkpoints import CARD_FILE, REFINED_FOLDER, Checkpoint, LiveCheckpoint, LoraCheckpoint, ModelSource
 from ..hub import pipeline_of, template
 from ..version import __version__
 from .result import MergeResult
@@ -53,6 +53,7 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
         choice=result.choice,
         agreement=result.agreement,
         refined=bool(result.refined),
+        kept_adapter=(folder / REFINED_FOLDER).is_dir(),
         licences=sorted(set(plan.licences.values()) - {"not stated"}),
         model_class=type(plan.base.skeleton).__name__,
         task_heads=task_heads,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import inf
+from math import inf, isnan
 from typing import Any, Optional
 
 from accelerate import Accelerator
@@ -24,19 +24,13 @@ from .updates import MergedUpdates, WeightReport
 STEP, FINE, LARGEST = 0.3, 0.1, 3.0  # of the search of α
 
 
-def default_methods(model: PreTrainedModel, compared: bool = True) -> list[MergeMethod]:
-    """Return the methods that `method="auto"` chooses from, the best guess first.
+def default_methods(model: PreTrainedModel) -> list[MergeMethod]:
+    """Return the methods that `method="auto"` chooses from, the best guess first; the base tells the kind of model.
 
     Updates of classifiers add up, so that ESM is best; those of language models are large and contradict each other,
     so that a least-squares fit may be better.
-
-    Args:
-        model: the base, which tells the kind of model.
-        compared: whether there is agreement to choose by.
     """
-    if not writes(model):
-        return [EssentialMerge()]
-    return [RegMean(), EssentialMerge()] if compared else [RegMean()]
+    return [RegMean(), EssentialMerge()] if writes(model) else [EssentialMerge()]
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class Candidate:
 
 def climb_alpha(score: Callable[[float], float], start: float) -> tuple[float, dict[float, float]]:
     """Search the α in 0.1, 0.2, …, 3.0 that a smooth score is highest at: uphill from `start` by steps of 0.3, then by
-    steps of 0.1.
+    steps of 0.1. NaN counts as the worst score.
 
     Returns α, and the scores by α.
     """
@@ -69,7 +63,8 @@ def climb_alpha(score: Callable[[float], float], start: float) -> tuple[float, d
         if not FINE <= alpha <= LARGEST:
             return -inf
         if alpha not in scores:
-            scores[alpha] = score(alpha)
+            value = score(alpha)
+            scores[alpha] = -inf if isnan(value) else value
         return scores[alpha]
 
     best = round(min(max(start, FINE), LARGEST), 1)
@@ -114,14 +109,15 @@ class Chosen:
 
     def warnings(self) -> list[str]:
         """Return warnings of tasks, and of all tasks together, on which the base agrees more with the experts."""
-        worse = [task for task, found in self.agreement.items() if found.merged < found.base]
-        total = sum(found.merged - found.base for found in self.agreement.values())
-        if worse and total < 0:
-            return [
-                "The base agrees more with the experts than every merged model does; the best of these is written. "
-                "Use the experts themselves, or route them: `method='esm++'`."
-            ]
-        return [f"'{task}': the merged model agrees less with the expert than the base does." for task in worse]
+        worse = [task for task, found in self.agreement.items() if not found.merged >= found.base]  # NaN, too
+        warnings = [f"'{task}': the merged model agrees less with the expert than the base does." for task in worse]
+        if worse and not sum(found.merged - found.base for found in self.agreement.values()) >= 0:
+            models = "every merged model does; the best of these" if self.rival else "the merged model does, which"
+            warnings.append(
+                f"The base agrees more with the experts than {models} is written. Use the experts themselves, or "
+                "route them: `method='esm++'`."
+            )
+        return warnings
 
 
 def choose(
@@ -137,9 +133,11 @@ def choose(
 
     The main process decides. Every process has a judge, if there are answers.
     """
-    judge = Judge(plan, inputs.answers, accelerator, options.batch_size) if inputs.answers else None
+    judge: Optional[Judge] = None
     found: Optional[_Found] = None
     with together(accelerator):
+        if inputs.answers:
+            judge = Judge(plan, inputs.answers, accelerator, options.batch_size)
         if accelerator.is_main_process:
             if options.alpha == "auto" and (inputs.labelled or score_fn is not None):
                 found = _by_labels(

@@ -80,6 +80,8 @@ def gather_statistics(
 ) -> Gathered:
     """Return the statistics that exist, and the encoded samples: of tasks without statistics, and for agreement.
 
+    If a task has no samples for agreement, no samples are set apart.
+
     Raises:
         HfEsmError: if a task lacks what the merge needs, or if its statistics do not fit the plan.
     """
@@ -90,7 +92,7 @@ def gather_statistics(
         calibration = data.calibration_of(task)
         if not required and not needs.agreement and (calibration is None or not counted):
             continue
-        statistics, rows = _statistics_and_samples(calibration)
+        statistics, rows = statistics_and_samples(calibration)
         if needs.samples:
             _check_samples(plan, task, rows)
         existing = _existing_statistics(plan, sources[task], task, statistics, rows, options, needs)
@@ -111,8 +113,8 @@ def gather_statistics(
             gathered.agreement_samples[task] = apart
     if needs.features:
         _check_features(gathered.statistics)
-    if gathered.agreement_samples.keys() != plan.experts.keys():
-        gathered.agreement_samples.clear()
+    if needs.agreement and gathered.agreement_samples.keys() != plan.experts.keys():
+        return gather_statistics(plan, sources, data, processors, options, replace(needs, agreement=""))
     return gathered
 
 
@@ -130,18 +132,20 @@ def _set_apart(
 
     A least-squares merge fits the samples of its statistics: on those it agrees more than it does elsewhere.
     """
-    if statistics is not None:
-        seen = set(statistics.provenance.samples)
-        return samples, [sample for sample in samples if sample_fingerprint(sample) not in seen]
-    count = options.statistics_samples
-    if count is None:
-        count = min(STATISTICS_SAMPLES, (len(samples) + 1) // 2 if how == "halves" else len(samples))
-    count = count or len(samples)
-    drawn = sorted(samples, key=lambda sample: fingerprint([options.seed, sample_fingerprint(sample)]))
-    return drawn[:count], drawn[count:]
+    learned, apart = samples, samples
+    if statistics is None:
+        count = options.statistics_samples
+        if count is None:
+            count = min(STATISTICS_SAMPLES, (len(samples) + 1) // 2 if how == "halves" else len(samples))
+        count = count or len(samples)
+        drawn = sorted(samples, key=lambda sample: fingerprint([options.seed, sample_fingerprint(sample)]))
+        learned, apart = drawn[:count], drawn[count:]
+    known = map(sample_fingerprint, learned) if statistics is None else statistics.provenance.samples
+    seen = set(known)
+    return learned, [sample for sample in apart if sample_fingerprint(sample) not in seen]
 
 
-def _statistics_and_samples(calibration: Any) -> tuple[Any, Any]:
+def statistics_and_samples(calibration: Any) -> tuple[Any, Any]:
     """Return the statistics and the samples that a caller passes for one task; None for what is not passed."""
     if isinstance(calibration, Mapping) and calibration and calibration.keys() <= {"statistics", "samples"}:
         return calibration.get("statistics"), calibration.get("samples")
@@ -177,14 +181,14 @@ def _existing_statistics(
         return statistics
     if statistics is not None:
         return ActivationStatistics.load(Path(statistics).expanduser())
-    stored = source.folder / STATISTICS_FILE if source.folder else None
+    stored = source.folder / STATISTICS_FILE if source.folder and needs.statistics else None
     if stored is not None and stored.is_file():
         existing = ActivationStatistics.load(stored)
         if rows is None or (
             needs.agreement and existing.provenance.samples and (existing.pooled or not needs.features)
         ):
             return existing
-    elif rows is None and (needs.statistics or needs.samples):
+    elif rows is None and needs.statistics:
         raise HfEsmError(
             f"{plan.experts[task].title} has no `calibration`, and its folder has no {STATISTICS_FILE}. Pass about "
             f"{options.num_samples or STATISTICS_SAMPLES} unlabelled inputs of the task, or choose a method that "

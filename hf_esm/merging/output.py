@@ -28,7 +28,7 @@ from ..checkpoints import (
     to_stored,
     write_plan,
 )
-from ..data import save_samples
+from ..data import Sample, save_samples
 from ..errors import HfEsmError
 from ..methods import describe_method
 from ..planning import (
@@ -43,7 +43,7 @@ from ..planning import (
 from ..utils import bytes_of
 from ..version import __version__
 from .card import write_card
-from .expert_statistics import Inputs
+from .expert_statistics import Inputs, statistics_and_samples
 from .result import MergeResult
 
 
@@ -197,46 +197,62 @@ def record_calibration(
     """Return by task where the recipe finds the calibration again.
 
     That is where the caller's data are, or the statistics that `options.statistics_dir` keeps. Data in memory, data in
-    a folder that is about to be replaced, and samples that were split are saved next to the recipe.
+    a folder that is about to be replaced, and samples that were split are saved next to the recipe. Statistics beside
+    an expert's weights are found there.
 
     Args:
         refined: whether the recipe needs the samples for agreement again.
     """
     recorded: dict[str, Any] = {}
     for task in plan.experts:
-        calibration = data.calibration_of(task)
-        saved = f"{CALIBRATION_FOLDER}/{task}.safetensors"
-        samples, apart = inputs.samples.get(task), inputs.agreement_samples.get(task, [])
-        if isinstance(calibration, Mapping) and calibration and calibration.keys() <= {"statistics", "samples"}:
-            calibration = calibration.get("statistics")
-        if samples and options.statistics_dir:
-            kept = Path(options.statistics_dir).expanduser() / f"{task}.safetensors"
-            recorded[task] = str(kept.absolute())
-        elif isinstance(calibration, (str, os.PathLike)) and _will_be_replaced(calibration, options):
-            (folder / CALIBRATION_FOLDER).mkdir(exist_ok=True)
-            shutil.copy(Path(calibration).expanduser(), folder / saved)
-            recorded[task] = saved
-        elif samples and (apart or not _is_found_again(calibration)):
-            save_samples(samples + (apart if refined else []), folder / saved)
-            recorded[task] = saved
-            continue
-        elif isinstance(calibration, (str, os.PathLike)):
-            recorded[task] = str(Path(calibration).expanduser().absolute())
-        elif _is_found_again(calibration):
-            recorded[task] = absolute_path(calibration, Path())
-        elif isinstance(calibration, ActivationStatistics):
-            calibration.save(folder / saved, compact=False)
-            recorded[task] = saved
-        if refined and apart and task in recorded:
-            apart_file = f"{CALIBRATION_FOLDER}/{task}-agreement.safetensors"
+        statistics, rows = statistics_and_samples(data.calibration_of(task))
+        samples, apart = inputs.samples.get(task), inputs.agreement_samples.get(task, []) if refined else []
+        apart_file = f"{CALIBRATION_FOLDER}/{task}-agreement.safetensors"
+        if not samples:
+            entry = _recorded_statistics(statistics, folder, task, options)
+        elif options.statistics_dir and inputs.statistics[task]:  # token counts alone are not kept
+            entry = str((Path(options.statistics_dir).expanduser() / f"{task}.safetensors").absolute())
+        else:
+            entry = _recorded_samples(rows, samples + apart, folder, task, options, inputs.agreement_samples)
+            apart = []
+        if apart:
             save_samples(apart, folder / apart_file)
-            recorded[task] = {"statistics": recorded[task], "samples": apart_file}
+            entry = {"samples": apart_file} | ({"statistics": entry} if entry else {})
+        if entry:
+            recorded[task] = entry
     return recorded
 
 
-def _is_found_again(calibration: Any) -> bool:
-    """Whether a recipe can name the caller's samples: a file, or arguments of `datasets.load_dataset`."""
-    return isinstance(calibration, (str, os.PathLike)) or (isinstance(calibration, Mapping) and "path" in calibration)
+def _recorded_statistics(statistics: Any, folder: Path, task: str, options: MergeOptions) -> Optional[str]:
+    """Return where a recipe finds statistics that the caller passed, if any."""
+    saved = f"{CALIBRATION_FOLDER}/{task}.safetensors"
+    if isinstance(statistics, ActivationStatistics):
+        statistics.save(folder / saved, compact=False)
+        return saved
+    return None if statistics is None else _recorded_file(statistics, folder, saved, options)
+
+
+def _recorded_samples(
+    rows: Any, samples: list[Sample], folder: Path, task: str, options: MergeOptions, split: Mapping[str, Any]
+) -> Any:
+    """Return where a recipe finds samples: where the caller has all of them, or in a file that is written here."""
+    saved = f"{CALIBRATION_FOLDER}/{task}.safetensors"
+    if not split and isinstance(rows, (str, os.PathLike)):
+        return _recorded_file(rows, folder, saved, options)
+    if not split and isinstance(rows, Mapping) and "path" in rows:  # arguments of `datasets.load_dataset`
+        return absolute_path(rows, Path())
+    save_samples(samples, folder / saved)
+    return saved
+
+
+def _recorded_file(path: str | os.PathLike, folder: Path, saved: str, options: MergeOptions) -> str:
+    """Return the path of a file of the caller, or of its copy if it is about to be replaced."""
+    path = Path(path).expanduser()
+    if not _will_be_replaced(path, options):
+        return str(path.absolute())
+    (folder / CALIBRATION_FOLDER).mkdir(exist_ok=True)
+    shutil.copy(path, folder / saved)
+    return saved
 
 
 def _will_be_replaced(path: str | os.PathLike, options: MergeOptions) -> bool:

@@ -15,7 +15,7 @@ from ..checkpoints import (
     resolve_source,
 )
 from ..errors import HfEsmError
-from ..methods import MergeMethod
+from ..methods import MergeMethod, resolve_method
 from ..planning import (
     MergeData,
     MergeOptions,
@@ -31,9 +31,7 @@ from ..planning import (
 from ..tuners.routed import check_separable
 from ..utils import bytes_of, main_first, readable
 from .choice import default_methods
-from .expert_statistics import (
-    Needs,
-)
+from .expert_statistics import Needs
 from .session import Session
 
 
@@ -45,12 +43,15 @@ class PlannedRun(Session):
         data: the caller's data.
         sources: the models by task, the base as `"base"`; known after `open_models`.
         plan: result of the checks; known after `open_models`.
+        automatic: whether the method, or that of the static model, is chosen for the kind of model; known after
+            `open_models`.
         static_methods: the methods that the static model is merged by, to choose the best; known after `open_models`.
         refining: settings of refining, or None; known after `open_models`.
     """
 
     sources: dict[str, ModelSource]
     plan: MergePlan
+    automatic: bool
     static_methods: list[MergeMethod]
     refining: Optional[RefineSettings]
 
@@ -80,12 +81,20 @@ class PlannedRun(Session):
             read = partial(self._read_headers, base, experts, access, headers_only)
             self.sources, self.plan = main_first(self.accelerator, read)
         base = self.plan.base.skeleton
-        automatic = self.named is None or (self.method.static_method == "auto" and writes(base))
-        self.static_methods = default_methods(base) if automatic else [self.method]
-        chosen = (automatic and writes(base)) if self.options.refine is None else self.options.refine
+        static = self.method.static_method
+        self.automatic = self.named is None or (static == "auto" and writes(base))
+        self.static_methods = default_methods(base) if self.automatic else [self.method]
+        if not self.automatic and static not in ("auto", "own"):
+            self.static_methods = [resolve_method(static)]
+        chosen = (self.automatic and writes(base)) if self.options.refine is None else self.options.refine
         self.refining = resolve_refine(chosen)
         if self.refining and self.method.routes and not self.method.needs_statistics:
             raise HfEsmError(f"{self.method.name} merges nothing that could be refined. Leave `refine` out.")
+        if self.refining and self.refining.keep_adapter and self.method.routes:
+            raise HfEsmError(
+                f"refine: {self.method.name} writes an adapter of its experts, over weights that gates are folded "
+                "into. Leave `keep_adapter` out."
+            )
         if self.refining:
             self.plan.refining_bytes = refining_bytes(self.plan, self.refining)
         self.plan.passes = self._passes()
@@ -147,7 +156,7 @@ class PlannedRun(Session):
         warnings = [f"`{name}` is only used with `alpha='auto'`." for name in unused if options.alpha != "auto"]
         if options.max_memory and plan.output_bytes > bytes_of(options.max_memory, "max_memory"):
             causes = {"`alpha='auto'`": options.alpha == "auto", plan.method.name: plan.method.routes}
-            causes["`refine`"] = self.refining is not None
+            causes |= {"`refine`": self.refining is not None, "`method='auto'`": len(self.static_methods) > 1}
             size = readable(plan.output_bytes)
             warnings += [
                 f"{cause}: holds the whole merged model in memory, {size} or more."

@@ -9,6 +9,7 @@ from typing import Optional
 import torch
 from accelerate import Accelerator
 
+from ..data import Sample
 from ..metrics import ExpertAnswers
 from ..planning import MergeOptions, MergePlan, RefineSettings
 from ..utils import bytes_of, gather, together
@@ -32,8 +33,9 @@ def refine_chosen(
 ) -> Chosen:
     """Return the choice with refined weights, if there are settings of refining, and with its agreement.
 
-    Gates learn on three quarters of the samples that agreement is measured on, and stop by the last quarter. The
-    agreement of a refined model is that on the last quarter. If the mean of the updates agrees more, it is taken.
+    Gates learn on three quarters of the samples that agreement is measured on, two or more of every task, and stop by
+    the last quarter. The agreement of a refined model is that on the last quarter. If the mean of the updates agrees
+    more, it is taken.
 
     Args:
         folder: for factors, and for the state of work that can be resumed.
@@ -42,7 +44,7 @@ def refine_chosen(
     if judge is None:
         return chosen
     held_back: Optional[dict[str, range]] = None
-    if settings is not None and all(len(answers.samples) > 1 for answers in inputs.answers.values()):
+    if settings is not None:
         held_back = {task: _held_back(answers) for task, answers in inputs.answers.items()}
         weights, trained = _refined(
             plan,
@@ -66,8 +68,15 @@ def refine_chosen(
         rival = chosen.rival
         alpha = rival.method.default_alpha
         weight = partial(rival.updates.weight, alpha=alpha)
-        chosen = replace(chosen, candidate=rival, alpha=alpha, weight=weight, scores={}, refined={}, adapter=None)
+        note = f"{chosen.note}; refined, it agrees less than {rival.method.name}, which is written".lstrip("; ")
+        chosen = replace(chosen, candidate=rival, alpha=alpha, weight=weight, scores={}, note=note)
+        chosen = replace(chosen, refined={}, adapter=None)
     return replace(chosen, agreement=agreement, judge=None)
+
+
+def too_few_to_refine(samples: Mapping[str, list[Sample]]) -> str:
+    """Return the first task without two samples, one to learn from and one to stop by; empty if all have them."""
+    return next((task for task, rows in samples.items() if len(rows) < 2), "")
 
 
 def _held_back(answers: ExpertAnswers) -> range:
@@ -108,6 +117,10 @@ def _refined(
     )
     factors |= _embedding_factors(plan, chosen)
     judge.models.set_weights(chosen.weight)
+    state = None
+    if options.resume_dir:  # gates of another merged model are of no use
+        state = folder / f"refining {chosen.candidate.method.name} {chosen.alpha:g}"
+        state.mkdir(exist_ok=True)
     trained = refine(
         judge.models.by_task,
         factors,
@@ -117,7 +130,7 @@ def _refined(
         settings,
         accelerator,
         seed=options.seed,
-        folder=folder if options.resume_dir else None,
+        folder=state,
         progress=progress,
     )
     return RefinedWeights(plan, chosen.weight, factors, trained.gates, not settings.keep_adapter), trained
@@ -139,7 +152,8 @@ def _measured(
 ) -> tuple[dict[str, TaskAgreement], bool]:
     """Return the agreement of the written model by task, and whether that is the mean because it agrees more."""
     base = judge.base if held_back is None else judge.measure(judge.models.plan.base.tensor, held_back)
-    found = judge.measure(chosen.weight, held_back)
+    weight = chosen.weight if chosen.adapter is None else replace(chosen.adapter, folded=True).weight
+    found = judge.measure(weight, held_back)
     if chosen.rival is not None and held_back is not None:
         by_mean = partial(chosen.rival.updates.weight, alpha=chosen.rival.method.default_alpha)
         rival = judge.measure(by_mean, held_back)

@@ -1,6 +1,7 @@
 """The steps of one merge."""
 
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,6 +14,8 @@ from ..checkpoints import (
     find_processors,
     model_identity,
 )
+from ..data import Sample
+from ..errors import HfEsmError
 from ..hub import write_hashes
 from ..methods import Mean, MergeMethod, describe_method
 from ..planning import (
@@ -37,7 +40,7 @@ from .judging import ask_experts
 from .learning import learn_mask
 from .output import write_files, write_model
 from .planned import PlannedRun
-from .refined import refine_chosen
+from .refined import refine_chosen, too_few_to_refine
 from .result import MergeResult
 from .routed_experts import write_experts
 from .updates import MergedUpdates
@@ -60,6 +63,8 @@ class MergeRun(PlannedRun):
         check_memory(plan, options.max_memory)
         processors = find_processors(self.sources, data.processor, options.trust_remote_code)
         gathered = gather_statistics(plan, self.sources, data, processors, options, self.needs())
+        if options.refine:
+            _check_refinable(plan, gathered.agreement_samples)
         if self.output is not None:
             to_calibrate = gathered.samples if self.needs().statistics else {}
             factors = sum(factor_bytes(plan.experts[task], rows, shared=True) for task, rows in to_calibrate.items())
@@ -103,8 +108,6 @@ class MergeRun(PlannedRun):
 
     # The merge.
 
-    # The merge.
-
     def calibrate(self, inputs: Inputs) -> Inputs:
         """Collect the statistics of the experts that have samples, or token counts alone if no method needs more."""
         plan, options, needs = self.plan, self.options, self.needs()
@@ -116,7 +119,7 @@ class MergeRun(PlannedRun):
                 collected = calibrate_experts(
                     plan, inputs.samples, options, self.accelerator, self.scratch, progress, needs.features
                 )
-            elif embeddings and inputs.samples.keys() == plan.experts.keys():
+            elif embeddings and all(t in inputs.samples or s is not None for t, s in inputs.statistics.items()):
                 collected = count_tokens(plan, inputs.samples, options, self.accelerator, self.scratch)
         inputs = replace(inputs, statistics={**inputs.statistics, **collected})
         if needs.statistics:
@@ -128,6 +131,9 @@ class MergeRun(PlannedRun):
         if not inputs.agreement_samples:
             self._do_without_agreement()
             return inputs
+        if self.refining and (few := too_few_to_refine(inputs.agreement_samples)):
+            self.warn(f"'{few}' has one sample beside those of the statistics, so that nothing is refined.")
+            self.refining = None
         with self.stage("asking experts", joined=False):
             answers = ask_experts(
                 self.plan,
@@ -203,8 +209,9 @@ class MergeRun(PlannedRun):
 
     def refine(self, inputs: Inputs, chosen: Chosen) -> Chosen:
         """Train gates on the experts' essential directions, if asked, and measure agreement with the experts."""
-        stage = "refining" if self.refining else "measuring agreement"
-        with self.stage(stage, joined=False):
+        if chosen.judge is None:
+            return chosen
+        with self.stage("refining" if self.refining else "measuring agreement", joined=False):
             chosen = refine_chosen(
                 self.plan,
                 chosen,
@@ -220,8 +227,10 @@ class MergeRun(PlannedRun):
 
     def result_of(self, chosen: Chosen) -> MergeResult:
         """Return the result as far as it is known."""
-        if not self.method.routes:
-            self.plan = replace(self.plan, method=chosen.candidate.method)
+        method = chosen.candidate.method
+        if self.method.routes:
+            method = self.method.with_static_method(method.name) if self.automatic else self.method
+        self.plan = replace(self.plan, method=method)
         reports = chosen.candidate.reports
         return MergeResult(
             output_dir=self.folder,
@@ -253,7 +262,8 @@ class MergeRun(PlannedRun):
             if accelerator.is_main_process:
                 if chosen.adapter is not None:
                     chosen.adapter.save_adapter(self.folder / REFINED_FOLDER)
-                write_files(result, self.sources, inputs, self.data, self.options, self.refining)
+                refining = self.refining if chosen.refined else None
+                write_files(result, self.sources, inputs, self.data, self.options, refining)
 
     def add_experts(self, inputs: Inputs, chosen: Chosen) -> None:
         """Write the experts and the router, if the method routes."""
@@ -287,3 +297,13 @@ class MergeRun(PlannedRun):
             result._temporary = self.cleanup.pop_all()
         else:
             result.output_dir = self.output
+
+
+def _check_refinable(plan: MergePlan, samples: Mapping[str, list[Sample]]) -> None:
+    """Raise an error if the samples beside those of the statistics are too few to refine on."""
+    task = too_few_to_refine({task: samples.get(task, []) for task in plan.experts})
+    if task:
+        raise HfEsmError(
+            f"{plan.experts[task].title}: `refine` needs two samples or more that no statistics were made from. Pass "
+            "more samples as its `calibration`, or leave `refine` out."
+        )

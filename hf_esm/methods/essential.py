@@ -201,8 +201,8 @@ class RoutedMerge(EssentialMerge):
         default="auto",
         metadata={
             "help": "what the static model is merged by: own, ESM with the settings above; auto, on models that write "
-            "what method=auto chooses there, otherwise own",
-            "choices": ("auto", "own"),
+            "what method=auto chooses there, otherwise own; or one of the methods that it chooses from",
+            "choices": ("auto", "own", "esm", "regmean", "mean"),
         },
     )
     router: str = field(

@@ -143,8 +143,8 @@ class MergeMethod:
         stacks_shared_inputs: whether linear maps that read one tensor (q, k and v) are merged as one weight.
         router: the router (see `RoutedExpertsConfig`), if the method routes: an expert per task is written into the
             folder of the merged model. Empty by default. The attributes below are read only if it is set.
-        static_method: what the static model beside routed experts is merged by: `"own"`, this method's `merge`, or
-            `"auto"`, what `method="auto"` takes for the kind of model.
+        static_method: what the static model beside routed experts is merged by: `"own"`, this method's `merge`, the
+            name of another method, or `"auto"`, what `method="auto"` chooses if the model writes.
         directions: what the experts approximate: `"residual"`, the part of each update that the merged model lacks, or
             `"update"`, the update itself.
         needs_merged_features: whether the router is made from features of the merged model, not from the base's.
@@ -216,6 +216,11 @@ class MergeMethod:
                 f"Method {self.name!r} has no experts, so no rank. Leave it out, or use 'esm++' or 'tsv-c'."
             )
         return replace(self, rank=rank)
+
+    def with_static_method(self, name: str) -> "MergeMethod":
+        """Return a copy whose static model is merged by the method of this name, if that is a setting."""
+        known = "static_method" in {setting.name for setting in fields(self)}
+        return replace(self, static_method=name) if known else self
 
     def expert_rank(self, shape: torch.Size, tasks: int) -> int:
         """Return the rank of one expert of a map `[d_out, d_in]`; called only if the method routes."""

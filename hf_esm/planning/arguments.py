@@ -180,6 +180,9 @@ def _check_output(options: MergeOptions, data: MergeData) -> None:
         passed = getattr(data, name)
         by_task = passed if isinstance(passed, Mapping) else {"all": passed}
         places |= {f"{name} of '{task}'": rows for task, rows in by_task.items()}
+    for name, place in list(places.items()):
+        if isinstance(place, Mapping):
+            places |= {f"{key} of {name}": place[key] for key in ("statistics", "samples") if key in place}
     for name, place in places.items():
         path = place.get("path") if isinstance(place, Mapping) else place
         inside = Path(path).expanduser().resolve() if isinstance(path, (str, os.PathLike)) else None

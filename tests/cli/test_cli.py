@@ -336,7 +336,10 @@ REFUSED = {
         "esm: gamma must be a finite number, not 'high'",
     ),
     "alpha": ("inspect {}/recipe.yaml --alpha best", "--alpha must be a finite number or 'auto', not 'best'"),
-    "alpha without rows": ("inspect {}/recipe.yaml --alpha auto", "--alpha auto needs labelled rows"),
+    "alpha without samples": (
+        "inspect --base {}/base --expert a={}/a --expert b={}/b --method tsv-m --alpha auto",
+        "--alpha auto needs unlabelled samples",
+    ),
     "batch size": ("inspect {}/recipe.yaml --batch-size 0", "--batch-size must be a whole number, at least 1, not 0"),
     "heads": ("inspect {}/recipe.yaml --heads nothing", "no expert has a module named 'nothing'"),
     "experts as a list": ("inspect {}/list.yaml --expert c={}/c", "--expert: the recipe gives experts as ["),
@@ -439,7 +442,8 @@ def test_help_names_every_option_and_says_what_it_is(capsys, command, options):
         assert field.metadata["help"].replace(" ", "") in flat
         if isinstance(field.default, bool):
             assert f"--no-{field.name.replace('_', '-')}" in said
-    assert f"0takesall(default:{0 if command == 'evaluate' else 32})" in flat
+    default = {"evaluate": 0, "calibrate": 32}.get(command, 64)
+    assert f"0takesall(default:{default})" in flat
 
 
 def test_help_names_every_command_method_and_setting(capsys):

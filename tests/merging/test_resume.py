@@ -108,7 +108,7 @@ merge_models(**given(models), output_dir=folder / "out", resume_dir=str(folder /
 
 CHANGES = {
     "the method or its settings": {"method": {"name": "esm", "gamma": 0.1}},
-    "the samples or statistics and the method or its settings": {"method": "tsv-m"},
+    "the samples or statistics and the method or its settings": {"method": "tsv-m", "calibration": None},
     "the samples or statistics": {"calibration": {task: task_texts(task, 1, 8) for task in "abc"}},
     "`batch_size`": {"batch_size": 3},
     "the experts and the samples or statistics": {
