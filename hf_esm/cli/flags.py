@@ -72,8 +72,8 @@ def _converter(types_: Collection[Any]) -> Callable[[str], Any]:
 def options_of(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
     """The values of the flags that were used, by the fields of the dataclass."""
     used = {f.name: getattr(arguments, f.name) for f in fields(options) if hasattr(arguments, f.name)}
-    if "columns" in used:
-        used["columns"] = pairs(used["columns"], "--columns")
+    for name in {"columns", "weights"} & used.keys():
+        used[name] = pairs(used[name], _flag(name))
     if "heads" in used and len(used["heads"]) == 1 and used["heads"][0] in ("auto", "merge", "keep"):
         used["heads"] = used["heads"][0]
     return used

@@ -41,7 +41,7 @@ def merge_request(arguments: argparse.Namespace, for_comparison: bool = False) -
                 raise HfEsmError(f"--{flag}: the recipe gives {name} as {before!r}; name them there one by one.")
             request[name] = {**before, **named}
     if "base" not in request or "experts" not in request:
-        raise HfEsmError("Name a recipe, or --base and at least two --expert TASK=MODEL.")
+        raise HfEsmError("Name a recipe, or --base and --expert TASK=MODEL for each expert.")
     request |= options_of(arguments, MergeOptions)
     if arguments.set:
         method = request.get("method", "esm")

@@ -15,7 +15,7 @@ from ..errors import HfEsmError
 from ..merging import merge_models
 from ..methods import MergeMethod, resolve_method
 from ..metrics import MetricSpec, resolve_metric
-from ..planning import MergeOptions, name_experts
+from ..planning import MergeOptions, name_experts, task_weights
 from ..utils import check_known
 from .cells import Cell, CellStore, Inputs
 from .evaluator import check_by_task
@@ -39,6 +39,7 @@ def compare(
     num_test: int = 0,
     processor: Any = None,
     token: Optional[str | bool] = None,
+    weights: Optional[Mapping[str, float]] = None,
     metric: MetricSpec = "accuracy",
     heads: str | Iterable[str] = "auto",
     dtype: Optional[str | torch.dtype] = None,
@@ -66,7 +67,7 @@ def compare(
             settings names the row of the report.
         seeds: seeds of the choice of samples. Methods that use samples are merged once for each seed.
         num_test: number of test rows per task, chosen at random; 0 takes all.
-        metric, heads, dtype, num_samples, statistics_samples, max_length, columns, batch_size, max_memory,
+        weights, metric, heads, dtype, num_samples, statistics_samples, max_length, columns, batch_size, max_memory,
             allow_pickle, trust_remote_code, progress: options of every merge, see `MergeOptions`.
 
     Returns:
@@ -85,7 +86,9 @@ def compare(
         >>> [row.label for row in comparison.rows]
         ['mean', 'tsv-m']
     """
+    experts, weights = task_weights(name_experts(experts), weights)
     options = MergeOptions(
+        weights=weights,
         metric=metric,
         heads=heads,
         dtype=dtype,
@@ -103,7 +106,7 @@ def compare(
     seeds = (seeds,) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
     inputs = Inputs(
         base=base,
-        experts=name_experts(experts),
+        experts=experts,
         test=test,
         calibration=calibration,
         validation=validation,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..architecture import to_matrices
 from ..data import Sample, collate
 from ..errors import HfEsmError
-from ..methods import LearnedMask, final_mask, relaxed_mask
+from ..methods import LearnedMask, Stack, buffer_stack, final_mask, mean_update, relaxed_mask
 from ..planning import MergePlan
 from .alpha import CandidateModels
 from .saved_state import SavedState
@@ -108,9 +108,13 @@ class _Learner:
         """Set the buffers of the shared body, which have no gradient, to the experts' average."""
         for name, buffer in body.items():
             if not isinstance(buffer, torch.nn.Parameter):
-                weight = self.plan.base.tensor(name)
-                updates = [expert.update(name, weight) for expert in self.plan.experts.values()]
-                buffer.copy_(weight + torch.stack(updates).mean(0))
+                merged = mean_update(buffer_stack(self._stack(name)), scaled=False)
+                buffer.copy_(self.plan.base.tensor(name) + merged.update)
+
+    def _stack(self, name: str) -> Stack:
+        weight = self.plan.base.tensor(name)
+        updates = [expert.update(name, weight) for expert in self.plan.experts.values()]
+        return Stack(name, name, updates, weights=list(self.plan.weights))
 
     def _require_gradients(self) -> None:
         """Of the shared parameters that are learned on, and of nothing else."""
@@ -122,7 +126,7 @@ class _Learner:
     def _read(self, name: str) -> None:
         """Read the base's weight and the updates of one parameter."""
         device, weight = self.accelerator.device, self.plan.base.tensor(name)
-        updates = torch.stack([expert.update(name, weight) for expert in self.plan.experts.values()])
+        updates = torch.stack(self._stack(name).weighted)
         if not self.method.adapts:
             updates = updates.sum(0)[None]
         self.base[name] = weight.float().to(device)

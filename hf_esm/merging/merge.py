@@ -11,7 +11,15 @@ from ..checkpoints import Access, ModelSpec
 from ..data import DataSpec
 from ..methods import EssentialMerge, MergeMethod, resolve_method
 from ..metrics import Metric
-from ..planning import MergeData, MergeOptions, MergePlan, RefineSettings, check_arguments, name_experts
+from ..planning import (
+    MergeData,
+    MergeOptions,
+    MergePlan,
+    RefineSettings,
+    check_arguments,
+    name_experts,
+    task_weights,
+)
 from ..utils import default_accelerator, from_arguments
 from .result import MergeResult
 from .run import MergeRun
@@ -25,6 +33,7 @@ def merge_models(
     calibration: Optional[Mapping[str, Any] | str | os.PathLike] = None,
     alpha: Optional[float | str] = None,
     refine: Optional[bool | Mapping[str, Any] | RefineSettings] = None,
+    weights: Optional[Mapping[str, float]] = None,
     validation: Optional[Mapping[str, DataSpec]] = None,
     metric: str | os.PathLike | Metric | Callable[..., float] = "accuracy",
     score_fn: Optional[Callable[[Any], float] | Mapping[str, Callable[[Any], float]]] = None,
@@ -57,7 +66,7 @@ def merge_models(
     Args:
         base: checkpoint that the experts were tuned from: a Hub id (`"me/model"`, `"me/model@revision"`), a folder,
             `{"path": …, "revision": …}`, or a live `PreTrainedModel`.
-        experts: at least two models by task name, each given like the base, or as the folder or id of a PEFT LoRA
+        experts: models by task name, each given like the base, or as the folder or id of a PEFT LoRA
             adapter. Or a list of folders and ids, whose last part names the task.
         method: name of a method, `{"name": …, setting: value}`, an instance of its class, or `"auto"`: ESM; for models
             that write (language models), ESM or RegMean, whichever agrees more with the experts on samples that the
@@ -74,6 +83,8 @@ def merge_models(
         refine: train gates on the experts' essential directions after the merge until the model answers as the experts
             do on unlabelled samples: True, or settings (see `RefineSettings`). By default, only `method="auto"`
             refines, and only models that write.
+        weights: weights of tasks in the merge by name; 1 for a task that is not named, negative to negate what its
+            expert learned. A weight can also be in an expert's mapping, as `{"path": …, "weight": 0.5}`.
         validation: by task name, labelled rows (column `label`), for `alpha="auto"`.
         metric: what validation rows are scored by; see `hf_esm.metrics.resolve_metric`.
         score_fn: used by `alpha="auto"` instead of `validation`. A function is called with the merged model; functions
@@ -129,7 +140,7 @@ def merge_models(
     merge_method = None if options.method == "auto" else resolve_method(options.method)
     if rank is not None:
         merge_method = (merge_method or EssentialMerge()).with_rank(rank)
-    experts = name_experts(experts)
+    experts, options.weights = task_weights(name_experts(experts), options.weights)
     data = MergeData(calibration, validation, score_fn, processor)
     check_arguments(options, merge_method, experts, data)
     run = MergeRun(options, merge_method, data, accelerator or default_accelerator(), callback)

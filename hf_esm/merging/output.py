@@ -138,6 +138,7 @@ def _write_configs(folder: Path, plan: MergePlan, source: ModelSource, options: 
 
 # Options that a recipe repeats. The others say where and how to merge, not what the merged model is.
 _RECORDED = (
+    "weights",
     "heads",
     "num_samples",
     "statistics_samples",

@@ -129,7 +129,7 @@ class PlannedRun(Session):
             for checkpoint in (opened, *checkpoints.values()):
                 check_separable(checkpoint.skeleton)
         dtype = torch_dtype(self.options.dtype)
-        plan = plan_merge(opened, checkpoints, method, self.options.heads, dtype, sources)
+        plan = plan_merge(opened, checkpoints, method, self.options.heads, dtype, sources, self.options.weights)
         if method.routes and not any(is_routable(n, opened.linear.get(n)) for n in plan.heads.shared):
             raise HfEsmError(f"{opened.title} has no linear maps to route experts on. Merge it by another method.")
         return sources, plan

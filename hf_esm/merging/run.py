@@ -94,6 +94,7 @@ class MergeRun(PlannedRun):
             "the samples or statistics": [statistics, inputs.samples, inputs.agreement_samples],
             "the method or its settings": describe_method(self.named) if self.named else "auto",
             "`refine`": self.refining and asdict(self.refining),
+            "`weights`": self.options.weights,
             "`heads`": self.options.heads,
             "`batch_size`": self.options.batch_size,
             "`seed`": self.options.seed,

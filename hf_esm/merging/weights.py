@@ -27,7 +27,7 @@ from ..calibration import ActivationStatistics
 from ..checkpoints import ShardedWriter
 from ..errors import HfEsmError
 from ..linalg import norm
-from ..methods import Merged, MergeMethod, Stack, WholeUpdates, mean_update, merge_embedding
+from ..methods import Merged, MergeMethod, Stack, WholeUpdates, buffer_stack, mean_update, merge_embedding
 from ..planning import MergePlan, merge_bytes
 from ..utils import algebra_device, fast_products, roomy
 from .jobs import Job, run_jobs
@@ -240,7 +240,7 @@ class UnitMerger:
         """Merge one matrix or other parameter by the rule of its kind."""
         if name not in self.plan.base.trained:
             # Running means and variances are averages: beyond those of the experts, a variance may be negative.
-            return mean_update(stack, scaled=False)
+            return mean_update(buffer_stack(stack), scaled=False)
         method = self.plan.method
         return merge_embedding(stack) if stack.is_embedding and method.counts_embeddings else method.merge(stack)
 
@@ -266,6 +266,7 @@ class UnitMerger:
                 ],
                 counts=self._counts(unit[0], device),
                 thresholds=list(self.thresholds),
+                weights=list(self.plan.weights),
                 depth=depth_of(base.names[unit[0]], self.depths),
                 read_base=lambda part=part: read_base()[part],
             )

@@ -13,7 +13,7 @@ from .registry import METHODS, describe_method, register_method, resolve_method
 from .regression import RegMean
 from .singular_vectors import TSVC, TSVM
 from .sparse import DARE, TIES, magnitude_threshold
-from .stack import InputStatistics, Merged, MergeMethod, Stack, WholeUpdates, mean_update
+from .stack import InputStatistics, Merged, MergeMethod, Stack, WholeUpdates, buffer_stack, mean_update
 
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Stack",
     "TaskArithmetic",
     "WholeUpdates",
+    "buffer_stack",
     "describe_method",
     "final_mask",
     "fuse_with_singular_values",

@@ -1,22 +1,32 @@
 """Methods that add the updates up, entry by entry."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from .stack import Merged, MergeMethod, Stack, mean_update
+from ..errors import HfEsmError
+from .stack import Merged, MergeMethod, Stack, mean_update, weights_cancel
 
 
 @dataclass
 class Mean(MergeMethod):
-    """The average of the experts' weights ("model soup", arXiv 2203.05482)."""
+    """The average of the experts' weights ("model soup", arXiv 2203.05482), weighted by the tasks' weights."""
 
     name: ClassVar[str] = "mean"
     tunable: ClassVar[bool] = False
 
     def merge(self, stack: Stack) -> Merged:
         return mean_update(stack, scaled=True)
+
+    def check_weights(self, weights: Iterable[float]) -> None:
+        """Raise an error if the weights of the tasks sum to 0."""
+        if weights_cancel(weights := list(weights)):
+            raise HfEsmError(
+                f"Method {self.name!r}: the weights {', '.join(f'{weight:g}' for weight in weights)} sum to 0, so "
+                "there is no mean. Change `weights`, or use 'task-arithmetic'."
+            )
 
 
 @dataclass
@@ -27,4 +37,4 @@ class TaskArithmetic(MergeMethod):
     default_alpha: ClassVar[float] = 0.3
 
     def merge(self, stack: Stack) -> Merged:
-        return Merged(torch.stack(stack.updates).sum(0), "sum")
+        return Merged(torch.stack(stack.weighted).sum(0), "sum")

@@ -89,7 +89,7 @@ class ConcreteTaskArithmetic(MergeMethod):
             return mean_update(stack, scaled=True)
         logits, coefficients = learned
         mask = final_mask(logits, self.expected_mask).to(stack.updates[0].device)
-        merged = sum(c * update for c, update in zip(coefficients.tolist(), stack.updates, strict=True))
+        merged = sum(c * update for c, update in zip(coefficients.tolist(), stack.weighted, strict=True))
         return Merged(merged * mask, self.name)
 
 

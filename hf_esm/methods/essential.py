@@ -1,8 +1,9 @@
 """ESM: merging in the essential subspace (arXiv 2602.20208, 2606.19164)."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Optional
 
 import torch
 from torch import Tensor
@@ -136,27 +137,39 @@ class EssentialMerge(MergeMethod):
             return mean_update(stack, scaled=self.scale_all)
         scaled = self.scale_all or stack.is_linear
         if not stack.is_calibrated or any(re.search(pattern, stack.name) for pattern in self.uncalibrated):
-            merged = merge_singular_vectors(stack.updates, self.keep_fallback_scale, self.tolerance)
+            merged = merge_singular_vectors(
+                stack.updates, self.keep_fallback_scale, self.tolerance, weights=stack.weights
+            )
             return Merged(merged.float(), "tsv-m", scaled)
-        merged, energy_kept = self.merge_calibrated(stack.updates, stack.statistics)
+        merged, energy_kept = self.merge_calibrated(stack.updates, stack.statistics, stack.weights)
         return Merged(merged.float(), "esm", scaled, {"energy_kept": energy_kept})
 
-    def merge_calibrated(self, updates: list[Tensor], statistics: list[InputStatistics]) -> tuple[Tensor, list[float]]:
+    def merge_calibrated(
+        self, updates: list[Tensor], statistics: list[InputStatistics], weights: Optional[Sequence[float]] = None
+    ) -> tuple[Tensor, list[float]]:
         """Merge one calibrated weight.
+
+        A task's weight multiplies its rows of the orthogonalised coordinates, and its update in the sum that is
+        subtracted; both norms that the result is matched to are those without weights.
 
         Returns the merged update `[d_out, d_in]`, float64, or float32 with a tolerance; and the energy kept per task.
         """
         norms, dtype = torch.stack([norm(update) for update in updates]), working_dtype(self.tolerance)
+        weights = weights or [1.0] * len(updates)
         directions, coordinates, energy_kept = self._essential_components(updates, statistics, norms)
         if not sum(basis.shape[1] for basis in directions):  # no expert changes the outputs of this map
             return torch.zeros_like(updates[0], dtype=dtype), energy_kept
-        fuse = _fuse_with_singular_values if self.keep_singular_values else _fuse
-        merged = fuse(directions, coordinates, self.tolerance)
+        fuse = _fuse_keeping_values if self.keep_singular_values else _fuse
+        left, right, ranks = fuse(directions, coordinates, self.tolerance)
+        merged, matched = left @ right, torch.tensor(1.0)
         if self.match_norm and merged.any():
-            merged = merged * (norms.norm() / norm(merged))
-        merged = merged * self.factor
+            matched = norms.norm() / norm(merged)
+        if any(weight != 1 for weight in weights):
+            of_rows = torch.tensor(weights, dtype=right.dtype).repeat_interleave(torch.tensor(ranks))
+            merged = left @ (of_rows.to(right.device)[:, None] * right)
+        merged = merged * matched * self.factor
         if self.sum_subtracted:
-            total = sum(updates[1:], start=updates[0])
+            total = sum(weight * update for weight, update in zip(weights, updates, strict=True))
             share = share_subtracted(self.sum_subtracted, norm(total), norms.norm())
             merged = torch.sub(merged, total, alpha=float(share))
         return merged, energy_kept
@@ -287,18 +300,35 @@ _PUBLISHED = {
 }
 
 
-def _fuse(directions: list[Tensor], coordinates: list[Tensor], tolerance: float) -> Tensor:
-    """The published fusion: `polar(E) polar(C)`, times the means of both stacks' singular values."""
+def _fuse(directions: list[Tensor], coordinates: list[Tensor], tolerance: float) -> tuple[Tensor, Tensor, list[int]]:
+    """The published fusion: `polar(E)` and `polar(C)`, times the means of both stacks' singular values.
+
+    Returns both factors, whose product is the merged update, and how many rows of the second belong to each task.
+    """
     (left, left_mean), (right, right_mean) = (
         polar_factor(torch.cat(directions, dim=1), tolerance),
         polar_factor(torch.cat(coordinates), tolerance),
     )
-    return (left @ right) * (left_mean * right_mean)
+    return left * (left_mean * right_mean), right, [len(rows) for rows in coordinates]
 
 
-def _fuse_with_singular_values(directions: list[Tensor], coordinates: list[Tensor], tolerance: float) -> Tensor:
-    left, right = fuse_with_singular_values(directions, coordinates, tolerance)
-    return left @ right
+def _fuse_keeping_values(
+    directions: list[Tensor], coordinates: list[Tensor], tolerance: float
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Return the factors of `fuse_with_singular_values`, and how many rows of the second belong to each task."""
+    dtype = working_dtype(tolerance)
+    none = coordinates[0].new_zeros
+    decomposed = [
+        truncated_svd(rows, rows.shape[0]) if rows.any() else (none(0, 0), none(0), none(0, rows.shape[1]))
+        for rows in coordinates
+    ]
+    turned = [
+        basis.to(dtype)[:, : len(p)] @ p.to(dtype) for basis, (p, _, _) in zip(directions, decomposed, strict=True)
+    ]
+    left, _ = polar_factor(torch.cat(turned, dim=1), tolerance)
+    right, _ = polar_factor(torch.cat([q for _, _, q in decomposed]), tolerance)
+    left = left * torch.cat([s for _, s, _ in decomposed]).to(dtype)
+    return left, right, [len(s) for _, s, _ in decomposed]
 
 
 def fuse_with_singular_values(
@@ -308,13 +338,8 @@ def fuse_with_singular_values(
 
     Their product is the merged update. As in TSV-M, each direction keeps its singular value.
     """
-    dtype = working_dtype(tolerance)
-    decomposed = [truncated_svd(rows, rows.shape[0]) for rows in coordinates if rows.any()]
-    bases = [basis for basis, rows in zip(directions, coordinates, strict=True) if rows.any()]
-    turned = [basis.to(dtype) @ p.to(dtype) for basis, (p, _, _) in zip(bases, decomposed, strict=True)]
-    left, _ = polar_factor(torch.cat(turned, dim=1), tolerance)
-    right, _ = polar_factor(torch.cat([q for _, _, q in decomposed]), tolerance)
-    return left * torch.cat([s for _, s, _ in decomposed]).to(dtype), right
+    left, right, _ = _fuse_keeping_values(directions, coordinates, tolerance)
+    return left, right
 
 
 def share_subtracted(multiple: float, total: Tensor, norm: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class IsoC(MergeMethod):
     def merge(self, stack: Stack) -> Merged:
         if not stack.is_matrix:
             return mean_update(stack, scaled=True)
-        return Merged(merge_isotropic(stack.updates).float(), self.name)
+        return Merged(merge_isotropic(stack.weighted).float(), self.name)
 
 
 @dataclass
@@ -81,5 +81,5 @@ class IsoCTS(MergeMethod):
     def merge(self, stack: Stack) -> Merged:
         if not stack.is_matrix:
             return mean_update(stack, scaled=True)
-        merged = merge_isotropic_with_tasks(stack.updates, self.common_space_fraction)
+        merged = merge_isotropic_with_tasks(stack.weighted, self.common_space_fraction)
         return Merged(merged.float(), self.name)

@@ -1,7 +1,8 @@
 """RegMean (*Dataless Knowledge Fusion by Merging Weights of Language Models*, arXiv 2212.09849)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Optional
 
 import torch
 from torch import Tensor
@@ -11,9 +12,13 @@ from .stack import InputStatistics, Merged, MergeMethod, Stack, mean_update
 
 
 def merge_by_regression(
-    updates: list[Tensor], statistics: list[InputStatistics], off_diagonal: float = 1.0, ridge: float = 0.0
+    updates: list[Tensor],
+    statistics: list[InputStatistics],
+    off_diagonal: float = 1.0,
+    ridge: float = 0.0,
+    weights: Optional[Sequence[float]] = None,
 ) -> Tensor:
-    """Return the least-squares fit to every expert's update on that expert's inputs: `(Σ Δ_t G_t) (Σ G_t)⁺`.
+    """Return the least-squares fit to the experts' updates on their inputs: `(Σ w_t Δ_t G_t) (Σ |w_t| G_t)⁺`.
 
     `G_t` is the Gram matrix of the inputs divided by its trace, so that a task with more tokens does not count for
     more. Along inputs that occur in no sample, the merged update is zero.
@@ -23,13 +28,14 @@ def merge_by_regression(
         statistics: of each expert's inputs.
         off_diagonal: factor on the off-diagonal entries of the Gram matrices.
         ridge: added to their diagonals, in units of their mean diagonal.
+        weights: of the tasks; 1 by default. With a negative weight, the negated update is fitted.
 
     Returns the merged update `[d_out, d_in]`, float64.
     """
     width = updates[0].shape[1]
     weighted = torch.zeros_like(updates[0], dtype=torch.float64)
     total = weighted.new_zeros(width, width)
-    for update, inputs in zip(updates, statistics, strict=True):
+    for update, inputs, weight in zip(updates, statistics, weights or [1.0] * len(updates), strict=True):
         factor = inputs.factor.double()
         trace = factor.square().sum()
         if trace == 0:  # all inputs of this expert are zero
@@ -38,8 +44,8 @@ def merge_by_regression(
         diagonal = gram.diagonal().clone()
         gram *= off_diagonal
         gram.diagonal().copy_(diagonal + ridge / width)
-        weighted += update.double() @ gram
-        total += gram
+        weighted += weight * (update.double() @ gram)
+        total += abs(weight) * gram
     values, vectors = torch.linalg.eigh(total)
     nonzero = significant(values)
     vectors = vectors[:, nonzero]
@@ -68,5 +74,5 @@ class RegMean(MergeMethod):
     def merge(self, stack: Stack) -> Merged:
         if not stack.is_calibrated:
             return mean_update(stack, scaled=True)
-        merged = merge_by_regression(stack.updates, stack.statistics, self.off_diagonal, self.ridge)
+        merged = merge_by_regression(stack.updates, stack.statistics, self.off_diagonal, self.ridge, stack.weights)
         return Merged(merged.float(), self.name)

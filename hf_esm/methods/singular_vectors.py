@@ -1,7 +1,8 @@
 """Task Singular Vectors (arXiv 2412.00081): TSV-M, which merges matrices, and TSV-C, which compresses experts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Optional
 
 import torch
 from torch import Tensor
@@ -21,7 +22,12 @@ TOLERANCE = {
 }
 
 
-def merge_singular_vectors(updates: list[Tensor], keep_scale: bool = False, tolerance: float = 0.0) -> Tensor:
+def merge_singular_vectors(
+    updates: list[Tensor],
+    keep_scale: bool = False,
+    tolerance: float = 0.0,
+    weights: Optional[Sequence[float]] = None,
+) -> Tensor:
     """TSV-M of one matrix: the leading `⌊min(d)/T⌋` triplets of each update, orthogonalised across tasks, and summed.
 
     Args:
@@ -29,16 +35,18 @@ def merge_singular_vectors(updates: list[Tensor], keep_scale: bool = False, tole
         keep_scale: multiply each polar factor by the mean of its stack's singular values, as ESM's published RoBERTa
             code does.
         tolerance: see `linalg.truncated_svd`.
+        weights: of the tasks, which multiply the singular values of their triplets; 1 by default.
 
     Returns the merged update, float64. Tasks whose update is zero contribute nothing.
     """
     rank = max(min(updates[0].shape) // len(updates), 1)
-    triplets = [truncated_svd(update, rank, tolerance) for update in updates if update.any()]
+    weighted = zip(updates, weights or [1.0] * len(updates), strict=True)
+    triplets = [(*truncated_svd(update, rank, tolerance), weight) for update, weight in weighted if update.any()]
     if not triplets:
         return torch.zeros_like(updates[0], dtype=torch.float64)
-    left = torch.cat([u for u, _, _ in triplets], dim=1)
-    values = torch.cat([s for _, s, _ in triplets])
-    right = torch.cat([vh for _, _, vh in triplets])
+    left = torch.cat([u for u, *_ in triplets], dim=1)
+    values = torch.cat([s * weight for _, s, _, weight in triplets])
+    right = torch.cat([vh for _, _, vh, _ in triplets])
     (left, left_mean), (right, right_mean) = polar_factor(left), polar_factor(right)  # square: too steep for float32
     merged = (left * values) @ right
     return merged * left_mean * right_mean if keep_scale else merged
@@ -55,7 +63,8 @@ class TSVM(MergeMethod):
     def merge(self, stack: Stack) -> Merged:
         if not stack.is_matrix:
             return mean_update(stack, scaled=True)
-        return Merged(merge_singular_vectors(stack.updates, tolerance=self.tolerance).float(), self.name)
+        merged = merge_singular_vectors(stack.updates, tolerance=self.tolerance, weights=stack.weights)
+        return Merged(merged.float(), self.name)
 
 
 @dataclass

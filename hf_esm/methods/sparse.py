@@ -50,7 +50,7 @@ class TIES(MergeMethod):
     """TIES (arXiv 2306.01708): trim, elect signs, merge.
 
     Of every expert's whole update only the largest entries are kept; of these, the entries that agree with the sign of
-    their sum; of these, the mean.
+    their sum; of these, the mean. A task's weight multiplies what is kept of its update.
     """
 
     name: ClassVar[str] = "ties"
@@ -72,6 +72,7 @@ class TIES(MergeMethod):
         updates = torch.stack(stack.updates)
         thresholds = torch.tensor(stack.thresholds, device=updates.device).view(-1, *[1] * (updates.dim() - 1))
         updates = updates * (updates.abs() >= thresholds)
+        updates = updates * torch.tensor(stack.weights, device=updates.device).view_as(thresholds)
         agreeing = updates * (updates.sign() == updates.sum(0).sign())
         return Merged(agreeing.sum(0) / agreeing.count_nonzero(0).clamp_min(1), self.name)
 
@@ -92,7 +93,7 @@ class DARE(MergeMethod):
 
     def merge(self, stack: Stack) -> Merged:
         merged = torch.zeros_like(stack.updates[0])
-        for place, update in enumerate(stack.updates):
+        for place, update in enumerate(stack.weighted):
             mask = self.mask(f"{stack.name}/{stack.part}", place, update.shape).to(update.device)
             merged += update * mask / self.density
         return Merged(merged, self.name)

@@ -1,5 +1,6 @@
 """The interface of a merge method: what it receives (`Stack`), what it returns (`Merged`), and what it declares."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -48,7 +49,7 @@ class Stack:
             all experts.
         thresholds: per expert, a magnitude that `MergeMethod.prepare` returned: of TIES, the smallest that is kept.
         depth: index of the block that holds the weight, and the number of blocks; None outside of blocks.
-        weights: per expert, how much the caller wants of it; 1 by default.
+        weights: per expert, the caller's weight of its task; 1 by default, negative to negate a task.
         read_base: reads `base`; called at most once.
     """
 
@@ -75,6 +76,11 @@ class Stack:
         if self.read_base is None:
             raise HfEsmError(f"{self.name}: this stack was made without the base's weight. Pass read_base=….")
         return self.read_base()
+
+    @cached_property
+    def weighted(self) -> list[Tensor]:
+        """The updates times their weights; an update whose weight is 1 is not copied."""
+        return [u if weight == 1 else weight * u for weight, u in zip(self.weights, self.updates, strict=True)]
 
     @property
     def is_matrix(self) -> bool:
@@ -178,6 +184,13 @@ class MergeMethod:
         """Merge one weight of all experts. The stack's tensors must not be changed."""
         raise NotImplementedError
 
+    def check_weights(self, weights: Iterable[float]) -> None:
+        """Raise an error if the method cannot merge with these weights of the tasks; by default, it can.
+
+        Raises:
+            HfEsmError: names the method and the weights.
+        """
+
     def prepare(self, whole: WholeUpdates) -> list[float]:
         """Compute what `merge` needs to know of the whole model; called once, before the first weight is merged.
 
@@ -232,5 +245,20 @@ class MergeMethod:
 
 
 def mean_update(stack: Stack, scaled: bool) -> Merged:
-    """Average the experts' updates: the rule of every method for biases, norms and convolutions."""
-    return Merged(torch.stack(stack.updates).mean(0), "mean", scaled)
+    """Average the experts' updates: the rule of every method for biases, norms and convolutions.
+
+    The result is `Σ w_t Δ_t / Σ w_t`, or `Σ w_t Δ_t / T` where the weights cancel (as 1 and -1 do).
+    """
+    total = len(stack.weights) if weights_cancel(stack.weights) else sum(stack.weights)
+    return Merged(torch.stack(stack.weighted).sum(0) / total, "mean", scaled)
+
+
+def buffer_stack(stack: Stack) -> Stack:
+    """Return the stack of a running mean or variance, in which weights below 0 count as 0: no variance is negative."""
+    return replace(stack, weights=[max(weight, 0.0) for weight in stack.weights])
+
+
+def weights_cancel(weights: Iterable[float]) -> bool:
+    """Return whether the sum of the weights is 0, but for rounding, so that there is no weighted mean."""
+    weights = list(weights)
+    return abs(math.fsum(weights)) <= 1e-9 * math.fsum(map(abs, weights))

@@ -3,7 +3,7 @@
 Comes in: the caller's arguments, or a recipe. Goes out: a checked `MergePlan`, or an error of one sentence.
 """
 
-from .arguments import MergeData, check_arguments, check_replaceable, name_experts
+from .arguments import MergeData, check_arguments, check_replaceable, name_experts, task_weights
 from .checks import check_disk, check_memory, check_values
 from .options import MergeOptions, torch_dtype
 from .plan import MergePlan, calibrated_widths, counted_rows, plan_merge
@@ -32,5 +32,6 @@ __all__ = [
     "plan_merge",
     "refining_bytes",
     "resolve_refine",
+    "task_weights",
     "torch_dtype",
 ]

@@ -3,7 +3,10 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
 from pathlib import Path
 from typing import Any, Optional
 
@@ -52,7 +55,7 @@ def name_experts(experts: Any) -> dict[str, ModelSpec]:
             part names the task.
 
     Raises:
-        HfEsmError: if there are fewer than two, if a name is taken twice, or if it cannot be a task's name.
+        HfEsmError: if there is none, if a name is taken twice, or if it cannot be a task's name.
     """
     if not isinstance(experts, Mapping):
         if isinstance(experts, (str, os.PathLike)) or not isinstance(experts, Iterable):
@@ -65,9 +68,51 @@ def name_experts(experts: Any) -> dict[str, ModelSpec]:
         experts = dict(pairs)
     for name in experts:
         _check_task_name(name)
-    if len(experts) < 2:
-        raise HfEsmError(f"A merge takes at least two experts; `experts` has {', '.join(experts) or 'none'}.")
+    if not experts:
+        raise HfEsmError("A merge takes one expert or more; `experts` has none.")
     return dict(experts)
+
+
+def task_weights(
+    experts: Mapping[str, ModelSpec], weights: Optional[Mapping[str, Any]]
+) -> tuple[dict[str, ModelSpec], Optional[dict[str, float]]]:
+    """Return the experts without the key `weight` of their mappings, and the weights of all tasks.
+
+    Args:
+        experts: by task name; a mapping such as `{"path": …, "weight": 0.5}` may hold the weight of its task.
+        weights: by task name; 1 for a task that is not named. Texts that are numbers are read as such.
+
+    Returns None as weights if all are 1.
+
+    Raises:
+        HfEsmError: on a weight of an unknown task, one that is not a finite number, or two of one task.
+    """
+    weights = dict(weights or {})
+    check_known(weights, experts, "expert", "`weights`")
+    specs = dict(experts)
+    for task, spec in experts.items():
+        if isinstance(spec, Mapping) and "weight" in spec:
+            if task in weights:
+                raise HfEsmError(f"Expert {task!r} has a `weight` of its own and one in `weights`. Leave one out.")
+            weights[task] = spec["weight"]
+            specs[task] = {key: value for key, value in spec.items() if key != "weight"}
+    numbers = {task: finite_number(weights.get(task, 1), f"`weights` of {task!r}") for task in experts}
+    return specs, numbers if any(number != 1 for number in numbers.values()) else None
+
+
+def finite_number(value: Any, name: str) -> float:
+    """Return a number, or the number that a text holds (YAML reads 1e-3 as a text).
+
+    Raises:
+        HfEsmError: names the argument, if the value is not a finite number.
+    """
+    number = value
+    if isinstance(value, str):
+        with suppress(ValueError):
+            number = float(value)
+    if isinstance(number, bool) or not isinstance(number, Real) or not isfinite(number):
+        raise HfEsmError(f"{name} must be a finite number, not {value!r}.")
+    return float(number)
 
 
 def _check_task_name(name: Any) -> None:

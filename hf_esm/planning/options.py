@@ -33,6 +33,8 @@ class MergeOptions(RunOptions):
             chooses or refines, they are split: statistics are taken from some, agreement from the others.
         statistics_samples: number of samples per task that statistics are taken from; 0 takes all, and leaves none for
             agreement. By default 32, or half of the samples if agreement is used and there are fewer than 64.
+        weights: weights of tasks in the merge by name, as `{"sst2": 0.5}`; 1 for a task that is not named, negative to
+            negate what its expert learned.
         metric: what validation rows are scored by: a name, a function, or a `Metric`; see `metrics.resolve_metric`.
         rank: rank of each expert of `method="esm++"` and `"tsv-c"`, per linear map; by default that of the method.
         heads: which weights each task keeps for itself: `"auto"`, `"merge"`, `"keep"`, or names of modules; see
@@ -74,6 +76,9 @@ class MergeOptions(RunOptions):
     statistics_samples: Optional[int] = field(
         default=None,
         metadata={"help": "samples per task for statistics (default: 32); 0 takes all", "least": 0},
+    )
+    weights: Optional[Mapping[str, float]] = field(
+        default=None, metadata={"help": "weights of tasks in the merge, by name (default: 1)"}
     )
     metric: str | os.PathLike | Metric | Callable[..., float] = field(
         default="accuracy",

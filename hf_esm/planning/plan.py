@@ -29,6 +29,7 @@ class MergePlan:
         base: checkpoint of the base.
         experts: checkpoints of the experts, by task.
         method: method with its settings.
+        weights: per expert, the weight of its task in the merge.
         heads: which weights are merged, kept per task, or taken from the base.
         kinds: numbers of merged linear maps, other matrices, and other parameters.
         licences: licence of each model, as its card states it.
@@ -49,6 +50,7 @@ class MergePlan:
     base: Checkpoint
     experts: dict[str, Checkpoint]
     method: MergeMethod
+    weights: tuple[float, ...]
     heads: HeadPlan
     kinds: dict[str, int]
     licences: dict[str, str]
@@ -73,7 +75,9 @@ class MergePlan:
             commit = f" @ {expert.revision[:12]}" if expert.revision else ""
             head = self.heads.by_task[task]
             labels = f", {expert.config.num_labels} labels, keeps {len(head)} weights of its own" if head else ""
-            lines.append(f"  {task}: {expert.source or 'live model'}{commit}, {kind}{labels}")
+            weight = self.weights[list(self.experts).index(task)]
+            weighted = f", weight {weight:g}" if weight != 1 else ""
+            lines.append(f"  {task}: {expert.source or 'live model'}{commit}, {kind}{labels}{weighted}")
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items() if count)
         lines += [
             "",
@@ -100,6 +104,7 @@ def plan_merge(
     heads: str | Iterable[str] = "auto",
     dtype: Optional[torch.dtype] = None,
     sources: Optional[Mapping[str, ModelSource]] = None,
+    weights: Optional[Mapping[str, float]] = None,
 ) -> MergePlan:
     """Check that the experts are fine-tunes of the base, and plan their merge.
 
@@ -110,10 +115,14 @@ def plan_merge(
         heads: see `plan_heads`.
         dtype: of the written weights; by default that of the base.
         sources: the models by task, whose cards state licences; the base is `"base"`.
+        weights: of tasks in the merge; 1 for a task that is not named.
 
     Raises:
-        HfEsmError: if an expert is of another architecture or shape, or lacks weights.
+        HfEsmError: if an expert is of another architecture or shape, or lacks weights, or the method cannot merge by
+            these `weights`.
     """
+    weights_of = tuple(float((weights or {}).get(task, 1)) for task in experts)
+    method.check_weights(weights_of)
     parts = set(map(part_of, base.names))
     check_complete(base, [name for name in base.missing if part_of(name) in parts])
     for expert in experts.values():
@@ -136,6 +145,7 @@ def plan_merge(
         base=base,
         experts=experts,
         method=method,
+        weights=weights_of,
         heads=head_plan,
         kinds=_kinds(base, merged),
         licences=licences,

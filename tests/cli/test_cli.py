@@ -318,10 +318,10 @@ def test_experts_are_scored_with_their_own_tokenizer_over_the_base_that_is_given
 
 
 REFUSED = {
-    "no recipe": ("merge", "Name a recipe, or --base and at least two --expert TASK=MODEL."),
+    "no recipe": ("merge", "Name a recipe, or --base and --expert TASK=MODEL for each expert."),
     "missing recipe": ("merge {}/none.yaml", "none.yaml: cannot read the recipe"),
     "no output": ("merge {}/recipe.yaml", "Say where to write: --output-dir FOLDER"),
-    "one expert": ("inspect --base {}/base --expert a={}/a", "at least two experts; --expert has a."),
+    "weights": ("inspect {}/recipe.yaml --weights a=much", "--weights of 'a' must be a finite number, not 'much'"),
     "missing expert": ("inspect {}/recipe.yaml --expert a={}/none", "expert 'a' ({}/none): there is no such folder"),
     "expert twice": ("inspect {}/recipe.yaml --expert c={}/c --expert c={}/a", "--expert names 'c' twice"),
     "no pair": ("inspect {}/recipe.yaml --expert {}/c", "--expert takes NAME=VALUE, not '{}/c'"),

@@ -153,7 +153,10 @@ def small_models(seed, dtype):
 
 def planned(base, experts, method=None):
     heads = SimpleNamespace(shared=list(base.tensors), by_task={})
-    return SimpleNamespace(base=base, experts=experts, method=method, heads=heads, unchanged=frozenset())
+    weights = (1.0,) * len(experts)
+    return SimpleNamespace(
+        base=base, experts=experts, method=method, weights=weights, heads=heads, unchanged=frozenset()
+    )
 
 
 def merged_weights(folder, method, base, experts, inputs, alpha, world_size):

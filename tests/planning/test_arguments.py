@@ -239,8 +239,22 @@ REFUSED = {
     "no-model-in-folder": (lambda models: {"base": models.folder}, ["base (", "no config.json"]),
     "no-model-at-all": (options(base=None), ["base", "expected a Hub id, a folder or a live model"]),
     # The experts.
-    "one-expert": (lambda models: {"experts": {"left": models.left}, "calibration": {}}, ["at least two", "left"]),
-    "no-expert": (options(experts={}, calibration={}), ["at least two"]),
+    "no-expert": (options(experts={}, calibration={}), ["one expert or more"]),
+    "weights-of-no-task": (options(weights={"lift": 1}), ["`weights`", "'lift'", "did you mean 'left'"]),
+    "weights-of-no-number": (options(weights={"left": "much"}), ["`weights` of 'left'", "finite number", "'much'"]),
+    "weights-not-finite": (options(weights={"left": float("inf")}), ["`weights` of 'left'", "finite number"]),
+    "weights-of-truth": (options(weights={"left": True}), ["`weights` of 'left'", "finite number"]),
+    "a-weight-twice": (
+        lambda models: {
+            "experts": {"left": {"path": models.left, "weight": 2}, "right": models.right},
+            "weights": {"left": 0.5},
+        },
+        ["'left'", "`weight`", "`weights`", "Leave one out"],
+    ),
+    "weights-without-a-mean": (
+        options(weights={"left": 0.3, "right": -0.3}, method="mean", calibration=None),
+        ["'mean'", "0.3, -0.3", "sum to 0", "task-arithmetic"],
+    ),
     "a-task-twice": (
         lambda models: {"experts": [("left", models.left), ("left", models.right)]},
         ["'left'", "a name of its own"],

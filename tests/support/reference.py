@@ -71,6 +71,7 @@ def esm(
     match_norm: bool = True,
     rank_share: float = 0.75,
     sum_subtracted: float = 0.13,
+    weights: list[float] | None = None,
 ) -> Tensor:
     """ESM of one weight, before the scale between layers and α: the merged update `Δ_M [d_out, d_in]`.
 
@@ -89,12 +90,15 @@ def esm(
     - `match_norm`: `Δ_M` is scaled to the norm `√(Σ ‖Δ_t‖²_F)` (before `factor`).
     - `rank_share`: `r` is that share of it, rounded down before dividing by T: `⌊⌊share · d⌋ / T⌋`.
     - `sum_subtracted`: that multiple of `Σ Δ_t`, its norm cut to `√(Σ ‖Δ_t‖²_F)`, is taken off in the end.
+    - `weights` of the tasks: after 6, task t's rows of `C_ortho` (of `polar([Q_t])`) times `weights[t]`, after the
+      factor of `match_norm` is known; the sum is `Σ w_t Δ_t`.
     """
+    weights = weights or [1.0] * len(deltas)
     side = min(deltas[0].shape) if keep_singular_values else deltas[0].shape[0]
     r = max(int(side * rank_share) // len(deltas), 1)
     task_scales = relative_power(torch.stack([delta.double().norm() for delta in deltas]), task_exponent)
-    directions, coordinates = [], []
-    for delta, x, task_scale in zip(deltas, inputs, task_scales):
+    directions, coordinates, weights_of_rows = [], [], []
+    for delta, x, task_scale, weight in zip(deltas, inputs, task_scales, weights):
         e, eigenvalues, c = esd(shrink(x, shrinkage), delta, r)
         if len(eigenvalues) == 0:  # this task does not change what the map puts out
             continue
@@ -102,6 +106,7 @@ def esm(
         w = w / w.mean()
         directions.append(e * w)
         coordinates.append(c * w[:, None] * task_scale)
+        weights_of_rows.append(weight)
     if not directions:
         return torch.zeros(deltas[0].shape, dtype=torch.float64)
     columns = relative_power(torch.cat(coordinates).norm(dim=0), dimension_exponent)
@@ -116,13 +121,17 @@ def esm(
             polar(torch.cat([u for u, _, _ in turned], 1)),
             polar(torch.cat([q for *_, q in turned])),
         )
-        merged = left @ torch.diag(torch.cat([s for _, s, _ in turned])) @ right
+        left, rows = left @ torch.diag(torch.cat([s for _, s, _ in turned])), [len(s) for _, s, _ in turned]
     else:
         (e, e_mean), (c, c_mean) = polar(torch.cat(directions, dim=1)), polar(torch.cat(coordinates))
-        merged = (e * e_mean) @ (c * c_mean)
+        left, right, rows = e * e_mean, c * c_mean, [len(c) for c in coordinates]
+    merged = left @ right
+    row_weights = torch.cat([torch.full((n,), w, dtype=torch.float64) for n, w in zip(rows, weights_of_rows)])
+    matched = 1.0
     if match_norm and merged.any():
-        merged = merged * sum(delta.double().square().sum() for delta in deltas).sqrt() / merged.norm()
-    merged, total = factor * merged, sum(delta.double() for delta in deltas)
+        matched = sum(delta.double().square().sum() for delta in deltas).sqrt() / merged.norm()
+    merged = factor * matched * (left @ torch.diag(row_weights) @ right)
+    total = sum(w * delta.double() for w, delta in zip(weights, deltas))
     norm = sum(delta.double().square().sum() for delta in deltas).sqrt()
     if total.norm() > norm:
         total = norm * total / total.norm()
@@ -136,15 +145,16 @@ def esm_stacked(deltas: list[list[Tensor]], inputs: list[Tensor], **settings: fl
     return list(esm([torch.cat(parts) for parts in deltas], inputs, **settings).split(heights))
 
 
-def tsv_m(deltas: list[Tensor], keep_scale: bool = False) -> Tensor:
+def tsv_m(deltas: list[Tensor], keep_scale: bool = False, weights: list[float] | None = None) -> Tensor:
     """TSV-M of one weight: top `k = ⌊min(d)/T⌋` (at least 1) triplets of every update, stacked;
-    `Δ_M = polar(U) diag(S) polar(Vᵀ)`, times both means of singular values where `keep_scale`."""
+    `Δ_M = polar(U) diag(S) polar(Vᵀ)`, times both means of singular values where `keep_scale`; each task's entries of
+    `diag(S)` times its weight."""
     k = max(min(deltas[0].shape) // len(deltas), 1)
     parts = []
-    for delta in deltas:
+    for delta, weight in zip(deltas, weights or [1.0] * len(deltas)):
         u, s, vh = svd(delta)
         r = min(k, numerical_rank(s))
-        parts.append((u[:, :r], s[:r], vh[:r]))
+        parts.append((u[:, :r], weight * s[:r], vh[:r]))
     s = torch.cat([s for _, s, _ in parts])
     if len(s) == 0:
         return torch.zeros(deltas[0].shape, dtype=torch.float64)
@@ -180,6 +190,11 @@ def mean(deltas: list[Tensor]) -> Tensor:
     return sum(delta.double() for delta in deltas) / len(deltas)
 
 
+def weighted_mean(deltas: list[Tensor], weights: list[float]) -> Tensor:
+    """`Σ w_t Δ_t / Σ w_t`; over T where the weights sum to 0."""
+    return sum(w * delta.double() for w, delta in zip(weights, deltas)) / (sum(weights) or len(deltas))
+
+
 def task_arithmetic(deltas: list[Tensor]) -> Tensor:
     """`Σ Δ_t`; its α is 0.3."""
     return sum(delta.double() for delta in deltas)
@@ -213,19 +228,25 @@ def counted_embedding(deltas: list[Tensor], counts: list[Tensor]) -> Tensor:
     return merged
 
 
-def regmean(deltas: list[Tensor], inputs: list[Tensor], off_diagonal: float = 0.9, ridge: float = 0.0) -> Tensor:
-    """`(Σ Δ_t G_t) (Σ G_t)⁺`, `G_t = XᵀX / tr XᵀX`, off-diagonal entries times a factor, plus `ridge · tr(G_t) / d_in`
-    on the diagonal. A task whose inputs are all zero does not count."""
+def regmean(
+    deltas: list[Tensor],
+    inputs: list[Tensor],
+    off_diagonal: float = 0.9,
+    ridge: float = 0.0,
+    weights: list[float] | None = None,
+) -> Tensor:
+    """`(Σ w_t Δ_t G_t) (Σ |w_t| G_t)⁺`, `G_t = XᵀX / tr XᵀX`, off-diagonal entries times a factor, plus
+    `ridge · tr(G_t) / d_in` on the diagonal. A task whose inputs are all zero does not count."""
     width = deltas[0].shape[1]
     weighted, total = torch.zeros(deltas[0].shape, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
-    for delta, x in zip(deltas, inputs):
+    for delta, x, weight in zip(deltas, inputs, weights or [1.0] * len(deltas)):
         gram = x.double().T @ x.double()
         if gram.trace() == 0:
             continue
         gram = gram / gram.trace()
         gram = off_diagonal * gram + (1 - off_diagonal) * torch.diag(gram.diagonal())
         gram = gram + ridge / width * torch.eye(width, dtype=torch.float64)
-        weighted, total = weighted + delta.double() @ gram, total + gram
+        weighted, total = weighted + weight * delta.double() @ gram, total + abs(weight) * gram
     return weighted @ torch.linalg.pinv(total, rtol=CUTOFF**2, hermitian=True)
 
 
