@@ -117,8 +117,7 @@ def compare(
         metric=resolve_metric(metric),
     )
     _check(inputs, named, seeds)
-    _make_folder(folder)
-    store = CellStore(inputs, folder)
+    store = CellStore(inputs, _make_folder(folder))
     expert_outcomes = store.expert_outcomes()
     cells = _merge_all(store, named, seeds)
     comparison = Comparison(
@@ -177,13 +176,14 @@ def _check(inputs: Inputs, methods: Mapping[str, MergeMethod], seeds: Sequence[i
         merge_models(inputs.base, inputs.experts, dry_run=True, **inputs.merge_arguments(method, seeds[0]))
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise HfEsmError(
             f"{folder}: this folder cannot be made ({error.strerror}). Choose another `output_dir`."
         ) from None
+    return folder
 
 
 def _merge_all(

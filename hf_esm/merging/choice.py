@@ -165,7 +165,7 @@ def choose(
         found.by,
         found.note,
         judge,
-        candidates[-1] if len(candidates) > 1 else None,
+        next((candidate for candidate in candidates if not candidate.method.tunable), None),
     )
 
 

@@ -80,7 +80,8 @@ def gather_statistics(
 ) -> Gathered:
     """Return the statistics that exist, and the encoded samples: of tasks without statistics, and for agreement.
 
-    If a task has no samples for agreement, no samples are set apart.
+    If a task has no samples for agreement, no samples are set apart. Agreement with a task of weight 0 or below is no
+    aim.
 
     Raises:
         HfEsmError: if a task lacks what the merge needs, or if its statistics do not fit the plan.
@@ -88,6 +89,7 @@ def gather_statistics(
     gathered = Gathered(dict.fromkeys(plan.experts), {}, {})
     counted = bool(plan.base.embeddings & set(plan.heads.shared))
     required = needs.statistics or needs.samples
+    wanted = {task for task, weight in zip(plan.experts, plan.weights, strict=True) if weight > 0}
     for task, expert in plan.experts.items():
         calibration = data.calibration_of(task)
         if not required and not needs.agreement and (calibration is None or not counted):
@@ -109,11 +111,11 @@ def gather_statistics(
             learned, apart = _set_apart(encoded, existing, options, needs.agreement)
         if existing is None or needs.samples:
             gathered.samples[task] = learned
-        if apart:
+        if apart and task in wanted:
             gathered.agreement_samples[task] = apart
     if needs.features:
         _check_features(gathered.statistics)
-    if needs.agreement and gathered.agreement_samples.keys() != plan.experts.keys():
+    if needs.agreement and (not wanted or gathered.agreement_samples.keys() != wanted):
         return gather_statistics(plan, sources, data, processors, options, replace(needs, agreement=""))
     return gathered
 

@@ -70,6 +70,7 @@ class Judge:
         models: the models that the weights are written into, in the dtype of the base.
         answers: answers of every expert on samples of its task.
         base: agreement of the base with every expert, with the task's head.
+        weights: by task, how much its agreement counts: the caller's weights of the tasks, 1 on average.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class Judge:
     ):
         self.models = CandidateModels(plan, accelerator.device, dtype=None)
         self.answers, self.batch_size = answers, batch_size
+        weights = {task: weight for task, weight in zip(plan.experts, plan.weights, strict=True) if task in answers}
+        self.weights = {task: weight * len(weights) / sum(weights.values()) for task, weight in weights.items()}
         self.base = self.measure(plan.base.tensor)
 
     def measure(
@@ -98,13 +101,12 @@ class Judge:
 
     def score(self, updates: MergedUpdates, alpha: Any) -> float:
         """Return the mean agreement over all tasks at a scale, the number to choose by; NaN counts as the worst."""
-        return mean_score(self.measure(partial(updates.weight, alpha=alpha)), self.base)
+        return self.mean(self.measure(partial(updates.weight, alpha=alpha)), self.base)
 
-
-def mean_score(agreements: Mapping[str, Agreement], base: Mapping[str, Agreement]) -> float:
-    """Return the mean over all tasks of `Agreement.score`."""
-    score = sum(agreements[task].score(base[task]) for task in agreements) / len(agreements)
-    return -inf if isnan(score) else score
+    def mean(self, agreements: Mapping[str, Agreement], base: Mapping[str, Agreement]) -> float:
+        """Return the weighted mean over all tasks of `Agreement.score`."""
+        scores = [self.weights[task] * agreements[task].score(base[task]) for task in agreements]
+        return -inf if isnan(sum(scores)) else sum(scores) / len(scores)
 
 
 def by_task(agreements: Mapping[str, Agreement], base: Mapping[str, Agreement]) -> dict[str, TaskAgreement]:

@@ -16,7 +16,7 @@ from ..utils import bytes_of, gather, together
 from .choice import Chosen
 from .expert_statistics import Inputs
 from .gates import Factors, RefinedWeights, UpdateFactors, build_gates
-from .judging import Judge, TaskAgreement, by_task, mean_score
+from .judging import Judge, TaskAgreement, by_task
 from .refining import Refined, refine
 
 
@@ -126,7 +126,7 @@ def _refined(
         factors,
         {task: _part(answers[task], range(held_back[task].start)) for task in answers},
         {task: _part(answers[task], held_back[task]) for task in answers},
-        {task: agreement.divergence for task, agreement in judge.base.items()},
+        {task: agreement.divergence / judge.weights[task] for task, agreement in judge.base.items()},
         settings,
         accelerator,
         seed=options.seed,
@@ -157,6 +157,6 @@ def _measured(
     if chosen.rival is not None and held_back is not None:
         by_mean = partial(chosen.rival.updates.weight, alpha=chosen.rival.method.default_alpha)
         rival = judge.measure(by_mean, held_back)
-        if mean_score(rival, base) > mean_score(found, base):
+        if judge.mean(rival, base) > judge.mean(found, base):
             return by_task(rival, base), True
     return by_task(found, base), False

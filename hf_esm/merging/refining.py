@@ -90,7 +90,7 @@ def refine(
     by_task = dict(models) if isinstance(models, Mapping) else dict.fromkeys(tasks, models)
     distinct = list({id(model): model for model in by_task.values()}.values())
     with ExitStack() as stack:
-        gates = stack.enter_context(gates_on(distinct, factors, tasks))
+        gates = stack.enter_context(gates_on(distinct, factors, list(by_task)))
         if settings.gradient_checkpointing:
             for model in distinct:
                 stack.enter_context(_checkpointed(model))

@@ -17,7 +17,7 @@ from ..checkpoints import (
 from ..data import Sample
 from ..errors import HfEsmError
 from ..hub import write_hashes
-from ..methods import Mean, MergeMethod, describe_method
+from ..methods import Mean, MergeMethod, describe_method, weights_cancel
 from ..planning import (
     MergePlan,
     check_disk,
@@ -158,7 +158,7 @@ class MergeRun(PlannedRun):
     def merge_weights(self, inputs: Inputs) -> list[Candidate]:
         """Pass one, by each of the methods: merge every weight of all experts into scratch files."""
         methods = list(self.static_methods)
-        if len(methods) > 1:
+        if len(methods) > 1 and not weights_cancel(self.plan.weights):
             methods.append(Mean())
         with self.stage("merging", joined=False):
             return [self._candidate(method, inputs, alone=len(methods) == 1) for method in methods]

@@ -13,7 +13,7 @@ from .registry import METHODS, describe_method, register_method, resolve_method
 from .regression import RegMean
 from .singular_vectors import TSVC, TSVM
 from .sparse import DARE, TIES, magnitude_threshold
-from .stack import InputStatistics, Merged, MergeMethod, Stack, WholeUpdates, buffer_stack, mean_update
+from .stack import InputStatistics, Merged, MergeMethod, Stack, WholeUpdates, buffer_stack, mean_update, weights_cancel
 
 
 __all__ = [
@@ -49,4 +49,5 @@ __all__ = [
     "relaxed_mask",
     "resolve_method",
     "share_subtracted",
+    "weights_cancel",
 ]

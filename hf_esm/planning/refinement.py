@@ -31,11 +31,11 @@ class RefineSettings:
     """
 
     components: int = field(
-        default=64,
+        default=128,
         metadata={"help": "gates per linear map and task; 0: one coefficient on the whole update", "least": 0},
     )
     steps: int = field(default=120, metadata={"help": "steps of training, at most", "least": 1})
-    learning_rate: float = field(default=0.03, metadata={"help": "of the gates (Adam)", "above": 0})
+    learning_rate: float = field(default=0.05, metadata={"help": "of the gates (Adam)", "above": 0})
     batch_size: int = field(default=3, metadata={"help": "samples per task and step", "least": 1})
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "take less memory and a third more time in training"}
