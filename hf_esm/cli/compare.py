@@ -76,7 +76,7 @@ def _compared_methods(arguments: argparse.Namespace, request: Mapping[str, Any])
     if methods and arguments.set:
         raise HfEsmError("--set goes with the recipe's method. In a list, write methods as {name: esm, gamma: 0.2}.")
     if not methods:
-        methods = [request["method"]] if "method" in request else []
+        methods = [request["method"]] if request.get("method", "auto") != "auto" else []
         already = [resolve_method(method) for method in methods]
         methods += [name for name in METHODS_COMPARED if resolve_method(name) not in already]
     methods = [

@@ -31,19 +31,20 @@ def add_flags(
             continue
         default = defaults.get(field.name, None if field.default is MISSING else field.default)
         shown = f" (default: {default})" if default is not None and default is not False else ""
-        group.add_argument(
-            _flag(field.name),
-            dest=field.name,
-            help=field.metadata["help"] + shown,
-            default=argparse.SUPPRESS,
-            **_taken_as(hints[field.name]),
-        )
+        taken_as = _taken_as(hints[field.name])
+        common = {"dest": field.name, "default": argparse.SUPPRESS}
+        group.add_argument(_flag(field.name), help=field.metadata["help"] + shown, **common, **taken_as)
+        if taken_as.get("nargs") == "*":
+            no = f"--no-{field.name.replace('_', '-')}"
+            group.add_argument(no, help=f"not {_flag(field.name)}", **common, action="store_const", const=False)
 
 
 def _taken_as(annotation: Any) -> dict[str, Any]:
     """How argparse takes the values of a field with this annotation."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     types_ = [typing.get_origin(part) or part for part in (typing.get_args(annotation) if union else [annotation])]
+    if bool in types_ and Mapping in types_:
+        return {"action": "extend", "nargs": "*", "metavar": "NAME=VALUE"}
     if bool in types_:
         return {"action": argparse.BooleanOptionalAction}
     if Mapping in types_ and str not in types_:

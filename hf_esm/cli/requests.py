@@ -4,7 +4,7 @@ import argparse
 import inspect
 import shutil
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -12,20 +12,25 @@ import yaml
 
 from ..errors import HfEsmError
 from ..methods import METHODS
-from ..planning import MergeOptions, load_recipe
+from ..planning import MergeOptions, RefineSettings, load_recipe
 from .flags import add_flags, options_of, pairs
 from .parser import CommandParser
 
 
 def add_merge_arguments(parser: CommandParser, leave_out: Collection[str] = ()) -> None:
     """Add the recipe, the models and their data, and a flag for every field of `MergeOptions` that is not left out."""
-    parser.make_epilog = describe_methods
+    parser.make_epilog = describe_methods if "refine" in leave_out else describe_settings
     parser.add_argument("recipe", nargs="?", help="YAML file with the arguments of merge_models")
     parser.add_argument("--base", help="Hub id or folder of the base")
     parser.add_argument("--expert", action="append", metavar="TASK=MODEL", help="an expert; repeat for each")
     parser.add_argument("--calibration", action="append", metavar="TASK=FILE", help="its samples or statistics")
     parser.add_argument("--validation", action="append", metavar="TASK=FILE", help="labelled rows, for --alpha auto")
-    parser.add_argument("--set", action="append", metavar="NAME=VALUE", help="a setting of the method; see below")
+    parser.add_argument(
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        help="a setting of the method, or of esm if no method is named; see below",
+    )
     add_flags(parser, MergeOptions, leave_out)
 
 
@@ -43,12 +48,20 @@ def merge_request(arguments: argparse.Namespace, for_comparison: bool = False) -
     if "base" not in request or "experts" not in request:
         raise HfEsmError("Name a recipe, or --base and --expert TASK=MODEL for each expert.")
     request |= options_of(arguments, MergeOptions)
+    if isinstance(words := getattr(arguments, "refine", None), list):
+        request["refine"] = _settings(words, "--refine") or True
     if arguments.set:
         method = request.get("method", "esm")
+        if method == "auto":
+            raise HfEsmError("--set changes a setting of one method, but auto chooses one. Name it: --method esm.")
         method = {"name": method} if isinstance(method, str) else dict(method)
-        settings = {name: yaml_value(text, "--set") for name, text in pairs(arguments.set, "--set").items()}
-        request["method"] = method | settings
+        request["method"] = method | _settings(arguments.set, "--set")
     return request
+
+
+def _settings(words: Iterable[str], flag: str) -> dict[str, Any]:
+    """The settings that the words `NAME=VALUE` of a flag give, with values as YAML reads them."""
+    return {name: yaml_value(text, flag) for name, text in pairs(words, flag).items()}
 
 
 def yaml_value(text: str, flag: str) -> Any:
@@ -59,9 +72,15 @@ def yaml_value(text: str, flag: str) -> Any:
         raise HfEsmError(f"{flag}: {text!r} is not a YAML value.") from None
 
 
+def describe_settings() -> str:
+    """The settings of refining, and those of the methods."""
+    settings = [f"    {f.name} = {f.default!r}: {f.metadata['help']}" for f in fields(RefineSettings)]
+    return f"{_filled(['settings for --refine NAME=VALUE:', *settings])}\n\n{describe_methods()}"
+
+
 def describe_methods() -> str:
     """Every method once with its settings, and what the presets change in them."""
-    lines, width = ["methods, and their settings for --set NAME=VALUE:"], shutil.get_terminal_size().columns - 2
+    lines = ["methods, and their settings for --set NAME=VALUE:"]
     for name in METHODS:
         try:
             method = METHODS[name]()
@@ -83,4 +102,9 @@ def describe_methods() -> str:
             if field.name not in inherited:
                 setting = f"    {field.name} = {getattr(method, field.name)!r}"
                 lines.append(": ".join(filter(None, (setting, field.metadata.get("help")))))
+    return _filled(lines)
+
+
+def _filled(lines: Iterable[str]) -> str:
+    width = shutil.get_terminal_size().columns - 2
     return "\n".join(textwrap.fill(line, width, subsequent_indent=" " * 8) for line in lines)

@@ -45,11 +45,11 @@ class RefineSettings:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self, "refine")
+        check_fields(self, "`refine`")
         if self.keep_adapter and not self.components:
             raise HfEsmError(
-                "refine: coefficients on whole updates (components: 0) are no adapter. Give components 1 or more, or "
-                "keep_adapter: false."
+                "`refine`: coefficients on whole updates (components 0) are not an adapter. Leave keep_adapter out, "
+                "or give components 1 or more."
             )
 
 
@@ -65,7 +65,7 @@ def resolve_refine(refine: bool | Mapping[str, Any] | RefineSettings | None) -> 
         return RefineSettings() if refine else None
     if not isinstance(refine, Mapping):
         raise HfEsmError(f"`refine` must be true, false or a mapping of settings, not {refine!r}.")
-    check_known(refine, [setting.name for setting in fields(RefineSettings)], "setting", "refine")
+    check_known(refine, [setting.name for setting in fields(RefineSettings)], "setting", "`refine`")
     return RefineSettings(**refine)
 
 

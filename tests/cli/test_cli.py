@@ -21,6 +21,7 @@ from hf_esm.cli.main import main
 from hf_esm.cli.parser import build_parser
 from hf_esm.data.options import SampleOptions
 from hf_esm.planning.options import MergeOptions
+from hf_esm.planning.refinement import RefineSettings
 from support.tiny import SPECIAL, WORDS
 from support.toys import LABELS, largest_difference, texts, weights, write_models, write_rows
 
@@ -100,6 +101,10 @@ MERGES = {  # flags beside the recipe, and what they change in its arguments
     ),
     "dtype": (["--dtype", "float16"], {"dtype": "float16"}),
     "columns": (["--columns", "text=other", "--max-length", "4"], {"columns": {"text": "other"}, "max_length": 4}),
+    "refining": (
+        ["--refine", "steps=2", "components=3"],
+        {"refine": {"steps": 2, "components": 3}},
+    ),
     "another expert": (["--expert", "c={}/c", "--calibration", "c={}/c.jsonl"], {"tasks": "abc"}),
 }
 
@@ -336,9 +341,23 @@ REFUSED = {
         "esm: gamma must be a finite number, not 'high'",
     ),
     "alpha": ("inspect {}/recipe.yaml --alpha best", "--alpha must be a finite number or 'auto', not 'best'"),
-    "alpha without samples": (
+    "alpha without data": (
         "inspect --base {}/base --expert a={}/a --expert b={}/b --method tsv-m --alpha auto",
-        "--alpha auto needs unlabelled samples",
+        "--alpha auto needs unlabelled samples (--calibration) or labelled rows (--validation) per task",
+    ),
+    "setting of auto": (
+        "inspect {}/recipe.yaml --method auto --set gamma=0",
+        "auto chooses one. Name it: --method esm",
+    ),
+    "setting of refining": (
+        "inspect {}/recipe.yaml --refine step=9",
+        "--refine: there is no setting 'step' (did you mean 'steps'?)",
+    ),
+    "no setting of refining": ("inspect {}/recipe.yaml --refine 9", "--refine takes NAME=VALUE, not '9'"),
+    "refining of another kind": ("inspect {}/recipe.yaml --refine steps=many", "--refine: steps must be a whole"),
+    "an adapter of coefficients": (
+        "inspect {}/recipe.yaml --refine components=0 keep_adapter=true",
+        "--refine: coefficients on whole updates (components 0) are not an adapter.",
     ),
     "batch size": ("inspect {}/recipe.yaml --batch-size 0", "--batch-size must be a whole number, at least 1, not 0"),
     "heads": ("inspect {}/recipe.yaml --heads nothing", "no expert has a module named 'nothing'"),
@@ -440,7 +459,7 @@ def test_help_names_every_option_and_says_what_it_is(capsys, command, options):
     for field in fields(options):
         assert f"  --{field.name.replace('_', '-')}" in said
         assert field.metadata["help"].replace(" ", "") in flat
-        if isinstance(field.default, bool):
+        if isinstance(field.default, bool) or field.name == "refine":
             assert f"--no-{field.name.replace('_', '-')}" in said
     default = {"evaluate": 0, "calibrate": 32}.get(command, 64)
     assert f"0takesall(default:{default})" in flat
@@ -457,6 +476,7 @@ def test_help_names_every_command_method_and_setting(capsys):
     for name, make in METHODS.items():
         assert f"\n  {name}: " in said
         assert [f.name for f in fields(make()) if f"    {f.name} = " not in said] == []
+    assert [f.name for f in fields(RefineSettings) if f"    {f.name} = {f.default!r}: " not in said] == []
 
 
 def test_the_console_script_is_this_command_line(capsys):

@@ -37,6 +37,7 @@ class Options:
     columns: Optional[Mapping[str, str]] = field(default=None, metadata={"help": "columns"})
     heads: str | Iterable[str] = field(default="auto", metadata={"help": "heads"})
     folder: Optional[str | os.PathLike] = field(default=None, metadata={"help": "folder"})
+    refine: Optional[bool | Mapping[str, str]] = field(default=None, metadata={"help": "refine"})
     left_out: int = field(default=0, metadata={"help": "no flag"})
 
 
@@ -56,6 +57,9 @@ def parser():
         ("--fast --folder x", {"fast": True, "folder": "x"}),
         ("--no-fast", {"fast": False}),
         ("--columns text=a label=b", {"columns": {"text": "a", "label": "b"}}),
+        ("--refine", {"refine": []}),
+        ("--refine steps=80 --refine batch_size=2", {"refine": ["steps=80", "batch_size=2"]}),
+        ("--no-refine", {"refine": False}),
         ("--heads merge", {"heads": "merge"}),
         ("--heads pooler", {"heads": ["pooler"]}),
         ("--heads pooler --heads a b", {"heads": ["pooler", "a", "b"]}),
@@ -68,6 +72,7 @@ def test_flags_give_the_values_of_a_dataclass(parser, words, options):
 def test_help_names_the_defaults(parser):
     said = " ".join(parser.format_help().split())
     assert "at most (default: 5)" in said and "heads (default: auto)" in said and "--no-fast be fast" in said
+    assert "--refine [NAME=VALUE ...] refine --no-refine not --refine" in said
     assert "left-out" not in said
 
 

@@ -375,11 +375,11 @@ def test_refine_is_true_false_or_settings(value, expected):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"component": 8}, "refine: there is no setting 'component' .did you mean 'components'"),
-        ({"steps": 0}, "refine: steps must be a whole number, at least 1"),
-        ({"learning_rate": 0.0}, "refine: learning_rate must be a finite number, above 0"),
-        ({"components": -1}, "refine: components must be a whole number, at least 0"),
-        ({"components": 0, "keep_adapter": True}, "are no adapter"),
+        ({"component": 8}, "`refine`: there is no setting 'component' .did you mean 'components'"),
+        ({"steps": 0}, "`refine`: steps must be a whole number, at least 1"),
+        ({"learning_rate": 0.0}, "`refine`: learning_rate must be a finite number, above 0"),
+        ({"components": -1}, "`refine`: components must be a whole number, at least 0"),
+        ({"components": 0, "keep_adapter": True}, "are not an adapter"),
         ("yes", "`refine` must be true, false or a mapping"),
     ],
 )
