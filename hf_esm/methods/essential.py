@@ -86,7 +86,7 @@ class EssentialMerge(MergeMethod):
         default=0.13,
         metadata={"help": "multiple of the updates' sum, at most of the matched norm, subtracted; published: 0"},
     )
-    tolerance: float = field(default=0.0, metadata=TOLERANCE)
+    tolerance: float = field(default=0.001, metadata=TOLERANCE)
     uncalibrated: tuple[str, ...] = field(
         default=(),
         metadata={"help": "regular expressions of weight names to merge by TSV-M although statistics exist"},
@@ -295,6 +295,7 @@ _PUBLISHED = {
     "shrinkage": 0.0,
     "keep_singular_values": False,
     "match_norm": False,
+    "tolerance": 0.0,
     "published_embeddings": True,
     "scale_all": True,
 }

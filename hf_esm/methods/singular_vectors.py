@@ -54,11 +54,14 @@ def merge_singular_vectors(
 
 @dataclass
 class TSVM(MergeMethod):
-    """TSV-M: every matrix by its orthogonalised task singular vectors, everything else averaged."""
+    """TSV-M: every matrix by its orthogonalised task singular vectors, everything else averaged.
+
+    A tolerance of 0 is the published form. Embeddings that were trained are merged by token counts, not by TSV-M.
+    """
 
     name: ClassVar[str] = "tsv-m"
 
-    tolerance: float = field(default=0.0, metadata=TOLERANCE)
+    tolerance: float = field(default=0.001, metadata=TOLERANCE)
 
     def merge(self, stack: Stack) -> Merged:
         if not stack.is_matrix:

@@ -37,9 +37,9 @@ ELEMENTWISE = {
     "task-arithmetic": (TaskArithmetic(), lambda deltas, weights: sum(times(deltas, weights))),
     "iso-c": (IsoC(), lambda deltas, weights: reference.iso_c(times(deltas, weights))),
     "iso-cts": (IsoCTS(0.5), lambda deltas, weights: reference.iso_cts(times(deltas, weights), 0.5)),
-    "tsv-m": (TSVM(), lambda deltas, weights: reference.tsv_m(deltas, weights=weights)),
+    "tsv-m": (TSVM(tolerance=0), lambda deltas, weights: reference.tsv_m(deltas, weights=weights)),
     "tsv-m-scaled": (
-        EssentialMerge(keep_fallback_scale=True),
+        EssentialMerge(keep_fallback_scale=True, tolerance=0),
         lambda deltas, weights: reference.tsv_m(deltas, True, weights),
     ),
 }
@@ -64,7 +64,7 @@ def test_esm_is_the_formula(seed, shape, settings):
     deltas, inputs = random_problem(seed, shape)
     weights = WEIGHTS[: len(deltas)]
     expected = reference.esm(deltas, inputs, **settings, weights=weights)
-    merged = EssentialMerge(**settings).merge(stack(deltas, weights, inputs))
+    merged = EssentialMerge(tolerance=0, **settings).merge(stack(deltas, weights, inputs))
     assert merged.how == "esm" and relative_error(merged.update, expected) < 1e-4
 
 
@@ -74,7 +74,7 @@ def test_esm_leaves_out_tasks_that_change_nothing(seed):
     deltas[1] = torch.zeros_like(deltas[1])
     weights = (0.5, 7.0, -1.0, 2.0)
     for settings in ({}, PUBLISHED):
-        merged = EssentialMerge(**settings).merge(stack(deltas, weights, inputs)).update
+        merged = EssentialMerge(tolerance=0, **settings).merge(stack(deltas, weights, inputs)).update
         assert relative_error(merged, reference.esm(deltas, inputs, **settings, weights=weights)) < 1e-4
 
 
@@ -139,7 +139,7 @@ def test_what_is_averaged_has_a_weighted_mean(seed):
     for weights in ((1.0, -1.0, 0.0), (0.1, 0.2, -0.3), (0.5, 2.0, -0.25)):
         expected = reference.weighted_mean(deltas, [round(w, 9) for w in weights])
         expected = sum(times(deltas, weights)) / 3 if abs(sum(weights)) < 1e-9 else expected
-        for method in (EssentialMerge(), RegMean(), IsoC(), TSVM()):
+        for method in (EssentialMerge(tolerance=0), RegMean(), IsoC(), TSVM(tolerance=0)):
             assert relative_error(method.merge(stack(deltas, weights)).update, expected) < 1e-6
     buffer = mean_update(buffer_stack(stack(deltas, (0.5, -3.0, 1.5))), scaled=False).update
     assert relative_error(buffer, (0.5 * deltas[0] + 1.5 * deltas[2]) / 2) < 1e-6

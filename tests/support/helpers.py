@@ -346,11 +346,14 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
 def merge(
     base: Any, experts: list[Any], architecture: Architecture, output: Path, method: str = "esm", **options: Any
 ) -> MergeResult:
-    """`merge_models` as the tests call it: tasks `t0`, `t1`, …, each with its own samples, in batches of three."""
+    """`merge_models` as the tests call it: tasks `t0`, `t1`, …, each with its own samples, in batches of three; `esm`
+    and `tsv-m` exactly, without a tolerance.
+    """
     calibration = {f"t{seed}": architecture.samples(seed) for seed in range(len(experts))}
     options = {"calibration": calibration, "batch_size": 3, "progress": False, **options}
     named = {f"t{i}": expert for i, expert in enumerate(experts)}
-    return merge_models(base, named, method=method, output_dir=str(output), **options)
+    settings = {"name": method, "tolerance": 0} if method in ("esm", "tsv-m") else method
+    return merge_models(base, named, method=settings, output_dir=str(output), **options)
 
 
 def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
