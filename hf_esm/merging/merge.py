@@ -61,7 +61,7 @@ def merge_models(
     accelerator: Optional[Accelerator] = None,
     dry_run: bool = False,
 ) -> MergeResult | MergePlan:
-    """Merge fine-tunes of one checkpoint into one model, without training.
+    """Merge fine-tunes of one checkpoint into one model, without labels.
 
     Args:
         base: checkpoint that the experts were tuned from: a Hub id (`"me/model"`, `"me/model@revision"`), a folder,
@@ -137,7 +137,7 @@ def merge_models(
         'BertForSequenceClassification'
     """
     options = from_arguments(MergeOptions, locals())
-    merge_method = None if options.method == "auto" else resolve_method(options.method)
+    merge_method = None if options.method in ("auto", {"name": "auto"}) else resolve_method(options.method)
     if rank is not None:
         merge_method = (merge_method or EssentialMerge()).with_rank(rank)
     experts, options.weights = task_weights(name_experts(experts), options.weights)
