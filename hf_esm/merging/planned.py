@@ -97,7 +97,18 @@ class PlannedRun(Session):
             )
         if self.refining:
             self.plan.refining_bytes = refining_bytes(self.plan, self.refining)
+            self._leave_out_what_does_not_fit()
         self.plan.passes = self._passes()
+
+    def _leave_out_what_does_not_fit(self) -> None:
+        """Do not refine where only the default would, and memory is too little for it."""
+        plan, most = self.plan, self.options.max_memory
+        if self.options.refine is None and most and plan.refining_bytes > bytes_of(most, "max_memory"):
+            plan.warnings.append(
+                f"`max_memory` {most}: refining would need {readable(plan.refining_bytes)}, so the merged model is not "
+                "refined. Give at least that."
+            )
+            self.refining, plan.refining_bytes = None, 0
 
     def _passes(self) -> list[str]:
         """Return what agreement costs, for the plan."""

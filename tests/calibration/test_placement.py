@@ -101,6 +101,7 @@ def test_a_merge_within_little_memory_is_the_merge(folder, ran, tmp_path):
         result = merge_models(
             folder / "base",
             experts,
+            method="esm",
             calibration=calibration,
             max_memory=memory,
             output_dir=tmp_path / str(memory),
@@ -111,6 +112,14 @@ def test_a_merge_within_little_memory_is_the_merge(folder, ran, tmp_path):
     assert [places is None for places, _ in ran] == [True, True, False, False]
     assert all(relative_error(merged[1][name], weight) < 1e-4 for name, weight in merged[0].items())
     assert not list(tmp_path.rglob(".*")) and not list(tmp_path.rglob("tmp*"))
+
+
+def test_the_default_is_not_refined_where_memory_is_too_little(folder):
+    experts, memory = {"full": folder / "full", "lora": folder / "lora"}, size(folder / "base")
+    plan = merge_models(folder / "base", experts, max_memory=memory, dry_run=True)
+    assert not plan.refining_bytes and any("is not refined" in warning for warning in plan.warnings)
+    asked = merge_models(folder / "base", experts, max_memory=memory, refine=True, dry_run=True)
+    assert asked.refining_bytes > memory and any("`refine`" in warning for warning in asked.warnings)
 
 
 def test_what_takes_memory_is_counted(folder):
