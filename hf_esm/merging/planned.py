@@ -105,8 +105,8 @@ class PlannedRun(Session):
         plan, most = self.plan, self.options.max_memory
         if self.options.refine is None and most and plan.refining_bytes > bytes_of(most, "max_memory"):
             plan.warnings.append(
-                f"`max_memory` {most}: refining would need {readable(plan.refining_bytes)}, so the merged model is not "
-                "refined. Give at least that."
+                f"`max_memory` {most}: refining would need {readable(plan.refining_bytes)}, so the merged model is "
+                "not refined. Give at least that."
             )
             self.refining, plan.refining_bytes = None, 0
 
