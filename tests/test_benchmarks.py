@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from support.routed_toys import GPT2, task_texts, tuned
-from support.tiny import save_tokenizer
+from support.routed_toys import task_texts, tuned
+from support.tiny import GPT2, save_tokenizer
 
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "language.py"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from support.helpers import save
-from support.routed_toys import GPT2, tuned
-from support.tiny import save_tokenizer
+from support.routed_toys import tuned
+from support.tiny import GPT2, save_tokenizer
 from support.toys import write_models
 
 

@@ -18,27 +18,14 @@ from transformers import BertModel, PreTrainedModel
 
 from hf_esm import merge_models
 from hf_esm.checkpoints.sources import Access, open_checkpoint, resolve_source
-from support.helpers import VOCABULARY, Architecture, perturbed, save, stored_tensors, text_samples
+from support.helpers import Architecture, perturbed, save, stored_tensors, text_samples
 from support.problems import relative_error
-from support.tiny import BERT, assert_refused, forbid_calibration, snapshot
+from support.tiny import BERT, DECODER, GPT2, LLAMA, assert_refused, forbid_calibration, snapshot
 
 
 pytestmark = pytest.mark.slow
 
 
-DECODER = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-}
-GPT2 = Architecture(
-    "GPT2LMHeadModel", {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
-)
-LLAMA = Architecture("LlamaForCausalLM", DECODER)
 MIXTRAL = Architecture("MixtralForCausalLM", {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2})
 
 TIED_LLAMA = Architecture("LlamaForCausalLM", {**DECODER, "tie_word_embeddings": True})

@@ -12,7 +12,8 @@ from hf_esm.checkpoints import RECIPE_FILE, Access, resolve_source
 from hf_esm.data import sample_fingerprint, save_samples
 from hf_esm.merging.expert_statistics import Needs, gather_statistics
 from hf_esm.planning import MergeData, MergeOptions, load_recipe
-from support.refining_toys import LLAMA, TASKS, plan_of
+from support.refining_toys import TASKS, plan_of
+from support.tiny import LLAMA
 from support.toys import weights
 
 

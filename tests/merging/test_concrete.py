@@ -11,8 +11,8 @@ from hf_esm.methods.concrete import ConcreteAdaMerging, ConcreteTaskArithmetic
 from hf_esm.utils.resume import WORK_FOLDER
 from support import reference
 from support.problems import relative_error
-from support.routed_toys import GPT2, encoded, expert, task_texts, tuned
-from support.tiny import snapshot
+from support.routed_toys import encoded, expert, task_texts, tuned
+from support.tiny import GPT2, snapshot
 from support.toys import base_model
 
 

@@ -13,8 +13,8 @@ from hf_esm.merging.choice import Candidate, Chosen
 from hf_esm.merging.judging import TaskAgreement
 from hf_esm.planning import load_recipe
 from support.helpers import Architecture, perturbed
-from support.refining_toys import LLAMA, TASKS
-from support.routed_toys import GPT2
+from support.refining_toys import TASKS
+from support.tiny import GPT2, LLAMA
 from support.toys import weights
 
 

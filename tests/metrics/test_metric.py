@@ -18,8 +18,8 @@ from hf_esm.metrics.outputs import classes_of, texts_of
 from hf_esm.metrics.scores import Scores, run
 from support.architectures import T5
 from support.helpers import VOCABULARY, perturbed, save
-from support.routed_toys import GPT2, encoded, expert, task_texts
-from support.tiny import BERT
+from support.routed_toys import encoded, expert, task_texts
+from support.tiny import BERT, GPT2
 
 
 class Numbers:

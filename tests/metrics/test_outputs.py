@@ -16,8 +16,8 @@ from hf_esm.metrics.outputs import LONGEST_SPAN, texts_of
 from hf_esm.metrics.scores import Outcome, run
 from support.architectures import T5
 from support.helpers import perturbed, save
-from support.routed_toys import GPT2, quiet, tuned
-from support.tiny import BERT, SPECIAL, WORDS, save_tokenizer
+from support.routed_toys import quiet, tuned
+from support.tiny import BERT, GPT2, SPECIAL, WORDS, save_tokenizer
 
 
 COLUMNS = {"text": "question", "text_pair": "context", "label": "answers"}

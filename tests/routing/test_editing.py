@@ -12,7 +12,6 @@ from hf_esm.checkpoints.layout import ROUTER_FEATURES
 from support.helpers import perturbed, save
 from support.routed_toys import (
     FULL,
-    GPT2,
     adapter,
     assert_expert,
     encoded,
@@ -23,7 +22,7 @@ from support.routed_toys import (
     quiet,
     task_texts,
 )
-from support.tiny import BERT, snapshot
+from support.tiny import BERT, GPT2, snapshot
 from support.toys import base_model, classifier, lora_adapter
 
 

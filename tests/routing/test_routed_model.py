@@ -39,7 +39,6 @@ from support.processes import run_script
 from support.routed_toys import (
     EXACT,
     FULL,
-    GPT2,
     VIT,
     adapter,
     assert_expert,
@@ -54,7 +53,7 @@ from support.routed_toys import (
     task_texts,
     tuned,
 )
-from support.tiny import BERT, forbid_calibration
+from support.tiny import BERT, GPT2, forbid_calibration
 from support.toys import LABELS, base_model, classifier, lora_adapter
 
 

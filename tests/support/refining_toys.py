@@ -20,23 +20,11 @@ from hf_esm.merging.refining import Refined, refine
 from hf_esm.methods import resolve_method
 from hf_esm.metrics import ExpertAnswers, agreement_of, collect_answers
 from hf_esm.planning import MergePlan, RefineSettings, plan_merge
-from support.helpers import VOCABULARY, Architecture
-from support.routed_toys import GPT2, task_ids, tuned
+from support.routed_toys import task_ids, tuned
+from support.tiny import GPT2, LLAMA
 from support.toys import base_model, classifier
 
 
-LLAMA = Architecture(
-    "LlamaForCausalLM",
-    {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 24,
-        "max_position_embeddings": 32,
-    },
-)
 KINDS = {"llama": LLAMA, "gpt2": GPT2}
 TASKS = ["law", "code"]
 

@@ -15,16 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_esm import merge_models
 from support import reference
-from support.helpers import VOCABULARY, Architecture, token_inputs
+from support.helpers import Architecture, token_inputs
 from support.problems import relative_error
 from support.tiny import BERT, WORDS, save_tokenizer
 from support.toys import base_model, classifier
 
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
-GPT2 = Architecture(
-    "GPT2LMHeadModel", {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
-)
 VIT = Architecture("ViTModel", SMALL | {"image_size": 16, "patch_size": 4})
 FULL = 64  # a rank above all widths
 # Of full rank, such experts give what they gave as models.

@@ -1,4 +1,4 @@
-"""One tiny base with two experts on disk, and what a merge that is refused must look like."""
+"""The smallest models, one tiny base with two experts on disk, and what a merge that is refused must look like."""
 
 import os
 from collections.abc import Callable
@@ -24,6 +24,19 @@ BERT = Architecture(
         "max_position_embeddings": 32,
         "num_labels": 3,
     },
+)
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+}
+LLAMA = Architecture("LlamaForCausalLM", DECODER)
+GPT2 = Architecture(
+    "GPT2LMHeadModel", {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
 )
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["a", "bad", "dull", "film", "fine", "good", "is", "it", "not", "one", "plot", "so", "the", "two", "was"]

@@ -32,7 +32,7 @@ from support import reference
 from support.helpers import VOCABULARY, Architecture, perturbed, save, text_samples, token_inputs
 from support.problems import SEEDS, relative_error
 from support.processes import run_script
-from support.tiny import BERT, save_tokenizer, snapshot
+from support.tiny import BERT, GPT2, LLAMA, save_tokenizer, snapshot
 
 
 RANK = 3
@@ -62,19 +62,14 @@ KINDS = {
         "bert.encoder.layer.0.intermediate.dense",
     ),
     "gpt2": Kind(
-        Architecture(
-            "GPT2LMHeadModel", {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
-        ),
+        GPT2,
         "AutoModelForCausalLM",
         "transformer.h.1.attn.c_attn",
         "transformer.h.0.mlp.c_proj",
         "transformer.h.0.mlp.c_fc",
     ),
     "llama": Kind(
-        Architecture(
-            "LlamaForCausalLM",
-            SMALL | {"num_key_value_heads": 1, "intermediate_size": 24, "max_position_embeddings": 32},
-        ),
+        LLAMA,
         "AutoModelForCausalLM",
         "model.layers.1.self_attn.q_proj",
         "model.layers.0.mlp.down_proj",

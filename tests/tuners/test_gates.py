@@ -4,6 +4,7 @@ an adapter.
 
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,28 +17,14 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_esm import HfEsmError
 from hf_esm.tuners.essential import EssentialComponentsConfig, EssentialComponentsLayer
-from support.helpers import VOCABULARY, Architecture, perturbed, save
+from support.helpers import perturbed, save
 from support.problems import relative_error
+from support.tiny import GPT2, LLAMA
 
 
 KINDS = {
-    "gpt2": Architecture(
-        "GPT2LMHeadModel",
-        {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
-        | dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0),
-    ),
-    "llama": Architecture(
-        "LlamaForCausalLM",
-        {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "intermediate_size": 24,
-            "max_position_embeddings": 32,
-        },
-    ),
+    "gpt2": replace(GPT2, settings=GPT2.settings | dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)),
+    "llama": LLAMA,
 }
 TARGETS = {"gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "down_proj"]}
 TASKS = ["law", "code"]
