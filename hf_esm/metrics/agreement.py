@@ -1,6 +1,5 @@
 """Agreement: how near a model's answers are to an expert's, on samples without labels."""
 
-import inspect
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..architecture import towers
-from ..data import Sample, batch_for, batch_indices, reads_singly
+from ..data import Sample, batch_for
 from ..errors import DamagedFileError, HfEsmError
 from ..utils import atomic_file, fingerprint
-from .answers import KINDS, Answer, kind_by_class, kind_by_output, no_probability, plain_model
+from .answers import KINDS, Answer, batches_of, kind_by_class, kind_by_output, no_probability
 
 
 FORMAT = "hf_esm.answers"
@@ -164,7 +162,7 @@ def collect_answers(
     if name and model.config.is_encoder_decoder and not {"decoder_input_ids", "labels"} & set().union(*samples):
         raise HfEsmError(f"{type(model).__name__}: an expert with a decoder needs `decoder_input_ids` or `labels`.")
     with _in_evaluation(model), torch.no_grad():
-        groups = _groups(model, name, samples, batch_size)
+        groups = batches_of(model, name, samples, batch_size)
         for group in tqdm(groups, desc=f"Answers of {title}", disable=not progress or not groups, leave=False):
             chosen = [samples[i] for i in group]
             batch = _batch(model, chosen)
@@ -220,7 +218,7 @@ def _compared(
 ) -> Iterator[tuple[Tensor, Answer]]:
     """Run the model, batch by batch, and yield `[n, …]` rows of its output with the expert's answers to them."""
     kind, samples = KINDS[answers.kind], [answers.samples[i] for i in indices]
-    for group in _groups(model, answers.kind, samples, batch_size or max(len(samples), 1)):
+    for group in batches_of(model, answers.kind, samples, batch_size or max(len(samples), 1)):
         batch = _batch(model, [samples[i] for i in group])
         rows = kind.rows(model(**batch), batch, model)
         parts = [answers.answers[indices[i]] for i in group]
@@ -243,24 +241,6 @@ def _batch(model: PreTrainedModel, samples: list[Sample]) -> dict[str, Tensor]:
     if not targets:
         samples = [{name: value for name, value in sample.items() if name != "labels"} for sample in samples]
     return batch_for(samples, model)
-
-
-def _groups(model: PreTrainedModel, kind: str, samples: list[Sample], batch_size: int) -> list[list[int]]:
-    """Return the indices of the samples of each batch. Samples of several lengths share one only if they differ in
-    tokens alone, the model takes a mask, and nothing reads the padding: no convolution, no pooling of the last token.
-    """
-    if not samples:
-        return []
-    if kind != "tokens" and "input_ids" in samples[0] and reads_singly(model.config):
-        batch_size = 1
-    shapes = [{n: v.shape for n, v in sample.items() if v.is_floating_point() or v.dim() != 1} for sample in samples]
-    plain = plain_model(model)
-    masked = "attention_mask" in inspect.signature(plain.forward).parameters
-    convolved = any(isinstance(module, nn.Conv1d) for module in plain.modules())
-    # The towers of SigLIP and the classifiers of XLNet pool the last token, padding or not.
-    pooled = kind != "tokens" and (towers(plain) or getattr(model.config, "summary_type", "") == "last")
-    padded = masked and not convolved and not pooled and all(shape == shapes[0] for shape in shapes)
-    return batch_indices(samples, batch_size, padded)
 
 
 @contextmanager

@@ -1,13 +1,15 @@
 """What a model answers, as tensors that can be compared: next tokens, classes, vectors."""
 
+import inspect
 from typing import Any, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..data import Sample
+from ..architecture import towers
+from ..data import Sample, batch_indices, reads_singly
 from ..errors import HfEsmError
 
 
@@ -36,6 +38,32 @@ def kind_by_class(model: PreTrainedModel) -> str:
 def kind_by_output(output: Any) -> str:
     answers = ("logits", "start_logits")
     return "classes" if any(isinstance(getattr(output, name, None), Tensor) for name in answers) else "vectors"
+
+
+def batches_of(model: PreTrainedModel, kind: str, samples: list[Sample], batch_size: int) -> list[list[int]]:
+    """Return the indices of the samples of each batch, such that no answer depends on the other samples of its batch.
+
+    Samples of several lengths share a batch only if they differ in tokens alone, the model takes a mask, and nothing
+    reads the padding: no convolution, no pooling of the last token.
+
+    Args:
+        model: the model that answers.
+        kind: kind of the answers; see `ExpertAnswers`.
+        samples: unbatched, unpadded model inputs.
+        batch_size: samples per batch, at most.
+    """
+    if not samples:
+        return []
+    if kind != "tokens" and "input_ids" in samples[0] and reads_singly(model.config):
+        batch_size = 1
+    shapes = [{n: v.shape for n, v in sample.items() if v.is_floating_point() or v.dim() != 1} for sample in samples]
+    plain = plain_model(model)
+    masked = "attention_mask" in inspect.signature(plain.forward).parameters
+    convolved = any(isinstance(module, nn.Conv1d) for module in plain.modules())
+    # The towers of SigLIP and the classifiers of XLNet pool the last token, padding or not.
+    pooled = kind != "tokens" and (towers(plain) or getattr(model.config, "summary_type", "") == "last")
+    padded = masked and not convolved and not pooled and all(shape == shapes[0] for shape in shapes)
+    return batch_indices(samples, batch_size, padded)
 
 
 def _precise(tensor: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ..data import Sample, batch_for, batch_indices, reads_singly, to_generate_from
+from ..data import Sample, batch_for, batch_indices, to_generate_from
 from ..errors import HfEsmError
+from .answers import batches_of
 from .labels import LabelledSamples
 
 
@@ -32,9 +33,7 @@ def classes_of(model: PreTrainedModel, samples: list[Sample], batch_size: int = 
     """
     if model.can_generate():
         raise HfEsmError(_NO_CLASS.format(kind=type(model).__name__))
-    if samples and "input_ids" in samples[0] and reads_singly(model.config):
-        batch_size = 1
-    return _in_batches(model, samples, _classes, batch_size)
+    return _in_batches(model, samples, _classes, batches_of(model, "classes", samples, batch_size))
 
 
 @torch.no_grad()
@@ -47,7 +46,7 @@ def likelihoods_of(model: PreTrainedModel, samples: list[Sample], batch_size: in
     kind = type(model).__name__
     if kind.endswith("ForMaskedLM"):
         raise HfEsmError(f"{kind} predicts no next token; perplexity needs a model that writes text.")
-    return _in_batches(model, samples, _likelihoods, batch_size)
+    return _in_batches(model, samples, _likelihoods, batches_of(model, "tokens", samples, batch_size))
 
 
 @torch.no_grad()
@@ -79,13 +78,11 @@ def _in_batches(
     model: PreTrainedModel,
     samples: list[Sample],
     answer: Callable[[PreTrainedModel, dict[str, Tensor]], Tensor],
-    batch_size: int,
+    batches: list[list[int]],
 ) -> Tensor:
-    """Answers to all samples, which share batches by length; answers of several lengths are padded with -100."""
-    order = sorted(range(len(samples)), key=lambda i: max(value.numel() for value in samples[i].values()))
+    """Answers to all samples, from batches of their indices; answers of several lengths are padded with -100."""
     answers: dict[int, Tensor] = {}
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
+    for indices in batches:
         batch = batch_for([samples[i] for i in indices], model)
         answers |= zip(indices, answer(model, batch).cpu(), strict=True)
     rows = [answers[i] for i in range(len(samples))]
@@ -167,8 +164,9 @@ def texts_of(model: PreTrainedModel, data: LabelledSamples, batch_size: int = 32
     """
     points = type(model).__name__.endswith("ForQuestionAnswering")
     answer = (_span_answers if points else _written_answers)(model, data)
+    padded = batch_indices(data.samples, batch_size, padded=True)
     texts: dict[int, str] = {}
-    for indices in batch_indices(data.samples, batch_size, padded=True):
+    for indices in batches_of(model, "classes", data.samples, batch_size) if points else padded:
         texts |= {i: data.decode(tokens) for i, tokens in zip(indices, answer(indices), strict=True)}
     return [texts[i] for i in range(len(data.samples))]
 

@@ -12,9 +12,9 @@ from transformers import AutoModel
 from hf_esm import HfEsmError, evaluate, merge_models
 from hf_esm.data.options import SampleOptions
 from hf_esm.metrics.metric import ACCURACY, EXACT_MATCH, WORD_F1, Metric, load_labelled, resolve_metric
-from hf_esm.metrics.outputs import LONGEST_SPAN, texts_of
+from hf_esm.metrics.outputs import LONGEST_SPAN, classes_of, texts_of
 from hf_esm.metrics.scores import Outcome, run
-from support.architectures import T5
+from support.architectures import ARCHITECTURES, T5
 from support.helpers import perturbed, save
 from support.routed_toys import quiet, tuned
 from support.tiny import BERT, GPT2, SPECIAL, WORDS, save_tokenizer
@@ -294,3 +294,29 @@ def test_readers_merge_by_what_they_answer(tokenizer, tmp_path):
     )
     scores = evaluate(tmp_path / "routed", rows, metric="exact-match", columns=COLUMNS, route="oracle")
     assert scores.model == {"left": 1.0, "right": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("bert", "BertForSequenceClassification"),
+        ("xlnet", "XLNetForSequenceClassification"),
+        ("convbert", "ConvBertForSequenceClassification"),
+        ("fnet", "FNetForSequenceClassification"),
+        ("wav2vec2", "Wav2Vec2ForSequenceClassification"),
+    ],
+)
+@torch.no_grad()
+def test_values_do_not_depend_on_batches(name, head):
+    """Though some of these classifiers read the padding of a batch."""
+    architecture = ARCHITECTURES[name]
+    model, samples = architecture.build(head, num_labels=1), architecture.samples(0)
+    expected = torch.cat([model(**{key: value[None] for key, value in s.items()}).logits[0] for s in samples])
+    assert torch.allclose(classes_of(model, samples), expected, atol=1e-5)
+
+
+def test_spans_of_a_reader_with_convolutions_do_not_depend_on_batches(tokenizer):
+    settings = {"max_position_embeddings": 64, "num_labels": 2}
+    model = perturbed(ARCHITECTURES["convbert"].build("ConvBertForQuestionAnswering", **settings), 0.5, 1)
+    data = load_labelled(questions(4), tokenizer, model.config, "rows", SQUAD, EXACT_MATCH)
+    assert texts_of(model, data) == texts_of(model, data, batch_size=1)
