@@ -9,7 +9,7 @@ import hf_esm
 
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/results.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/results.md", "docs/language_models.md"]
 TESTS = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
 
 
@@ -27,3 +27,12 @@ def test_the_readme_names_every_public_name():
     text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Python API")[1]
     named = set(re.findall(r"`(\w+)`", text.split("\n## ")[0]))
     assert not set(hf_esm.__all__) - {"__version__"} - named
+
+
+def test_the_readme_lists_and_counts_every_method():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.split("## How a merge works")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]+)\|", table, re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`(.+?)`", row)}
+    assert not set(hf_esm.METHODS) - listed
+    assert f"**{sum(not name.startswith('esm') for name in hf_esm.METHODS)} other methods**" in text

@@ -15,6 +15,7 @@ from support.pictures import picture
 from support.routed_toys import tuned
 from support.tiny import WORDS, save_tokenizer
 from support.toys import base_model, classifier
+from support.writers import save_writers
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -68,6 +69,21 @@ def texts(here, monkeypatch):
         save_tokenizer(folder)
 
 
+def written(path, name, split):
+    """Rows with the columns of the data sets that language models are merged on."""
+    draw = np.random.default_rng(len(path))
+    text = [" ".join(draw.choice(WORDS, 6)) for _ in range(ROWS)]
+    messages = [[{"role": "user", "content": one}, {"role": "assistant", "content": one[::-1]}] for one in text]
+    return datasets.Dataset.from_dict({"messages": messages, "text": text, "code": text[::-1]})
+
+
+@pytest.fixture
+def writers(here, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", written)
+    monkeypatch.setattr(datasets.Dataset, "select", fewer)
+    save_writers(here / "Qwen", "Qwen2.5-0.5B", ["Qwen2.5-0.5B-Instruct", "Qwen2.5-Coder-0.5B"])
+
+
 @pytest.fixture
 def images(here, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", pictures)
@@ -104,6 +120,14 @@ def test_the_example_of_a_comparison_runs(here, texts, capsys):
     runpy.run_path(str(EXAMPLES / "compare_methods.py"))
     assert (here / "comparison" / "report.md").is_file()
     assert "Best here" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_example_of_language_models_runs(here, writers, capsys):
+    runpy.run_path(str(EXAMPLES / "merge_language_models.py"))
+    result, _, generated = capsys.readouterr().out.partition("written  qwen-merged\n")
+    assert "by agreement with the experts" in result and "refined" in result and "agrees   chat" in result
+    assert len(generated.splitlines()) > 1
 
 
 def test_the_vision_example_runs(images, capsys):
