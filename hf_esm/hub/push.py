@@ -9,7 +9,14 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from peft import PeftConfig
 
-from ..checkpoints import ADAPTER_CONFIG, CALIBRATION_FOLDER, HEADS_FOLDER, ROUTED_FOLDER, ROUTER_FEATURES
+from ..checkpoints import (
+    ADAPTER_CONFIG,
+    CALIBRATION_FOLDER,
+    HEADS_FOLDER,
+    REFINED_FOLDER,
+    ROUTED_FOLDER,
+    ROUTER_FEATURES,
+)
 from ..errors import HfEsmError
 from ..utils import plain_hub_errors, staging_folder
 from .cards import write_adapter_card
@@ -72,7 +79,8 @@ def push_folder(
                 return upload(folder_path=staging, **kwargs)
         ignored = kwargs.pop("ignore_patterns", None) or []
         ignored = [f"{CALIBRATION_FOLDER}/*", *([ignored] if isinstance(ignored, str) else ignored)]
-        stale = {"delete_patterns": [f"{HEADS_FOLDER}/*", f"{ROUTED_FOLDER}/*"]}  # files of tasks that were removed
+        # Files of tasks that were removed, and of gates that are folded by now:
+        stale = {"delete_patterns": [f"{name}/*" for name in (HEADS_FOLDER, ROUTED_FOLDER, REFINED_FOLDER)]}
         return upload(folder_path=folder, ignore_patterns=ignored, **stale | kwargs)
 
 

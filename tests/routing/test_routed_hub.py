@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -18,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from hf_esm import HfEsmError, RoutedModel, calibrate, evaluate
 from hf_esm.cli.main import main
+from hf_esm.hub import push_folder
 from support.hub import ABSENT, TOKEN, process
 from support.hub_server import Handler, HubServer, Repo
 from support.routed_toys import equal, expert, merge_bert, task_texts
@@ -281,6 +283,15 @@ def test_a_task_that_has_gone_goes_from_the_hub_too(hub, online, merged, larger)
     assert {name for name in files(hub, "me/changing") if name.startswith("heads/")} == {
         name for name in files(hub, "me/static") if name.startswith("heads/")
     }
+
+
+def test_gates_that_are_folded_now_go_from_the_hub_too(hub, online, tmp_path):
+    for name, parts in {"kept": ["config.json", "refined/adapter_config.json"], "folded": ["config.json"]}.items():
+        for part in parts:
+            (tmp_path / name / part).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / part).write_text(f'"{name}"')
+        online(partial(push_folder, token=TOKEN), tmp_path / name, "me/refined")
+        assert sorted(set(files(hub, "me/refined")) - {".gitattributes"}) == parts
 
 
 def test_a_push_survives_a_busy_hub(hub, online, merged):
