@@ -11,6 +11,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
+# What a weight can be, as `weight_kinds` names it.
+KINDS = ("attention", "mlp", "norm", "embedding", "head", "bias")
+
+
 @dataclass(frozen=True)
 class LinearMap:
     """A linear map inside a model, or a stack of them held as one three-dimensional parameter.
@@ -102,6 +106,36 @@ def from_matrices(matrices: list[Tensor], linear: LinearMap | None) -> Tensor:
         return matrices[0]
     matrices = [matrix.T for matrix in matrices] if linear.transposed else matrices
     return torch.stack(matrices) if linear.slices else matrices[0].contiguous()
+
+
+def weight_kinds(model: PreTrainedModel) -> dict[str, str]:
+    """Return what every parameter of `model` is, one of `KINDS`, by name; empty for one that is none of them.
+
+    A norm's scale and shift are of the norm, biases elsewhere are biases. The head is all that is not in the body, and
+    matrices after the blocks; a matrix that is tied to the embeddings is an embedding. In a block, matrices that do
+    not belong to attention are of the MLP.
+    """
+    prefix, depths = body_prefix(model), block_depths(model)
+    kinds: dict[str, str] = {}
+    for module_name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{leaf}" if module_name else leaf
+            kinds[name] = _kind(name, module, parameter, name.startswith(prefix), depth_of(name, depths) is not None)
+    return kinds
+
+
+def _kind(name: str, module: nn.Module, parameter: Tensor, in_body: bool, in_block: bool) -> str:
+    words, matrix = name.lower(), parameter.dim() in (2, 3)
+    kinds = {
+        "norm": "Norm" in type(module).__name__,
+        "embedding": isinstance(module, nn.Embedding),
+        "head": not in_body,
+        "bias": words.endswith("bias"),
+        "attention": in_block and ("attn" in words or "attention" in words),
+        "mlp": in_block and matrix,
+    }
+    outside = "" if in_block else "embedding" if "embed" in words else "head" if matrix else ""
+    return next((kind for kind, found in kinds.items() if found), outside)
 
 
 def layer_type(name: str) -> str:

@@ -8,12 +8,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import yaml
-
 from ..errors import HfEsmError
 from ..methods import METHODS
 from ..planning import MergeOptions, RefineSettings, load_recipe
-from .flags import add_flags, options_of, pairs
+from .flags import add_flags, options_of, pairs, yaml_value
 from .parser import CommandParser
 
 
@@ -62,14 +60,6 @@ def merge_request(arguments: argparse.Namespace, for_comparison: bool = False) -
 def _settings(words: Iterable[str], flag: str) -> dict[str, Any]:
     """The settings that the words `NAME=VALUE` of a flag give, with values as YAML reads them."""
     return {name: yaml_value(text, flag) for name, text in pairs(words, flag).items()}
-
-
-def yaml_value(text: str, flag: str) -> Any:
-    """The value that a text is in YAML, such as `0.2`, `true` or `[query, key]`."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise HfEsmError(f"{flag}: {text!r} is not a YAML value.") from None
 
 
 def describe_settings() -> str:

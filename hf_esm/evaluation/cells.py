@@ -125,6 +125,7 @@ class Inputs:
         shared = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
         tuned = method.tunable and self.validation is not None
         uses_data = method.needs_statistics or method.needs_samples or method.counts_embeddings
+        uses_data = uses_data or bool(self.options.overrides)  # by other methods
         return {
             **{name: value for name, value in shared.items() if name not in {*NOT_COMPARED, "output_dir"}},
             "method": method,
@@ -205,7 +206,7 @@ class CellStore:
                 task: open_checkpoint(resolve_source(spec, f"expert '{task}'", inputs.access), base)
                 for task, spec in inputs.experts.items()
             }
-            plan = plan_merge(base, experts, method, inputs.options.heads)
+            plan = plan_merge(base, experts, method, heads=inputs.options.heads)
             statistics = {t: ActivationStatistics.load(path) if complete else None for t, path in files.items()}
             return measure_interference(plan, statistics).as_dict()
 

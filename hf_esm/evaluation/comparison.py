@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,7 +18,7 @@ from ..methods import MergeMethod, resolve_method
 from ..metrics import MetricSpec, resolve_metric
 from ..planning import MergeOptions, name_experts, task_weights
 from ..utils import check_known
-from .cells import Cell, CellStore, Inputs
+from .cells import NOT_COMPARED, Cell, CellStore, Inputs
 from .evaluator import check_by_task
 from .report import Comparison, write_report
 from .summary import DRAWS, summarise
@@ -40,6 +41,7 @@ def compare(
     processor: Any = None,
     token: Optional[str | bool] = None,
     weights: Optional[Mapping[str, float]] = None,
+    overrides: Optional[Iterable[Mapping[str, Any]]] = None,
     metric: MetricSpec = "accuracy",
     heads: str | Iterable[str] = "auto",
     dtype: Optional[str | torch.dtype] = None,
@@ -67,8 +69,8 @@ def compare(
             settings names the row of the report.
         seeds: seeds of the choice of samples. Methods that use samples are merged once for each seed.
         num_test: number of test rows per task, chosen at random; 0 takes all.
-        weights, metric, heads, dtype, num_samples, statistics_samples, max_length, columns, batch_size, max_memory,
-            allow_pickle, trust_remote_code, progress: options of every merge, see `MergeOptions`.
+        weights, overrides, metric, heads, dtype, num_samples, statistics_samples, max_length, columns, batch_size,
+            max_memory, allow_pickle, trust_remote_code, progress: options of every merge, see `MergeOptions`.
 
     Returns:
         Comparison with one row per method. Print it for a table, or open `report.md` in `output_dir`.
@@ -86,22 +88,10 @@ def compare(
         >>> [row.label for row in comparison.rows]
         ['mean', 'tsv-m']
     """
+    arguments = locals()
     experts, weights = task_weights(name_experts(experts), weights)
-    options = MergeOptions(
-        weights=weights,
-        metric=metric,
-        heads=heads,
-        dtype=dtype,
-        num_samples=num_samples,
-        statistics_samples=statistics_samples,
-        max_length=max_length,
-        columns=columns,
-        batch_size=batch_size,
-        max_memory=max_memory,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
+    shared = {option.name for option in fields(MergeOptions)} - {*NOT_COMPARED, "output_dir"}
+    options = MergeOptions(**{name: arguments[name] for name in shared} | {"weights": weights})
     named, folder = name_methods(methods), Path(output_dir).expanduser()
     seeds = (seeds,) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
     inputs = Inputs(

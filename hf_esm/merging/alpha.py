@@ -1,6 +1,6 @@
 """Chooses α: the merged updates are added to the base at several scales; no weight is merged again."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import inf, isnan
@@ -141,33 +141,32 @@ def _number(score: Any) -> float:
         raise HfEsmError(f"score_fn returned {score!r:.80}. It must return a number; higher is better.") from None
 
 
-def choose_alpha(
-    plan: MergePlan,
-    updates: MergedUpdates,
-    labelled: Mapping[str, LabelledSamples],
-    score_fn: Any,
-    accelerator: Accelerator,
-    options: MergeOptions,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> tuple[float, dict[float, float]]:
-    """Return α and the scores by α: the caller's α, the method's default, or the best on validation rows.
+class LabelScore:
+    """Scores merged models on labelled rows, or by the caller's function.
 
-    The main process alone searches; the others return the default.
+    Attributes:
+        rows: number of rows that a score is a share of; None if it is none.
     """
-    alpha = options.alpha
-    if alpha != "auto" or not accelerator.is_main_process:
-        return plan.method.default_alpha if alpha in (None, "auto") else float(alpha), {}
-    models = CandidateModels(plan, accelerator.device, whole=callable(score_fn))
-    metric = resolve_metric(options.metric)
 
-    def score(candidate: float) -> float:
-        models.set_weights(partial(updates.weight, alpha=candidate))
-        scores = score_candidates(models, labelled, score_fn, metric, options.batch_size)
+    def __init__(
+        self,
+        plan: MergePlan,
+        labelled: Mapping[str, LabelledSamples],
+        score_fn: Any,
+        accelerator: Accelerator,
+        options: MergeOptions,
+    ):
+        self.models = CandidateModels(plan, accelerator.device, whole=callable(score_fn))
+        self.labelled, self.score_fn, self.batch_size = labelled, score_fn, options.batch_size
+        self.metric = resolve_metric(options.metric)
+        share = score_fn is None and self.metric.is_share
+        self.rows = sum(len(data.labels) for data in labelled.values()) if share else None
+
+    def score(self, updates: MergedUpdates, alpha: float, by_kind: Mapping[str, float]) -> float:
+        """Return the mean score over all tasks at a scale, and other scales for some kinds of weights."""
+        self.models.set_weights(partial(updates.weight, alpha=alpha, by_kind=by_kind))
+        scores = score_candidates(self.models, self.labelled, self.score_fn, self.metric, self.batch_size)
         return sum(scores.values()) / len(scores)
-
-    share = score_fn is None and metric.is_share
-    rows = sum(len(data.labels) for data in labelled.values()) if share else None
-    return search_alpha(score, progress, default=plan.method.default_alpha, rows=rows)
 
 
 def read_validation(

@@ -1,6 +1,6 @@
 """Chooses the method and α of a merge: by labelled rows, by agreement with the experts on samples, or by default."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf, isnan
@@ -14,7 +14,7 @@ from ..architecture import writes
 from ..methods import EssentialMerge, MergeMethod, RegMean
 from ..planning import MergeOptions, MergePlan
 from ..utils import gather, together
-from .alpha import choose_alpha
+from .alpha import LabelScore, search_alpha
 from .expert_statistics import Inputs
 from .gates import RefinedWeights
 from .judging import Judge, TaskAgreement
@@ -22,6 +22,11 @@ from .updates import MergedUpdates, WeightReport
 
 
 STEP, FINE, LARGEST = 0.3, 0.1, 3.0  # of the search of α
+ROUNDS = 2  # of the search by kind of weight
+
+
+# Returns the best α of a score, from where the search starts, and the scores by α.
+Search = Callable[[Callable[[float], float], float], tuple[float, dict[float, float]]]
 
 
 def default_methods(model: PreTrainedModel) -> list[MergeMethod]:
@@ -84,6 +89,7 @@ class Chosen:
     Attributes:
         candidate: the method and its merged updates.
         alpha: scale of the updates.
+        by_kind: other scales of some kinds of weights.
         weight: returns the weight of the merged model by canonical name.
         scores: score by α of the chosen method, where α was searched.
         by: what chose: `"labels"`, `"agreement"`, or `"default"` for what the caller named or is the default.
@@ -97,6 +103,7 @@ class Chosen:
 
     candidate: Candidate
     alpha: float
+    by_kind: Mapping[str, float]
     weight: Callable[[str], Tensor]
     scores: dict[float, float] = field(default_factory=dict)
     by: str = "default"
@@ -139,28 +146,20 @@ def choose(
         if inputs.answers:
             judge = Judge(plan, inputs.answers, accelerator, options.batch_size)
         if accelerator.is_main_process:
-            if options.alpha == "auto" and (inputs.labelled or score_fn is not None):
-                found = _by_labels(
-                    plan,
-                    candidates,
-                    inputs,
-                    score_fn,
-                    options,
-                    accelerator=accelerator,
-                    progress=progress,
-                    judge=judge,
-                )
-            elif judge is not None and (options.alpha == "auto" or len(candidates) > 1):
-                found = _by_agreement(candidates, judge, options.alpha)
+            if options.searches_alpha and (inputs.labelled or score_fn is not None):
+                labels = LabelScore(plan, inputs.labelled, score_fn, accelerator, options)
+                found = _by_labels(candidates, labels, options, judge, progress("Choosing alpha"))
+            elif judge is not None and (options.searches_alpha or len(candidates) > 1):
+                found = _by_agreement(candidates, judge, options)
             else:
-                given = options.alpha not in (None, "auto")
-                found = _Found(0, float(options.alpha) if given else candidates[0].method.default_alpha)
+                found = _Found(0, *_given_scale(candidates[0].method, options))
     found = gather(accelerator, found)[0]
     candidate = candidates[found.index]
     return Chosen(
         candidate,
         found.alpha,
-        partial(candidate.updates.weight, alpha=found.alpha),
+        found.by_kind,
+        partial(candidate.updates.weight, alpha=found.alpha, by_kind=found.by_kind),
         found.scores,
         found.by,
         found.note,
@@ -171,63 +170,86 @@ def choose(
 
 @dataclass(frozen=True)
 class _Found:
-    """Index of a candidate, its α, the scores by α, what chose them, and a line for the user."""
+    """Index of a candidate, its scales, its score, the scores by α, what chose them, and a line for the user."""
 
     index: int
     alpha: float
+    by_kind: dict[str, float] = field(default_factory=dict)
+    score: float = -inf
     scores: dict[float, float] = field(default_factory=dict)
     by: str = "default"
     note: str = ""
 
+    def same_as(self, other: "_Found") -> bool:
+        """Return whether two choices differ by less than a coarse step of the search."""
+        pairs = [(self.alpha, other.alpha), *((self.by_kind[k], other.by_kind[k]) for k in self.by_kind)]
+        return self.index == other.index and all(abs(one - two) < STEP / 2 for one, two in pairs)
 
-def _by_agreement(candidates: list[Candidate], judge: Judge, alpha: Optional[float | str]) -> _Found:
+    @property
+    def scales(self) -> str:
+        """The scales in words."""
+        return f"alpha {self.alpha:g}" + "".join(f", {kind} {alpha:g}" for kind, alpha in self.by_kind.items())
+
+
+def _given_scale(method: MergeMethod, options: MergeOptions) -> tuple[float, dict[str, float]]:
+    """Return the α that a search starts from, or the only one, and those of kinds of weights."""
+    default = method.default_alpha
+    alpha = default if options.alpha in (None, "auto") or options.alpha_by_kind else options.alpha
+    return alpha, {kind: default if a == "auto" else a for kind, a in options.alpha_by_kind.items()}
+
+
+def _best_scales(
+    index: int, candidate: Candidate, scorer: Judge | LabelScore, options: MergeOptions, search: Search, rival: bool
+) -> _Found:
+    """Return the best α of a candidate, or the best of one kind of weights after the other; a rival keeps its own."""
+    alpha, by_kind = (candidate.method.default_alpha, {}) if rival else _given_scale(candidate.method, options)
+    scores: dict[float, float] = {}
+    if not rival and options.alpha in (None, "auto"):
+        alpha, scores = search(lambda alpha: scorer.score(candidate.updates, alpha, by_kind), alpha)
+    for kind in [kind for kind in by_kind if options.alpha_by_kind[kind] == "auto"] * ROUNDS:
+
+        def score_of_kind(own: float, kind: str = kind) -> float:
+            return scorer.score(candidate.updates, alpha, {**by_kind, kind: own})
+
+        by_kind[kind], _ = search(score_of_kind, by_kind[kind])
+    score = scores[alpha] if scores else scorer.score(candidate.updates, alpha, by_kind)
+    return _Found(index, alpha, by_kind, score, scores)
+
+
+def _all_scales(
+    candidates: list[Candidate], scorer: Judge | LabelScore, options: MergeOptions, search: Search
+) -> list[_Found]:
+    """Return the best scales of every candidate. Beside others, a method without α is a rival."""
+    return [
+        _best_scales(i, candidate, scorer, options, search, len(candidates) > 1 and not candidate.method.tunable)
+        for i, candidate in enumerate(candidates)
+    ]
+
+
+def _by_agreement(candidates: list[Candidate], judge: Judge, options: MergeOptions) -> _Found:
     """Choose the candidate, and its α unless that is given, whose model agrees most with the experts."""
-    found = []
-    for candidate in candidates:
-        score, tunable = partial(judge.score, candidate.updates), candidate.method.tunable
-        if tunable and alpha in (None, "auto"):
-            found.append(climb_alpha(score, candidate.method.default_alpha))
-        else:
-            fixed = float(alpha) if tunable else candidate.method.default_alpha
-            found.append((fixed, {fixed: score(fixed)}))
-    best = max(range(len(candidates)), key=lambda i: found[i][1][found[i][0]])
-    values = ", ".join(
-        f"{candidate.method.name} {scores[chosen]:.3f} at alpha {chosen:g}"
-        for candidate, (chosen, scores) in zip(candidates, found, strict=True)
-    )
-    return _Found(best, *found[best], "agreement", f"by agreement with the experts, without labels: {values}")
+    found = _all_scales(candidates, judge, options, climb_alpha)
+    values = ", ".join(f"{candidates[f.index].method.name} {f.score:.3f} at {f.scales}" for f in found)
+    best = max(found, key=lambda found: found.score)
+    return replace(best, by="agreement", note=f"by agreement with the experts, without labels: {values}")
 
 
 def _by_labels(
-    plan: MergePlan,
     candidates: list[Candidate],
-    inputs: Inputs,
-    score_fn: Any,
+    labels: LabelScore,
     options: MergeOptions,
-    *,
-    accelerator: Accelerator,
-    progress: Callable[[str], Callable[[Iterable], Iterable]],
     judge: Optional[Judge],
+    progress: Callable[[Iterable], Iterable],
 ) -> _Found:
     """Choose the candidate and its α with the best score on labelled rows, or by the caller's function."""
-    found = []
-    for candidate in (candidate for candidate in candidates if candidate.method.tunable):
-        found.append(
-            choose_alpha(
-                replace(plan, method=candidate.method),
-                candidate.updates,
-                inputs.labelled,
-                score_fn,
-                accelerator,
-                options,
-                progress("Choosing alpha"),
-            )
-        )
-    best = max(range(len(found)), key=lambda i: found[i][1][found[i][0]])
-    note = "by " + ("labelled rows" if score_fn is None else "the given function")
+
+    def search(score: Callable[[float], float], start: float) -> tuple[float, dict[float, float]]:
+        return search_alpha(score, progress, default=start, rows=labels.rows)
+
+    best = max(_all_scales(candidates, labels, options, search), key=lambda found: found.score)
+    note = "by " + ("labelled rows" if labels.score_fn is None else "the given function")
     if judge is not None:
-        other = _by_agreement(candidates, judge, None)
-        same = other.index == best and abs(other.alpha - found[best][0]) < 0.15
-        chosen = f"{candidates[other.index].method.name} at alpha {other.alpha:g}"
+        other = _by_agreement(candidates, judge, options)
+        same, chosen = other.same_as(best), f"{candidates[other.index].method.name} at {other.scales}"
         note += "; agreement with the experts chooses the same" if same else f"; agreement would choose {chosen}"
-    return _Found(best, *found[best], "labels", note)
+    return replace(best, by="labels", note=note)

@@ -136,7 +136,7 @@ def _read(
     """Open and check the models; return the plan, and the expert's statistics or its encoded samples."""
     base = open_checkpoint(sources["base"])
     experts = {_TASK: open_checkpoint(sources[_TASK], base)}
-    plan = plan_merge(base, experts, EssentialMerge(), options.heads, sources=sources)
+    plan = plan_merge(base, experts, EssentialMerge(), heads=options.heads, sources=sources)
     processors = find_processors(sources, processor, options.trust_remote_code)
     gathered = gather_statistics(plan, sources, MergeData({_TASK: calibration}), processors, options)
     check_values(plan)

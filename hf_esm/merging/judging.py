@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import inf, isnan
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -99,9 +99,12 @@ class Judge:
             for task, answers in self.answers.items()
         }
 
-    def score(self, updates: MergedUpdates, alpha: Any) -> float:
-        """Return the mean agreement over all tasks at a scale, the number to choose by; NaN counts as the worst."""
-        return self.mean(self.measure(partial(updates.weight, alpha=alpha)), self.base)
+    def score(self, updates: MergedUpdates, alpha: float, by_kind: Mapping[str, float]) -> float:
+        """Return the mean agreement over all tasks at a scale, and other scales for some kinds of weights.
+
+        It is the number to choose by; NaN counts as the worst.
+        """
+        return self.mean(self.measure(partial(updates.weight, alpha=alpha, by_kind=by_kind)), self.base)
 
     def mean(self, agreements: Mapping[str, Agreement], base: Mapping[str, Agreement]) -> float:
         """Return the weighted mean over all tasks of `Agreement.score`."""

@@ -114,7 +114,7 @@ class _Learner:
     def _stack(self, name: str) -> Stack:
         weight = self.plan.base.tensor(name)
         updates = [expert.update(name, weight) for expert in self.plan.experts.values()]
-        return Stack(name, name, updates, weights=list(self.plan.weights))
+        return Stack(name, name, updates, weights=list(self.plan.rule_of(name).weights))
 
     def _require_gradients(self) -> None:
         """Of the shared parameters that are learned on, and of nothing else."""

@@ -31,9 +31,10 @@ def merge_models(
     *,
     method: str | Mapping[str, Any] | MergeMethod = "auto",
     calibration: Optional[Mapping[str, Any] | str | os.PathLike] = None,
-    alpha: Optional[float | str] = None,
+    alpha: Optional[float | str | Mapping[str, float | str]] = None,
     refine: Optional[bool | Mapping[str, Any] | RefineSettings] = None,
     weights: Optional[Mapping[str, float]] = None,
+    overrides: Optional[Iterable[Mapping[str, Any]]] = None,
     validation: Optional[Mapping[str, DataSpec]] = None,
     metric: str | os.PathLike | Metric | Callable[..., float] = "accuracy",
     score_fn: Optional[Callable[[Any], float] | Mapping[str, Callable[[Any], float]]] = None,
@@ -79,12 +80,19 @@ def merge_models(
             of an earlier merge. Experts with a statistics file in their folder need none, and neither do methods that
             use no statistics.
         alpha: scale of the merged update: a number, `"auto"` to choose the number on `validation`, by `score_fn`, or
-            without labels by agreement with the experts, or None for the default of the method.
+            without labels by agreement with the experts, or None for the default of the method. Or one of these by
+            kind of weight, as `{"attention": "auto", "mlp": 0.8}` (also `"norm"`, `"embedding"`, `"head"`, `"bias"`),
+            searched one kind after the other; other kinds keep the method's default.
         refine: train gates on the experts' essential directions after the merge until the model answers as the experts
             do on unlabelled samples: True, or settings (see `RefineSettings`). By default, only `method="auto"`
             refines, and only models that write.
         weights: weights of tasks in the merge by name; 1 for a task that is not named, negative to negate what its
             expert learned. A weight can also be in an expert's mapping, as `{"path": …, "weight": 0.5}`.
+        overrides: other settings for some weights of the model, as
+            `[{"match": "self_attn", "method": "mean", "alpha": 0.6}]`. `match` is searched in the weight's name
+            (`re.search`), `kind` is one of those of `alpha`. `weights`, `method` and `alpha` are set, each by the last
+            entry that selects the weight; a list instead of a number is interpolated linearly over the blocks. A
+            method merges the embeddings that it is named for by its own rule, and brings its own default α.
         validation: by task name, labelled rows (column `label`), for `alpha="auto"`.
         metric: what validation rows are scored by; see `hf_esm.metrics.resolve_metric`.
         score_fn: used by `alpha="auto"` instead of `validation`. A function is called with the merged model; functions

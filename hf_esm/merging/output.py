@@ -167,8 +167,9 @@ def _write_recipe(
         "experts": {task: absolute_path(sources[task].record, Path()) for task in plan.experts},
         **({"calibration": dict(calibration)} if calibration else {}),
         "method": describe_method(plan.method),
-        "alpha": result.alpha,
+        "alpha": result.alpha_by_kind or result.alpha,
         "refine": asdict(refining) if refining else False,
+        **({"overrides": [override.describe() for override in plan.overrides]} if plan.overrides else {}),
         **{name: _plain(getattr(options, name)) for name in _RECORDED if getattr(options, name) is not None},
     }
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
@@ -179,6 +180,7 @@ def _write_report(result: MergeResult) -> None:
     """Write what was done with every weight, and how long each stage took."""
     report = {
         "alpha": result.alpha,
+        "alpha_by_kind": result.alpha_by_kind,
         "alpha_scores": result.alpha_scores,
         "chosen_by": result.chosen_by,
         "choice": result.choice,

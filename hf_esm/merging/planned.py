@@ -25,6 +25,7 @@ from ..planning import (
     check_memory,
     plan_merge,
     refining_bytes,
+    resolve_overrides,
     resolve_refine,
     torch_dtype,
 )
@@ -114,12 +115,12 @@ class PlannedRun(Session):
         """Return what agreement costs, for the plan."""
         passes, needs = [], self.needs()
         if needs.agreement:
-            searched = sum(method.tunable for method in self.static_methods) * (
-                self.searched or len(self.static_methods) > 1
-            )
+            by_kind = list(self.options.alpha_by_kind.values())
+            searches = 2 * by_kind.count("auto") if by_kind else self.searched or len(self.static_methods) > 1
+            runs = 1 + 8 * searches * sum(method.tunable for method in self.static_methods)
             passes.append(
-                "agreement: every expert once over its samples, the merged model "
-                f"{1 + 8 * searched} times or so over those of all tasks"
+                f"agreement: every expert once over its samples, the merged model {runs} times or so over those of "
+                "all tasks"
             )
         if self.refining:
             passes.append(
@@ -139,8 +140,17 @@ class PlannedRun(Session):
         if method.decides:
             for checkpoint in (opened, *checkpoints.values()):
                 check_separable(checkpoint.skeleton)
-        dtype = torch_dtype(self.options.dtype)
-        plan = plan_merge(opened, checkpoints, method, self.options.heads, dtype, sources, self.options.weights)
+        plan = plan_merge(
+            opened,
+            checkpoints,
+            method,
+            heads=self.options.heads,
+            dtype=torch_dtype(self.options.dtype),
+            sources=sources,
+            weights=self.options.weights,
+            overrides=resolve_overrides(self.options.overrides, experts),
+            scaled_kinds=self.options.alpha_by_kind,
+        )
         if method.routes and not any(is_routable(n, opened.linear.get(n)) for n in plan.heads.shared):
             raise HfEsmError(f"{opened.title} has no linear maps to route experts on. Merge it by another method.")
         return sources, plan
@@ -164,9 +174,9 @@ class PlannedRun(Session):
         """Return warnings of arguments that have no effect, and of steps that need more memory than is allowed."""
         options, plan = self.options, self.plan
         unused = [name for name in ("validation", "score_fn") if getattr(self.data, name) is not None]
-        warnings = [f"`{name}` is only used with `alpha='auto'`." for name in unused if options.alpha != "auto"]
+        warnings = [f"`{name}` is only used with `alpha='auto'`." for name in unused if not self.searched]
         if options.max_memory and plan.output_bytes > bytes_of(options.max_memory, "max_memory"):
-            causes = {"`alpha='auto'`": options.alpha == "auto", plan.method.name: plan.method.routes}
+            causes = {"`alpha='auto'`": self.searched, plan.method.name: plan.method.routes}
             causes |= {"`refine`": self.refining is not None, "`method='auto'`": len(self.static_methods) > 1}
             size = readable(plan.output_bytes)
             warnings += [
@@ -191,7 +201,7 @@ class PlannedRun(Session):
     @property
     def searched(self) -> bool:
         """Whether α is searched because the caller asked for it."""
-        return self.options.alpha == "auto"
+        return self.options.searches_alpha
 
     @property
     def labelled(self) -> bool:
@@ -203,7 +213,7 @@ class PlannedRun(Session):
         compared = len(self.static_methods) > 1 or (self.searched and not self.labelled)
         components = self.refining is not None and self.refining.components > 0
         return Needs(
-            statistics=components or any(m.needs_statistics for m in (self.method, *self.static_methods)),
+            statistics=components or any(m.needs_statistics for m in (*self.plan.methods, *self.static_methods)),
             samples=self.method.needs_samples,
             features=self.method.needs_features,
             agreement="halves" if compared or self.refining else "rest" if self.labelled else "",

@@ -69,7 +69,7 @@ def refine_chosen(
         alpha = rival.method.default_alpha
         weight = partial(rival.updates.weight, alpha=alpha)
         note = f"{chosen.note}; refined, it agrees less than {rival.method.name}, which is written".lstrip("; ")
-        chosen = replace(chosen, candidate=rival, alpha=alpha, weight=weight, scores={}, note=note)
+        chosen = replace(chosen, candidate=rival, alpha=alpha, by_kind={}, weight=weight, scores={}, note=note)
         chosen = replace(chosen, refined={}, adapter=None)
     return replace(chosen, agreement=agreement, judge=None)
 
@@ -119,7 +119,8 @@ def _refined(
     judge.models.set_weights(chosen.weight)
     state = None
     if options.resume_dir:  # gates of another merged model are of no use
-        state = folder / f"refining {chosen.candidate.method.name} {chosen.alpha:g}"
+        scales = " ".join(f"{scale:g}" for scale in (chosen.alpha, *chosen.by_kind.values()))
+        state = folder / f"refining {chosen.candidate.method.name} {scales}"
         state.mkdir(exist_ok=True)
     trained = refine(
         judge.models.by_task,

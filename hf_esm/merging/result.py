@@ -23,6 +23,7 @@ class MergeResult:
         output_dir: folder of the merged model; a temporary one, which is removed with this object, if the caller
             named none.
         alpha: scale of the merged update.
+        alpha_by_kind: other scales of some kinds of weights, if the caller named any.
         alpha_scores: mean score by α, if α was searched: on labelled rows, or agreement with the experts.
         weights: a report for each merged weight, in the order of the base: rule, norms, scales, energy kept.
         seconds: time by stage, in seconds.
@@ -46,6 +47,7 @@ class MergeResult:
     choice: str = ""
     agreement: dict[str, TaskAgreement] = field(default_factory=dict)
     refined: dict[int, float] = field(default_factory=dict)
+    alpha_by_kind: dict[str, float] = field(default_factory=dict)
     _temporary: Any = field(default=None)
 
     def load_model(self, **kwargs: Any) -> PreTrainedModel:
@@ -80,7 +82,12 @@ class MergeResult:
 
     def __repr__(self) -> str:
         method, tasks = self.plan.method.name, ", ".join(self.plan.experts)
-        return f"MergeResult({method} of {tasks}, alpha={self.alpha:g}, output_dir={str(self.output_dir)!r})"
+        return f"MergeResult({method} of {tasks}, alpha={self.scales}, output_dir={str(self.output_dir)!r})"
+
+    @property
+    def scales(self) -> str:
+        """α in words, with those of kinds of weights."""
+        return f"{self.alpha:g}" + "".join(f", {kind} {alpha:g}" for kind, alpha in self.alpha_by_kind.items())
 
     def __str__(self) -> str:
         rules = Counter(report.how for report in self.weights)
@@ -88,7 +95,7 @@ class MergeResult:
             f"{count} unchanged" if rule == "unchanged" else f"{count} by {rule}" for rule, count in rules.items()
         ]
         lines = [
-            f"{self.plan.method.name}: {len(self.plan.experts)} experts merged, alpha {self.alpha:g}",
+            f"{self.plan.method.name}: {len(self.plan.experts)} experts merged, alpha {self.scales}",
             "  weights  " + ", ".join(counts),
         ]
         energies = [value for report in self.weights for value in report.energy_kept.values()]

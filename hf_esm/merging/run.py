@@ -95,6 +95,7 @@ class MergeRun(PlannedRun):
             "the method or its settings": describe_method(self.named) if self.named else "auto",
             "`refine`": self.refining and asdict(self.refining),
             "`weights`": self.options.weights,
+            "`overrides`": [override.describe() for override in self.plan.overrides],
             "`heads`": self.options.heads,
             "`batch_size`": self.options.batch_size,
             "`seed`": self.options.seed,
@@ -158,7 +159,8 @@ class MergeRun(PlannedRun):
     def merge_weights(self, inputs: Inputs) -> list[Candidate]:
         """Pass one, by each of the methods: merge every weight of all experts into scratch files."""
         methods = list(self.static_methods)
-        if len(methods) > 1 and not weights_cancel(self.plan.weights):
+        of_tasks = [self.plan.weights, *(self.plan.rule_of(name).weights for name in self.plan.overridden)]
+        if len(methods) > 1 and not any(map(weights_cancel, of_tasks)):
             methods.append(Mean())
         with self.stage("merging", joined=False):
             return [self._candidate(method, inputs, alone=len(methods) == 1) for method in methods]
@@ -182,12 +184,12 @@ class MergeRun(PlannedRun):
             )
         reports = {name: report for part in gather(self.accelerator, reports) for name, report in part.items()}
         base = plan.base
-        matrices = {name for name in reports if name in base.linear or len(base.shape(name)) == 2}
-        scale_layers(reports, method, matrices)
+        matrices = [name for name in reports if name in base.linear or len(base.shape(name)) == 2]
+        scale_layers(reports, {name: plan.rule_of(name).method for name in matrices})
         return Candidate(method, MergedUpdates(base, reports, sorted(scratch.glob("updates-*.safetensors"))))
 
-    def _prepare(self, plan: MergePlan, inputs: Inputs) -> list[float]:
-        """Let a method learn from the whole model; return the thresholds of all stacks."""
+    def _prepare(self, plan: MergePlan, inputs: Inputs) -> dict[str, list[float]]:
+        """Let the methods learn from the whole model; return the thresholds of all stacks by the methods' `repr`."""
         learn = partial(
             learn_mask,
             plan,
@@ -199,7 +201,8 @@ class MergeRun(PlannedRun):
             progress=self.progress,
         )
         with nullcontext() if plan.method.needs_samples else together(self.accelerator):
-            return plan.method.prepare(whole_updates(plan, learn, self.progress("Preparing")))
+            whole = whole_updates(plan, learn, self.progress("Preparing"))
+            return {repr(method): method.prepare(whole) for method in plan.methods}
 
     def choose(self, inputs: Inputs, candidates: list[Candidate]) -> Chosen:
         """Choose the method and α."""
@@ -236,6 +239,7 @@ class MergeRun(PlannedRun):
         return MergeResult(
             output_dir=self.folder,
             alpha=chosen.alpha,
+            alpha_by_kind=dict(chosen.by_kind),
             alpha_scores=chosen.scores,
             weights=[reports[name] for name in self.plan.base.names if name in reports],
             seconds=self.seconds,

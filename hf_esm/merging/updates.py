@@ -1,7 +1,10 @@
 """The outcome of pass one: unscaled merged updates on disk, and the report of each weight."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Optional
 
 import torch
 from safetensors import safe_open
@@ -20,6 +23,9 @@ class WeightReport:
             maybe several: `"esm and tsv-m"`); `"unchanged"` if no expert differs from the base.
         norm: Frobenius norm of the merged update, before α and the scale between layers.
         scaled: whether α multiplies the update.
+        kind: what the weight is (see `architecture.KINDS`); empty for none of them.
+        alpha: scale of the update that an override sets, in place of α.
+        method_alpha: default scale of the method that an override names, in place of α unless that is of the kind.
         layer_scale: scale between layers of one type; 1 if the method has none.
         update_norms: Frobenius norm of each expert's update, by task.
         energy_kept: share of each expert's output shift that the kept directions carry, by task (ESM); of a mixture,
@@ -30,9 +36,18 @@ class WeightReport:
     how: str
     norm: float
     scaled: bool
+    kind: str = ""
+    alpha: Optional[float] = None
+    method_alpha: Optional[float] = None
     layer_scale: float = 1.0
     update_norms: dict[str, float] = field(default_factory=dict)
     energy_kept: dict[str, float] = field(default_factory=dict)
+
+    def scale(self, alpha: float, by_kind: Mapping[str, float]) -> float:
+        """Return what multiplies the merged update, where α is a number, and another for some kinds of weights."""
+        usual = alpha if self.method_alpha is None else self.method_alpha
+        scale = by_kind.get(self.kind, usual if self.scaled else 1.0)
+        return self.layer_scale * (scale if self.alpha is None else self.alpha)
 
 
 class MergedUpdates:
@@ -50,11 +65,15 @@ class MergedUpdates:
             file = safe_open(path, "pt")
             self._files.update(dict.fromkeys(file.keys(), file))
 
-    def weight(self, name: str, alpha: float) -> Tensor:
-        """Return `W0 + α β Δ_M`, float32; the base's weight, as stored, if nothing was merged."""
+    def weight(self, name: str, alpha: float, by_kind: Mapping[str, float] = MappingProxyType({})) -> Tensor:
+        """Return `W0 + α β Δ_M`, float32; the base's weight, as stored, if nothing was merged.
+
+        Args:
+            alpha: scale of the updates.
+            by_kind: another scale for some kinds of weights.
+        """
         weight = self.base.tensor(name)
         if name not in self._files:
             return weight
-        report = self.reports[name]
-        scale = alpha * report.layer_scale if report.scaled else report.layer_scale
+        scale = self.reports[name].scale(alpha, by_kind)
         return torch.add(weight.float(), self._files[name].get_tensor(name), alpha=scale)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Optional, TypeVar
 
 import torch
@@ -90,14 +91,14 @@ def merge_weights(
     scratch: Path,
     *,
     worker: Worker = Worker(),
-    thresholds: Sequence[float] = (),
+    thresholds: Mapping[str, Sequence[float]] = MappingProxyType({}),
     resumable: bool = False,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, WeightReport]:
     """Merge this process's share of the weights, one at a time, into a scratch file.
 
     Args:
-        thresholds: as `MergeMethod.prepare` returned them.
+        thresholds: by the methods' `repr`, as `MergeMethod.prepare` returned them.
         resumable: keep a journal of the merged weights in `scratch`, and skip those that it lists.
 
     Returns the report of every weight of the share, and of every weight that no expert changes.
@@ -112,7 +113,7 @@ def merge_weights(
     jobs = [merger.job(unit) for unit in share if unit[0] not in reports]
     with (
         ShardedWriter(scratch, shapes, max_shard_size=2**62, stem=journal.path.stem, written=reports) as writer,
-        fast_products(plan.method.tolerance),
+        fast_products(min(method.tolerance for method in plan.methods)),
     ):
         for merged in run_jobs(jobs, worker.max_memory, progress):
             for name, (update, _) in merged.items():
@@ -124,7 +125,8 @@ def merge_weights(
                 journal.append(new)
     zeros = dict.fromkeys(plan.experts, 0.0)
     for name in (name for unit in unchanged for name in unit):
-        reports[name] = WeightReport(plan.base.names[name], "unchanged", 0.0, scaled=False, update_norms=zeros)
+        known = {"kind": plan.weight_kinds.get(name, ""), "update_norms": zeros}
+        reports[name] = WeightReport(plan.base.names[name], "unchanged", 0.0, scaled=False, **known)
     return reports
 
 
@@ -165,16 +167,18 @@ def merge_units(plan: MergePlan, statistics: Mapping[str, Optional[ActivationSta
     """Return the weights to merge: singly, or several as one unit if the method stacks maps that read one tensor.
 
     A stack consists of three or more maps of one module that share their statistics in every expert (q, k and v of an
-    attention module; not the two maps of a gated MLP). Large units come first, so that processes finish together.
+    attention module; not the two maps of a gated MLP) and are merged alike. Large units come first, so that processes
+    finish together.
     """
     shared = [name for name in plan.heads.shared if plan.base.dtype(name).is_floating_point]
     groups: dict[Any, list[str]] = defaultdict(list)
-    stacking = plan.method.stacks_shared_inputs and all(s is not None for s in statistics.values())
+    known = all(s is not None for s in statistics.values())
     for name in shared:
-        linear = plan.base.linear.get(name)
+        linear, rule = plan.base.linear.get(name), plan.rule_of(name)
+        stacking = known and rule.method.stacks_shared_inputs
         if stacking and linear is not None and not linear.slices and all(name in s for s in statistics.values()):
             parent = linear.module.rpartition(".")[0]
-            groups[(parent, *(s.keys_of[name] for s in statistics.values()))].append(name)
+            groups[(parent, repr(rule), *(s.keys_of[name] for s in statistics.values()))].append(name)
         else:
             groups[name].append(name)
     units = [unit for group in groups.values() for unit in ([group] if len(group) > 2 else [[name] for name in group])]
@@ -192,7 +196,7 @@ class UnitMerger:
         self,
         plan: MergePlan,
         statistics: Mapping[str, Optional[ActivationStatistics]],
-        thresholds: Sequence[float],
+        thresholds: Mapping[str, Sequence[float]],
         worker: Worker,
     ):
         self.plan, self.statistics, self.thresholds, self.worker = plan, statistics, thresholds, worker
@@ -225,7 +229,7 @@ class UnitMerger:
             for task, weights in zip(self.plan.experts, zip(*updates, strict=True), strict=True)
         }
         merged = [self._merge_stack(stack, unit[0]) for stack in self._stacks(unit, matrices, device)]
-        report = self._report(merged, matrices)
+        report = self._report(unit[0], merged, matrices)
         if len(unit) > 1:
             heights = [weights[0].shape[1 if linear.transposed else 0] for weights in updates]
             parts = [[part] for part in merged[0].update.split(heights)]
@@ -241,14 +245,15 @@ class UnitMerger:
         if name not in self.plan.base.trained:
             # Running means and variances are averages: beyond those of the experts, a variance may be negative.
             return mean_update(buffer_stack(stack), scaled=False)
-        method = self.plan.method
-        return merge_embedding(stack) if stack.is_embedding and method.counts_embeddings else method.merge(stack)
+        rule = self.plan.rule_of(name)
+        counted = stack.is_embedding and rule.method.counts_embeddings and not rule.overridden
+        return merge_embedding(stack) if counted else rule.method.merge(stack)
 
     def _stacks(
         self, unit: list[str], matrices: Mapping[str, list[Tensor]], device: Optional[torch.device]
     ) -> Iterator[Stack]:
         """Yield a stack for each matrix of a unit."""
-        base, linear = self.plan.base, self.plan.base.linear.get(unit[0])
+        base, linear, rule = self.plan.base, self.plan.base.linear.get(unit[0]), self.plan.rule_of(unit[0])
         read_base = cache(lambda: _matrices([base.tensor(name).float() for name in unit], linear, device))
         names = matrix_names(unit[0], linear) if linear else unit[:1]
         for part, (name, *updates) in enumerate(zip(names, *matrices.values(), strict=True)):
@@ -265,8 +270,8 @@ class UnitMerger:
                     for known in self.statistics.values()
                 ],
                 counts=self._counts(unit[0], device),
-                thresholds=list(self.thresholds),
-                weights=list(self.plan.weights),
+                thresholds=list(self.thresholds.get(repr(rule.method), ())),
+                weights=list(rule.weights),
                 depth=depth_of(base.names[unit[0]], self.depths),
                 read_base=lambda part=part: read_base()[part],
             )
@@ -279,8 +284,9 @@ class UnitMerger:
         ]
         return [] if any(counts is None for counts in known) else [counts.to(device) for counts in known]
 
-    def _report(self, merged: list[Merged], matrices: Mapping[str, list[Tensor]]) -> WeightReport:
-        """Return the report of a unit, still without a name."""
+    def _report(self, name: str, merged: list[Merged], matrices: Mapping[str, list[Tensor]]) -> WeightReport:
+        """Return the report of a unit that begins with a weight, still without a name."""
+        rule, trained = self.plan.rule_of(name), name in self.plan.base.trained  # α never scales a buffer
         energies = [part.info["energy_kept"] for part in merged if "energy_kept" in part.info]
         mean_energies = [sum(of_expert) / len(energies) for of_expert in zip(*energies, strict=True)]
         return WeightReport(
@@ -288,6 +294,9 @@ class UnitMerger:
             how=" and ".join(sorted({part.how for part in merged})),
             norm=_norm([part.update for part in merged]),
             scaled=merged[0].scaled,
+            kind=self.plan.weight_kinds.get(name, ""),
+            alpha=rule.alpha if trained else None,
+            method_alpha=rule.method.default_alpha if rule.overridden else None,
             update_norms={task: _norm(parts) for task, parts in matrices.items()},
             energy_kept=dict(zip(self.plan.experts, mean_energies, strict=True)) if energies else {},
         )
@@ -304,15 +313,18 @@ def _norm(parts: list[Tensor]) -> float:
     return math.hypot(*(float(norm(part)) for part in parts))
 
 
-def scale_layers(reports: dict[str, WeightReport], method: MergeMethod, matrices: set[str]) -> None:
-    """Set the scale between layers of each report: `(‖Δ_M‖ / mean ‖Δ_M‖)^exponent` over the matrices of one type."""
-    if not method.layer_exponent:
-        return
-    types: dict[str, list[str]] = defaultdict(list)
-    for name in reports:
-        if name in matrices:
-            types[layer_type(name)].append(name)
+def scale_layers(reports: Mapping[str, WeightReport], matrices: Mapping[str, MergeMethod]) -> None:
+    """Set the scale between layers of each report: `(‖Δ_M‖ / mean ‖Δ_M‖)^exponent` over the matrices of one type that
+    one method merged.
+
+    Args:
+        matrices: the method of every matrix, by name.
+    """
+    types: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, method in matrices.items():
+        if method.layer_exponent:
+            types[layer_type(name), repr(method)].append(name)
     for names in types.values():
-        mean = sum(reports[name].norm for name in names) / len(names)
+        mean, exponent = sum(reports[name].norm for name in names) / len(names), matrices[names[0]].layer_exponent
         for name in names:
-            reports[name].layer_scale = (reports[name].norm / mean) ** method.layer_exponent if mean > 0 else 1.0
+            reports[name].layer_scale = (reports[name].norm / mean) ** exponent if mean > 0 else 1.0

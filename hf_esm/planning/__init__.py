@@ -6,6 +6,7 @@ Comes in: the caller's arguments, or a recipe. Goes out: a checked `MergePlan`, 
 from .arguments import MergeData, check_arguments, check_replaceable, name_experts, task_weights
 from .checks import check_disk, check_memory, check_values
 from .options import MergeOptions, torch_dtype
+from .overrides import Override, Rule, resolve_overrides
 from .plan import MergePlan, calibrated_widths, counted_rows, plan_merge
 from .recipe import RECIPE_VERSION, absolute_path, load_recipe
 from .refinement import RefineSettings, refining_bytes, resolve_refine
@@ -17,7 +18,9 @@ __all__ = [
     "MergeData",
     "MergeOptions",
     "MergePlan",
+    "Override",
     "RefineSettings",
+    "Rule",
     "absolute_path",
     "calibrated_widths",
     "check_arguments",
@@ -31,6 +34,7 @@ __all__ = [
     "name_experts",
     "plan_merge",
     "refining_bytes",
+    "resolve_overrides",
     "resolve_refine",
     "task_weights",
     "torch_dtype",

@@ -3,10 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from math import isfinite
-from numbers import Real
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,7 +11,7 @@ from ..checkpoints import CALIBRATION_FOLDER, RECIPE_FILE, ModelSpec
 from ..data import DataSpec
 from ..errors import HfEsmError
 from ..methods import MergeMethod
-from ..utils import WORK_FOLDER, check_known
+from ..utils import WORK_FOLDER, check_known, finite_number
 from .options import MergeOptions
 
 
@@ -100,21 +97,6 @@ def task_weights(
     return specs, numbers if any(number != 1 for number in numbers.values()) else None
 
 
-def finite_number(value: Any, name: str) -> float:
-    """Return a number, or the number that a text holds (YAML reads 1e-3 as a text).
-
-    Raises:
-        HfEsmError: names the argument, if the value is not a finite number.
-    """
-    number = value
-    if isinstance(value, str):
-        with suppress(ValueError):
-            number = float(value)
-    if isinstance(number, bool) or not isinstance(number, Real) or not isfinite(number):
-        raise HfEsmError(f"{name} must be a finite number, not {value!r}.")
-    return float(number)
-
-
 def _check_task_name(name: Any) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name) or name in _RESERVED:
         quotes = "" if isinstance(name, str) else " (in YAML, put it in quotes)"
@@ -155,8 +137,8 @@ def check_arguments(
     for name in ("calibration", "validation", "score_fn"):
         if isinstance(by_task := getattr(data, name), Mapping):
             check_known(by_task, experts, "expert", f"`{name}`")
-    if options.alpha == "auto":
-        _check_search(method, experts, data)
+    if options.searches_alpha:
+        _check_search(options, method, experts, data)
     for name in ("output_dir", "statistics_dir", "resume_dir"):
         _check_folder(options, name)
     if options.output_dir:
@@ -179,9 +161,11 @@ def _check_kinds(data: MergeData) -> None:
             raise HfEsmError(f"`{name}` must be data by task, as {{'task': …}}, not a {type(passed).__name__}.")
 
 
-def _check_search(method: Optional[MergeMethod], experts: Mapping[str, ModelSpec], data: MergeData) -> None:
+def _check_search(
+    options: MergeOptions, method: Optional[MergeMethod], experts: Mapping[str, ModelSpec], data: MergeData
+) -> None:
     """Raise an error if alpha cannot be searched."""
-    if method is not None and not method.tunable:
+    if options.alpha == "auto" and method is not None and not method.tunable:
         raise HfEsmError(f"The method {method.name!r} has no alpha to choose. Leave `alpha` out.")
     if data.validation is None and data.score_fn is None:
         if data.calibration is None and method is not None and not method.needs_statistics:

@@ -2,19 +2,17 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from math import isfinite
-from numbers import Real
 from typing import Any, Optional
 
 import torch
 
+from ..architecture import KINDS
 from ..data import RunOptions
 from ..errors import HfEsmError
 from ..methods import MergeMethod
 from ..metrics import Metric
-from ..utils import bytes_of
+from ..utils import bytes_of, check_known, finite_number
 from .refinement import RefineSettings, resolve_refine
 
 
@@ -26,7 +24,9 @@ class MergeOptions(RunOptions):
         method: name of a method, `{"name": …, setting: value}`, an instance of its class, or `"auto"`: ESM; for models
             that write, ESM or RegMean, whichever agrees more with the experts, refined.
         alpha: scale of the merged update; a number, `"auto"` to choose the number on validation data or, without
-            labels, by agreement with the experts, or None for the default of the method.
+            labels, by agreement with the experts, or None for the default of the method. Or one of these by kind of
+            weight (`"attention"`, `"mlp"`, `"norm"`, `"embedding"`, `"head"`, `"bias"`), searched one kind after the
+            other; other kinds keep the method's default.
         refine: train gates on the experts' essential directions after the merge: True, or settings, see
             `RefineSettings`. By default, only `method="auto"` refines, and only models that write.
         num_samples: number of samples per task, chosen at random if there are more; 0 takes all. Where agreement
@@ -35,6 +35,10 @@ class MergeOptions(RunOptions):
             agreement. By default 32, or half of the samples if agreement is used and there are fewer than 64.
         weights: weights of tasks in the merge by name, as `{"sst2": 0.5}`; 1 for a task that is not named, negative to
             negate what its expert learned.
+        overrides: other settings for some weights of the model, as
+            `[{"match": "self_attn", "method": "mean", "alpha": 0.6}]`. `match` is searched in the weight's name
+            (`re.search`), `kind` is one of those of `alpha`. `weights`, `method` and `alpha` are set, each by the last
+            entry that selects the weight; a list instead of a number is interpolated linearly over the blocks.
         metric: what validation rows are scored by: a name, a function, or a `Metric`; see `metrics.resolve_metric`.
         rank: rank of each expert of `method="esm++"` and `"tsv-c"`, per linear map; by default that of the method.
         heads: which weights each task keeps for itself: `"auto"`, `"merge"`, `"keep"`, or names of modules; see
@@ -61,10 +65,11 @@ class MergeOptions(RunOptions):
     method: str | Mapping[str, Any] | MergeMethod = field(
         default="auto", metadata={"help": "name of a merge method, or auto: chosen for the kind of model"}
     )
-    alpha: Optional[float | str] = field(
+    alpha: Optional[float | str | Mapping[str, float | str]] = field(
         default=None,
         metadata={
-            "help": "scale of the merged update: a number, or 'auto' to choose it on validation data or by agreement"
+            "help": "scale of the merged update: a number, or 'auto' to choose it on validation data or by agreement; "
+            "or '{attention: auto, mlp: 0.8}' by kind of weight"
         },
     )
     refine: Optional[bool | Mapping[str, Any] | RefineSettings] = field(
@@ -79,6 +84,10 @@ class MergeOptions(RunOptions):
     )
     weights: Optional[Mapping[str, float]] = field(
         default=None, metadata={"help": "weights of tasks in the merge, by name (default: 1)"}
+    )
+    overrides: Optional[Iterable[Mapping[str, Any]]] = field(
+        default=None,
+        metadata={"help": "other settings for some weights, as '{match: self_attn, method: mean, alpha: 0.6}'"},
     )
     metric: str | os.PathLike | Metric | Callable[..., float] = field(
         default="accuracy",
@@ -107,15 +116,29 @@ class MergeOptions(RunOptions):
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.alpha, str) and self.alpha != "auto":  # YAML reads 1e0 as a text
-            with suppress(ValueError):
-                self.alpha = float(self.alpha)
-        if self.alpha not in (None, "auto") and not (isinstance(self.alpha, Real) and isfinite(self.alpha)):
-            raise HfEsmError(f"`alpha` must be a finite number or 'auto', not {self.alpha!r}.")
+        if isinstance(self.alpha, Mapping):
+            check_known(self.alpha, KINDS, "kind", "`alpha`")
+            self.alpha = {kind: _scale(alpha, f"`alpha` of {kind!r}") for kind, alpha in self.alpha.items()}
+        elif self.alpha is not None:
+            self.alpha = _scale(self.alpha, "`alpha`")
         super().__post_init__()
         resolve_refine(self.refine)
         torch_dtype(self.dtype)
         bytes_of(self.max_shard_size, "max_shard_size")
+
+    @property
+    def alpha_by_kind(self) -> Mapping[str, float | str]:
+        """`alpha` of every kind of weight that has one of its own."""
+        return self.alpha if isinstance(self.alpha, Mapping) else {}
+
+    @property
+    def searches_alpha(self) -> bool:
+        """Whether α, or that of a kind of weight, is searched."""
+        return self.alpha == "auto" or "auto" in self.alpha_by_kind.values()
+
+
+def _scale(alpha: Any, name: str) -> float | str:
+    return alpha if alpha == "auto" else finite_number(alpha, name, "a finite number or 'auto'")
 
 
 def torch_dtype(dtype: Optional[str | torch.dtype]) -> Optional[torch.dtype]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -11,13 +11,14 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from ..architecture import matrix_names, width_of
+from ..architecture import KINDS, matrix_names, width_of
 from ..checkpoints import Checkpoint, LoraCheckpoint, ModelSource
 from ..errors import HfEsmError
 from ..methods import MergeMethod
-from ..utils import readable
+from ..utils import check_known, readable
 from .compatibility import check_architecture, check_complete, check_weights, differing_settings, first_names, part_of
 from .heads import HeadPlan, plan_heads
+from .overrides import Override, Rule, kinds_of, select_overrides
 from .resources import estimate_seconds, merge_bytes, readable_duration
 
 
@@ -45,6 +46,9 @@ class MergePlan:
             adapters.
         refining_bytes: memory for refining, besides activations; 0 without.
         passes: passes over samples for agreement and refining, in words.
+        weight_kinds: by canonical name, what each merged weight is (see `architecture.KINDS`); empty for none of them.
+        overrides: other settings for some weights, as the caller gave them.
+        overridden: by canonical name, what the overrides set for a weight.
     """
 
     base: Checkpoint
@@ -64,6 +68,24 @@ class MergePlan:
     unchanged: frozenset[str] = frozenset()
     refining_bytes: int = 0
     passes: list[str] = field(default_factory=list)
+    weight_kinds: dict[str, str] = field(default_factory=dict)
+    overrides: Sequence[Override] = ()
+    overridden: dict[str, Override] = field(default_factory=dict)
+
+    def rule_of(self, name: str) -> Rule:
+        """Return how a weight is merged, by its canonical name."""
+        override = self.overridden.get(name)
+        if override is None:
+            return Rule(self.method, self.weights)
+        named = dict(zip(self.experts, self.weights, strict=True)) | dict(override.weights or {})
+        named_method = override.method is not None
+        return Rule(override.method or self.method, tuple(named.values()), override.alpha, named_method)
+
+    @property
+    def methods(self) -> list[MergeMethod]:
+        """The method of the merge, and after it those of the overrides, each once."""
+        methods = [self.method, *(rule.method for rule in self.overridden.values() if rule.method is not None)]
+        return list({repr(method): method for method in methods}.values())
 
     def __repr__(self) -> str:
         return f"MergePlan({self.method.name} of {', '.join(self.experts)} into {self.base.title})"
@@ -88,11 +110,13 @@ class MergePlan:
             f"  memory     {self._memory()}",
             f"  time       about {readable_duration(self.seconds)} to merge, besides reading and calibrating",
         ]
+        lines += [f"  override   {override}" for override in self.overrides]
         lines += [f"  samples    {line}" for line in self.passes]
         return "\n".join(lines + [f"  warning    {warning}" for warning in self.warnings])
 
     def _memory(self) -> str:
-        needed = {"to calibrate": self.calibration_bytes if self.method.needs_statistics else 0}
+        calibrated = any(method.needs_statistics for method in self.methods)
+        needed = {"to calibrate": self.calibration_bytes if calibrated else 0}
         needed |= {"to learn": self.learning_bytes, "to refine": self.refining_bytes, "to merge": self.memory_bytes}
         return ", ".join(f"{readable(count)} {purpose}" for purpose, count in needed.items() if count)
 
@@ -101,10 +125,13 @@ def plan_merge(
     base: Checkpoint,
     experts: dict[str, Checkpoint],
     method: MergeMethod,
+    *,
     heads: str | Iterable[str] = "auto",
     dtype: Optional[torch.dtype] = None,
     sources: Optional[Mapping[str, ModelSource]] = None,
     weights: Optional[Mapping[str, float]] = None,
+    overrides: Sequence[Override] = (),
+    scaled_kinds: Iterable[str] = (),
 ) -> MergePlan:
     """Check that the experts are fine-tunes of the base, and plan their merge.
 
@@ -116,10 +143,12 @@ def plan_merge(
         dtype: of the written weights; by default that of the base.
         sources: the models by task, whose cards state licences; the base is `"base"`.
         weights: of tasks in the merge; 1 for a task that is not named.
+        overrides: other settings for some weights.
+        scaled_kinds: kinds of weights with an α of their own.
 
     Raises:
-        HfEsmError: if an expert is of another architecture or shape, or lacks weights, or the method cannot merge by
-            these `weights`.
+        HfEsmError: if an expert is of another architecture or shape, or lacks weights, if a method cannot merge by
+            these `weights`, or an override selects no weight.
     """
     weights_of = tuple(float((weights or {}).get(task, 1)) for task in experts)
     method.check_weights(weights_of)
@@ -141,7 +170,9 @@ def plan_merge(
         warnings.append(f"the licences differ ({', '.join(sorted(stated))}): check that they allow one merged model.")
     unchanged = _untouched_by_adapters(experts, head_plan)
     merged = [name for name in head_plan.shared if name not in unchanged]
-    return MergePlan(
+    kinds = kinds_of(base, head_plan.shared)
+    check_known(scaled_kinds, [kind for kind in KINDS if kind in kinds.values()], "merged weight of kind", "`alpha`")
+    plan = MergePlan(
         base=base,
         experts=experts,
         method=method,
@@ -153,7 +184,23 @@ def plan_merge(
         seconds=estimate_seconds(base, merged, list(experts.values())),
         warnings=warnings,
         unchanged=unchanged,
+        weight_kinds=kinds,
+        overrides=overrides,
+        overridden=select_overrides(base, kinds, overrides),
     )
+    _check_overridden(plan)
+    return plan
+
+
+def _check_overridden(plan: MergePlan) -> None:
+    """Raise an error if a method cannot merge as the overrides say."""
+    if plan.method.needs_samples and any(override.method is not None for override in plan.overrides):
+        raise HfEsmError(
+            f"`overrides`: {plan.method.name} learns one mask over the whole model, so that no weight can have "
+            "another method. Leave `method` out."
+        )
+    for rule in map(plan.rule_of, plan.overridden):
+        rule.method.check_weights(rule.weights)
 
 
 def _warnings_of(expert: Checkpoint, base: Checkpoint, heads: HeadPlan) -> list[str]:

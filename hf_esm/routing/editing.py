@@ -109,7 +109,7 @@ def _open_expert(spec: ExpertSpec) -> tuple[ModelSource, Checkpoint, Optional[Ch
 
 def _check_weights(base: Checkpoint, task: str, expert: Checkpoint, source: ModelSource, heads: str) -> MergePlan:
     """Check that an expert's weights fit a base and are finite. Returns the plan of a merge of this expert alone."""
-    plan = plan_merge(base, {task: expert}, RoutedMerge(), heads, sources={task: source})
+    plan = plan_merge(base, {task: expert}, RoutedMerge(), heads=heads, sources={task: source})
     check_values(plan)
     return plan
 

@@ -5,7 +5,7 @@ Comes in: plain values and functions. Goes out: the same work shared over proces
 errors in one sentence.
 """
 
-from .arguments import check_fields, check_known, closest_name, did_you_mean, from_arguments
+from .arguments import check_fields, check_known, closest_name, did_you_mean, finite_number, from_arguments
 from .devices import algebra_device, fast_products, reserve, roomy
 from .distributed import default_accelerator, gather, main_first, together
 from .fingerprints import code_identity, data_identity, files_identity, fingerprint, processor_identity
@@ -32,6 +32,7 @@ __all__ = [
     "fast_products",
     "files_identity",
     "fingerprint",
+    "finite_number",
     "from_arguments",
     "gather",
     "main_first",

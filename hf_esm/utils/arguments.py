@@ -5,6 +5,7 @@ import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from math import isfinite
 from numbers import Integral, Real
@@ -67,6 +68,25 @@ def check_known(names: Iterable[Any], known: Iterable[str], kind: str, where: st
             start = f"{where}: there" if where else "There"
             meant = did_you_mean(name, known)
             raise HfEsmError(f"{start} is no {kind} {name!r}{meant}; there are {', '.join(known) or 'none'}.")
+
+
+def finite_number(value: Any, name: str, wanted: str = "a finite number") -> float:
+    """Return a number, or the number that a text holds (YAML reads 1e-3 as a text).
+
+    Args:
+        name: of the argument.
+        wanted: what the argument takes.
+
+    Raises:
+        HfEsmError: names the argument, if the value is not a finite number.
+    """
+    number = value
+    if isinstance(value, str):
+        with suppress(ValueError):
+            number = float(value)
+    if isinstance(number, bool) or not isinstance(number, Real) or not isfinite(number):
+        raise HfEsmError(f"{name} must be {wanted}, not {value!r}.")
+    return float(number)
 
 
 def from_arguments(options: type[Options], arguments: Mapping[str, Any]) -> Options:

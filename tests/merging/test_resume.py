@@ -262,7 +262,7 @@ def test_large_weights_and_those_on_a_gpu_are_merged_by_themselves(elements, dev
     base = SimpleNamespace(shape=lambda name: (elements, 1), skeleton=torch.nn.Module())
     plan = SimpleNamespace(base=base, experts=dict.fromkeys("abc"))
     worker = Worker(device=device and torch.device(device))
-    job = UnitMerger(plan, {}, [], worker).job(["weight"])
+    job = UnitMerger(plan, {}, {}, worker).job(["weight"])
     assert job.alone == alone
     assert (job.input_bytes, job.total_bytes) == (4 * 3 * elements, 4 * elements * 12)
 

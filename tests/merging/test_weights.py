@@ -98,7 +98,8 @@ def test_layer_scales_compare_the_norms_of_one_type(seed, exponent):
         for kind, found in norms.items()
         for norm in found[i : i + 1]
     }
-    scale_layers(reports, EssentialMerge(layer_exponent=exponent), {name for name in reports if "bias" not in name})
+    method = EssentialMerge(layer_exponent=exponent)
+    scale_layers(reports, {name: method for name in reports if "bias" not in name})
     for kind, found in norms.items():
         expected = reference.layer_scales(found, 0 if kind == "bias" else exponent)
         scales = [reports[f"layer.{i}.{kind}.weight"].layer_scale for i in range(len(found))]
@@ -172,7 +173,7 @@ def merged_weights(folder, method, base, experts, inputs, alpha, world_size):
     reports = {}
     for rank in range(world_size):
         reports |= merge_weights(plan, statistics, folder, worker=Worker(rank, world_size))
-    scale_layers(reports, method, {*LINEAR, EMBEDDING} & set(reports))
+    scale_layers(reports, dict.fromkeys({*LINEAR, EMBEDDING} & set(reports), method))
     updates = MergedUpdates(base, reports, sorted(folder.glob("*.safetensors")))
     return {name: updates.weight(name, alpha) for name in base.tensors}, reports
 
