@@ -87,6 +87,8 @@ class PlannedRun(Session):
         self.static_methods = default_methods(base) if self.automatic else [self.method]
         if not self.automatic and static not in ("auto", "own"):
             self.static_methods = [resolve_method(static)]
+        if len(self.static_methods) > 1:
+            self.plan.chosen_from = tuple(method.name for method in self.static_methods)
         chosen = (self.automatic and writes(base)) if self.options.refine is None else self.options.refine
         self.refining = resolve_refine(chosen)
         if self.refining and self.method.routes and not self.method.needs_statistics:

@@ -45,6 +45,7 @@ class MergePlan:
             weights are read (`check_values`), only weights that no adapter touches are known, if all experts are
             adapters.
         refining_bytes: memory for refining, besides activations; 0 without.
+        chosen_from: names of the methods that one is chosen from; empty if the method is fixed.
         passes: passes over samples for agreement and refining, in words.
         weight_kinds: by canonical name, what each merged weight is (see `architecture.KINDS`); empty for none of them.
         overrides: other settings for some weights, as the caller gave them.
@@ -67,6 +68,7 @@ class MergePlan:
     warnings: list[str] = field(default_factory=list)
     unchanged: frozenset[str] = frozenset()
     refining_bytes: int = 0
+    chosen_from: tuple[str, ...] = ()
     passes: list[str] = field(default_factory=list)
     weight_kinds: dict[str, str] = field(default_factory=dict)
     overrides: Sequence[Override] = ()
@@ -91,7 +93,7 @@ class MergePlan:
         return f"MergePlan({self.method.name} of {', '.join(self.experts)} into {self.base.title})"
 
     def __str__(self) -> str:
-        lines = [f"{self.method.name} merge of {len(self.experts)} experts into {self.base.title}", ""]
+        lines = [f"{self._methods()} merge of {len(self.experts)} experts into {self.base.title}", ""]
         for task, expert in self.experts.items():
             kind = "LoRA adapter" if isinstance(expert, LoraCheckpoint) else type(expert.skeleton).__name__
             commit = f" @ {expert.revision[:12]}" if expert.revision else ""
@@ -113,6 +115,12 @@ class MergePlan:
         lines += [f"  override   {override}" for override in self.overrides]
         lines += [f"  samples    {line}" for line in self.passes]
         return "\n".join(lines + [f"  warning    {warning}" for warning in self.warnings])
+
+    def _methods(self) -> str:
+        chosen = " or ".join(self.chosen_from)
+        if not chosen:
+            return self.method.name
+        return f"{self.method.name} (over {chosen})" if self.method.routes else chosen
 
     def _memory(self) -> str:
         calibrated = any(method.needs_statistics for method in self.methods)

@@ -105,6 +105,11 @@ MERGES = {  # flags beside the recipe, and what they change in its arguments
         ["--refine", "steps=2", "components=3"],
         {"refine": {"steps": 2, "components": 3}},
     ),
+    "overrides": (
+        ["--overrides", "{{kind: mlp, method: mean}}", "{{match: query, alpha: [0.5, 2]}}"],
+        {"overrides": [{"kind": "mlp", "method": "mean"}, {"match": "query", "alpha": [0.5, 2]}]},
+    ),
+    "alpha by kind": (["--alpha", "{{attention: 0.5, mlp: 2}}"], {"alpha": {"attention": 0.5, "mlp": 2}}),
     "another expert": (["--expert", "c={}/c", "--calibration", "c={}/c.jsonl"], {"tasks": "abc"}),
 }
 
@@ -327,6 +332,8 @@ REFUSED = {
     "missing recipe": ("merge {}/none.yaml", "none.yaml: cannot read the recipe"),
     "no output": ("merge {}/recipe.yaml", "Say where to write: --output-dir FOLDER"),
     "weights": ("inspect {}/recipe.yaml --weights a=much", "--weights of 'a' must be a finite number, not 'much'"),
+    "overrides": ("inspect {}/recipe.yaml --overrides kind:mlp", "--overrides, entry 1: must be a mapping such as"),
+    "no YAML": ("inspect {}/recipe.yaml --overrides [", "--overrides: '[' is not a YAML value"),
     "missing expert": ("inspect {}/recipe.yaml --expert a={}/none", "expert 'a' ({}/none): there is no such folder"),
     "expert twice": ("inspect {}/recipe.yaml --expert c={}/c --expert c={}/a", "--expert names 'c' twice"),
     "no pair": ("inspect {}/recipe.yaml --expert {}/c", "--expert takes NAME=VALUE, not '{}/c'"),

@@ -194,3 +194,10 @@ def test_classifiers_keep_esm_at_its_alpha_and_can_be_chosen_by_agreement(tmp_pa
 def test_auto_may_be_written_as_settings(language, tmp_path):
     result = merged(language, tmp_path / "named", method={"name": "auto"}, refine=False)
     assert result.chosen_by == "agreement" and not result.refined
+
+
+def test_a_plan_names_the_methods_that_it_will_choose_from(language):
+    plan = merged(language, None, dry_run=True)
+    assert str(plan).startswith("regmean or esm merge of 2 experts")
+    assert str(merged(language, None, dry_run=True, method="esm++")).startswith("esm++ (over regmean or esm) merge")
+    assert str(merged(language, None, dry_run=True, method="tsv-m")).startswith("tsv-m merge")

@@ -82,13 +82,13 @@ def test_each_weight_is_what_its_own_rule_makes_of_it(models, merged, method):
         assert any(report.layer_scale != 1 for report in result.weights)
 
 
-def test_the_scale_between_layers_is_of_the_weights_that_one_method_merged(merged):
+@pytest.mark.parametrize("other", ["mean", "esm-roberta"])
+def test_the_scale_between_layers_is_of_the_weights_that_one_method_merged(merged, other):
     """The formula, over the layers that the override leaves to the method of the merge."""
-    _, result = merged(method="esm-vit", overrides=[{"match": r"layers.1\.", "method": "mean"}])
+    _, result = merged(method="esm-vit", overrides=[{"match": r"layers.1\.", "method": other}])
     exponent = METHODS["esm-vit"]().layer_exponent
     ups = [report for report in result.weights if report.name.endswith("up_proj.weight")]
-    assert [report.how for report in ups] == ["esm", "mean", "esm"]
-    norms = [report.norm for report in ups if report.how == "esm"]
+    norms = [report.norm for report in (ups[0], ups[2])]
     scales = [report.layer_scale for report in ups]
     assert scales[::2] == pytest.approx(reference.layer_scales(norms, exponent), rel=1e-6) and scales[1] == 1
 
@@ -98,8 +98,11 @@ def test_maps_that_share_inputs_are_stacked_only_if_they_are_merged_alike(merged
     stacking = {"name": "esm", "stack_shared_inputs": True}
     alone, _ = merged(method=stacking, overrides=[{"match": "layers.0.*q_proj", "weights": {"law": 0.5}}])
     together, _ = merged(method=stacking)
+    single, _ = merged(method="esm")
     changed = {name for name in alone if not torch.equal(alone[name], together[name])}
     assert changed == {name for name in alone if "layers.0.self_attn" in name and name[-13] in "qkv"}
+    others = [name for name in changed if "q_proj" not in name]
+    assert all(torch.equal(alone[name], single[name]) for name in others) and len(others) == 2
 
 
 def test_an_embedding_is_merged_by_the_method_that_is_named_for_it(models, merged):
