@@ -15,7 +15,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
@@ -56,6 +58,22 @@ def measure(folder: Path, count: int, statistics: Path) -> int:
     for task in tasks:
         rows = json.loads(gzip.decompress((folder / "data" / f"{task}.json.gz").read_bytes()))["validation"]
         samples[task] = [{k: v for k, v in row.items() if k != "label"} for row in rows[:32]]
+    with tempfile.TemporaryDirectory() as scratch:
+        return peak_of(
+            lambda: merge_models(
+                folder / "base",
+                {task: folder / "experts" / task for task in tasks},
+                calibration=statistics if known else samples,
+                statistics_dir=None if known else str(statistics),
+                output_dir=str(Path(scratch) / "merged"),
+                max_length=96,
+                progress=False,
+            )
+        )
+
+
+def peak_of(work: Callable[[], Any]) -> int:
+    """Do some work; return the peak of the anonymous memory meanwhile, in bytes, above the start."""
     start, peak, running = anonymous_bytes(), [0], [True]
 
     def sample() -> None:
@@ -65,18 +83,11 @@ def measure(folder: Path, count: int, statistics: Path) -> int:
 
     watcher = threading.Thread(target=sample)
     watcher.start()
-    with tempfile.TemporaryDirectory() as scratch:
-        merge_models(
-            folder / "base",
-            {task: folder / "experts" / task for task in tasks},
-            calibration=statistics if known else samples,
-            statistics_dir=None if known else str(statistics),
-            output_dir=str(Path(scratch) / "merged"),
-            max_length=96,
-            progress=False,
-        )
-    running.clear()
-    watcher.join()
+    try:
+        work()
+    finally:
+        running.clear()
+        watcher.join()
     return peak[0] - start
 
 
