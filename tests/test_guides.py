@@ -31,7 +31,7 @@ def without_numbers(text):
 
 def sentences(seed, count):
     draw = np.random.default_rng(seed)
-    words = WORDS[:8] if seed % 2 else WORDS[7:]  # each task has words of its own
+    words = WORDS[:7] if seed % 2 else WORDS[7:]  # each task has words of its own
     return [" ".join(draw.choice(words, 8)) for _ in range(count)]
 
 

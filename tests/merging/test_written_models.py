@@ -44,10 +44,10 @@ merge = partial(merge_models, progress=False)
 
 def test_tasks_below_the_base_are_named():
     agreement = {"law": TaskAgreement(-0.2, 0.0), "code": TaskAgreement(0.1, 0.0), "nan": TaskAgreement(math.nan, 0)}
-    chosen = Chosen(Candidate(None, None), 1.0, None, agreement=agreement)
+    chosen = Chosen(Candidate(None, None), 1.0, {}, None, agreement=agreement)
     assert [text.split(":")[0] for text in chosen.warnings()][:2] == ["'law'", "'nan'"]
     assert "The base agrees more" in chosen.warnings()[-1]
-    mostly = Chosen(Candidate(None, None), 1.0, None, agreement=agreement | {"nan": TaskAgreement(0.3, 0.0)})
+    mostly = Chosen(Candidate(None, None), 1.0, {}, None, agreement=agreement | {"nan": TaskAgreement(0.3, 0.0)})
     assert [text.split(":")[0] for text in mostly.warnings()] == ["'law'"]
 
 
@@ -116,6 +116,8 @@ def test_the_recipe_of_a_routed_model_names_its_static_method(given, tmp_path, r
     result = merge(**arguments, method=method, refine=refine, output_dir=tmp_path / "first")
     assert result.plan.method.static_method in ("regmean", "esm", "mean")
     RoutedModel.from_pretrained(tmp_path / "first")
+    card = (tmp_path / "first" / CARD_FILE).read_text()
+    assert ("merged without training" in card, "merged without labels" in card) == (not refine, bool(refine))
     merge(**load_recipe(tmp_path / "first" / RECIPE_FILE), output_dir=tmp_path / "again")
     found, expected = weights(tmp_path / "again"), weights(tmp_path / "first")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
