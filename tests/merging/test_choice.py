@@ -201,3 +201,38 @@ def test_a_plan_names_the_methods_that_it_will_choose_from(language):
     assert str(plan).startswith("regmean or esm merge of 2 experts")
     assert str(merged(language, None, dry_run=True, method="esm++")).startswith("esm++ (over regmean or esm) merge")
     assert str(merged(language, None, dry_run=True, method="tsv-m")).startswith("tsv-m merge")
+
+
+@torch.no_grad()
+def rows_written_by(result, count=80, length=20):
+    """Rows of token ids drawn from what a merged model writes, so that its likelihood of them is the highest."""
+    model, generator = result.load_model().eval(), torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 60, (count, 1), generator=generator)
+    while ids.shape[1] < length:
+        ids = torch.cat([ids, torch.multinomial(model(ids).logits[:, -1].softmax(-1), 1, generator=generator)], 1)
+    return {task: [{"input_ids": row.tolist()} for row in rows] for task, rows in zip(TASKS, ids.chunk(2))}
+
+
+@pytest.mark.parametrize("language", ["llama"], indirect=True)
+def test_labels_choose_among_all_methods_and_the_line_says_what_agreement_would_choose(language, tmp_path):
+    folder, _, _ = language
+    calibration = {}
+    for task in TASKS:
+        rows = samples_of(task, 3, 24)
+        calibration[task] = {"statistics": calibrate(folder / task, rows[:10], progress=False), "samples": rows}
+    given = {"calibration": calibration, "refine": False}
+    by_agreement = merged(language, tmp_path / "agreement", **given, alpha="auto")
+    chosen = f"{by_agreement.plan.method.name} at alpha {by_agreement.alpha:g}"
+    assert by_agreement.chosen_by == "agreement" and by_agreement.plan.method.name != "mean"
+    writers = {"same": by_agreement}
+    for name, alpha in {"mean": None, "esm": 1.6}.items():
+        writers[name] = merged(language, tmp_path / name, **given, method=name, alpha=alpha)
+    for name, writer in writers.items():
+        labelled = {"alpha": "auto", "metric": "perplexity", "validation": rows_written_by(writer)}
+        result = merged(language, tmp_path / f"by {name}", **given, **labelled)
+        assert (result.chosen_by, result.plan.method.name) == ("labels", writer.plan.method.name)
+        assert result.alpha == pytest.approx(writer.alpha, abs=0.11)
+        says = "chooses the same" if name == "same" else f"would choose {chosen}"
+        of_experts = "agreement with the experts" if name == "same" else "agreement"
+        assert result.choice == f"by labelled rows; {of_experts} {says}"
+        assert result.choice in str(result) and result.agreement.keys() == set(TASKS)
