@@ -9,11 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from safetensors.torch import load_file
 
-from hf_esm import ActivationStatistics, merge_models
+from hf_esm import ActivationStatistics, calibrate, merge_models
+from hf_esm.checkpoints import REFINED_FOLDER
+from hf_esm.data import save_samples
+from support.helpers import perturbed, save
 from support.problems import relative_error
 from support.processes import start_script
+from support.refining_toys import TASKS, samples_of
+from support.tiny import LLAMA
 from support.toys import LABELS, largest_difference, texts, weights, write_models, write_rows
 
 
@@ -30,6 +37,21 @@ def arguments(folder, counts=COUNTS, **changes):
     experts = {"a": str(folder / "a"), "b": str(folder / "b"), "c": str(folder / "c-lora")}
     calibration = {task: texts(seed, counts[task]) for seed, task in enumerate(counts)}
     return {"base": str(folder / "base"), "experts": experts, "calibration": calibration, "batch_size": 2, **changes}
+
+
+def language_arguments(folder, **changes):
+    """Arguments of `merge_models` as JSON takes them, for two language models, which are written to the folder."""
+    base = LLAMA.build()
+    save(base, folder / "base")
+    calibration = {}
+    for seed, task in enumerate(TASKS):
+        save(perturbed(base, 0.1, seed), folder / task)
+        samples, statistics = (folder / f"{task} {kind}.safetensors" for kind in ("samples", "statistics"))
+        save_samples(samples_of(task, 3, 27), samples)
+        calibrate(folder / task, samples_of(task, 3, 9), progress=False).save(statistics)
+        calibration[task] = {"samples": str(samples), "statistics": str(statistics)}
+    experts = {task: str(folder / task) for task in TASKS}
+    return {"base": str(folder / "base"), "experts": experts, "calibration": calibration, "batch_size": 3, **changes}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +75,11 @@ def folder(tmp_path_factory):
             folder, method={"name": "concrete-adamerging", "steps": 3, "coefficient_steps": 20, "expected_mask": True}
         ),
     }
+    language = language_arguments(folder / "language", refine={"components": 4, "steps": 12})
+    samples = {task: both["samples"] for task, both in language["calibration"].items()}
+    cases["refined"] = language | {"method": "regmean", "alpha": "auto", "refine": language["refine"] | KEEP}
+    cases["chosen and refined"] = language | {"calibration": samples}
+    cases["refined classifiers"] = arguments(folder, refine={"components": 4, "steps": 12})
     for name, case in cases.items():
         kept = {"statistics_dir": folder / name / "expected statistics"} if "statistics_dir" in case else {}
         merge_models(**{**case, "progress": False, **kept}, output_dir=folder / name / "expected")
@@ -107,6 +134,7 @@ def ranks(folder, name):
     return [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
 
 
+KEEP = {"keep_adapter": True}
 CASES = {  # relative error of every weight, against one process
     "same statistics": 1e-6,
     "no statistics": 1e-6,
@@ -195,6 +223,39 @@ def test_routed_experts_are_the_same_on_two_processes(folder):
         if name.endswith("_A"):  # directions have no sign of their own
             b = name.removesuffix("A") + "B"
             assert relative_error(found[b] @ found[name], expected[b] @ a) < 1e-3
+
+
+REFINED = {"refined": 1e-6, "chosen and refined": 1e-4, "refined classifiers": 1e-4}  # relative error of every weight
+
+
+@pytest.mark.parametrize("name", REFINED)
+def test_two_processes_choose_and_refine_as_one_does(folder, name):
+    found, expected = (weights(folder / name / of) for of in OUTCOMES)
+    assert largest_difference(found, expected) < REFINED[name]
+    main, other = ranks(folder, name)
+    assert main["result"] == other["result"]
+    assert [path for path in other["touched"] if "/.scratch" not in path] == []
+    report = json.loads((folder / name / "expected" / "merge_report.json").read_text())
+    recipe = yaml.safe_load((folder / name / "expected" / "merge_recipe.yaml").read_text())
+    result = main["result"]
+    assert (result["alpha"], result["chosen_by"]) == (report["alpha"], report["chosen_by"])
+    assert result["method"] == recipe["method"]["name"]
+    assert result["refined"] == pytest.approx(report["refined"], rel=1e-3) and len(result["refined"]) == 3
+    for task, of_one in report["agreement"].items():
+        assert result["agreement"][task] == pytest.approx(of_one, abs=1e-4)
+    by = "default" if name == "refined classifiers" else "agreement"
+    assert result["chosen_by"] == by
+    assert result["choice"] == report["choice"]
+
+
+def test_two_processes_train_the_gates_of_one(folder):
+    found, expected = (
+        load_file(folder / "refined" / of / REFINED_FOLDER / "adapter_model.safetensors") for of in OUTCOMES
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+        assert "gates" not in name or tensor.abs().max() > 0.05
 
 
 @pytest.mark.parametrize("stage", ["loading", "running", "merging", "writing", "experts"])

@@ -50,10 +50,15 @@ def recorded(name: str):
 def describe(result) -> dict:
     """What must be the same on every process."""
     return {
+        "method": result.plan.method.name,
         "alpha": result.alpha,
         "alpha_scores": result.alpha_scores,
         "weights": [asdict(report) for report in result.weights],
         "warnings": result.warnings,
+        "chosen_by": result.chosen_by,
+        "choice": result.choice,
+        "agreement": {task: asdict(found) for task, found in result.agreement.items()},
+        "refined": result.refined,
         "output_dir": str(result.output_dir),
         "plan": str(result.plan.heads),
     }
