@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ..architecture import towers
-from ..data import SampleOptions, batch_for, batch_indices, encode, read_rows, reads_singly
+from ..data import SampleOptions, batch_for, encode, read_rows
 from ..errors import HfEsmError
+from ..metrics import batches_of
 from ..tuners.routed import Decision, Named, decide, route, routing_state
 from ..utils import check_known
 from .explanations import Explanation, Prediction, explanation, is_sure, probabilities, take, vote
@@ -128,7 +129,7 @@ def _check_router(routed: "RoutedModel", call: str) -> None:
 def _batches(
     routed: "RoutedModel", rows: list[Any], batch_size: int, options: Mapping[str, Any], with_targets: bool = False
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Batches of inputs of like length, each with the indices of its inputs in `rows`."""
+    """Batches of inputs that do not depend on each other, each with the indices of its inputs in `rows`."""
     if not isinstance(batch_size, int) or batch_size < 1:
         raise HfEsmError(f"batch_size must be 1 or more, not {batch_size}.")
     if not rows:
@@ -136,11 +137,5 @@ def _batches(
     model = routed.model.get_base_model()
     settings = SampleOptions(**{"num_samples": 0, **options})
     samples = encode(rows, routed.processor, model.config, "inputs", settings, with_targets)
-    if any("attention_mask" in sample or "input_ids" in sample for sample in samples):
-        order = sorted(range(len(samples)), key=lambda i: max(value.numel() for value in samples[i].values()))
-        size = 1 if "input_ids" in samples[0] and reads_singly(model.config) else batch_size
-        groups = [order[start : start + size] for start in range(0, len(order), size)]
-    else:  # images of one size, sound of one length
-        groups = batch_indices(samples, batch_size)
-    for indices in groups:
+    for indices in batches_of(model, "classes", samples, batch_size):
         yield indices, batch_for([samples[i] for i in indices], model)

@@ -31,7 +31,7 @@ from hf_esm import (
     load_task_model,
     merge_models,
 )
-from hf_esm.data.batches import collate
+from hf_esm.data.batches import batch_for, collate
 from hf_esm.tuners.routed.model import Uncompiled, recording
 from support.architectures import ARCHITECTURES
 from support.helpers import image_samples, save, token_inputs
@@ -464,6 +464,25 @@ def test_predictions_depend_neither_on_batchmates_nor_on_order(models, router, t
         assert [(p.task, p.label, p.sure) for p in found] == [(p.task, p.label, p.sure) for p in expected]
         assert [p.score for p in found] == pytest.approx([p.score for p in expected], abs=1e-5)
     assert routed.predict([]) == routed.explain([]) == []
+
+
+@pytest.mark.parametrize(("name", "kind"), [("bert", "Bert"), ("convbert", "ConvBert"), ("fnet", "FNet")])
+def test_predictions_of_models_that_read_padding_do_not_depend_on_batchmates(name, kind, tmp_path, monkeypatch):
+    architecture = ARCHITECTURES[name]
+    base, head = (architecture.build(f"{kind}{suffix}") for suffix in ("Model", "ForSequenceClassification"))
+    getattr(head, head.base_model_prefix).load_state_dict(base.state_dict())
+    experts = {"a": tuned(head, 1), "b": tuned(head, 2)}
+    calibration = {task: architecture.samples(seed) for seed, task in enumerate(experts)}
+    folder = quiet(base, experts, calibration=calibration, rank=4, output_dir=tmp_path / "out").output_dir
+    routed, samples = RoutedModel.from_pretrained(folder), architecture.samples(5)
+    sizes = []
+    monkeypatch.setattr(
+        "hf_esm.routing.prediction.batch_for", lambda *args: sizes.append(len(args[0])) or batch_for(*args)
+    )
+    expected = [routed.predict([sample], "a")[0].score for sample in samples]
+    sizes.clear()
+    assert [p.score for p in routed.predict(samples, "a")] == pytest.approx(expected, abs=1e-5)
+    assert max(sizes) == (len(samples) if name == "bert" else 2)  # two of them have one length
 
 
 def test_predictions_by_given_tasks_are_the_experts(routed):
