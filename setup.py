@@ -42,7 +42,17 @@ setup(
     ],
     extras_require={
         "demo": ["matplotlib", "pillow", "scikit-learn"],
-        "test": ["filelock", "matplotlib", "pillow", "pytest", "pytest-xdist", "scikit-learn", "setuptools>=77"],
+        "test": [
+            "filelock",
+            "matplotlib",
+            "pillow",
+            "pytest",
+            "pytest-xdist",
+            "scikit-learn",
+            "sentence-transformers>=6.2",
+            "setuptools>=77",
+        ],
+        "embedding": ["sentence-transformers>=6.2"],
         "extras": ["evaluate"],
         "quality": ["pytest", "ruff", "ty", "typos"],
     },

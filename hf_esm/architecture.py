@@ -15,6 +15,10 @@ from transformers.pytorch_utils import Conv1D
 KINDS = ("attention", "mlp", "norm", "embedding", "head", "bias")
 
 
+# The module of a live model that holds what follows its body in a Sentence Transformers model.
+SENTENCE_MODULES = "sentence_modules"
+
+
 @dataclass(frozen=True)
 class LinearMap:
     """A linear map inside a model, or a stack of them held as one three-dimensional parameter.
@@ -87,9 +91,10 @@ def width_of(shape: torch.Size, linear: LinearMap) -> int:
 
 def is_routable(name: str, linear: LinearMap | None) -> bool:
     """Whether routed experts can be added to a linear map: not if it reads only some of a sample's tokens, as the
-    experts of a mixture do.
+    experts of a mixture do, or is a dense module after the model.
     """
-    return linear is not None and not linear.slices and ".experts." not in name
+    apart = ".experts." in name or name.startswith(f"{SENTENCE_MODULES}.")
+    return linear is not None and not linear.slices and not apart
 
 
 def to_matrices(tensor: Tensor, linear: LinearMap | None) -> list[Tensor]:

@@ -7,6 +7,7 @@ are read one at a time; and back to disk: sharded safetensors, heads, LoRA adapt
 from .adapters import LoraCheckpoint
 from .base import Checkpoint, LiveCheckpoint, quiet_loading, quiet_peft
 from .conversion import output_dtype, to_stored, write_plan
+from .embedding import EmbeddingCheckpoint
 from .heads import attach_head, load_task_model, save_head
 from .layout import (
     ADAPTER_CONFIG,
@@ -29,6 +30,7 @@ from .layout import (
     WEIGHTS_FILE,
 )
 from .lora_export import rank_settings, write_adapter, write_lora_adapter
+from .modules import SentenceModules, common_settings, read_modules
 from .processors import differing_processors, find_processors, first_processor, load_processor
 from .shards import ShardedWriter
 from .sources import (
@@ -65,13 +67,16 @@ __all__ = [
     "WEIGHTS_FILE",
     "Access",
     "Checkpoint",
+    "EmbeddingCheckpoint",
     "FolderCheckpoint",
     "LiveCheckpoint",
     "LoraCheckpoint",
     "ModelSource",
     "ModelSpec",
+    "SentenceModules",
     "ShardedWriter",
     "attach_head",
+    "common_settings",
     "differing_processors",
     "find_processors",
     "first_processor",
@@ -83,6 +88,7 @@ __all__ = [
     "quiet_loading",
     "quiet_peft",
     "rank_settings",
+    "read_modules",
     "resolve_class",
     "resolve_source",
     "save_head",

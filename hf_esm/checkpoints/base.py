@@ -5,7 +5,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 import transformers
@@ -15,6 +15,10 @@ from transformers.initialization import no_init_weights
 
 from ..architecture import LinearMap, canonical_names, embeddings, linear_maps
 from ..errors import HfEsmError
+
+
+if TYPE_CHECKING:
+    from .modules import SentenceModules
 
 
 @contextlib.contextmanager
@@ -68,6 +72,7 @@ class Checkpoint:
             `architecture.canonical_names`.
         missing: canonical names of the skeleton's weights that the checkpoint does not hold.
         extra: names of stored tensors that the skeleton has no place for.
+        modules: what follows the body in a Sentence Transformers model; None in any other.
     """
 
     title: str
@@ -77,6 +82,7 @@ class Checkpoint:
     names: dict[str, str]
     missing: list[str]
     extra: list[str]
+    modules: Optional["SentenceModules"] = None
 
     @property
     def config(self) -> PretrainedConfig:

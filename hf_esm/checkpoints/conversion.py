@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
 )
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from ..architecture import canonical_names
+from ..architecture import SENTENCE_MODULES, canonical_names
 from .base import Checkpoint
 
 
@@ -51,6 +51,8 @@ def write_plan(checkpoint: Checkpoint, dtype: Optional[torch.dtype] = None) -> l
     backwards = [entry.reverse_transform() for entry in conversions[::-1] if isinstance(entry, WeightConverter)]
     groups: dict[str, list[str]] = {}
     for name, live in checkpoint.names.items():
+        if live.startswith(f"{SENTENCE_MODULES}."):  # in folders of their own
+            continue
         groups.setdefault(apply_converters(live, backwards)[0], []).append(name)
     plan = []
     for names in groups.values():

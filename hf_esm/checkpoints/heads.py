@@ -16,6 +16,7 @@ from ..architecture import body_prefix
 from ..errors import HfEsmError
 from ..utils import check_known
 from .base import Checkpoint, quiet_loading
+from .embedding import with_modules
 from .layout import CONFIG_FILE, HEAD_WEIGHTS, HEADS_FOLDER
 from .sources import Access, ModelSource, resolve_class, whole_folder
 
@@ -105,7 +106,7 @@ def load_task_model(
         raise HfEsmError(
             f"{head_folder / HEAD_WEIGHTS}: {model_class.__name__} has no place for {unknown[:3]}. Merge again."
         )
-    return loaded.eval()
+    return with_modules(loaded.eval(), folder)
 
 
 def attach_head(model: PreTrainedModel, folder: Path, task: str) -> PreTrainedModel:
@@ -139,7 +140,7 @@ def attach_head(model: PreTrainedModel, folder: Path, task: str) -> PreTrainedMo
     attached.load_state_dict(head, strict=False, assign=True)
     if empty := [name for name, tensor in attached.state_dict().items() if tensor.is_meta]:
         raise HfEsmError(f"{head_folder}: neither the merged model nor the head holds {empty[:3]}. Merge again.")
-    return attached.eval()
+    return with_modules(attached.eval(), folder)
 
 
 def _graft(shared: nn.Module, fresh: nn.Module, weights: list[str]) -> Any:

@@ -7,6 +7,20 @@ GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLED_WEIGHTS = "pytorch_model.bin"
+
+# As Sentence Transformers names them; the settings of the Transformer module by their present name, and older ones:
+MODULES_FILE = "modules.json"
+SENTENCE_SETTINGS = "config_sentence_transformers.json"
+TRANSFORMER_SETTINGS = (
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+)
 
 # The card, as the Hub names it, and the folder of its pictures:
 CARD_FILE = "README.md"

@@ -12,6 +12,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 
 from ..architecture import without_labels
 from .layout import CONFIG_FILE
+from .modules import transformer_path, transformer_settings
 from .sources import ModelSource
 
 
@@ -31,8 +32,10 @@ def load_processor(folder: str | os.PathLike, trust_remote_code: bool = False) -
     """Load the processor, tokenizer, image processor or feature extractor in a folder; return None if there is none.
 
     A library that only a part of the processor needs (Pillow for images, say) need not be installed: the parts that
-    can do without are loaded, and a warning names the library.
+    can do without are loaded, and a warning names the library. The length that a Sentence Transformers model cuts
+    texts to is that of its tokenizer.
     """
+    folder = Path(folder) / transformer_path(Path(folder))
     lacking: Optional[ImportError] = None
     for kind in _KINDS:
         try:
@@ -42,14 +45,17 @@ def load_processor(folder: str | os.PathLike, trust_remote_code: bool = False) -
             continue
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if _is_saved(processor, Path(folder)):
+        if _is_saved(processor, folder):
             break
     else:
         processor = None
     saved = _PROCESSOR_CONFIGS if processor is not None else (*_PROCESSOR_CONFIGS, _TOKENIZER_CONFIG)
-    if lacking is not None and any((Path(folder) / name).is_file() for name in saved):
+    if lacking is not None and any((folder / name).is_file() for name in saved):
         reason = " ".join(str(lacking).split()).partition(" Please note")[0]
         logger.warning("%s: its processor, or a part of it, is left out: %s", folder, reason)
+    tokenizer, length = getattr(processor, "tokenizer", processor), transformer_settings(folder).get("max_seq_length")
+    if length and hasattr(tokenizer, "model_max_length"):
+        tokenizer.model_max_length = length
     return processor
 
 

@@ -19,7 +19,9 @@ from ..errors import HfEsmError
 from ..utils import files_identity, plain_hub_errors
 from .adapters import LoraCheckpoint
 from .base import Checkpoint, LiveCheckpoint
+from .embedding import EmbeddingCheckpoint
 from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_FILE, CONFIG_FILE
+from .modules import SentenceModules, module_paths, read_modules, transformer_path
 from .stored import FolderCheckpoint, TensorFiles, stored_dtype
 
 
@@ -54,7 +56,9 @@ class ModelSource:
     Attributes:
         title: name of the model in messages, such as `expert 'sst2' (me/bert-sst2)`.
         model: the live model, if one was passed.
-        folder: folder of its files; for a Hub id, the snapshot with the small files.
+        folder: folder of its files; for a Hub id, the snapshot with the small files. Of an older Sentence Transformers
+            model, the subfolder of its Transformer.
+        inside: name of that subfolder.
         repo_id: its id on the Hub, if it has one.
         revision: its commit on the Hub.
         access: how it is opened.
@@ -66,6 +70,12 @@ class ModelSource:
     repo_id: Optional[str] = None
     revision: Optional[str] = None
     access: Access = Access()
+    inside: str = ""
+
+    @property
+    def root(self) -> Optional[Path]:
+        """The folder that the user named, or the snapshot of the whole repository."""
+        return self.folder.parents[len(Path(self.inside).parts) - 1] if self.inside else self.folder
 
     @property
     def is_adapter(self) -> bool:
@@ -89,12 +99,12 @@ class ModelSource:
             return {"path": self.repo_id, "revision": self.revision}
         if self.model is not None:
             return getattr(self.model, "name_or_path", "") or type(self.model).__name__
-        return str(self.folder)
+        return str(self.root)
 
     def card(self) -> str:
         """Return the text of the model card; empty if there is none."""
-        if self.folder is not None and (self.folder / CARD_FILE).is_file():
-            return (self.folder / CARD_FILE).read_text(encoding="utf-8")
+        if self.root is not None and (self.root / CARD_FILE).is_file():
+            return (self.root / CARD_FILE).read_text(encoding="utf-8")
         return ""
 
     def fetch(self, weights: str = "*.safetensors") -> None:
@@ -102,7 +112,8 @@ class ModelSource:
         if not self.repo_id:
             return
         patterns = [weights, *_SMALL_FILES] + (["*.bin"] if self.access.allow_pickle else [])
-        self.folder = _snapshot(self.title, self.repo_id, self.revision, self.access.token, patterns)
+        root = _snapshot(self.title, self.repo_id, self.revision, self.access.token, patterns, self.inside)
+        self.folder = root / self.inside
         if not self.access.allow_pickle and not any(self.folder.glob(weights)):
             raise HfEsmError(f"{self.title}: there are no safetensors weights in it. {_PICKLE_REMEDY}")
 
@@ -132,10 +143,16 @@ def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> Mo
         raise HfEsmError(f"{title}: expected a Hub id, a folder or a live model, not {type(spec).__name__}.")
     folder, title = Path(spec).expanduser(), f"{title} ({spec})"
     if folder.is_dir():
-        return ModelSource(title, folder=folder, access=access)
+        inside = transformer_path(folder)
+        return ModelSource(title, folder=folder / inside, access=access, inside=inside)
     repo_id, revision = _hub_id(spec, title, revision)
     folder = _snapshot(title, repo_id, revision, access.token, _SMALL_FILES)
-    return ModelSource(title, folder=folder, repo_id=repo_id, revision=folder.name, access=access)
+    inside, revision = transformer_path(folder), folder.name
+    if inside:
+        _snapshot(title, repo_id, revision, access.token, _SMALL_FILES, inside)
+    for path in module_paths(folder):
+        _snapshot(title, repo_id, revision, access.token, ["*"], path)
+    return ModelSource(title, None, folder / inside, repo_id, revision, access, inside)
 
 
 def whole_folder(
@@ -167,14 +184,18 @@ def _snapshot(
     revision: Optional[str],
     token: Optional[str | bool],
     patterns: Optional[list[str]] = None,
+    inside: str = "",
 ) -> Path:
-    """Download a repository, or the files in its root that match one of the patterns; returns their folder."""
-    below_root = ["*/*"] if patterns else None
+    """Download a repository, or the files in its root, or in one subfolder, that match one of the patterns.
+
+    Returns the folder of the repository.
+    """
+    prefix = f"{inside}/" if inside else ""
+    allowed = [prefix + pattern for pattern in patterns] if patterns else None
+    below = [f"{prefix}*/*"] if patterns else None
     with plain_hub_errors(title):
         return Path(
-            snapshot_download(
-                repo_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=below_root
-            )
+            snapshot_download(repo_id, revision=revision, token=token, allow_patterns=allowed, ignore_patterns=below)
         )
 
 
@@ -189,7 +210,8 @@ def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, head
         HfEsmError: if the source cannot be opened.
     """
     if source.model is not None:
-        return LiveCheckpoint(source.model, source.title)
+        return _with_modules(LiveCheckpoint(source.model, source.title), None, base)
+    modules = read_modules(source.root, source.title, source.access.allow_pickle)
     if source.stores_weights and (source.folder / ADAPTER_CONFIG).is_file():
         raise HfEsmError(
             f"{source.title}: the folder holds a full model and a PEFT adapter, which Transformers would add to the "
@@ -198,9 +220,18 @@ def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, head
     if source.is_adapter:
         checkpoint = _open_adapter(source, base, headers_only)
     else:
-        checkpoint = _open_folder(source, headers_only)
-    checkpoint.source, checkpoint.revision = source.repo_id or str(source.folder), source.revision
-    return checkpoint
+        checkpoint = _open_folder(source, headers_only, modules)
+    checkpoint.source, checkpoint.revision = source.repo_id or str(source.root), source.revision
+    return _with_modules(checkpoint, modules, base)
+
+
+def _with_modules(
+    checkpoint: Checkpoint, modules: Optional[SentenceModules], base: Optional[Checkpoint]
+) -> Checkpoint:
+    """Return a checkpoint with the modules after it: its own, or those of a base of the same class."""
+    if modules is None and base is not None and type(checkpoint.skeleton) is type(base.skeleton):
+        modules = base.modules
+    return checkpoint if modules is None else EmbeddingCheckpoint(checkpoint, modules)
 
 
 def _open_adapter(source: ModelSource, base: Optional[Checkpoint], headers_only: bool) -> LoraCheckpoint:
@@ -211,9 +242,14 @@ def _open_adapter(source: ModelSource, base: Optional[Checkpoint], headers_only:
     return LoraCheckpoint(source.folder, source.title, base, source.access.allow_pickle)
 
 
-def _open_folder(source: ModelSource, headers_only: bool) -> FolderCheckpoint:
+def _open_folder(
+    source: ModelSource, headers_only: bool, modules: Optional[SentenceModules] = None
+) -> FolderCheckpoint:
     config, model_class = resolve_class(source)
-    files = _hub_headers(source) if headers_only and source.repo_id and not is_offline_mode() else None
+    if modules is not None:
+        model_class = modules.encoder_class(config, model_class)
+    from_hub = headers_only and source.repo_id and not source.inside and not is_offline_mode()
+    files = _hub_headers(source) if from_hub else None
     if files is None:
         source.fetch()
         files = TensorFiles.open(source.folder, source.title, source.access.allow_pickle)
@@ -283,4 +319,4 @@ def model_identity(source: ModelSource) -> Any:
         return Hasher.hash({name: tensor.detach().cpu() for name, tensor in source.model.state_dict().items()})
     if source.revision is not None:
         return [source.repo_id, source.revision]
-    return files_identity(Path(source.folder))
+    return files_identity(Path(source.root))

@@ -11,7 +11,10 @@ from .console import say
 from .flags import add_flags, add_trust_flags, count, options_of, pairs
 
 
-_METRICS = "accuracy, perplexity, mean-iou, exact-match, word-f1, or a metric of the evaluate library"
+_METRICS = (
+    "accuracy, perplexity, mean-iou, exact-match, word-f1, similarity, mrr@10, recall@10, or a metric of the evaluate "
+    "library"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

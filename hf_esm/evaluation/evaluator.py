@@ -65,8 +65,9 @@ def evaluate(
         experts: by task, experts to score as well, each on its own task, as `merge_models` takes them. Each is run
             with the tokenizer or processor in its own folder.
         base: base model of experts that are LoRA adapters; by default the one that the adapter names.
-        metric: `"accuracy"`, `"perplexity"`, `"mean-iou"`, `"exact-match"`, `"word-f1"`, the name of a metric of the
-            `evaluate` library, a function of predictions and references, or a `Metric`.
+        metric: `"accuracy"`, `"perplexity"`, `"mean-iou"`, `"exact-match"`, `"word-f1"`, for embedding models
+            `"similarity"`, `"mrr@10"` and `"recall@10"` on rows of two texts, the name of a metric of the `evaluate`
+            library, a function of predictions and references, or a `Metric`.
         processor: tokenizer or processor, if the folders of the models hold none.
         route: for a routed model, `"routed"`, `"oracle"` (each task's expert for its rows, as always without a
             router), or `"static"` (no expert).

@@ -24,7 +24,8 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
     data = ModelCardData(
         base_model=[source.repo_id for source in sources.values() if source.repo_id] or None,
         base_model_relation="merge" if any(source.repo_id for source in sources.values()) else None,
-        library_name="transformers",
+        library_name="sentence-transformers" if plan.base.modules else "transformers",
+        pipeline_tag="sentence-similarity" if plan.base.modules else None,
         license=licences.pop() if len(licences) == 1 and "not stated" not in licences else None,
         tags=["merge", "hf_esm", plan.method.name],
     )
@@ -57,6 +58,7 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
         kept_adapter=(folder / REFINED_FOLDER).is_dir(),
         licences=sorted(set(plan.licences.values()) - {"not stated"}),
         model_class=type(plan.base.skeleton).__name__,
+        embeds=plan.base.modules is not None,
         task_heads=task_heads,
         version=__version__,
         num_samples=" to ".join(str(count) for count in sorted({min(num_samples), max(num_samples)}))

@@ -83,6 +83,8 @@ def write_model(
         for key in filter(writer.owns, extra):
             writer.write(key, extra[key])
         writer.sync()  # what is published is complete, whatever happens next
+    if base.modules is not None and rank == 0:
+        base.modules.save(folder, lambda name: _written(name, base, weight(name), dtype))
 
 
 def _written(name: str, base: Checkpoint, weight: Tensor, dtype: Optional[torch.dtype]) -> Tensor:

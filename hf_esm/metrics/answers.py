@@ -201,6 +201,8 @@ class Vectors:
     def rows(self, output: Any, batch: dict[str, Tensor], model: PreTrainedModel) -> Tensor:
         """`[B, R, d]`, one row per embedding of a sample."""
         tensors = {name: value for name, value in output.items() if isinstance(value, Tensor)}
+        if "sentence_embedding" in tensors:  # of the modules of a Sentence Transformers model
+            return _precise(tensors["sentence_embedding"])[:, None]
         embeddings = [value for name, value in tensors.items() if name.endswith("_embeds") and value.dim() == 2]
         if embeddings:
             return torch.stack([_precise(value) for value in embeddings], 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PretrainedConfig
 
-from ..data import Sample, SampleOptions, encode, is_words
+from ..data import Sample, SampleOptions, encode, is_words, row_fields
 from ..errors import HfEsmError
 from ..utils import did_you_mean
 
@@ -26,12 +26,14 @@ class LabelledSamples:
         contexts: for rows of two texts that are scored by texts: which tokens of each sample, `[L]` bool, belong to
             the second text.
         tokenizer: decodes answers, for metrics of texts.
+        partners: the second text of each row, for metrics of pairs.
     """
 
     samples: list[Sample]
     labels: Tensor | list[Any]
     contexts: list[Tensor] = field(default_factory=list)
     tokenizer: Any = None
+    partners: list[Sample] = field(default_factory=list)
 
     def decode(self, tokens: Tensor) -> str:
         """Text of an answer's tokens, `[L]` int64."""
@@ -165,6 +167,36 @@ def with_maps(rows: list[Any], reader: RowReader) -> LabelledSamples:
         for i, label in enumerate(reader.labels(rows))
     ]
     return LabelledSamples(reader.encode(reader.unlabelled(rows)), maps)
+
+
+def with_pairs(rows: list[Any], reader: RowReader, scored: bool = False) -> LabelledSamples:
+    """Samples of the first texts, with the second ones as `partners`; `labels` are `[N]` float64 scores, or zeros
+    unless rows are `scored`.
+    """
+    fields = [row_fields(row, reader.row_title(i), reader.options) for i, row in enumerate(rows)]
+    for i, row in enumerate(fields):
+        if "text" not in row or "text_pair" not in row:
+            raise HfEsmError(
+                f"{reader.row_title(i)} is not a pair of texts. Name the columns of both in `columns`, such as text: "
+                "sentence1, text_pair: sentence2."
+            )
+    first, second = (
+        reader.encode([{reader.column("text"): row[name]} for row in fields]) for name in ("text", "text_pair")
+    )
+    labels = torch.zeros(len(rows), dtype=torch.float64)
+    if scored:
+        labels = torch.tensor([_score(label, reader.row_title(i)) for i, label in enumerate(reader.labels(rows))])
+    return LabelledSamples(first, labels.double(), partners=second)
+
+
+def _score(label: Any, title: str) -> float:
+    try:
+        value = float(label)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not isfinite(value):
+        raise HfEsmError(f"{title}: similarity needs a number that says how alike the two texts are, not {label!r}.")
+    return value
 
 
 def _right_texts(label: Any, title: str, metric: str) -> list[str]:

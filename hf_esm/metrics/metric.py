@@ -1,9 +1,6 @@
 """Metrics: the base class, one class for each kind of answer, and the built-in metrics."""
 
 import os
-import re
-import string
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -16,8 +13,19 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..data import SampleOptions, read_rows
 from ..errors import HfEsmError
 from ..utils import did_you_mean
-from .labels import LabelledSamples, RowReader, with_classes, with_maps, with_references, with_targets, with_texts
+from .labels import (
+    LabelledSamples,
+    RowReader,
+    with_classes,
+    with_maps,
+    with_pairs,
+    with_references,
+    with_targets,
+    with_texts,
+)
 from .outputs import classes_of, likelihoods_of, overlaps_of, readings_of, texts_of
+from .pairs import cosines_of, ranks_of, recall_at_10, reciprocal_rank, spearman
+from .words import is_accepted, word_overlap
 
 
 @dataclass(frozen=True)
@@ -184,6 +192,21 @@ class TextMetric(Metric):
 
 
 @dataclass(frozen=True)
+class PairMetric(Metric):
+    """Score of embeddings of pairs of texts. Outputs are `[N]`: if `scored`, the cosines of the pairs, and labels the
+    scores of the rows; else the rank of each pair's second text for its first (see `pairs`), and labels are not read.
+    """
+
+    scored: bool = False
+
+    def load(self, rows: list[Any], reader: RowReader) -> LabelledSamples:
+        return with_pairs(rows, reader, self.scored)
+
+    def outputs(self, model: PreTrainedModel, data: LabelledSamples, batch_size: int) -> Tensor:
+        return (cosines_of if self.scored else ranks_of)(model, data, batch_size)
+
+
+@dataclass(frozen=True)
 class ReadMetric(Metric):
     """Score of what `read` makes of each sample's outputs, for heads of any kind.
 
@@ -231,26 +254,6 @@ def _mean_iou(overlaps: Tensor, _: Tensor) -> float:
     return float((both / either)[either > 0].mean())
 
 
-def _words(text: str) -> list[str]:
-    """Words that count in SQuAD's evaluation: in lower case, without punctuation and English articles."""
-    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
-
-
-def _is_accepted(answer: str, accepted: Sequence[str]) -> float:
-    return float(any(_words(answer) == _words(text) for text in accepted))
-
-
-def _word_overlap(answer: str, accepted: Sequence[str]) -> float:
-    """F1 of an answer's words and those of the right text that is nearest."""
-    return max(_f1(_words(answer), _words(text)) for text in accepted)
-
-
-def _f1(answer: list[str], right: list[str]) -> float:
-    common = sum((Counter(answer) & Counter(right)).values())
-    return 2 * common / (len(answer) + len(right)) if answer and right else float(answer == right)
-
-
 ACCURACY = AccuracyMetric("accuracy", _share_right, is_share=True)
 
 
@@ -260,13 +263,24 @@ PERPLEXITY = PerplexityMetric("perplexity", _perplexity, higher_is_better=False)
 MEAN_IOU = SegmentationMetric("mean-iou", _mean_iou)
 
 
-EXACT_MATCH = TextMetric.mean_of("exact-match", _is_accepted, is_share=True)
+EXACT_MATCH = TextMetric.mean_of("exact-match", is_accepted, is_share=True)
 
 
-WORD_F1 = TextMetric.mean_of("word-f1", _word_overlap)
+WORD_F1 = TextMetric.mean_of("word-f1", word_overlap)
 
 
-BUILT_IN = {metric.name: metric for metric in (ACCURACY, PERPLEXITY, MEAN_IOU, EXACT_MATCH, WORD_F1)}
+SIMILARITY = PairMetric("similarity", spearman, scored=True)
+
+
+MRR = PairMetric("mrr@10", reciprocal_rank)
+
+
+RECALL = PairMetric("recall@10", recall_at_10, is_share=True)
+
+
+BUILT_IN = {
+    metric.name: metric for metric in (ACCURACY, PERPLEXITY, MEAN_IOU, EXACT_MATCH, WORD_F1, SIMILARITY, MRR, RECALL)
+}
 
 
 # What users name a metric by: a built-in name, a name or folder of the `evaluate` library, a function, or a metric.
@@ -293,7 +307,8 @@ def load_labelled(
     - texts: the right text, a list of right texts, or SQuAD's `{"text": [...]}` (empty if there is no answer); by
       default the column `text_target`;
     - `mean-iou`: a map of classes of any size, as a picture or an array;
-    - `perplexity`: none;
+    - `similarity`: how alike the two texts of a row are, as a number of any range;
+    - `perplexity`, `mrr@10`, `recall@10`: none;
     - a metric with `read`: anything.
 
     Args:
@@ -312,9 +327,11 @@ def resolve_metric(metric: MetricSpec) -> Metric:
 
     Built in are `"accuracy"` (of samples; of tokens for token classifiers; of all labels together where several may
     hold), `"perplexity"` (causal and sequence-to-sequence language models), `"mean-iou"` (semantic segmentation:
-    pixels of a class that are rightly answered over all that are answered or labelled, mean over classes), and, for
+    pixels of a class that are rightly answered over all that are answered or labelled, mean over classes); for
     models that answer in words, `"exact-match"` and `"word-f1"`, which compare words as SQuAD does (Rajpurkar et al.,
-    2016, arXiv 1606.05250).
+    2016, arXiv 1606.05250); and, for embedding models, on rows of two texts, `"similarity"` (Spearman's correlation of
+    cosines with the rows' scores), `"mrr@10"` and `"recall@10"` (of each first text's own second text among those of
+    all rows).
 
     The `evaluate` library loads any other name, from the Hub or a folder. Of several numbers that a metric computes,
     the one with the metric's name counts, or else the first. A metric of strings (ROUGE, BLEU, word error rate) reads

@@ -92,8 +92,8 @@ class MergeOptions(RunOptions):
     metric: str | os.PathLike | Metric | Callable[..., float] = field(
         default="accuracy",
         metadata={
-            "help": "what 'auto' goes by: accuracy, perplexity, mean-iou, exact-match, word-f1, or one of the "
-            "evaluate library"
+            "help": "what 'auto' goes by: accuracy, perplexity, mean-iou, exact-match, word-f1, similarity, mrr@10, "
+            "recall@10, or one of the evaluate library"
         },
     )
     rank: Optional[int] = field(default=None, metadata={"help": "rank of the experts of esm++ and tsv-c", "least": 1})

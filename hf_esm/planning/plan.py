@@ -18,6 +18,7 @@ from ..methods import MergeMethod
 from ..utils import check_known, readable
 from .compatibility import check_architecture, check_complete, check_weights, differing_settings, first_names, part_of
 from .heads import HeadPlan, plan_heads
+from .modules import with_common_modules
 from .overrides import Override, Rule, kinds_of, select_overrides
 from .resources import estimate_seconds, merge_bytes, readable_duration
 
@@ -160,13 +161,14 @@ def plan_merge(
     """
     weights_of = tuple(float((weights or {}).get(task, 1)) for task in experts)
     method.check_weights(weights_of)
+    base, experts, warnings = with_common_modules(base, experts)
     parts = set(map(part_of, base.names))
     check_complete(base, [name for name in base.missing if part_of(name) in parts])
     for expert in experts.values():
         check_complete(expert, expert.missing)
         check_architecture(base, expert)
     head_plan = plan_heads(base, experts, heads)
-    warnings = list(head_plan.warnings)
+    warnings += head_plan.warnings
     for expert in experts.values():
         check_weights(base, expert, head_plan)
         warnings += _warnings_of(expert, base, head_plan)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from peft import PeftModel
@@ -35,6 +35,11 @@ from .explanations import Explanation, Prediction
 from .prediction import explain, predict
 from .prompts import prompt_route
 from .saving import export_experts, save_copy, trained_tensors
+from .sentences import sentence_transformer
+
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 
 class RoutedModel:
@@ -202,6 +207,20 @@ class RoutedModel:
             model.save_pretrained = partial(_refuse_saving, task)
             self._task_models[task] = model
         return self._task_models[task]
+
+    def sentence_transformer(self, **kwargs: Any) -> "SentenceTransformer":
+        """The routed model as a `SentenceTransformer`, of experts that are models of Sentence Transformers.
+
+        Each text gets the experts that the router chooses, or those that `with model.route(…)` names. To save it, save
+        this object.
+
+        Args:
+            kwargs: passed to `SentenceTransformer`.
+
+        Raises:
+            HfEsmError: if the library is missing, or the model's folder holds no pooling.
+        """
+        return sentence_transformer(self, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> "RoutedModel":
         """Move or cast the model, as `torch.nn.Module.to`. Experts and router stay in float32."""
