@@ -4,7 +4,7 @@ Comes in: what a user names as a model (Hub id, folder, adapter, live model). Go
 are read one at a time; and back to disk: sharded safetensors, heads, LoRA adapters.
 """
 
-from .adapters import LoraCheckpoint
+from .adapters import AdapterCheckpoint
 from .base import Checkpoint, LiveCheckpoint, quiet_loading, quiet_peft
 from .conversion import output_dtype, to_stored, write_plan
 from .embedding import EmbeddingCheckpoint
@@ -66,11 +66,11 @@ __all__ = [
     "STATISTICS_FILE",
     "WEIGHTS_FILE",
     "Access",
+    "AdapterCheckpoint",
     "Checkpoint",
     "EmbeddingCheckpoint",
     "FolderCheckpoint",
     "LiveCheckpoint",
-    "LoraCheckpoint",
     "ModelSource",
     "ModelSpec",
     "SentenceModules",

@@ -1,61 +1,28 @@
-"""A LoRA adapter as a checkpoint: the update of each weight, without a full copy of the model."""
+"""A PEFT adapter as a checkpoint: the update of each weight, without a full copy of the model."""
 
-import copy
-import pickle
-import re
-from collections.abc import Callable
-from dataclasses import fields
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
-import transformers
-from peft import LoraConfig, PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils import WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architecture import canonical_names
 from ..errors import HfEsmError
+from .adapter_files import MERGE_REMEDY, adapted_class, read_adapter_config, read_adapter_tensors
+from .adapter_layers import load_changes
 from .base import Checkpoint, build_skeleton, quiet_loading, quiet_peft
 from .conversion import to_stored, write_plan
-from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .shards import ShardedWriter
 
 
-# Initialisations that change the base model's weights, so that the adapter is not an update of the original.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+class AdapterCheckpoint(Checkpoint):
+    """The base model with a PEFT adapter on it: `W = W0 + ΔW`.
 
-# Variants of LoRA whose update of a weight PEFT computes from the adapter and that weight alone.
-_VARIANTS = ("use_dora", "velora_config")
-
-# Settings under which an adapter is more than an update of the base's weights.
-_NO_UPDATE = ("trainable_token_indices", "layer_replication", "megatron_config", "use_qalora")
-
-_REMEDY = "Call `merge_and_unload()` on the loaded model, save that with `save_pretrained`, and merge it instead."
-
-# The name that PEFT gives to the one adapter that is loaded.
-_ADAPTER = "default"
-
-_AUTO_CLASSES = {
-    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
-    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
-    "CAUSAL_LM": transformers.AutoModelForCausalLM,
-    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-    "FEATURE_EXTRACTION": transformers.AutoModel,
-}
-
-
-class LoraCheckpoint(Checkpoint):
-    """The base model with a PEFT LoRA adapter on it: `W = W0 + ΔW`.
-
-    PEFT itself computes every ΔW (rank and alpha patterns, rank-stabilised scaling, DoRA, `fan_in_fan_out`), on a
-    skeleton of the model that holds the adapter's weights alone. Weights that the adapter replaces (`modules_to_save`,
-    biases) are read in full; all other weights are the base's.
+    ΔW is what PEFT's own merge of that layer makes of the base's weight, less that weight: of any type of adapter that
+    PEFT can merge, see `adapter_layers`. Weights that the adapter replaces (`modules_to_save`, biases) are read in
+    full; all other weights are the base's.
 
     Attributes:
         folder: folder of the adapter.
@@ -63,7 +30,9 @@ class LoraCheckpoint(Checkpoint):
         base: the base as a model of the adapter's class reads it.
     """
 
-    def __init__(self, folder: Path, title: str, base: Checkpoint, allow_pickle: bool = False):
+    def __init__(
+        self, folder: Path, title: str, base: Checkpoint, allow_pickle: bool = False, headers_only: bool = False
+    ):
         """Read the adapter.
 
         Args:
@@ -71,19 +40,24 @@ class LoraCheckpoint(Checkpoint):
             title: name of the adapter in messages.
             base: the model that the adapter was trained on.
             allow_pickle: read the adapter's weights from a pickle file.
+            headers_only: the base's weights cannot be read, nor updates that depend on them.
 
         Raises:
-            HfEsmError: if the adapter cannot be read, is not an update of weights, or does not fit the base.
+            HfEsmError: if the adapter cannot be read, cannot be merged into weights, or does not fit the base.
         """
         self.folder, self.title = folder, title
-        self.peft_config = adapter = _read_config(folder, title)
-        tensors = _read_tensors(folder, title, allow_pickle)
-        model_class, config = _task_model(adapter, base, tensors, title)
+        self.peft_config = adapter = read_adapter_config(folder, title)
+        tensors = read_adapter_tensors(folder, title, allow_pickle)
+        model_class, config = adapted_class(adapter, base, tensors)
         self.skeleton = build_skeleton(model_class, config)
         self.base = base.seen_as(model_class, config)
-        loaded = _load_adapter(adapter, tensors, build_skeleton(model_class, config), title, base.title)
-        self._additions, self._replaced = _changes(loaded)
-        self._check_ties(loaded)
+        self._names_of_base = {live: name for name, live in self.base.names.items()}
+        self._headers_only = headers_only
+        loaded = load_changes(
+            adapter, tensors, lambda: build_skeleton(model_class, config), self._base_weight, title, base.title
+        )
+        self._additions, self._replaced, self._token_rows = loaded.additions, loaded.replaced, loaded.token_rows
+        self._check_ties(loaded.saved)
         self.extra = []
         expected = canonical_names(self.skeleton)
         self.names = {n: live for n, live in expected.items() if live in self._replaced or n in self.base.names}
@@ -94,7 +68,14 @@ class LoraCheckpoint(Checkpoint):
                 "needs. Give as base the checkpoint that the adapter was trained on."
             )
 
-    def _check_ties(self, loaded: nn.Module) -> None:
+    def _base_weight(self, live: str) -> Tensor:
+        """Return a weight of the base, by its live name; noise of its shape if only headers are known."""
+        source = (getattr(self.skeleton, "all_tied_weights_keys", None) or {}).get(live, live)
+        if self._headers_only or source not in self._names_of_base:
+            return torch.randn(self.skeleton.get_parameter(source).shape)
+        return self.base.tensor(self._names_of_base[source])
+
+    def _check_ties(self, saved: set[str]) -> None:
         """Raise if the adapter changes one of several tied weights alone, or something that is not a weight."""
         source_of = getattr(self.skeleton, "all_tied_weights_keys", None) or {}
         known = set(canonical_names(self.skeleton).values())
@@ -102,9 +83,7 @@ class LoraCheckpoint(Checkpoint):
             source = self._replaced.get(source_of.get(live))
             if live in self._additions or source is None or not torch.equal(source, self._replaced[live]):
                 kind = f"which is tied to '{source_of[live]}'" if live in source_of else "which is not a stored weight"
-                raise HfEsmError(f"{self.title} changes '{live}', {kind}. {_REMEDY}")
-        state = loaded.state_dict().items()
-        saved = {_plain(path) for path, tensor in state if ".modules_to_save." in path and not tensor.is_meta}
+                raise HfEsmError(f"{self.title} changes '{live}', {kind}. {MERGE_REMEDY}")
         for live, source in source_of.items():
             if source in saved and live not in self._replaced:
                 raise HfEsmError(
@@ -113,8 +92,18 @@ class LoraCheckpoint(Checkpoint):
                     "(`model.config.tie_word_embeddings = False`), save that, and merge it instead."
                 )
 
+    @property
+    def kind(self) -> str:
+        peft_type = getattr(self.peft_config.peft_type, "value", self.peft_config.peft_type)
+        return f"{'LoRA' if peft_type == 'LORA' else peft_type} adapter"
+
+    def token_rows(self, name: str) -> Optional[tuple[list[int], Tensor]]:
+        """Return the rows of an embedding that the adapter trains by themselves (`trainable_token_indices`): their
+        indices, and their new values `[rows, width]`. None if it trains no row, or all.
+        """
+        return self._token_rows.get(self.names[name])
+
     def changes(self, name: str) -> bool:
-        """Return whether the adapter changes a weight, by its canonical name."""
         return self.names[name] in self._additions or self.names[name] in self._replaced
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -162,150 +151,3 @@ class LoraCheckpoint(Checkpoint):
 
     def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
         raise NotImplementedError("an adapter is an expert, never a base")
-
-
-def _read_config(folder: Path, title: str) -> LoraConfig:
-    """Read the settings of an adapter, and raise for those that make it more than an update of weights."""
-    try:
-        config = PeftConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
-        raise HfEsmError(f"{title}: its {ADAPTER_CONFIG} cannot be used: {error!r}. Upgrade peft?") from None
-    if not isinstance(config, LoraConfig):
-        raise HfEsmError(f"{title} is a {config.peft_type} adapter; only LoRA is read as it is. {_REMEDY}")
-    initialisation = config.init_lora_weights
-    if isinstance(initialisation, str) and initialisation.lower().startswith(_CHANGES_BASE):
-        raise HfEsmError(
-            f"{title}: initialised with '{initialisation}', which changes the base's own weights. Save it again with "
-            "`path_initial_model_for_weight_conversion`, which turns it into an ordinary LoRA adapter."
-        )
-    variants = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and f.name not in _VARIANTS]
-    for setting in (*_NO_UPDATE, *variants):
-        if getattr(config, setting, None):
-            raise HfEsmError(f"{title} uses {setting}, which is more than an update of the base's weights. {_REMEDY}")
-    return config
-
-
-def _read_tensors(folder: Path, title: str, allow_pickle: bool) -> dict[str, Tensor]:
-    """Read the stored tensors. Factors of updates become float32, in which PEFT trains them."""
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        if not (folder / WEIGHTS_NAME).is_file():
-            raise HfEsmError(f"{title}: there is no {ADAPTER_WEIGHTS} in {folder}.")
-        if not allow_pickle:
-            raise HfEsmError(
-                f"{title}: {WEIGHTS_NAME} is a pickle file, which can run code when it is read. Save the adapter "
-                "again as safetensors, or pass `allow_pickle=True` if you trust it."
-            )
-    try:
-        tensors = load_peft_weights(str(folder), device="cpu")
-    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise HfEsmError(
-            f"{title}: the adapter's weights cannot be read ({reason}). Copy or download them again."
-        ) from None
-    return {key: value.float() if ".lora_" in key else value for key, value in tensors.items()}
-
-
-def _task_model(
-    adapter: LoraConfig, base: Checkpoint, tensors: dict[str, Tensor], title: str
-) -> tuple[type[PreTrainedModel], PretrainedConfig]:
-    """Return the class that the adapter was trained on, and its config, with as many labels as the adapter's head."""
-    config = copy.deepcopy(base.config)
-    mapping = adapter.auto_mapping or {}
-    auto_class = _AUTO_CLASSES.get(adapter.task_type)
-    if auto_class is None:
-        model_class = getattr(transformers, mapping.get("base_model_class") or "", type(base.skeleton))
-    elif type(config) in auto_class._model_mapping:
-        model_class = auto_class._model_mapping[type(config)]
-        model_class = model_class[0] if isinstance(model_class, (tuple, list)) else model_class
-    else:
-        raise HfEsmError(
-            f"{title}: a {adapter.task_type} adapter, but there is no such model of the base's type "
-            f"({config.model_type}). Was it trained on another base?"
-        )
-    config.num_labels = _num_labels(model_class, config, tensors)
-    return model_class, config
-
-
-def _num_labels(model_class: type[PreTrainedModel], config: PretrainedConfig, tensors: dict[str, Tensor]) -> int:
-    """Return the number of labels of the adapter's head; the config's if the adapter has none."""
-    state = build_skeleton(model_class, config).state_dict()
-    for key, tensor in tensors.items():
-        live = re.sub(r"^base_model\.model\.", "", key)
-        if live in state and state[live].shape != tensor.shape and state[live].shape[0] == config.num_labels:
-            return tensor.shape[0]
-    return config.num_labels
-
-
-def _load_adapter(
-    adapter: LoraConfig, tensors: dict[str, Tensor], skeleton: PreTrainedModel, title: str, base_title: str
-) -> nn.Module:
-    """Add the adapter's layers to a model on the meta device, and load its tensors into them."""
-    adapter = copy.deepcopy(adapter)
-    adapter.init_lora_weights = False
-    remedy = f"Was it trained on another base than {base_title}?"
-    try:
-        with quiet_peft():
-            model = PeftModel(skeleton, adapter, low_cpu_mem_usage=True)
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                # It would move the factors to the device and dtype of the base's weights, which have no values here.
-                module._move_adapter_to_device_of_base_layer = lambda *args, **kwargs: None
-        report = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
-    except KeyError as error:
-        raise HfEsmError(f"{title}: its file lacks {error}. Save or download the adapter again.") from None
-    except (ValueError, RuntimeError) as error:
-        raise HfEsmError(f"{title} does not fit: {' '.join(str(error).split())} {remedy}") from None
-    # With `bias="all"` PEFT stores the biases of saved modules a second time.
-    unexpected = [key for key in report.unexpected_keys if ".modules_to_save." not in key]
-    if unexpected:
-        raise HfEsmError(f"{title}: the model has no place for {unexpected[:3]}. {remedy}")
-    absent = [key for key, tensor in model.state_dict().items() if ".lora_" in key and tensor.is_meta]
-    if absent:
-        raise HfEsmError(f"{title}: its file lacks {absent[:3]}. Save or download the adapter again.")
-    return model.get_base_model()
-
-
-def _changes(model: nn.Module) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, Tensor]]:
-    """Return what a loaded adapter changes, by live name: functions from a weight to its update, and new weights."""
-    additions: dict[str, Callable[[Tensor], Tensor]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and _ADAPTER in module.scaling:
-            additions[f"{_plain(path)}.{_parameter(module)}"] = partial(_weight_update, module)
-            if module.lora_bias.get(_ADAPTER):
-                additions[f"{_plain(path)}.bias"] = partial(_bias_update, module)
-    replaced = {
-        _plain(path): tensor
-        for path, tensor in model.state_dict().items()
-        if not tensor.is_meta and ".lora_" not in path and ".original_module." not in path
-    }
-    return additions, replaced
-
-
-def _parameter(layer: LoraLayer) -> str:
-    """Return the name of the parameter that a LoRA layer updates."""
-    return getattr(layer, "parameter_name", None) or "weight"
-
-
-def _weight_update(layer: LoraLayer, weight: Tensor) -> Tensor:
-    """Return what PEFT adds to `weight`, float32. Its values matter to variants alone: DoRA rescales the sum."""
-    inner, name = layer.get_base_layer(), _parameter(layer)
-    skeleton = getattr(inner, name)
-    setattr(inner, name, nn.Parameter(weight.detach().to("cpu", torch.float32, copy=True), requires_grad=False))
-    try:
-        if _ADAPTER not in layer.lora_variant:
-            return layer.get_delta_weight(_ADAPTER).detach()
-        layer.merge(adapter_names=[_ADAPTER])
-        return getattr(inner, name).detach() - weight.float().cpu()
-    finally:
-        layer.merged_adapters.clear()
-        setattr(inner, name, skeleton)
-
-
-def _bias_update(layer: LoraLayer, bias: Tensor) -> Tensor:
-    """Return what `lora_bias=True` adds to the layer's bias."""
-    return layer.lora_B[_ADAPTER].bias.detach() * layer.scaling[_ADAPTER]
-
-
-def _plain(path: str) -> str:
-    """Return the name that a parameter or module has in the model without the adapter."""
-    return path.replace(".base_layer", "").replace(f".modules_to_save.{_ADAPTER}", "")

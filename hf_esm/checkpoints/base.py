@@ -107,6 +107,15 @@ class Checkpoint:
         parameters = {live for live, _ in self.skeleton.named_parameters(remove_duplicate=False)}
         return {name for name, live in self.names.items() if live in parameters}
 
+    @property
+    def kind(self) -> str:
+        """What the checkpoint is, for the plan and the model card: its class, or the kind of adapter."""
+        return type(self.skeleton).__name__
+
+    def changes(self, name: str) -> bool:
+        """Return whether a weight, by its canonical name, can differ from the base's, as far as headers show."""
+        return True
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a weight, by its canonical name."""
         raise NotImplementedError

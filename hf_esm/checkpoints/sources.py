@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..errors import HfEsmError
 from ..utils import files_identity, plain_hub_errors
-from .adapters import LoraCheckpoint
+from .adapters import AdapterCheckpoint
 from .base import Checkpoint, LiveCheckpoint
 from .embedding import EmbeddingCheckpoint
 from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_FILE, CONFIG_FILE
@@ -234,12 +234,12 @@ def _with_modules(
     return checkpoint if modules is None else EmbeddingCheckpoint(checkpoint, modules)
 
 
-def _open_adapter(source: ModelSource, base: Optional[Checkpoint], headers_only: bool) -> LoraCheckpoint:
+def _open_adapter(source: ModelSource, base: Optional[Checkpoint], headers_only: bool) -> AdapterCheckpoint:
     if base is None:
         raise HfEsmError(f"{source.title} is a PEFT adapter; the base must be a full model.")
     # An adapter is small, and its shapes alone do not tell which weights it changes.
     source.fetch(ADAPTER_WEIGHTS if headers_only else "*.safetensors")
-    return LoraCheckpoint(source.folder, source.title, base, source.access.allow_pickle)
+    return AdapterCheckpoint(source.folder, source.title, base, source.access.allow_pickle, headers_only)
 
 
 def _open_folder(

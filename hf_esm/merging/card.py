@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..checkpoints import CARD_FILE, REFINED_FOLDER, Checkpoint, LiveCheckpoint, LoraCheckpoint, ModelSource
+from ..checkpoints import CARD_FILE, REFINED_FOLDER, Checkpoint, LiveCheckpoint, ModelSource
 from ..hub import pipeline_of, template
 from ..version import __version__
 from .result import MergeResult
@@ -39,7 +39,7 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
                 "task": task,
                 "source": _named(expert),
                 "revision": expert.revision,
-                "kind": "LoRA" if isinstance(expert, LoraCheckpoint) else type(expert.skeleton).__name__,
+                "kind": expert.kind,
                 "licence": plan.licences.get(task, "not stated"),
                 "labels": list(expert.config.id2label.values()) if plan.heads.by_task[task] else [],
             }

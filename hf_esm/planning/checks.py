@@ -8,7 +8,7 @@ from typing import Optional
 
 import torch
 
-from ..checkpoints import Checkpoint, LoraCheckpoint
+from ..checkpoints import AdapterCheckpoint, Checkpoint
 from ..errors import HfEsmError
 from ..utils import Work, bytes_of, readable
 from .plan import MergePlan
@@ -81,9 +81,9 @@ def check_values(plan: MergePlan, progress: Callable[[Iterable], Iterable] = ite
         weight = plan.base.tensor(name)
         _check_finite(weight, plan.base, name)
         for task, expert in plan.experts.items():
-            if isinstance(expert, LoraCheckpoint):
-                if not expert.changes(name):
-                    continue
+            if not expert.changes(name):
+                continue
+            if isinstance(expert, AdapterCheckpoint):
                 update = expert.update(name, weight)
                 _check_finite(update, expert, name)
                 if update.any():

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architecture import body_key, body_prefix
-from ..checkpoints import Checkpoint, LoraCheckpoint
+from ..checkpoints import AdapterCheckpoint, Checkpoint
 from ..errors import HfEsmError
 from ..utils import closest_name
 
@@ -188,7 +188,7 @@ def _labels_agree(base: Checkpoint, experts: Iterable[Checkpoint]) -> bool:
     """
     checkpoints = [base, *experts]
     adapted = any(
-        isinstance(c, LoraCheckpoint) and any(c.changes(name) for name in c.names if not _in_body(c, name))
+        isinstance(c, AdapterCheckpoint) and any(c.changes(name) for name in c.names if not _in_body(c, name))
         for c in checkpoints
     )
     maps = {tuple(sorted((c.config.id2label or {}).items())) for c in checkpoints}

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from ..architecture import KINDS, matrix_names, width_of
-from ..checkpoints import Checkpoint, LoraCheckpoint, ModelSource
+from ..checkpoints import AdapterCheckpoint, Checkpoint, ModelSource
 from ..errors import HfEsmError
 from ..methods import MergeMethod
 from ..utils import check_known, readable
@@ -96,7 +96,7 @@ class MergePlan:
     def __str__(self) -> str:
         lines = [f"{self._methods()} merge of {len(self.experts)} experts into {self.base.title}", ""]
         for task, expert in self.experts.items():
-            kind = "LoRA adapter" if isinstance(expert, LoraCheckpoint) else type(expert.skeleton).__name__
+            kind = expert.kind
             commit = f" @ {expert.revision[:12]}" if expert.revision else ""
             head = self.heads.by_task[task]
             labels = f", {expert.config.num_labels} labels, keeps {len(head)} weights of its own" if head else ""
@@ -219,7 +219,7 @@ def _warnings_of(expert: Checkpoint, base: Checkpoint, heads: HeadPlan) -> list[
     if differing := differing_settings(base, expert):
         warnings.append(f"{expert.title}: its config differs from the base's in {', '.join(differing)}.")
     tied = set(heads.kept_from_base) & set(getattr(expert.skeleton, "all_tied_weights_keys", None) or ())
-    if tied and not isinstance(expert, LoraCheckpoint):
+    if tied and not isinstance(expert, AdapterCheckpoint):
         warnings.append(
             f"{expert.title}: {first_names(sorted(tied))} is tied to its embeddings, but the base stores a weight of "
             "its own, which is not merged. To merge it, untie the expert's weight or tie the base's."
@@ -233,7 +233,7 @@ def _warnings_of(expert: Checkpoint, base: Checkpoint, heads: HeadPlan) -> list[
         warnings.append(
             f"{expert.title}: its files hold weights that its model has no place for: {first_names(expert.extra)}."
         )
-    if isinstance(expert, LoraCheckpoint):
+    if isinstance(expert, AdapterCheckpoint):
         trained_on = expert.peft_config.base_model_name_or_path
         if trained_on and base.source and Path(trained_on).name != Path(base.source).name:
             warnings.append(f"{expert.title}: trained on {trained_on}, merged over {base.source}.")
@@ -242,8 +242,6 @@ def _warnings_of(expert: Checkpoint, base: Checkpoint, heads: HeadPlan) -> list[
 
 def _untouched_by_adapters(experts: Mapping[str, Checkpoint], heads: HeadPlan) -> frozenset[str]:
     """Return the weights that no expert changes, as far as headers show: only if all experts are adapters."""
-    if not all(isinstance(expert, LoraCheckpoint) for expert in experts.values()):
-        return frozenset()
     return frozenset(name for name in heads.shared if not any(e.changes(name) for e in experts.values()))
 
 
@@ -262,7 +260,7 @@ def _sizes(
         math.prod(base.shape(n)) * (dtype if dtype and base.dtype(n).is_floating_point else base.dtype(n)).itemsize
         for n in base.names
     )
-    loaded = [base if isinstance(expert, LoraCheckpoint) else expert for expert in experts.values()]
+    loaded = [base if isinstance(expert, AdapterCheckpoint) else expert for expert in experts.values()]
     return {
         "output_bytes": output,
         "scratch_bytes": 4 * changing,

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architecture import towers
-from ..checkpoints import ROUTED_FOLDER, ROUTER_FEATURES, Checkpoint, LoraCheckpoint, rank_settings, write_adapter
+from ..checkpoints import ROUTED_FOLDER, ROUTER_FEATURES, AdapterCheckpoint, Checkpoint, rank_settings, write_adapter
 from ..linalg import essential_subspace, truncated_svd
 from ..methods import InputStatistics
 from ..tuners.routed import RoutedExpertsConfig, fingerprint
@@ -58,7 +58,9 @@ def expert_factors(
 
 def residual_update(expert: Checkpoint, name: str, merged: Tensor) -> Tensor:
     """`W_t − W_M`, float32: the difference of an expert's weight from that of the merged model."""
-    if isinstance(expert, LoraCheckpoint) and name in expert.base.names:  # the adapter's update is over its own base
+    if (
+        isinstance(expert, AdapterCheckpoint) and name in expert.base.names
+    ):  # the adapter's update is over its own base
         base = expert.base.tensor(name)
         return expert.update(name, base) + (base.float() - merged.float())
     return expert.update(name, merged)

@@ -312,7 +312,7 @@ def test_the_card_is_valid_and_names_the_models_that_went_in(online, merged):
     for row in (
         "| a | `me/a` @ `",
         "| c | `me/c-lora` @ `",
-        "| LoRA | not stated |",
+        "| LoRA adapter | not stated |",
         "| BertForSequenceClassification | mit |",
     ):
         assert row in readme.read_text()

@@ -1,0 +1,191 @@
+"""The files of a PEFT adapter: its settings, its stored tensors, and the class of model that it was trained on."""
+
+import copy
+import pickle
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Optional
+
+import transformers
+from peft import LoraConfig, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import WEIGHTS_NAME, load_peft_weights
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..errors import HfEsmError
+from .base import Checkpoint, build_skeleton
+from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+
+MERGE_REMEDY = "Call `merge_and_unload()` on the loaded model, save that with `save_pretrained`, and merge it instead."
+
+# Initialisations that change the base model's weights, so that the adapter is not an update of the original.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# Variants of LoRA whose update of a weight PEFT computes from the adapter and that weight alone.
+_VARIANTS = ("use_dora", "velora_config")
+
+# Settings under which a LoRA adapter is more than an update of the base's weights.
+_NO_UPDATE = ("layer_replication", "megatron_config", "use_qalora")
+
+_AUTO_CLASSES = {
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+}
+
+
+def read_adapter_config(folder: Path, title: str) -> PeftConfig:
+    """Read the settings of an adapter.
+
+    Raises:
+        HfEsmError: if they cannot be read, or if such an adapter cannot be merged into the base's weights.
+    """
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        raise HfEsmError(f"{title}: its {ADAPTER_CONFIG} cannot be used: {error!r}. Upgrade peft?") from None
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind == "ROUTED_EXPERTS":
+        raise HfEsmError(
+            f"{title} holds the experts of all tasks of an ESM++ model, which no one weight can. Name the model's "
+            f"folder and one of its tasks: {{path: …, task: {config.tasks[0]}}}."
+        )
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise HfEsmError(
+            f"{title} is an adapter of type {kind}, which adds to what the model reads and changes no weight. Leave "
+            "it out of the merge, and put it on the merged model: `PeftModel.from_pretrained(merged, folder)`."
+        )
+    if getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), "tuner_layer_cls", None) is None:
+        raise HfEsmError(
+            f"{title} is an adapter of type {kind}, which peft cannot merge into weights. Leave it out, or merge a "
+            "LoRA adapter of the same data in its place."
+        )
+    if isinstance(config, LoraConfig):
+        _check_lora(config, title)
+    return config
+
+
+def _check_lora(config: LoraConfig, title: str) -> None:
+    """Raise an error for settings under which a LoRA adapter is more than an update of the base's weights."""
+    initialisation = config.init_lora_weights
+    if isinstance(initialisation, str) and initialisation.lower().startswith(_CHANGES_BASE):
+        raise HfEsmError(
+            f"{title}: initialised with '{initialisation}', which changes the base's own weights. Save it again with "
+            "`path_initial_model_for_weight_conversion`, which turns it into an ordinary LoRA adapter."
+        )
+    variants = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and f.name not in _VARIANTS]
+    for setting in (*_NO_UPDATE, *variants):
+        if getattr(config, setting, None):
+            raise HfEsmError(
+                f"{title} uses {setting}, which is more than an update of the base's weights. {MERGE_REMEDY}"
+            )
+
+
+def read_adapter_tensors(folder: Path, title: str, allow_pickle: bool) -> dict[str, Tensor]:
+    """Read the stored tensors of an adapter by their names in the file.
+
+    Raises:
+        HfEsmError: if there are none, if they cannot be read, or if they are pickled and that is not allowed.
+    """
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        if not (folder / WEIGHTS_NAME).is_file():
+            raise HfEsmError(f"{title}: there is no {ADAPTER_WEIGHTS} in {folder}.")
+        if not allow_pickle:
+            raise HfEsmError(
+                f"{title}: {WEIGHTS_NAME} is a pickle file, which can run code when it is read. Save the adapter "
+                "again as safetensors, or pass `allow_pickle=True` if you trust it."
+            )
+    try:
+        tensors = load_peft_weights(str(folder), device="cpu")
+    except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise HfEsmError(
+            f"{title}: the adapter's weights cannot be read ({reason}). Copy or download them again."
+        ) from None
+    if empty := [key for key, tensor in tensors.items() if not tensor.numel()]:
+        raise HfEsmError(
+            f"{title}: '{empty[0]}' is empty in its file, as when an adapter is saved under DeepSpeed ZeRO-3 without "
+            "gathering its weights. Save it again with `stage3_gather_16bit_weights_on_model_save`."
+        )
+    return tensors
+
+
+def adapted_class(
+    adapter: PeftConfig, base: Checkpoint, tensors: dict[str, Tensor]
+) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """Return the class that an adapter was trained on, and its config, with the labels and the tokens of the adapter.
+
+    That is the class of the adapter's task type, or the class that it names, if all modules that the adapter changes
+    are in it; otherwise the class of the base. (Adapters of vision-language models say `CAUSAL_LM`, those of Whisper
+    `SEQ_2_SEQ_LM`.)
+    """
+    named = [_class_of_task(adapter, base.config), _named_class(adapter)]
+    known = [found for found in named if found is not None and isinstance(base.config, found.config_class)]
+    for model_class in dict.fromkeys([*known, type(base.skeleton)]):
+        skeleton = build_skeleton(model_class, base.config)
+        if all(_owner(key, skeleton) for key in tensors):
+            break
+    else:
+        model_class = [*known, type(base.skeleton)][0]
+        skeleton = build_skeleton(model_class, base.config)
+    return model_class, _config_of_rows(skeleton, tensors)
+
+
+def _class_of_task(adapter: PeftConfig, config: PretrainedConfig) -> Optional[type[PreTrainedModel]]:
+    """Return the class of the adapter's task type for a config, if there is one."""
+    auto_class = _AUTO_CLASSES.get(adapter.task_type)
+    if auto_class is None or type(config) not in auto_class._model_mapping:
+        return None
+    model_class = auto_class._model_mapping[type(config)]
+    return model_class[0] if isinstance(model_class, (tuple, list)) else model_class
+
+
+def _named_class(adapter: PeftConfig) -> Optional[type[PreTrainedModel]]:
+    """Return the class that an adapter without a task type names, if Transformers has it."""
+    named = (adapter.auto_mapping or {}).get("base_model_class")
+    return getattr(transformers, named or "", None) if adapter.task_type not in _AUTO_CLASSES else None
+
+
+def live_name(key: str) -> str:
+    """Return what a tensor of an adapter's file is called in the model that it belongs to."""
+    return key.removeprefix("base_model.model.")
+
+
+def _owner(key: str, skeleton: PreTrainedModel) -> bool:
+    """Whether a model has the module that a tensor of an adapter belongs to, if the tensor is one of a module."""
+    if not key.startswith("base_model.model."):
+        return True
+    parts = live_name(key).split(".")
+    for end in range(len(parts), 0, -1):
+        with suppress(AttributeError):
+            module = skeleton.get_submodule(".".join(parts[:end]))
+            return not any(module.children()) or bool(module._parameters)
+    return False
+
+
+def _config_of_rows(skeleton: PreTrainedModel, tensors: dict[str, Tensor]) -> PretrainedConfig:
+    """Return the config with as many labels and tokens as the adapter's head and embeddings have, if it has any."""
+    config, state = copy.deepcopy(skeleton.config), skeleton.state_dict()
+    text, tables = config.get_text_config(), _token_tables(skeleton)
+    for key, tensor in tensors.items():
+        live = live_name(key)
+        if live not in state or state[live].shape == tensor.shape or tensor.dim() == 0:
+            continue
+        if live in tables:
+            text.vocab_size = tensor.shape[0]
+        elif state[live].shape[0] == config.num_labels:
+            config.num_labels = tensor.shape[0]
+    return config
+
+
+def _token_tables(skeleton: PreTrainedModel) -> set[str]:
+    """Return the names of the weights that have a row for every token."""
+    modules = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    return {f"{name}.weight" for name, module in skeleton.named_modules() if any(module is m for m in modules)}
