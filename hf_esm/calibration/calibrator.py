@@ -9,7 +9,15 @@ import torch
 from accelerate import Accelerator
 
 from ..architecture import matrix_names
-from ..checkpoints import Access, Checkpoint, ModelSpec, first_processor, open_checkpoint, resolve_source
+from ..checkpoints import (
+    Access,
+    Checkpoint,
+    ModelSpec,
+    base_of_adapters,
+    first_processor,
+    open_checkpoint,
+    resolve_source,
+)
 from ..data import DataSpec, RunOptions, Sample, encode, read_rows
 from ..errors import HfEsmError
 from ..utils import default_accelerator, together
@@ -40,10 +48,10 @@ def calibrate(
     """Collect the activation statistics of one expert. Saved beside its weights, they replace data in later merges.
 
     Args:
-        model: the expert: a Hub id, a folder, a live model, or a LoRA adapter.
+        model: the expert: a Hub id, a folder, a live model, or a PEFT adapter.
         data: unlabelled samples: whatever `calibration` of `merge_models` takes for one task.
-        base: the base model. A LoRA adapter needs it. Other experts can do without, but then the statistics do not
-            hold what a router of ESM++ is made from.
+        base: the base model; of an adapter, by default the one that it names. Other experts can do without, but then
+            the statistics do not hold what a router of ESM++ is made from.
         processor: the tokenizer or processor of the samples; by default the one beside the model or the base.
         num_samples: number of samples, chosen at random if there are more; 0 takes all.
         seed: seed of that choice.
@@ -83,10 +91,10 @@ def calibrate(
     )
     access = Access(token, allow_pickle, trust_remote_code)
     sources = [resolve_source(model, "model", access)]
+    if base is None and sources[0].is_adapter:
+        base = base_of_adapters(sources)
     if base is not None:
         sources.append(resolve_source(base, "base", access))
-    elif sources[0].is_adapter:
-        raise HfEsmError(f"{sources[0].title} is a PEFT adapter: name the model that it was trained on as `base`.")
     opened_base = open_checkpoint(sources[1]) if base is not None else None
     expert = open_checkpoint(sources[0], opened_base)
     accelerator = accelerator or default_accelerator()

@@ -25,7 +25,7 @@ MERGE_REMEDY = "Call `merge_and_unload()` on the loaded model, save that with `s
 # Initialisations that change the base model's weights, so that the adapter is not an update of the original.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-# Variants of LoRA whose update of a weight PEFT computes from the adapter and that weight alone.
+# Variants of LoRA that are made without the base's weights.
 _VARIANTS = ("use_dora", "velora_config")
 
 # Settings under which a LoRA adapter is more than an update of the base's weights.
@@ -80,12 +80,18 @@ def _check_lora(config: LoraConfig, title: str) -> None:
             f"{title}: initialised with '{initialisation}', which changes the base's own weights. Save it again with "
             "`path_initial_model_for_weight_conversion`, which turns it into an ordinary LoRA adapter."
         )
-    variants = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and f.name not in _VARIANTS]
-    for setting in (*_NO_UPDATE, *variants):
+    for setting in _NO_UPDATE:
         if getattr(config, setting, None):
             raise HfEsmError(
                 f"{title} uses {setting}, which is more than an update of the base's weights. {MERGE_REMEDY}"
             )
+
+
+def is_plain_lora(config: PeftConfig) -> bool:
+    """Whether the layers of an adapter are those of LoRA, which PEFT makes without the base's weights."""
+    variants = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and f.name not in _VARIANTS]
+    initialised = getattr(config, "init_lora_weights", None) == "mica"
+    return config.peft_type == "LORA" and not initialised and not any(getattr(config, name) for name in variants)
 
 
 def read_adapter_tensors(folder: Path, title: str, allow_pickle: bool) -> dict[str, Tensor]:
@@ -154,15 +160,18 @@ def _named_class(adapter: PeftConfig) -> Optional[type[PreTrainedModel]]:
 
 
 def live_name(key: str) -> str:
-    """Return what a tensor of an adapter's file is called in the model that it belongs to."""
-    return key.removeprefix("base_model.model.")
+    """Return the name that a tensor of an adapter has in the model without the adapter, if it is a weight there."""
+    key = key.removeprefix("base_model.model.")
+    for part in (".base_layer", ".token_adapter", ".modules_to_save.default"):
+        key = key.replace(part, "")
+    return key
 
 
 def _owner(key: str, skeleton: PreTrainedModel) -> bool:
     """Whether a model has the module that a tensor of an adapter belongs to, if the tensor is one of a module."""
     if not key.startswith("base_model.model."):
         return True
-    parts = live_name(key).split(".")
+    parts = key.removeprefix("base_model.model.").split(".")
     for end in range(len(parts), 0, -1):
         with suppress(AttributeError):
             module = skeleton.get_submodule(".".join(parts[:end]))
@@ -173,19 +182,13 @@ def _owner(key: str, skeleton: PreTrainedModel) -> bool:
 def _config_of_rows(skeleton: PreTrainedModel, tensors: dict[str, Tensor]) -> PretrainedConfig:
     """Return the config with as many labels and tokens as the adapter's head and embeddings have, if it has any."""
     config, state = copy.deepcopy(skeleton.config), skeleton.state_dict()
-    text, tables = config.get_text_config(), _token_tables(skeleton)
+    text, tokens = config.get_text_config(), getattr(skeleton.config.get_text_config(), "vocab_size", None)
     for key, tensor in tensors.items():
         live = live_name(key)
-        if live not in state or state[live].shape == tensor.shape or tensor.dim() == 0:
+        if live not in state or state[live].shape == tensor.shape:
             continue
-        if live in tables:
-            text.vocab_size = tensor.shape[0]
-        elif state[live].shape[0] == config.num_labels:
-            config.num_labels = tensor.shape[0]
+        if len(state[live]) == tokens:
+            text.vocab_size = len(tensor)
+        elif len(state[live]) == config.num_labels:
+            config.num_labels = len(tensor)
     return config
-
-
-def _token_tables(skeleton: PreTrainedModel) -> set[str]:
-    """Return the names of the weights that have a row for every token."""
-    modules = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
-    return {f"{name}.weight" for name, module in skeleton.named_modules() if any(module is m for m in modules)}

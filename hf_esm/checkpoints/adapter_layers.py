@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,13 +21,13 @@ from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import PeftType, set_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import HfEsmError
-from .adapter_files import MERGE_REMEDY, live_name
+from .adapter_files import MERGE_REMEDY, is_plain_lora, live_name
 from .base import quiet_peft
 
 
@@ -98,29 +99,39 @@ def load_changes(
     model = loading.load()
     names = set(build().state_dict())
     state = {path: tensor for path, tensor in model.state_dict().items() if path in loading.loaded}
-    replaced = {_plain(path): tensor for path, tensor in state.items() if _plain(path) in names}
-    changes = AdapterChanges({}, replaced, {}, {_plain(path) for path in state if ".modules_to_save." in path})
+    replaced = {live_name(path): tensor for path, tensor in state.items() if live_name(path) in names}
+    changes = AdapterChanges({}, replaced, {}, {live_name(path) for path in state if ".modules_to_save." in path})
 
     def weight_of(live: str) -> Tensor:
         return replaced[live] if live in replaced else read(live)
 
     kind = getattr(adapter.peft_type, "value", adapter.peft_type)
-    for path, layer in _merged_layers(model):
+    for path, layer in filter(lambda pair: loading.is_of(pair[0]), _merged_layers(model)):
         tokens = getattr(layer, "token_adapter", layer)
         if getattr(tokens, "tied_adapter", None) is not None:
             continue  # of a head that is tied to the embeddings, which change
         if isinstance(layer, LoraLayer) and kind == "LORA":
-            changes.additions |= _lora_additions(_plain(path), layer, weight_of, title)
+            changes.additions |= _lora_additions(live_name(path), layer, weight_of, title)
             continue
         for leaf in ["weight"] if kind in ADDED_TYPES else _parameters(layer):
-            merge = _LayerMerge(layer, _plain(path), leaf, weight_of, title, kind in ADDED_TYPES)
-            changes.additions[f"{_plain(path)}.{leaf}"] = merge
+            merge = _LayerMerge(layer, live_name(path), leaf, weight_of, title, kind in ADDED_TYPES)
+            changes.additions[f"{live_name(path)}.{leaf}"] = merge
         if hasattr(tokens, "trainable_tokens_delta"):
             values = tokens.trainable_tokens_delta[_ADAPTER].detach()
-            changes.token_rows[f"{_plain(path)}.weight"] = (list(tokens.token_indices[_ADAPTER]), values)
-    if kind != "LORA":
+            changes.token_rows[f"{live_name(path)}.weight"] = (list(tokens.token_indices[_ADAPTER]), values)
+            _check_tokens(tokens.token_indices[_ADAPTER], tokens.get_base_layer().weight, title)
+    if not is_plain_lora(adapter):
         _try_merges(changes.additions.values(), title, kind)
     return changes
+
+
+def _check_tokens(tokens: list[int], embeddings: Tensor, title: str) -> None:
+    """Raise an error if the adapter trains tokens that the embeddings have no rows for."""
+    if max(tokens) >= len(embeddings):
+        raise HfEsmError(
+            f"{title} trains the row of token {max(tokens)}, but the base has {len(embeddings)} rows and the adapter "
+            "stores no others. Save the adapter again with `save_pretrained(…, save_embedding_layers=True)`."
+        )
 
 
 @dataclass
@@ -135,9 +146,22 @@ class _Loading:
     base_title: str
     loaded: frozenset[str] = frozenset()
 
+    def is_of(self, path: str) -> bool:
+        """Whether a module can be the adapter's: not in a tower that the file has no tensor of, as of an adapter that
+        was trained on the other tower alone, though the adapter's settings name modules of both.
+        """
+        return not any(path.startswith(tower) for tower in self._other_towers)
+
+    @cached_property
+    def _other_towers(self) -> list[str]:
+        model, names = self.build(), [key.removeprefix("base_model.model.") for key in self.tensors]
+        parts = [(name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel)]
+        towers = [f"{name}." for name, part in parts if name and type(part.config) is not type(model.config)]
+        return [tower for tower in towers if not any(name.startswith(tower) for name in names)]
+
     def load(self) -> nn.Module:
         """Return the model with the loaded adapter on it."""
-        if self.adapter.peft_type == PeftType.LORA:
+        if is_plain_lora(self.adapter):
             return self._filled(self._installed(self.build(), low_cpu_mem_usage=True))
         with suppress(RuntimeError, ValueError):  # of a decomposition of NaN
             model = self._installed(_without_values(self.build()))
@@ -153,7 +177,7 @@ class _Loading:
     def _installed(self, skeleton: PreTrainedModel, **options: Any) -> PeftModel:
         """Return the model with the layers of the adapter, not loaded."""
         adapter = copy.deepcopy(self.adapter)
-        if adapter.peft_type == PeftType.LORA:
+        if options:
             adapter.init_lora_weights = False
         try:
             with quiet_peft():
@@ -163,11 +187,11 @@ class _Loading:
                 f"{self.title}: peft makes an adapter of type {adapter.peft_type.value} out of all weights of the "
                 f"base at once, which are read one by one here. {MERGE_REMEDY}"
             ) from None
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, IndexError) as error:
             raise self._misfit(error) from None
         for module in model.modules():
-            if options and isinstance(module, LoraLayer):
-                # It would move the factors to the device and dtype of the base's weights, which have no values here.
+            if options and isinstance(module, BaseTunerLayer):
+                # It would move its tensors to the device and dtype of the base's weights, which have no values here.
                 module._move_adapter_to_device_of_base_layer = lambda *args, **kwargs: None
         return model
 
@@ -184,14 +208,17 @@ class _Loading:
             raise HfEsmError(f"{self.title}: its file lacks {error}. Save or download the adapter again.") from None
         except (ValueError, RuntimeError) as error:
             raise self._misfit(error) from None
-        # With `bias="all"` PEFT stores the biases of saved modules a second time.
-        if unexpected := [key for key in report.unexpected_keys if ".modules_to_save." not in key]:
-            raise HfEsmError(f"{self.title}: the model has no place for {unexpected[:3]}. {self._other_base}")
         state = model.state_dict()
         loaded = state.keys() - set(report.missing_keys)
+        # With `bias="all"` PEFT stores the biases of saved modules a second time, and rows of a tied head in any case.
+        rows = [state[key] for key in loaded if ".trainable_tokens_delta." in key]
+        unexpected = [key for key in report.unexpected_keys if ".modules_to_save." not in key]
+        unexpected = [key for key in unexpected if not any(torch.equal(tensors[key], values) for values in rows)]
+        if unexpected:
+            raise HfEsmError(f"{self.title}: the model has no place for {unexpected[:3]}. {self._other_base}")
         filled = {state[key].data_ptr() for key in loaded}  # layers may share a tensor, which has a name in each
         prefix = PEFT_TYPE_TO_PREFIX_MAPPING[self.adapter.peft_type]
-        missing = [key for key in report.missing_keys if prefix in key]
+        missing = [key for key in report.missing_keys if prefix in key and self.is_of(live_name(key))]
         absent = [key for key in missing if state[key].is_meta or state[key].data_ptr() not in filled]
         if absent:
             raise HfEsmError(f"{self.title}: its file lacks {absent[:3]}. Save or download the adapter again.")
@@ -377,17 +404,10 @@ def _try_merges(merges: Any, title: str, kind: str) -> None:
     for merge in {type(merge.layer): merge for merge in merges}.values():
         try:
             merge.attempt()
-        except (NotImplementedError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
             reason = f" ({reason})" if reason else ""
             raise HfEsmError(
                 f"{title}: peft cannot merge an adapter of type {kind} into weights{reason}. Leave it out, or merge a "
                 "LoRA adapter of the same data in its place."
             ) from None
-
-
-def _plain(path: str) -> str:
-    """Return the name that a parameter or module has in the model without the adapter."""
-    for part in (".base_layer", ".token_adapter", f".modules_to_save.{_ADAPTER}"):
-        path = path.replace(part, "")
-    return path

@@ -44,6 +44,10 @@ class EmbeddingCheckpoint(Checkpoint):
             raise AttributeError(name)
         return getattr(self.body, name)
 
+    @property
+    def kind(self) -> str:
+        return self.body.kind
+
     def changes(self, name: str) -> bool:
         """Return whether an adapter changes a weight, by its canonical name. Modules come with all of theirs."""
         return name in self.modules.tensors or self.body.changes(name)

@@ -1,7 +1,7 @@
 """Sources: what a user names as a model (a Hub id, a folder, an adapter, a live model), opened as a checkpoint."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -12,21 +12,24 @@ from datasets.fingerprint import Hasher
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
 from huggingface_hub.utils import validate_repo_id
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..errors import HfEsmError
 from ..utils import files_identity, plain_hub_errors
+from .adapter_files import read_adapter_config
 from .adapters import AdapterCheckpoint
 from .base import Checkpoint, LiveCheckpoint
 from .embedding import EmbeddingCheckpoint
 from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_FILE, CONFIG_FILE
+from .live_adapters import WrappedCheckpoint, open_live_adapter
 from .modules import SentenceModules, module_paths, read_modules, transformer_path
 from .stored import FolderCheckpoint, TensorFiles, stored_dtype
 
 
-# How a user names a model: a folder, a Hub id, `{"path": …, "revision": …}`, or a live model.
-ModelSpec = str | os.PathLike | Mapping[str, Any] | PreTrainedModel
+# How a user names a model: a folder, a Hub id, `{"path": …, "revision": …}`, or a live model, also one of PEFT.
+ModelSpec = str | os.PathLike | Mapping[str, Any] | PreTrainedModel | PeftModel
 
 _PICKLE_REMEDY = "If it has pickle weights, which can run code when read, and you trust it, pass `allow_pickle=True`."
 
@@ -65,7 +68,7 @@ class ModelSource:
     """
 
     title: str
-    model: Optional[PreTrainedModel] = None
+    model: Optional[PreTrainedModel | PeftModel] = None
     folder: Optional[Path] = None
     repo_id: Optional[str] = None
     revision: Optional[str] = None
@@ -79,7 +82,9 @@ class ModelSource:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the source is a PEFT adapter alone, without the weights of a model."""
+        """Whether the source is a PEFT adapter: the files of one alone, or a live PEFT model."""
+        if isinstance(self.model, PeftModel):
+            return True
         folder = self.folder
         return folder is not None and (folder / ADAPTER_CONFIG).is_file() and not self._is_full_model()
 
@@ -98,8 +103,15 @@ class ModelSource:
         if self.repo_id:
             return {"path": self.repo_id, "revision": self.revision}
         if self.model is not None:
-            return getattr(self.model, "name_or_path", "") or type(self.model).__name__
+            return (not self.is_adapter and getattr(self.model, "name_or_path", "")) or type(self.model).__name__
         return str(self.root)
+
+    @property
+    def peft_config(self) -> PeftConfig:
+        """Settings of an adapter."""
+        if self.model is not None:
+            return self.model.active_peft_config
+        return read_adapter_config(self.folder, self.title)
 
     def card(self) -> str:
         """Return the text of the model card; empty if there is none."""
@@ -129,12 +141,11 @@ def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> Mo
     Raises:
         HfEsmError: if `spec` names no model; `HubError` if the Hub refuses it or cannot be reached.
     """
-    if isinstance(spec, PreTrainedModel):
+    if isinstance(spec, (PreTrainedModel, PeftModel)):
         return ModelSource(f"{title} ({type(spec).__name__})", model=spec, access=access)
     if isinstance(spec, torch.nn.Module):
         raise HfEsmError(
-            f"{title} is a {type(spec).__name__}, not a Transformers model. For a PEFT model, pass the folder or id "
-            "of its adapter, or `model.merge_and_unload()`."
+            f"{title} is a {type(spec).__name__}, neither a Transformers model nor a PeftModel. Pass its folder or id."
         )
     revision = None
     if isinstance(spec, Mapping):
@@ -153,6 +164,40 @@ def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> Mo
     for path in module_paths(folder):
         _snapshot(title, repo_id, revision, access.token, ["*"], path)
     return ModelSource(title, None, folder / inside, repo_id, revision, access, inside)
+
+
+def base_of_adapters(sources: Iterable[ModelSource]) -> dict[str, Optional[str]]:
+    """Return the base that all adapters among the sources name, as `resolve_source` takes it.
+
+    Raises:
+        HfEsmError: if there is no adapter among them, or they name different bases, or none.
+    """
+    named: dict[tuple[Optional[str], Optional[str]], str] = {}
+    for source in sources:
+        if source.is_adapter:
+            config = source.peft_config
+            named.setdefault((config.base_model_name_or_path or None, config.revision), source.title)
+    if len(named) == 1 and all(path for path, _ in named):
+        ((path, revision),) = named
+        return {"path": path, "revision": revision}
+    if not named:
+        raise HfEsmError("No expert is an adapter that names the base. Pass `base`.")
+    names = [
+        f"{title} names {path or 'no base'}{f' @ {revision}' if revision else ''}"
+        for (path, revision), title in named.items()
+    ]
+    raise HfEsmError(f"{', '.join(names)}. Pass `base`.")
+
+
+def resolve_models(
+    base: Optional[ModelSpec], experts: Mapping[str, ModelSpec], access: Access = Access()
+) -> dict[str, ModelSource]:
+    """Resolve the base, as `"base"`, and the experts by task; see `resolve_source`. Without a base, it is the one that
+    all adapters among the experts name.
+    """
+    sources = {task: resolve_source(spec, f"expert '{task}'", access) for task, spec in experts.items()}
+    base = base_of_adapters(sources.values()) if base is None else base
+    return {"base": resolve_source(base, "base", access), **sources}
 
 
 def whole_folder(
@@ -203,14 +248,14 @@ def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, head
     """Open the checkpoint of a source: names, shapes and dtypes now, each weight when it is asked for.
 
     Args:
-        base: the base model, which an adapter needs.
+        base: the base model, which an adapter needs. Without it, a live PEFT model is opened as the base inside it.
         headers_only: read names and shapes alone; the weights of a Hub model are not downloaded.
 
     Raises:
         HfEsmError: if the source cannot be opened.
     """
     if source.model is not None:
-        return _with_modules(LiveCheckpoint(source.model, source.title), None, base)
+        return _with_modules(_open_live(source, base), None, base)
     modules = read_modules(source.root, source.title, source.access.allow_pickle)
     if source.stores_weights and (source.folder / ADAPTER_CONFIG).is_file():
         raise HfEsmError(
@@ -232,6 +277,15 @@ def _with_modules(
     if modules is None and base is not None and type(checkpoint.skeleton) is type(base.skeleton):
         modules = base.modules
     return checkpoint if modules is None else EmbeddingCheckpoint(checkpoint, modules)
+
+
+def _open_live(source: ModelSource, base: Optional[Checkpoint]) -> Checkpoint:
+    """Open a live model; of one of PEFT its adapter, or without a base the base inside it."""
+    if not source.is_adapter:
+        return LiveCheckpoint(source.model, source.title)
+    if base is None:
+        return WrappedCheckpoint(source.model, source.title)
+    return open_live_adapter(source.model, source.title, base)
 
 
 def _open_adapter(source: ModelSource, base: Optional[Checkpoint], headers_only: bool) -> AdapterCheckpoint:

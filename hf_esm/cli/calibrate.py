@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of the expert")
     parser.add_argument("data", help="samples: JSON lines, JSON, CSV, Parquet or text")
     parser.add_argument("-o", "--output", required=True, help="file to write (.safetensors), or a folder")
-    parser.add_argument("--base", help="the base model: for ESM++, and if the expert is a LoRA adapter")
+    parser.add_argument("--base", help="the base model, for ESM++ (default for adapters: the one that they name)")
     parser.add_argument("--compress-rank", type=count, help="keep this many rows of each factor (smaller, lossy)")
     parser.add_argument("--batch-size", type=count, default=8, help="samples per batch and process (default: 8)")
     parser.add_argument("--max-memory", help="memory to calibrate in, such as 16GB; the rest goes to disk")

@@ -19,7 +19,7 @@ def add_merge_arguments(parser: CommandParser, leave_out: Collection[str] = ()) 
     """Add the recipe, the models and their data, and a flag for every field of `MergeOptions` that is not left out."""
     parser.make_epilog = describe_methods if "refine" in leave_out else describe_settings
     parser.add_argument("recipe", nargs="?", help="YAML file with the arguments of merge_models")
-    parser.add_argument("--base", help="Hub id or folder of the base")
+    parser.add_argument("--base", help="Hub id or folder of the base (default: that of all adapters)")
     parser.add_argument("--expert", action="append", metavar="TASK=MODEL", help="an expert; repeat for each")
     parser.add_argument("--calibration", action="append", metavar="TASK=FILE", help="its samples or statistics")
     parser.add_argument("--validation", action="append", metavar="TASK=FILE", help="labelled rows, for --alpha auto")
@@ -43,8 +43,9 @@ def merge_request(arguments: argparse.Namespace, for_comparison: bool = False) -
             if not isinstance(before, Mapping):
                 raise HfEsmError(f"--{flag}: the recipe gives {name} as {before!r}; name them there one by one.")
             request[name] = {**before, **named}
-    if "base" not in request or "experts" not in request:
+    if "experts" not in request:
         raise HfEsmError("Name a recipe, or --base and --expert TASK=MODEL for each expert.")
+    request.setdefault("base", None)
     request |= options_of(arguments, MergeOptions)
     if isinstance(words := getattr(arguments, "refine", None), list):
         request["refine"] = _settings(words, "--refine") or True

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import tqdm
 
-from ..checkpoints import ModelSpec
+from ..checkpoints import Access, ModelSpec, base_of_adapters, resolve_source
 from ..data import DataSpec
 from ..errors import HfEsmError
 from ..merging import merge_models
@@ -28,7 +28,7 @@ METHODS_COMPARED = ("esm", "mean", "task-arithmetic", "ties", "tsv-m", "iso-c", 
 
 
 def compare(
-    base: ModelSpec,
+    base: Optional[ModelSpec],
     experts: Mapping[str, ModelSpec] | Sequence[ModelSpec],
     *,
     test: Mapping[str, DataSpec],
@@ -94,6 +94,9 @@ def compare(
     options = MergeOptions(**{name: arguments[name] for name in shared} | {"weights": weights})
     named, folder = name_methods(methods), Path(output_dir).expanduser()
     seeds = (seeds,) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
+    if base is None:
+        access = Access(token, allow_pickle, trust_remote_code)
+        base = base_of_adapters(resolve_source(spec, f"expert '{task}'", access) for task, spec in experts.items())
     inputs = Inputs(
         base=base,
         experts=experts,

@@ -9,7 +9,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Optional
 
-from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoints import (
@@ -17,6 +16,7 @@ from ..checkpoints import (
     ROUTED_FOLDER,
     Access,
     ModelSpec,
+    base_of_adapters,
     first_processor,
     load_processor,
     load_task_model,
@@ -64,7 +64,7 @@ def evaluate(
             texts, or SQuAD's `answers`. Perplexity needs no labels.
         experts: by task, experts to score as well, each on its own task, as `merge_models` takes them. Each is run
             with the tokenizer or processor in its own folder.
-        base: base model of experts that are LoRA adapters; by default the one that the adapter names.
+        base: base model of experts that are adapters; by default the one that the adapter names.
         metric: `"accuracy"`, `"perplexity"`, `"mean-iou"`, `"exact-match"`, `"word-f1"`, for embedding models
             `"similarity"`, `"mrr@10"` and `"recall@10"` on rows of two texts, the name of a metric of the `evaluate`
             library, a function of predictions and references, or a `Metric`.
@@ -179,7 +179,7 @@ class Measurement:
 
         Args:
             experts: experts by task.
-            base: base model of LoRA adapters; by default the one that they name.
+            base: base model of adapters; by default the one that they name.
             fallback: folder whose processor is used if neither the expert nor the base has one.
         """
         outcomes = {}
@@ -224,13 +224,12 @@ class Measurement:
 
 
 def _load_model(spec: ModelSpec, title: str, base: Optional[ModelSpec], access: Access) -> PreTrainedModel:
-    """Model of the class that its config names. A LoRA adapter is merged into `base`, or into the base it names."""
+    """Model of the class that its config names. An adapter is merged into `base`, or into the base it names."""
     source = resolve_source(spec, title, access)
     if source.model is not None:
         return copy.deepcopy(source.model).eval()
     if not source.is_adapter:
         return open_checkpoint(source).load_model()
-    if base is None and (base := PeftConfig.from_pretrained(source.folder).base_model_name_or_path) is None:
-        raise HfEsmError(f"{title} is a LoRA adapter that names no base. Give `base`.")
+    base = base_of_adapters([source]) if base is None else base
     opened_base = open_checkpoint(resolve_source(base, f"base of {source.title}", access))
     return open_checkpoint(source, opened_base).load_model()

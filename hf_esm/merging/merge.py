@@ -26,7 +26,7 @@ from .run import MergeRun
 
 
 def merge_models(
-    base: ModelSpec,
+    base: Optional[ModelSpec],
     experts: Mapping[str, ModelSpec] | Iterable[Any],
     *,
     method: str | Mapping[str, Any] | MergeMethod = "auto",
@@ -66,9 +66,10 @@ def merge_models(
 
     Args:
         base: checkpoint that the experts were tuned from: a Hub id (`"me/model"`, `"me/model@revision"`), a folder,
-            `{"path": …, "revision": …}`, or a live `PreTrainedModel`.
-        experts: models by task name, each given like the base, or as the folder or id of a PEFT LoRA
-            adapter. Or a list of folders and ids, whose last part names the task.
+            `{"path": …, "revision": …}`, or a live `PreTrainedModel` or `PeftModel`. None for the one that all
+            experts that are adapters name.
+        experts: models by task name, each given like the base, or as the folder or id of a PEFT adapter, or as a live
+            `PeftModel`. Or a list of folders and ids, whose last part names the task.
         method: name of a method, `{"name": …, setting: value}`, an instance of its class, or `"auto"`: ESM; for models
             that write (language models), ESM or RegMean, whichever agrees more with the experts on samples that the
             statistics were not taken from, then refined.

@@ -12,7 +12,7 @@ from ..checkpoints import (
     ModelSource,
     ModelSpec,
     open_checkpoint,
-    resolve_source,
+    resolve_models,
 )
 from ..errors import HfEsmError
 from ..methods import MergeMethod, resolve_method
@@ -75,7 +75,7 @@ class PlannedRun(Session):
     # Before any long work.
 
     def open_models(
-        self, base: ModelSpec, experts: Mapping[str, ModelSpec], access: Access, headers_only: bool
+        self, base: Optional[ModelSpec], experts: Mapping[str, ModelSpec], access: Access, headers_only: bool
     ) -> None:
         """Resolve the models, read their headers, and plan the merge."""
         with self.stage("reading headers", joined=False):
@@ -132,10 +132,9 @@ class PlannedRun(Session):
         return passes
 
     def _read_headers(
-        self, base: ModelSpec, experts: Mapping[str, ModelSpec], access: Access, headers_only: bool
+        self, base: Optional[ModelSpec], experts: Mapping[str, ModelSpec], access: Access, headers_only: bool
     ) -> tuple[dict[str, ModelSource], MergePlan]:
-        sources = {"base": resolve_source(base, "base", access)}
-        sources |= {task: resolve_source(spec, f"expert '{task}'", access) for task, spec in experts.items()}
+        sources = resolve_models(base, experts, access)
         opened = open_checkpoint(sources["base"], headers_only=headers_only)
         checkpoints = {task: open_checkpoint(sources[task], opened, headers_only) for task in experts}
         method = self.named or default_methods(opened.skeleton)[0]

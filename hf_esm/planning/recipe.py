@@ -60,9 +60,9 @@ def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[s
         recipe = {key: value for key, value in recipe.items() if key not in _COMPARED}
     known = [*_MODELS_AND_DATA, *(field.name for field in fields(MergeOptions))]
     check_known(recipe, [*known, *(_COMPARED if for_comparison else ())], "key", str(path))
-    for key in ("base", "experts"):
-        if key not in recipe:
-            raise HfEsmError(f"{path}: the recipe has no key {key!r}. Add it.")
+    if "experts" not in recipe:
+        raise HfEsmError(f"{path}: the recipe has no key 'experts'. Add it.")
+    recipe = {"base": None, **recipe}  # the one that all adapters name
     return {key: _from_folder(key, value, path.parent) for key, value in recipe.items()}
 
 

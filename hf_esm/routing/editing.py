@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from peft import PeftConfig
 from transformers import PreTrainedModel
 
 from ..architecture import to_matrices
@@ -25,6 +24,7 @@ from ..checkpoints import (
     Checkpoint,
     ModelSource,
     ModelSpec,
+    base_of_adapters,
     open_checkpoint,
     resolve_source,
     save_head,
@@ -97,13 +97,11 @@ def add_expert(
 
 
 def _open_expert(spec: ExpertSpec) -> tuple[ModelSource, Checkpoint, Optional[Checkpoint]]:
-    """The expert; for a LoRA adapter, also the base that it was trained on, which is not the merged model."""
+    """The expert; for an adapter, also the base that it was trained on, which is not the merged model."""
     source = resolve_source(spec.expert, f"expert '{spec.task}'", spec.access)
     if not source.is_adapter:
         return source, open_checkpoint(source), None
-    adapter = PeftConfig.from_pretrained(source.folder)
-    spec_of_base = {"path": adapter.base_model_name_or_path, "revision": adapter.revision}
-    base = open_checkpoint(resolve_source(spec_of_base, f"base of {source.title}", spec.access))
+    base = open_checkpoint(resolve_source(base_of_adapters([source]), f"base of {source.title}", spec.access))
     return source, open_checkpoint(source, base), base
 
 

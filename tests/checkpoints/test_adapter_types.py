@@ -164,6 +164,80 @@ def test_statistics_are_those_of_the_model_that_peft_makes(kind, base, tmp_path)
         assert relative_error(weight - before[name], literal[name] - before[name]) < 1e-4, name
 
 
+VARIANTS = {
+    "monteclora": ({"monteclora_config": peft.tuners.lora.config.MontecloraConfig()}, []),
+    "bdlora": ({"use_bdlora": peft.tuners.lora.config.BdLoraConfig(["q_proj"], ["v_proj"], 2)}, []),
+    "mica": ({"init_lora_weights": "mica"}, []),
+    "kasa": ({"kasa_config": peft.tuners.lora.config.KasaConfig()}, ["changes the base's own weights", "unload()"]),
+    "activated": ({"alora_invocation_tokens": [3]}, ["aLoRA does not support", LEAVE_OUT]),
+}
+
+
+@pytest.mark.parametrize(("settings", "says"), VARIANTS.values(), ids=VARIANTS)
+def test_a_variant_of_lora_is_merged_as_peft_merges_it_or_refused(settings, says, base, tmp_path):
+    adapter = adapter_of("LORA", base, tmp_path / "adapter", r=4, **settings)
+    opened = open_checkpoint(resolve_source(base, "base"))
+    if says:
+        with pytest.raises(HfEsmError) as refusal:
+            open_checkpoint(resolve_source(adapter, "t"), opened)
+        assert all(part in str(refusal.value) for part in says)
+        return
+    found, expected = open_checkpoint(resolve_source(adapter, "t"), opened), unloaded(base, adapter)
+    for name in found.names:
+        assert relative_error(found.tensor(name), expected[found.names[name]]) < 1e-6, name
+
+
+def grown(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with two rows more in its embeddings."""
+    model.resize_token_embeddings(model.config.vocab_size + 2, mean_resizing=False)
+    return model
+
+
+ROWS = {  # settings of LoRA, whether the vocabulary grew, and the rows that the adapter trains by themselves
+    "rows": ({"trainable_token_indices": [5, 6]}, False, [5, 6]),
+    "rows-of-both": ({"trainable_token_indices": {"embed_tokens": [5], "lm_head": [7]}}, False, [5]),
+    "new-rows": ({"trainable_token_indices": [60, 61]}, True, [60, 61]),
+    "resized": ({}, True, None),
+    "resized-and-saved": ({"modules_to_save": ["embed_tokens", "lm_head"]}, True, None),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_of_embeddings_are_read_as_the_adapter_has_them(case, tied, tmp_path):
+    settings, grows, rows = ROWS[case]
+    if tied and case in ("rows-of-both", "resized-and-saved"):
+        pytest.skip("a tied head has no rows of its own")
+    base = save(LLAMA.build(tie_word_embeddings=tied), tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], **settings)
+    adapted = train(grown(model) if grows else model, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    opened = open_checkpoint(resolve_source(base, "base"))
+    found = open_checkpoint(resolve_source(tmp_path / "adapter", "t"), opened)
+    expected = adapted.merge_and_unload().state_dict()
+    for name, live in found.names.items():
+        assert found.shape(name) == expected[live].shape
+        assert relative_error(found.tensor(name), expected[live]) < 1e-6, name
+    for live, tensor in found.load_model().state_dict().items():
+        assert relative_error(tensor, expected[live]) < 1e-6, live
+    of_tokens = found.token_rows("embed_tokens.weight")
+    assert (of_tokens and of_tokens[0]) == rows
+    if rows:
+        assert torch.equal(of_tokens[1], expected["model.embed_tokens.weight"][rows])
+    if grows:
+        with pytest.raises(HfEsmError, match="has 62 rows, the base has 60"):
+            merge_models(base, {"t": tmp_path / "adapter"}, method="mean", dry_run=True)
+
+
+def test_rows_that_the_base_lacks_and_the_adapter_does_not_store_are_refused(base, tmp_path):
+    model = grown(transformers.AutoModelForCausalLM.from_pretrained(base))
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[61])
+    train(model, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(HfEsmError, match="row of token 61, but the base has 60 rows"):
+        open_checkpoint(resolve_source(tmp_path / "adapter", "t"), open_checkpoint(resolve_source(base, "base")))
+
+
 def test_an_adapter_is_planned_without_a_weight_of_the_base(base, tmp_path, monkeypatch):
     """Also one that PEFT makes out of these weights."""
     adapter = adapter_of("PSOFT", base, tmp_path / "adapter")

@@ -250,7 +250,6 @@ REFUSED = {
     "unknown-type": (settings(peft_type="ESSENTIAL"), ["adapter_config.json", "ESSENTIAL", "Upgrade peft"]),
     "broken-config": (lambda made: (made.adapter / "adapter_config.json").write_text("{"), ["adapter_config.json"]),
     "empty": (tensors(lambda key, value: value[:0] if "query" in key else value), ["is empty", "ZeRO-3", AGAIN]),
-    "activated": (settings(task_type="CAUSAL_LM", alora_invocation_tokens=[3]), ["alora_invocation_tokens", UNLOAD]),
     "cut-short": (cut, ["cannot be read", AGAIN]),
     "no-file": (lambda made: (made.adapter / "adapter_model.safetensors").unlink(), ["adapter_model.safetensors"]),
     "pickled": (pickled, ["adapter_model.bin", "allow_pickle=True"]),

@@ -315,7 +315,7 @@ def test_experts_are_scored_with_their_own_tokenizer_over_the_base_that_is_given
     shutil.copytree(models / "c-lora", tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    with pytest.raises(HfEsmError, match=r"is a LoRA adapter that names no base\. Give `base`"):
+    with pytest.raises(HfEsmError, match=r"names no base\. Pass `base`"):
         evaluate(merged, {"c": rows}, experts={"c": tmp_path / "lora"})
     data = ["--data", f"c={write_rows(tmp_path / 'c.jsonl', rows)}"]
     command = ["evaluate", merged, *data, "--expert", f"c={tmp_path / 'lora'}"]
@@ -372,10 +372,6 @@ REFUSED = {
     "samples": ("merge {}/recipe.yaml --output-dir {}/x --calibration a={}/no.txt", "there is no file {}/no.txt"),
     "kind of file": ("calibrate {}/a {}/recipe.yaml -o {}/x", "recipe.yaml is none of .jsonl"),
     "no model": ("calibrate {}/none {}/a.jsonl -o {}/x", "model ({}/none): there is no such folder"),
-    "adapter alone": (
-        "calibrate {}/c-lora {}/c.jsonl -o {}/x",
-        "is a PEFT adapter: name the model that it was trained on as --base",
-    ),
     "nothing to score": ("evaluate {}/none --data a={}/a.jsonl", "{}/none: there is no such folder"),
     "not on the Hub": ("evaluate me/none --data a={}/a.jsonl", "me/none: neither a folder nor wholly in the local"),
     "no label": ("evaluate {}/a --data a={}/a.jsonl", "row 0 needs a label"),

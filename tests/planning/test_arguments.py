@@ -237,7 +237,7 @@ REFUSED = {
         [RIGHT, "./nowhere", "no such folder"],
     ),
     "no-model-in-folder": (lambda models: {"base": models.folder}, ["base (", "no config.json"]),
-    "no-model-at-all": (options(base=None), ["base", "expected a Hub id, a folder or a live model"]),
+    "no-model-at-all": (options(base=None), ["No expert is an adapter", "Pass `base`"]),
     # The experts.
     "no-expert": (options(experts={}, calibration={}), ["one expert or more"]),
     "weights-of-no-task": (options(weights={"lift": 1}), ["`weights`", "'lift'", "did you mean 'left'"]),

@@ -26,7 +26,6 @@ REFUSED = {
     "no YAML": ("base: [me", "not a valid recipe"),
     "no mapping": ("- base", "a recipe has keys such as base"),
     "empty": ("", "a recipe has keys such as base"),
-    "no base": ("experts: {a: x, b: y}", "no key 'base'"),
     "no experts": ("base: x", "no key 'experts'"),
     "unknown key": (MODELS + "colour: red", "there is no key 'colour'"),
     "misspelt key": ("base: me/base\nexpert: {a: me/a, b: me/b}", "no key 'expert' (did you mean 'experts'?)"),
