@@ -12,9 +12,8 @@ from ..architecture import canonical_names
 from ..errors import HfEsmError
 from .adapter_files import MERGE_REMEDY, adapted_class, read_adapter_config, read_adapter_tensors
 from .adapter_layers import load_changes
-from .base import Checkpoint, build_skeleton, quiet_loading, quiet_peft
-from .conversion import to_stored, write_plan
-from .shards import ShardedWriter
+from .base import Checkpoint, build_skeleton, quiet_peft
+from .written import load_written
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -127,27 +126,10 @@ class AdapterCheckpoint(Checkpoint):
 
     def load_model(self, **placement: Any) -> PreTrainedModel:
         if placement:  # over a model that is partly on disk, PEFT writes a copy of it into the working folder
-            return self._load_from_disk(**placement)
+            return load_written(self, **placement)
         model = self.base.load_model_as(type(self.skeleton), self.config)
         with quiet_peft():
             return PeftModel.from_pretrained(model, str(self.folder)).merge_and_unload().eval()
-
-    def _load_from_disk(self, offload_folder: str, **placement: Any) -> PreTrainedModel:
-        """Load the model from a copy with the updates in it, which is written weight by weight to `offload_folder`."""
-        folder = Path(offload_folder) / "adapted"
-        folder.mkdir(parents=True)
-        self.config.save_pretrained(folder)
-        groups = write_plan(self)
-        plan = {key: tensor for group in groups for key, tensor in group.stored.items()}
-        with ShardedWriter(folder, plan) as writer:
-            for group in groups:
-                for key, tensor in to_stored(self, {name: self.tensor(name) for name in group.names}).items():
-                    writer.write(key, tensor)
-        with quiet_loading():
-            model = type(self.skeleton).from_pretrained(
-                folder, config=self.config, dtype="auto", offload_folder=offload_folder, **placement
-            )
-        return model.eval()
 
     def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
         raise NotImplementedError("an adapter is an expert, never a base")

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,18 +17,20 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..errors import HfEsmError
-from ..utils import files_identity, plain_hub_errors
+from ..utils import check_known, files_identity, plain_hub_errors
 from .adapter_files import read_adapter_config
 from .adapters import AdapterCheckpoint
 from .base import Checkpoint, LiveCheckpoint
 from .embedding import EmbeddingCheckpoint
-from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_FILE, CONFIG_FILE
+from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_FILE, CONFIG_FILE, ROUTED_FOLDER
 from .live_adapters import WrappedCheckpoint, open_live_adapter
 from .modules import SentenceModules, module_paths, read_modules, transformer_path
+from .parts import RoutedTask, part_of_base
 from .stored import FolderCheckpoint, TensorFiles, stored_dtype
 
 
-# How a user names a model: a folder, a Hub id, `{"path": …, "revision": …}`, or a live model, also one of PEFT.
+# How a user names a model: a folder, a Hub id, `{"path": …, "revision": …}`, or a live model, also one of PEFT. One
+# task of a routed model is `{"path": …, "task": …}`.
 ModelSpec = str | os.PathLike | Mapping[str, Any] | PreTrainedModel | PeftModel
 
 _PICKLE_REMEDY = "If it has pickle weights, which can run code when read, and you trust it, pass `allow_pickle=True`."
@@ -62,6 +64,7 @@ class ModelSource:
         folder: folder of its files; for a Hub id, the snapshot with the small files. Of an older Sentence Transformers
             model, the subfolder of its Transformer.
         inside: name of that subfolder.
+        task: of a routed model, the task that is meant.
         repo_id: its id on the Hub, if it has one.
         revision: its commit on the Hub.
         access: how it is opened.
@@ -74,6 +77,7 @@ class ModelSource:
     revision: Optional[str] = None
     access: Access = Access()
     inside: str = ""
+    task: Optional[str] = None
 
     @property
     def root(self) -> Optional[Path]:
@@ -86,7 +90,12 @@ class ModelSource:
         if isinstance(self.model, PeftModel):
             return True
         folder = self.folder
-        return folder is not None and (folder / ADAPTER_CONFIG).is_file() and not self._is_full_model()
+        return (
+            self.task is None
+            and folder is not None
+            and (folder / ADAPTER_CONFIG).is_file()
+            and not self._is_full_model()
+        )
 
     @property
     def stores_weights(self) -> bool:
@@ -100,11 +109,12 @@ class ModelSource:
     @property
     def record(self) -> str | dict[str, Optional[str]]:
         """The name of the model in a recipe."""
+        task = {"task": self.task} if self.task is not None else {}
         if self.repo_id:
-            return {"path": self.repo_id, "revision": self.revision}
+            return {"path": self.repo_id, "revision": self.revision, **task}
         if self.model is not None:
             return (not self.is_adapter and getattr(self.model, "name_or_path", "")) or type(self.model).__name__
-        return str(self.root)
+        return {"path": str(self.root), **task} if task else str(self.root)
 
     @property
     def peft_config(self) -> PeftConfig:
@@ -134,7 +144,8 @@ def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> Mo
     """Find out what `spec` names, and its commit. Of a Hub model, only small files are downloaded.
 
     Args:
-        spec: a folder, a Hub id (`"me/model"`, `"me/model@revision"`), `{"path": …, "revision": …}`, or a live model.
+        spec: a folder, a Hub id (`"me/model"`, `"me/model@revision"`), `{"path": …, "revision": …}`, a live model, or
+            `{"path": …, "task": …}` for one task of a routed model.
         title: name of the model in messages, such as `base`; `spec` is added.
         access: how the model is opened.
 
@@ -147,15 +158,16 @@ def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> Mo
         raise HfEsmError(
             f"{title} is a {type(spec).__name__}, neither a Transformers model nor a PeftModel. Pass its folder or id."
         )
-    revision = None
+    revision = task = None
     if isinstance(spec, Mapping):
-        spec, revision = spec.get("path"), spec.get("revision")
+        check_known(spec, ("path", "revision", "task"), "key", title)
+        spec, revision, task = spec.get("path"), spec.get("revision"), spec.get("task")
     if not isinstance(spec, (str, os.PathLike)):
         raise HfEsmError(f"{title}: expected a Hub id, a folder or a live model, not {type(spec).__name__}.")
-    folder, title = Path(spec).expanduser(), f"{title} ({spec})"
+    folder, title = Path(spec).expanduser(), f"{title} ({spec}{f', task {task!r}' if task is not None else ''})"
     if folder.is_dir():
         inside = transformer_path(folder)
-        return ModelSource(title, folder=folder / inside, access=access, inside=inside)
+        return ModelSource(title, folder=folder / inside, access=access, inside=inside, task=task)
     repo_id, revision = _hub_id(spec, title, revision)
     folder = _snapshot(title, repo_id, revision, access.token, _SMALL_FILES)
     inside, revision = transformer_path(folder), folder.name
@@ -163,7 +175,7 @@ def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> Mo
         _snapshot(title, repo_id, revision, access.token, _SMALL_FILES, inside)
     for path in module_paths(folder):
         _snapshot(title, repo_id, revision, access.token, ["*"], path)
-    return ModelSource(title, None, folder / inside, repo_id, revision, access, inside)
+    return ModelSource(title, None, folder / inside, repo_id, revision, access, inside, task)
 
 
 def base_of_adapters(sources: Iterable[ModelSource]) -> dict[str, Optional[str]]:
@@ -262,10 +274,12 @@ def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, head
             f"{source.title}: the folder holds a full model and a PEFT adapter, which Transformers would add to the "
             "model. Move one of them away: the adapter, if it is merged into the weights."
         )
-    if source.is_adapter:
+    if source.task is not None:
+        checkpoint = _open_task(source)
+    elif source.is_adapter:
         checkpoint = _open_adapter(source, base, headers_only)
     else:
-        checkpoint = _open_folder(source, headers_only, modules)
+        checkpoint = part_of_base(_open_folder(source, headers_only, modules), base)
     checkpoint.source, checkpoint.revision = source.repo_id or str(source.root), source.revision
     return _with_modules(checkpoint, modules, base)
 
@@ -294,6 +308,20 @@ def _open_adapter(source: ModelSource, base: Optional[Checkpoint], headers_only:
     # An adapter is small, and its shapes alone do not tell which weights it changes.
     source.fetch(ADAPTER_WEIGHTS if headers_only else "*.safetensors")
     return AdapterCheckpoint(source.folder, source.title, base, source.access.allow_pickle, headers_only)
+
+
+def _open_task(source: ModelSource) -> RoutedTask:
+    """Open one task of a routed model, whose repository is downloaded."""
+    if source.repo_id:
+        source.folder = _snapshot(source.title, source.repo_id, source.revision, source.access.token)
+    if not (source.folder / ROUTED_FOLDER / ADAPTER_CONFIG).is_file():
+        raise HfEsmError(f"{source.title}: there are no routed experts in {source.folder}. Leave `task` out.")
+
+    def task_class(head: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+        return resolve_class(replace(source, folder=head, inside=""))
+
+    static = _open_folder(replace(source, repo_id=None), headers_only=False)
+    return RoutedTask(source.folder, source.title, source.task, static, task_class)
 
 
 def _open_folder(
@@ -372,5 +400,5 @@ def model_identity(source: ModelSource) -> Any:
     if source.model is not None:
         return Hasher.hash({name: tensor.detach().cpu() for name, tensor in source.model.state_dict().items()})
     if source.revision is not None:
-        return [source.repo_id, source.revision]
-    return files_identity(Path(source.root))
+        return [source.repo_id, source.revision, *filter(None, [source.task])]
+    return [*files_identity(Path(source.root)), *filter(None, [source.task])]

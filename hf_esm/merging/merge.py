@@ -68,8 +68,9 @@ def merge_models(
         base: checkpoint that the experts were tuned from: a Hub id (`"me/model"`, `"me/model@revision"`), a folder,
             `{"path": …, "revision": …}`, or a live `PreTrainedModel` or `PeftModel`. None for the one that all
             experts that are adapters name.
-        experts: models by task name, each given like the base, or as the folder or id of a PEFT adapter, or as a live
-            `PeftModel`. Or a list of folders and ids, whose last part names the task.
+        experts: models by task name, each given like the base, or as the folder or id of a PEFT adapter, as a live
+            `PeftModel`, or as `{"path": …, "task": …}` for one task of a routed model. Or a list of folders and ids,
+            whose last part names the task.
         method: name of a method, `{"name": …, setting: value}`, an instance of its class, or `"auto"`: ESM; for models
             that write (language models), ESM or RegMean, whichever agrees more with the experts on samples that the
             statistics were not taken from, then refined.

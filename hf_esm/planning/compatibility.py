@@ -1,7 +1,9 @@
 """Checks that an expert is a fine-tune of the base, from headers and configs."""
 
 import re
-from typing import Any
+from typing import Any, Optional
+
+from transformers import PreTrainedModel
 
 from ..architecture import body_prefix
 from ..checkpoints import Checkpoint
@@ -23,13 +25,18 @@ def check_architecture(base: Checkpoint, expert: Checkpoint) -> None:
     base_type, expert_type = base.config.model_type, expert.config.model_type
     if base_type != expert_type:
         remedy = "Experts must be fine-tunes of it."
-        if type(expert.config) in base.config.sub_configs.values():
-            name = type(expert.skeleton).__name__
+        parts = [name for name, part in base.skeleton.named_modules() if _config_type(part) is type(expert.config)]
+        if parts:
             remedy = (
-                f"It may be a fine-tune of a part of the base: load that part by {name}.from_pretrained(…), and pass "
-                "it as the base."
+                "It may be a fine-tune of a part of the base with weights that the base has no place for: pass that "
+                f"part of the loaded base, `model.{parts[0]}`, as the base."
             )
         raise IncompatibleError(f"{expert.title} is a {expert_type} model, but the base is a {base_type}. {remedy}")
+
+
+def _config_type(module: Any) -> Optional[type]:
+    """Return the class of a module's config, if it has one."""
+    return type(module.config) if isinstance(module, PreTrainedModel) else None
 
 
 def check_weights(base: Checkpoint, expert: Checkpoint, heads: HeadPlan) -> None:

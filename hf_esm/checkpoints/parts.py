@@ -1,0 +1,201 @@
+"""Checkpoints made of another one: a task of a routed model, and a fine-tune of one part of a base."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from peft import PeftConfig
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..architecture import canonical_names, from_matrices, to_matrices
+from ..utils import check_known
+from .base import Checkpoint, build_skeleton
+from .layout import ADAPTER_WEIGHTS, HEAD_WEIGHTS, HEADS_FOLDER, ROUTED_FOLDER
+from .written import load_written
+
+
+class DerivedCheckpoint(Checkpoint):
+    """A checkpoint in which some weights of another one are changed.
+
+    Attributes:
+        base: the other checkpoint.
+    """
+
+    base: Checkpoint
+
+    def load_model(self, **placement: Any) -> PreTrainedModel:
+        if placement:
+            return load_written(self, **placement)
+        model = self.base.load_model_as(type(self.skeleton), self.config)
+        state = model.state_dict()
+        for name, live in self.names.items():
+            if self.changes(name):
+                state[live].copy_(self.tensor(name))
+        return model.eval()
+
+    def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
+        raise NotImplementedError("this is an expert, never a base")
+
+
+class RoutedTask(DerivedCheckpoint):
+    """One task of a routed model: the static model, the factors of the task's expert over it, and the task's head.
+
+    Weights are `W_M + B_t A_t`. The update over the base of another merge is `W_M + B_t A_t − W0`.
+
+    Attributes:
+        base: the static model, as a model of the task's class reads it.
+        folder: folder of the routed model.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        title: str,
+        task: str,
+        static: Checkpoint,
+        task_class: Callable[[Path], tuple[PretrainedConfig, type[PreTrainedModel]]],
+    ):
+        """Read the expert and the head.
+
+        Args:
+            folder: folder of the routed model.
+            title: name of the task's expert in messages.
+            task: name of the task.
+            static: the static model in that folder.
+            task_class: returns the config and the class of a head, from its folder.
+
+        Raises:
+            HfEsmError: if the model has no such task.
+        """
+        self.folder, self.title = folder, title
+        tasks = PeftConfig.from_pretrained(str(folder / ROUTED_FOLDER)).tasks
+        check_known([task], tasks, "task", title)
+        head = folder / HEADS_FOLDER / task
+        config, model_class = task_class(head) if head.is_dir() else (static.config, type(static.skeleton))
+        self.skeleton, self.base = build_skeleton(model_class, config), static.seen_as(model_class, config)
+        self._head = load_file(head / HEAD_WEIGHTS) if (head / HEAD_WEIGHTS).is_file() else {}
+        self._factors = _factors(folder, static, tasks.index(task))
+        expected = canonical_names(self.skeleton)
+        self.names = {n: live for n, live in expected.items() if live in self._head or n in self.base.names}
+        self.missing = [name for name in self.base.missing if name not in self.names]
+        self.extra = []
+
+    @property
+    def kind(self) -> str:
+        return f"task of a routed {type(self.base.skeleton).__name__}"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._head[self.names[name]].shape) if self._of_head(name) else self.base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._head[self.names[name]].dtype if self._of_head(name) else self.base.dtype(name)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._exact(name).to(self.dtype(name))
+
+    def update(self, name: str, base: Tensor) -> Tensor:
+        return self._exact(name).to(base.device, torch.float32) - base.float()
+
+    def _of_head(self, name: str) -> bool:
+        return self.names[name] in self._head
+
+    def _exact(self, name: str) -> Tensor:
+        """Return a weight, not rounded to its dtype."""
+        if self._of_head(name):
+            return self._head[self.names[name]]
+        weight, factors = self.base.tensor(name), self._factors.get(name)
+        if factors is None:
+            return weight
+        linear = self.base.linear[name]
+        return from_matrices(
+            [matrix.float() + factors[1] @ factors[0] for matrix in to_matrices(weight, linear)], linear
+        )
+
+
+def _factors(folder: Path, static: Checkpoint, index: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return `A [r, d_in]` and `B [d_out, r]` of one expert, float32, by the canonical name of the weight."""
+    names = {live: name for name, live in static.names.items()}
+    tensors = {
+        key.removeprefix("base_model.model."): tensor[index].float()
+        for key, tensor in load_file(folder / ROUTED_FOLDER / ADAPTER_WEIGHTS).items()
+        if key.endswith((".routed_experts_A", ".routed_experts_B"))
+    }
+    modules = sorted({key.rpartition(".")[0] for key in tensors})
+    return {
+        names[f"{module}.weight"]: (tensors[f"{module}.routed_experts_A"], tensors[f"{module}.routed_experts_B"])
+        for module in modules
+    }
+
+
+class PartExpert(DerivedCheckpoint):
+    """A fine-tune of one part of the base, such as the language model of a vision-language model, as a fine-tune of
+    the whole base that leaves the rest alone.
+
+    Attributes:
+        expert: checkpoint of the part.
+        base: the base.
+    """
+
+    def __init__(self, expert: Checkpoint, base: Checkpoint, inner_names: dict[str, str]):
+        """Take the weights of the part by their names in the base.
+
+        Args:
+            expert: checkpoint of the part.
+            base: the base.
+            inner_names: canonical names of weights in the expert by those in the base.
+        """
+        self.expert, self.base, self._inner = expert, base, inner_names
+        self.title, self.skeleton = expert.title, build_skeleton(type(base.skeleton), base.config)
+        self.names, self.missing, self.extra = dict(base.names), [], expert.extra
+
+    @property
+    def kind(self) -> str:
+        return self.expert.kind
+
+    def changes(self, name: str) -> bool:
+        return name in self._inner and self.expert.changes(self._inner[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.expert.shape(self._inner[name]) if name in self._inner else self.base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.expert.dtype(self._inner[name]) if name in self._inner else self.base.dtype(name)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.expert.tensor(self._inner[name]) if name in self._inner else self.base.tensor(name)
+
+    def update(self, name: str, base: Tensor) -> Tensor:
+        if name not in self._inner:
+            return torch.zeros_like(base, dtype=torch.float32)
+        return self.expert.update(self._inner[name], base)
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        return self.expert.extra_tensors()
+
+
+def part_of_base(expert: Checkpoint, base: Optional[Checkpoint]) -> Checkpoint:
+    """Return an expert that is a fine-tune of one part of the base as one of the whole base; any other as it is.
+
+    Its body is a part of the base if the base has a module of its class, inside another module. The body's weights are
+    those of that module, and other weights, such as the output map, those of the same names.
+    """
+    if base is None or type(expert.config) is type(base.config):
+        return expert
+    prefix = expert.skeleton.base_model_prefix
+    body = getattr(expert.skeleton, prefix, expert.skeleton) if prefix else expert.skeleton
+    places = [path for path, module in base.skeleton.named_modules() if path and type(module) is type(body)]
+    if len(places) != 1:
+        return expert
+    names_of_base = {live: name for name, live in base.names.items()}
+    inside = f"{prefix}." if body is not expert.skeleton else ""
+    inner = {}
+    for name, live in expert.names.items():
+        moved = f"{places[0]}.{live.removeprefix(inside)}" if live.startswith(inside) else live
+        if moved in names_of_base:
+            inner[names_of_base[moved]] = name
+        elif moved not in base.skeleton.state_dict():
+            return expert  # of another kind: it has a weight that the base has no place for
+    return PartExpert(expert, base, inner)
