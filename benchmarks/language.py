@@ -2,6 +2,7 @@
 
     python benchmarks/language.py FOLDER [--methods default mean "{name: esm, gamma: 0.15}"] [--split test]
     python benchmarks/language.py FOLDER --subsets --methods default regmean tsv-m
+    python benchmarks/language.py FOLDER --methods default esm++ "{name: esm++, rank: 128}"
 
 FOLDER holds
     base/             the causal language model that all experts were tuned from, with its tokenizer
@@ -15,6 +16,16 @@ rows, text and label joined, another draw for every seed.
 Kept share of a task: (log base - log model) / (log base - log expert) of the perplexities, in %. 0 is as good as the
 base, 100 as good as the expert. Nats per token: mean over the tasks of the loss. Seconds: of the merge, with
 calibration.
+
+Methods with routed experts get a second table. Their row in the first table is with the experts that the router adds:
+it reads the `text` of rows with a `label`, and the whole text of other rows. The second table adds the same with the
+task's expert named, and without experts, and how good the routes are, in % of the rows:
+
+    task found         the likeliest task is their own
+    sure               the router is sure of a task
+    right if sure      share of these whose task is their own
+    calibration error  expected calibration error of the likeliest task's probability, over ten bins
+    sure if foreign    with each task's expert removed in turn: the router is sure of another task
 
 A method is a name, `default` (`merge_models` without `method`), or settings as YAML. `alpha` and `refine` among the
 settings are arguments of `merge_models`: "{name: regmean, alpha: 0.7}". The output folder holds `table.md`,
@@ -35,6 +46,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +57,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_esm
-from hf_esm import METHODS, merge_models
+from hf_esm import METHODS, RoutedModel, merge_models
+from hf_esm.checkpoints import ROUTED_FOLDER
 from hf_esm.methods import resolve_method
 from hf_esm.utils import files_identity, fingerprint, markdown_table
 
@@ -86,7 +99,7 @@ def main() -> None:
         suite.write("subsets", lines, written)
         return
     result = suite.results(tuple(tasks))
-    suite.write("table", task_table(result, tasks), result)
+    suite.write("table", [*task_table(result, tasks), *routed_table(result, tasks)], result)
 
 
 class Suite:
@@ -119,7 +132,7 @@ class Suite:
             for seed in self.args.seeds:
                 key = ["merged", self.merge_identity, arguments, seed, tasks]
                 entry = self.cached(key, lambda a=arguments, s=seed: self.merge_and_score(a, s, tasks))
-                shares = {t: 100 * (base[t] - entry["losses"][t]) / (base[t] - expert[t]) for t in tasks}
+                shares = kept_shares(entry["losses"], base, expert)
                 methods[label].append({"seed": seed, **entry, "kept": shares, "mean": mean(shares.values())})
                 print(f"{', '.join(tasks)}: {label}, seed {seed}: {mean(shares.values()):.1f}", file=sys.stderr)
         return {"base": base, "experts": expert, "methods": methods}
@@ -145,21 +158,62 @@ class Suite:
                 **arguments,
             )
             seconds = time.perf_counter() - start
+            if (merged / ROUTED_FOLDER).is_dir():
+                return {**self.score_routed(RoutedModel.from_pretrained(merged), tasks), "seconds": seconds}
             # Most methods that read no samples give one model for all seeds, which is scored once.
             weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(merged.glob("*.safetensors"))]
             key = fingerprint(weights, tasks)
             if key not in self.scored:
-                self.scored[key] = self.losses(merged, tasks)
+                self.scored[key] = self.losses(load(merged), tasks)
         return {"losses": self.scored[key], "seconds": seconds}
 
-    def losses(self, model_folder: Path, tasks: tuple[str, ...]) -> dict[str, float]:
-        """Mean loss per scored token of a model in a folder, by task."""
-        model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-        return {task: loss_per_token(model, self.tokenizer, self.rows[task], self.args.max_length) for task in tasks}
+    def score_routed(self, model: RoutedModel, tasks: tuple[str, ...]) -> dict[str, Any]:
+        """Losses by task: as the router decides, with the task named, without experts; and how good the routes are."""
+        named = self.losses(model.model, tasks, model.route)
+        static = self.losses(model.model, tasks, lambda _: model.route("static"))
+        if not model.config.decides:
+            return {"losses": named, "named": named, "static": static}
+        routes = self.routes(model, tasks)
+        return {"losses": self.losses(model.model, tasks), "named": named, "static": static, "routes": routes}
+
+    def routes(self, model: RoutedModel, tasks: tuple[str, ...]) -> dict[str, float]:
+        """How good the routes are; see the script's docstring."""
+        found, sure, probabilities, foreign = [], [], [], []
+        for task in tasks:
+            encoded = [encode(self.tokenizer, row, self.args.max_length) for row in self.rows[task]]
+            # Labels tell where the prompt ends.
+            samples = [{"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)} for ids, labels in encoded]
+            explained = model.explain(samples)
+            found += [why.likeliest == task for why in explained]
+            sure += [why.sure for why in explained]
+            probabilities += [why.probabilities[why.likeliest] for why in explained]
+            with tempfile.TemporaryDirectory() as scratch:
+                smaller = model.remove_expert(task, output_dir=Path(scratch) / "smaller")
+                foreign += [why.sure for why in smaller.explain(samples)]
+        return {
+            "task found": mean(found),
+            "sure": mean(sure),
+            "right if sure": sum(map(min, found, sure)) / max(sum(sure), 1),
+            "calibration error": calibration_error(probabilities, found),
+            "sure if foreign": mean(foreign),
+        }
+
+    def losses(
+        self,
+        model: PreTrainedModel,
+        tasks: tuple[str, ...],
+        route: Callable[[str], AbstractContextManager] = nullcontext,
+    ) -> dict[str, float]:
+        """Mean loss per scored token of a model, by task, in the route of the task."""
+        losses = {}
+        for task in tasks:
+            with route(task):
+                losses[task] = loss_per_token(model, self.tokenizer, self.rows[task], self.args.max_length)
+        return losses
 
     def loss(self, model_folder: Path, task: str) -> float:
         """The same of one task, from the cache if it is there."""
-        return self.cached([str(model_folder), task], lambda: self.losses(model_folder, (task,))[task])
+        return self.cached([str(model_folder), task], lambda: self.losses(load(model_folder), (task,))[task])
 
     def cached(self, key: list[Any], compute: Callable[[], Any]) -> Any:
         """The value that an earlier run computed under this key, or else a new one."""
@@ -191,6 +245,23 @@ def merge_arguments(label: str, alpha: str) -> dict[str, Any]:
         arguments["method"] = settings
     tunable = "method" not in arguments or resolve_method(settings).tunable
     return {"alpha": "auto", **arguments} if alpha == "auto" and tunable else arguments
+
+
+def load(model_folder: Path) -> PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+
+
+def kept_shares(losses: dict[str, float], base: dict[str, float], expert: dict[str, float]) -> dict[str, float]:
+    """Kept share by task, in %."""
+    return {task: 100 * (base[task] - loss) / (base[task] - expert[task]) for task, loss in losses.items()}
+
+
+def calibration_error(probabilities: list[float], right: list[bool]) -> float:
+    """Expected calibration error over ten bins."""
+    sums = [0.0] * 10
+    for probability, good in zip(probabilities, right, strict=True):
+        sums[min(int(10 * probability), 9)] += good - probability
+    return sum(map(abs, sums)) / len(right)
 
 
 @torch.no_grad()
@@ -249,6 +320,24 @@ def task_table(result: dict[str, Any], tasks: list[str]) -> list[str]:
         seconds = mean(entry["seconds"] for entry in entries)
         rows.append([f"`{label}`", *kept, with_range(entries), f"{nats:.3f}", f"{seconds:.1f}"])
     return markdown_table(rows)
+
+
+def routed_table(result: dict[str, Any], tasks: list[str]) -> list[str]:
+    """Markdown rows of the methods with routed experts, after an empty line; nothing if there are none."""
+    measures = ["task found", "sure", "right if sure", "calibration error", "sure if foreign"]
+    rows = [["experts", *tasks, "mean (range over seeds)", "nats per token", *measures]]
+    for label, entries in result["methods"].items():
+        parts = {"losses": "", "named": ", task named", "static": ", none added"}
+        for part, title in parts.items() if "named" in entries[0] else ():
+            kept = [kept_shares(entry[part], result["base"], result["experts"]) for entry in entries]
+            means = with_range([{"mean": mean(shares.values())} for shares in kept])
+            routes = [entry.get("routes", {}) if part == "losses" else {} for entry in entries]
+            quality = [f"{100 * mean(r[name] for r in routes):.1f}" if routes[0] else "" for name in measures]
+            nats = f"{mean(mean(entry[part].values()) for entry in entries):.3f}"
+            rows.append(
+                [f"`{label}`{title}", *(f"{mean(s[t] for s in kept):.1f}" for t in tasks), means, nats, *quality]
+            )
+    return ["", *markdown_table(rows)] if len(rows) > 1 else []
 
 
 def subset_table(results: dict[tuple[str, ...], dict[str, Any]]) -> list[str]:

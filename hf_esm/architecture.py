@@ -179,6 +179,11 @@ def writes(model: PreTrainedModel) -> bool:
     return model.can_generate()
 
 
+def reads_prompts(model: PreTrainedModel) -> bool:
+    """Return whether a model writes on after the text that it reads: a language model without an encoder."""
+    return writes(model) and not model.config.is_encoder_decoder
+
+
 def towers(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the two encoders of a model such as CLIP, which compares texts with other inputs.
 

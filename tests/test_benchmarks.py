@@ -10,8 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
 
+from hf_esm import RoutedModel, merge_models
+from hf_esm.tuners.routed import decide, route
 from support.routed_toys import task_texts, tuned
 from support.tiny import GPT2, save_tokenizer
 
@@ -25,8 +29,9 @@ def suite(tmp_path_factory):
     folder = tmp_path_factory.mktemp("suite")
     model = GPT2.build()
     model.save_pretrained(folder / "base")
-    tokenizer = save_tokenizer(folder / "base")
-    tokenizer.eos_token = "[SEP]"
+    backend = save_tokenizer(folder / "base").backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="$A", pair="$A $B")  # rows have no special tokens, either
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[SEP]", pad_token="[PAD]")
     tokenizer.save_pretrained(folder / "base")
     rows = {"a": [{"text": text} for text in task_texts("a")]}
     rows["b"] = [{"text": text, "label": " so so"[: 3 * (1 + i % 2)]} for i, text in enumerate(task_texts("b"))]
@@ -97,6 +102,57 @@ def test_a_second_run_merges_only_what_is_new(run, monkeypatch):
     assert run("--methods", "mean", "--seeds", "0") == first
     with pytest.raises(pytest.fail.Exception, match="merged again"):
         run("--methods", "ties", "--seeds", "0")
+
+
+@pytest.mark.parametrize("label", ["esm++", "{name: esm++, router: oracle}"])
+def test_routed_models_have_a_second_table(run, monkeypatch, label):
+    printed, results = run("--methods", "mean", label, "--seeds", "0", "1")
+    rows = [line.split(" | ") for line in printed.splitlines()]
+    titles = [f"| `{label}`", f"| `{label}`, task named", f"| `{label}`, none added"]
+    assert [row[0] for row in rows[-3:]] == titles
+    assert [row[0] for row in rows[2:6]] == ["| base", "| experts", "| `mean`", titles[0]]
+    assert rows[-5][0] == "| experts"
+    assert rows[-3][1:4] == rows[5][1:4]  # by task, and their mean
+    for entry in results["methods"][label]:
+        if "oracle" in label:
+            assert entry["losses"] == entry["named"] and "routes" not in entry
+        else:
+            assert entry["losses"] != entry["static"] != entry["named"]
+            assert all(0 <= share <= 1 for share in entry["routes"].values())
+            assert entry["routes"]["sure if foreign"] > 0  # with one expert left, its task is certain
+    monkeypatch.setattr("hf_esm.merge_models", lambda *_, **__: pytest.fail("merged again"))
+    assert run("--methods", "mean", label, "--seeds", "0", "1") == (printed, results)
+
+
+def test_losses_of_a_routed_model_are_those_of_its_prompts_routes(suite, tmp_path):
+    """The route is that of the text alone; the answer, of which the router sees nothing, is scored."""
+    texts = {task: [row["text"] + row.get("label", "") for row in rows] for task, rows in suite.rows.items()}
+    experts = {task: suite.folder / "experts" / task for task in "ab"}
+    method = {"name": "esm++", "static_method": "mean"}
+    options = {"calibration": texts, "method": method, "refine": False, "progress": False}
+    merge_models(suite.folder / "base", experts, output_dir=tmp_path / "out", **options)
+    model = RoutedModel.from_pretrained(tmp_path / "out")
+    script = runpy.run_path(str(SCRIPT))
+    loss_per_token = script["loss_per_token"]
+    for answers in ([" so so"] * 6, task_texts("a", 5)):  # in words of the other task
+        rows = [{**row, "label": answer} for row, answer in zip(suite.rows["b"], answers, strict=False)]
+        expected, tokens = 0.0, 0
+        for row in rows:
+            scored = len(suite.tokenizer(row["label"]).input_ids) + 1
+            prompt = torch.tensor([suite.tokenizer(row["text"], add_special_tokens=False).input_ids[:20]])
+            ((_, _, decision),) = decide(model.model, {"input_ids": prompt})
+            assert decision.route.weights.any()
+            with route(model.model, decision):
+                expected += literal_loss(suite, model.model, [row]) * scored
+            tokens += scored
+        found = loss_per_token(model.model, suite.tokenizer, rows, max_length=20)
+        assert math.isclose(found, expected / tokens, rel_tol=1e-5)
+
+
+def test_the_calibration_error_is_that_of_the_definition():
+    error = runpy.run_path(str(SCRIPT))["calibration_error"]
+    # Bins: 0.5 and 0.55, one right: 0.525 against 0.5; 0.9 and 1, both right: 0.95 against 1.
+    assert math.isclose(error([0.5, 0.55, 0.9, 1.0], [True, False, True, True]), (0.05 + 0.1) / 4)
 
 
 def test_subsets_of_two_tasks(run):

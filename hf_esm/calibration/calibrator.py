@@ -122,7 +122,8 @@ def pool_inputs(
         folder: takes the weights that do not fit in memory.
 
     Returns:
-        For each task, `[N, d_in]` float32 by the canonical name of a block's first weight; see `pooled_inputs`.
+        For each task, `[N, d_in]` or `[N, 4, d_in]` float32 by the canonical name of a block's first weight; see
+        `pooled_inputs`.
     """
     if not samples:
         return {}

@@ -1,6 +1,7 @@
 """One pass of a live model over its samples, which records the inputs of its linear maps."""
 
 import inspect
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,7 +15,7 @@ from accelerate.utils import tqdm
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..architecture import body_key, layer_type, tower_of, towers
+from ..architecture import body_key, layer_type, reads_prompts, tower_of, towers
 from ..data import Sample, batch_for, batch_indices, sample_fingerprint, text_config
 from ..linalg import triangular_factor
 from ..methods import InputStatistics
@@ -25,6 +26,10 @@ from .hooks import Call, InputHooks
 from .reading import Reading, learn_reading
 from .recorder import FactorAccumulator, InputRecorder
 from .statistics import ActivationStatistics, Provenance
+
+
+# Shares of a sample that stand for prompts: a router reads a prompt alone, but a sample is a text with its answer.
+PROMPT_SHARES = (1 / 8, 1 / 4, 1 / 2, 1)
 
 
 def collect_statistics(
@@ -146,9 +151,10 @@ def pooled_inputs(
     with two towers has its blocks; the projections behind the towers are not blocks.
 
     Returns:
-        `[N, d_in]` float32, one row per sample, by the weight's canonical name, in the order in which the maps run.
+        `[N, d_in]` float32, one row per sample, by the weight's canonical name, in the order in which the maps run. Of
+        a model that reads prompts, `[N, 4, d_in]`: the means over the beginnings of a sample, `PROMPT_SHARES` of it.
     """
-    hooks, tower_names = InputHooks(model), towers(model)
+    hooks, tower_names, prompts = InputHooks(model), towers(model), reads_prompts(model)
     pooled: dict[str, Tensor] = {}
     with in_evaluation(model, accelerator or default_accelerator()), torch.no_grad():
         samples = with_decoder_inputs(model, samples, batch_size)
@@ -159,13 +165,20 @@ def pooled_inputs(
                 weight, tower = call[0], tower_of(call[0], tower_names)
                 kind = layer_type(next((name for name in means if name.startswith(tower)), weight))
                 if layer_type(weight) == kind and call[1] == 1 and inputs.shape[0] % size == 0:
-                    means[weight] = inputs.detach().float().reshape(size, -1, inputs.shape[-1]).mean(1).cpu()
+                    rows = inputs.detach().float().reshape(size, -1, inputs.shape[-1])
+                    means[weight] = (_means_of_beginnings(rows) if prompts else rows.mean(1)).cpu()
 
             with hooks.hooked(act):
                 model(**batch_for([samples[i] for i in group], model))
             for weight, rows in means.items():
-                pooled.setdefault(weight, torch.zeros(len(samples), rows.shape[1]))[group] = rows
+                pooled.setdefault(weight, torch.zeros(len(samples), *rows.shape[1:]))[group] = rows
     return pooled
+
+
+def _means_of_beginnings(rows: Tensor) -> Tensor:
+    """Return the means `[B, 4, d]` over the first tokens of rows `[B, n, d]`, a share of `PROMPT_SHARES` each."""
+    lengths = [math.ceil(share * rows.shape[1]) for share in PROMPT_SHARES]
+    return torch.stack([rows[:, :length].mean(1) for length in lengths], dim=1)
 
 
 @contextmanager

@@ -56,7 +56,8 @@ class ActivationStatistics(Mapping):
         keys_of: key of the entry of each map, by the canonical name of its weight.
         provenance: where the statistics come from.
         pooled: what each block of the *base* reads on the same samples, `[num_samples, d_in]` float32, by the
-            canonical name of a weight. A router is made from these. Empty without a base.
+            canonical name of a weight; of a model that reads prompts, `[num_samples, 4, d_in]`. A router is made from
+            these (see `pooled_inputs`). Empty without a base.
         token_counts: how often the samples read each row of an embedding, `[V]` int64, by the canonical name of its
             weight. Empty in files of hf_esm 0.1.
 

@@ -6,7 +6,7 @@ from typing import Optional
 
 from accelerate import Accelerator
 
-from ..architecture import is_routable, writes
+from ..architecture import is_routable, reads_prompts, writes
 from ..checkpoints import (
     Access,
     ModelSource,
@@ -137,7 +137,7 @@ class PlannedRun(Session):
         sources = resolve_models(base, experts, access)
         opened = open_checkpoint(sources["base"], headers_only=headers_only)
         checkpoints = {task: open_checkpoint(sources[task], opened, headers_only) for task in experts}
-        method = self.named or default_methods(opened.skeleton)[0]
+        method = (self.named or default_methods(opened.skeleton)[0]).for_model(reads_prompts(opened.skeleton))
         if method.decides:
             for checkpoint in (opened, *checkpoints.values()):
                 check_separable(checkpoint.skeleton)

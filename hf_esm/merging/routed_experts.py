@@ -40,7 +40,7 @@ def write_experts(
     Args:
         merged: returns the merged model's weight by its canonical name.
         statistics: by task; empty if the method needs none.
-        samples: unlabelled samples by task, of the tasks that have any.
+        samples: unlabelled samples by task, of the tasks that have any; those of the statistics come first.
     """
     worker = Worker.of(accelerator)
     with together(accelerator), fast_products(plan.method.tolerance):
@@ -154,6 +154,9 @@ def _shift_features(
         )
     shift = {}
     for name in next(iter(features.values())):
-        apart = [features[task][name].mean(0) - of_base[task][name].mean(0) for task in features]
+        apart = []
+        for task, rows in of_base.items():
+            merged = features[task][name][: len(rows[name])]
+            apart.append((merged - rows[name]).flatten(0, -2).mean(0))
         shift[name] = torch.stack(apart).mean(0)
     return shift

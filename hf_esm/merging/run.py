@@ -274,6 +274,9 @@ class MergeRun(PlannedRun):
         """Write the experts and the router, if the method routes."""
         if not self.method.routes:
             return
+        # A router gains from samples that the statistics do without.
+        apart = inputs.agreement_samples
+        samples = {task: [*rows, *apart.get(task, [])] for task, rows in inputs.samples.items()}
         with self.stage("adding experts", joined=False):
             write_experts(
                 self.folder,
@@ -281,7 +284,7 @@ class MergeRun(PlannedRun):
                 self.plan,
                 chosen.weight,
                 statistics=inputs.statistics,
-                samples=inputs.samples,
+                samples=samples,
                 accelerator=self.accelerator,
                 options=self.options,
                 progress=self.progress,

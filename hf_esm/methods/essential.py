@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -203,6 +203,9 @@ class RoutedMerge(EssentialMerge):
     model answers as the expert does, outside of them as the merged model, so that an expert of the wrong task does a
     quarter of the harm. The published directions, those of what the merged model lacks (`residual`), are as good or
     better if the task is known.
+
+    Tasks of language models differ so much that a router finds nearly all of them before the first block. There it
+    decides before that block, and the directions are the published ones.
     """
 
     name: ClassVar[str] = "esm++"
@@ -226,10 +229,11 @@ class RoutedMerge(EssentialMerge):
             "choices": ("discriminant", "prototype", "oracle", "static"),
         },
     )
-    depth: float = field(
-        default=1 / 3,
+    depth: Optional[float] = field(
+        default=None,
         metadata={
-            "help": "share of the blocks that run before the discriminant router decides",
+            "help": "share of the blocks that run before the discriminant router decides; by default 0 for language "
+            "models, else 1/3",
             "least": 0,
             "most": 1,
         },
@@ -238,10 +242,11 @@ class RoutedMerge(EssentialMerge):
         default=2,
         metadata={"help": "experts that the discriminant router adds to a sample at most", "least": 1},
     )
-    mixing_temperature: float = field(
-        default=2.0,
+    mixing_temperature: Optional[float] = field(
+        default=None,
         metadata={
-            "help": "temperature of the weights that experts are added with, over that of the probabilities",
+            "help": "temperature of the weights that experts are added with, over that of the probabilities; by "
+            "default 1 for language models, else 2",
             "above": 0,
         },
     )
@@ -253,7 +258,8 @@ class RoutedMerge(EssentialMerge):
         default="",
         metadata={
             "help": "what an expert approximates: update, the expert's whole update; residual, what the merged model "
-            "lacks of it, as published; by default, update for the discriminant router, else residual",
+            "lacks of it, as published; by default, update for the discriminant router except on language models, "
+            "else residual",
             "choices": ("update", "residual", ""),
         },
     )
@@ -265,10 +271,21 @@ class RoutedMerge(EssentialMerge):
         },
     )
 
+    def for_model(self, reads_prompts: bool) -> "RoutedMerge":
+        """Return the method with values for `depth`, `mixing_temperature` and `expert_directions`."""
+        depth, temperature = (0.0, 1.0) if reads_prompts else (1 / 3, 2.0)
+        directions = "update" if self.needs_features and not reads_prompts else "residual"
+        return replace(
+            self,
+            depth=depth if self.depth is None else self.depth,
+            mixing_temperature=temperature if self.mixing_temperature is None else self.mixing_temperature,
+            expert_directions=self.expert_directions or directions,
+        )
+
     @property
     def directions(self) -> str:
-        """`expert_directions`, or their default."""
-        return self.expert_directions or ("update" if self.needs_features else "residual")
+        """`expert_directions`; see `for_model`."""
+        return self.expert_directions
 
     @property
     def needs_merged_features(self) -> bool:

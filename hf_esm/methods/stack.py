@@ -170,7 +170,7 @@ class MergeMethod:
     static_method: ClassVar[str] = "own"
     directions: ClassVar[str] = "residual"
     needs_merged_features: ClassVar[bool] = False
-    depth: ClassVar[float] = 1 / 3
+    depth: ClassVar[Optional[float]] = None
 
     def __post_init__(self) -> None:
         """Check the types and ranges of the settings.
@@ -234,6 +234,14 @@ class MergeMethod:
         """Return a copy whose static model is merged by the method of this name, if that is a setting."""
         known = "static_method" in {setting.name for setting in fields(self)}
         return replace(self, static_method=name) if known else self
+
+    def for_model(self, reads_prompts: bool) -> "MergeMethod":
+        """Return the method with values for settings whose defaults differ by the kind of model; by default, itself.
+
+        Args:
+            reads_prompts: whether the models write on after the text that they read.
+        """
+        return self
 
     def expert_rank(self, shape: torch.Size, tasks: int) -> int:
         """Return the rank of one expert of a map `[d_out, d_in]`; called only if the method routes."""

@@ -55,8 +55,10 @@ class Discriminant:
 
 
 def fit_discriminant(features: Mapping[str, Tensor], max_directions: int = MAX_DIRECTIONS) -> Discriminant:
-    """Fit a router to the features `[N_t, D]` of each task.
+    """Fit a router to the features of each task, `[N_t, D]`, or `[N_t, P, D]` of `P` beginnings of each sample.
 
+    All beginnings of a sample are held out together, and count as samples. Where a task has features of whole samples
+    alone, such as those from a file of hf_esm 0.1, so do all others: the last of the beginnings is the whole sample.
     Shrinkage, temperature and threshold are chosen by cross-validation: shrinkage and temperature by the
     log-likelihood of the held-out samples' tasks, the threshold so that one held-out sample in twenty is farther.
 
@@ -64,14 +66,15 @@ def fit_discriminant(features: Mapping[str, Tensor], max_directions: int = MAX_D
         features: by task.
         max_directions: maximal number `K` of directions, unless there are more tasks.
     """
-    x = torch.cat([rows.double() for rows in features.values()])
-    y = torch.repeat_interleave(torch.arange(len(features)), torch.tensor([len(rows) for rows in features.values()]))
-    fold = torch.cat([torch.arange(len(rows)) % FOLDS for rows in features.values()])
-    if min(len(rows) for rows in features.values()) < FOLDS:  # too few samples to hold any out
+    samples = _by_sample(features)
+    x = torch.cat([rows.flatten(0, 1).double() for rows in samples])
+    y = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor([rows[..., 0].numel() for rows in samples]))
+    fold = torch.cat([(torch.arange(len(rows)) % FOLDS).repeat_interleave(rows.shape[1]) for rows in samples])
+    if min(map(len, samples)) < FOLDS:  # too few samples to hold any out
         return fit_at_shrinkage(x, y, 0.6, max_directions)
     held_out = {}
     for shrinkage in SHRINKAGES:
-        near, far = torch.zeros(len(x), len(features), dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64)
+        near, far = torch.zeros(len(x), len(samples), dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64)
         for k in range(FOLDS):
             out = fold == k
             router = fit_at_shrinkage(x[~out], y[~out], shrinkage, max_directions)
@@ -88,6 +91,12 @@ def fit_discriminant(features: Mapping[str, Tensor], max_directions: int = MAX_D
     router.temperature, router.threshold = temperature, float((near.min(-1).values + far).quantile(0.95))
     router.accuracy = float((near.argmin(-1) == y).double().mean())
     return router
+
+
+def _by_sample(features: Mapping[str, Tensor]) -> list[Tensor]:
+    """The features of each task as `[N_t, P, D]`."""
+    whole = any(rows.dim() == 2 for rows in features.values())
+    return [rows[:, None] if rows.dim() == 2 else rows[:, -1:] if whole else rows for rows in features.values()]
 
 
 def fit_at_shrinkage(x: Tensor, y: Tensor, shrinkage: float, max_directions: int) -> Discriminant:

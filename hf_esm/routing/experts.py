@@ -74,8 +74,9 @@ class RoutedExperts:
         tasks: names of the experts.
         factors: `(A [T, r, d_in], B [T, d_out, r])` by the module's name.
         prototypes: `[T, d_in]` by the module's name: normalised mean inputs.
-        features: per task, the pooled inputs of every block: `[N_t, d_in]` by the name of the block's first module, in
-            the order in which blocks run.
+        features: per task, the pooled inputs of every block, or of those that the router reads: `[N_t, d_in]`, or
+            `[N_t, P, d_in]` of `P` beginnings of a sample, by the name of the block's first module, in the order in
+            which blocks run.
         router: name of the router.
         depth: share of the blocks that run before the router decides.
         settings: settings of the router: `top_k`, `mixing_temperature`, `confidence`.
@@ -136,19 +137,18 @@ class RoutedExperts:
         tensors |= {f"{module}.routed_experts_A": a for module, (a, _) in self.factors.items()}
         tensors |= {f"{module}.routed_experts_B": b for module, (_, b) in self.factors.items()}
         write_adapter(folder, config, tensors, type(model))
-        self._save_features(folder / ROUTER_FEATURES)
+        self._save_features(folder / ROUTER_FEATURES, router.readers)
 
     def _make_router(self, model: PreTrainedModel) -> Router:
         if self.router == "discriminant":
             return discriminant_router(self.features, self.depth, towers(model))
         return prototype_router(self.prototypes if self.router == "prototype" else {})
 
-    def _save_features(self, path: Path) -> None:
-        tensors = {
-            f"{task}/{module}": rows for task, pooled in self.features.items() for module, rows in pooled.items()
-        }
-        tensors |= {f"/{module}": shift for module, shift in self.shift.items()}
-        header = {"modules": self.modules, "depth": self.depth, "expert_directions": self.expert_directions}
+    def _save_features(self, path: Path, readers: list[str]) -> None:
+        """Write the features of the modules that the router reads; with these alone, it reads all (depth 1)."""
+        tensors = {f"{task}/{module}": pooled[module] for task, pooled in self.features.items() for module in readers}
+        tensors |= {f"/{module}": shift for module, shift in self.shift.items() if module in readers}
+        header = {"modules": readers, "depth": 1.0, "expert_directions": self.expert_directions}
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             path,

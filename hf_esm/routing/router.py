@@ -37,7 +37,8 @@ def discriminant_router(features: Features, depth: float, towers: Sequence[str] 
     """A router that decides once per sample; over two towers, once in each.
 
     Args:
-        features: pooled inputs `[N_t, d_in]`, by task and module, in the order in which the modules run.
+        features: pooled inputs `[N_t, d_in]` or `[N_t, P, d_in]`, by task and module, in the order in which the
+            modules run.
         depth: share of the blocks that run before the decision.
         towers: names of the towers of a model that has two.
     """
@@ -57,8 +58,8 @@ def discriminant_router(features: Features, depth: float, towers: Sequence[str] 
 def _fit(features: Features, blocks: list[str], depth: float) -> Router:
     """A discriminant router that reads the first of these blocks."""
     readers = blocks[: min(int(depth * len(blocks)), len(blocks) - 1) + 1]
-    fit = fit_discriminant({t: torch.cat([pooled[m] for m in readers], dim=1) for t, pooled in features.items()})
-    widths = [next(iter(features.values()))[module].shape[1] for module in readers]
+    fit = fit_discriminant({t: torch.cat([pooled[m] for m in readers], dim=-1) for t, pooled in features.items()})
+    widths = [next(iter(features.values()))[module].shape[-1] for module in readers]
     columns = torch.cat([fit.directions, fit.center[None]]).float().split(widths, dim=1)
     tensors = {f"{module}.routed_experts_projection": part for module, part in zip(readers, columns, strict=True)}
     offset = torch.cat([fit.directions @ fit.center, fit.center.square().sum()[None]])

@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
-from hf_esm import HfEsmError, RoutedModel, merge_models
-from hf_esm.checkpoints import CARD_FILE, RECIPE_FILE, REFINED_FOLDER
+from hf_esm import ActivationStatistics, HfEsmError, RoutedModel, merge_models
+from hf_esm.checkpoints import CARD_FILE, RECIPE_FILE, REFINED_FOLDER, ROUTED_FOLDER, ROUTER_FEATURES
 from hf_esm.merging.choice import Candidate, Chosen
 from hf_esm.merging.judging import TaskAgreement
 from hf_esm.planning import load_recipe
@@ -123,3 +124,31 @@ def test_the_recipe_of_a_routed_model_names_its_static_method(given, tmp_path, r
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(HfEsmError, match="Leave `keep_adapter` out"):
         merge(**arguments, method=method, refine={"keep_adapter": True})
+
+
+@pytest.mark.parametrize("given", [KINDS["llama"]], ids=["llama"], indirect=True)
+def test_the_router_of_a_model_that_reads_prompts(given, tmp_path):
+    """It decides before the first block, from all samples; what it reads moved from the base on those of the
+    statistics.
+    """
+    arguments, _ = given
+    merge(**arguments, method="esm++", refine=False, output_dir=tmp_path / "out", statistics_dir=tmp_path / "known")
+    model = RoutedModel.from_pretrained(tmp_path / "out")
+    assert model.config.readers == ["model.layers.0.self_attn.q_proj"]
+    assert model.config.mixing_temperature == 1
+    stored = load_file(tmp_path / "out" / ROUTED_FOLDER / ROUTER_FEATURES)
+    (reader,) = model.config.readers
+    assert stored.keys() == {f"/{reader}", *(f"{task}/{reader}" for task in TASKS)}
+    assert {stored[f"{task}/{reader}"].shape for task in TASKS} == {(16, 4, 16)}
+    moved = []
+    for task in TASKS:
+        (of_base,) = [
+            rows
+            for name, rows in ActivationStatistics.load(tmp_path / "known" / f"{task}.safetensors").pooled.items()
+            if "layers.0." in name
+        ]
+        assert of_base.shape == (8, 4, 16)
+        apart = torch.cdist(stored[f"{task}/{reader}"].flatten(1), of_base.flatten(1))
+        assert apart.argmin(0).tolist() == list(range(8))  # the samples of the statistics come first
+        moved.append((stored[f"{task}/{reader}"][:8] - of_base).mean((0, 1)))
+    assert torch.allclose(stored[f"/{reader}"], torch.stack(moved).mean(0), atol=1e-6)

@@ -217,6 +217,24 @@ def test_capabilities_are_those_of_the_settings():
             resolve_method(name).with_rank(3)
 
 
+@pytest.mark.parametrize(
+    ("router", "reads_prompts", "expected"),
+    [
+        ("discriminant", False, (1 / 3, 2.0, "update")),
+        ("discriminant", True, (0.0, 1.0, "residual")),
+        ("prototype", False, (1 / 3, 2.0, "residual")),
+    ],
+)
+def test_settings_of_routed_experts_that_are_not_given_follow_from_the_kind_of_model(router, reads_prompts, expected):
+    method = resolve_method({"name": "esm++", "router": router})
+    settled = method.for_model(reads_prompts)
+    assert (settled.depth, settled.mixing_temperature, settled.directions) == expected
+    given = {"depth": 0.5, "mixing_temperature": 3.0, "expert_directions": "update"}
+    method = resolve_method({"name": "esm++", "router": router, **given})
+    assert method.for_model(reads_prompts) == method
+    assert resolve_method("esm").for_model(reads_prompts) == resolve_method("esm")
+
+
 def test_methods_see_the_base_the_depth_and_the_whole_updates(models, tmp_path):
     seen = {}
 
