@@ -30,7 +30,7 @@ test-oldest: .venv-oldest/.installed
 
 .venv-oldest/.installed: setup.py
 	$(PYTHON) -m venv .venv-oldest
-	sed -nE 's/^ +"([A-Za-z_]+)>=([0-9.]+)",$$/\1==\2/p' setup.py > .venv-oldest/constraints.txt
+	sed -nE 's/^ {8}"([A-Za-z_]+)>=([0-9.]+)",$$/\1==\2/p' setup.py > .venv-oldest/constraints.txt
 	.venv-oldest/bin/pip install --quiet --constraint .venv-oldest/constraints.txt --editable ".[demo,test]"
 	touch $@
 
