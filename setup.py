@@ -53,6 +53,7 @@ setup(
             "setuptools>=77",
         ],
         "embedding": ["sentence-transformers>=6.2"],
+        "quantised": ["bitsandbytes>=0.46.1", "compressed-tensors>=0.15"],
         "extras": ["evaluate"],
         "quality": ["pytest", "ruff", "ty", "typos"],
     },

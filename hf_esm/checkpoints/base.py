@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from ..architecture import LinearMap, canonical_names, embeddings, linear_maps
 from ..errors import HfEsmError
+from .quantised import refuse_quantised
 
 
 if TYPE_CHECKING:
@@ -49,17 +50,6 @@ def build_skeleton(model_class: type[PreTrainedModel], config: PretrainedConfig)
         return model_class(copy.deepcopy(config)).eval()
 
 
-def refuse_quantised(config: PretrainedConfig, title: str) -> None:
-    """Raise for a quantised model: the numbers that it stores are codes, not weights."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise HfEsmError(
-            f"{title} is quantised ({method}). Load it, call `model.dequantize()`, save it with `save_pretrained`, "
-            "and merge that, or merge the checkpoint that it was quantised from."
-        )
-
-
 class Checkpoint:
     """The weights of one model by their canonical names, each read when it is asked for.
 
@@ -73,6 +63,8 @@ class Checkpoint:
         missing: canonical names of the skeleton's weights that the checkpoint does not hold.
         extra: names of stored tensors that the skeleton has no place for.
         modules: what follows the body in a Sentence Transformers model; None in any other.
+        quantised: name of the quantisation of the stored weights, which are read dequantised, in bfloat16; empty if
+            they are not quantised.
     """
 
     title: str
@@ -83,6 +75,7 @@ class Checkpoint:
     missing: list[str]
     extra: list[str]
     modules: Optional["SentenceModules"] = None
+    quantised: str = ""
 
     @property
     def config(self) -> PretrainedConfig:
@@ -133,7 +126,7 @@ class Checkpoint:
         return self.tensor(name).to(base.device, torch.float32) - base.float()
 
     def extra_tensors(self) -> dict[str, Tensor]:
-        """Read the stored tensors that `extra` names."""
+        """Read the stored tensors that `extra` names; those of a quantised model are left out."""
         return {}
 
     def load_model(self, **placement: Any) -> PreTrainedModel:

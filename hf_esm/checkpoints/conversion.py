@@ -18,10 +18,12 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.quantizers import HfQuantizer
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..architecture import SENTENCE_MODULES, canonical_names
 from .base import Checkpoint
+from .quantised import dense_dtypes, dense_key, lacks_scales
 
 
 @dataclass
@@ -89,6 +91,12 @@ class _Group:
     converter: Optional[WeightConverter]
     alias: Optional[tuple[str, str]] = None
 
+    @property
+    def quantised(self) -> bool:
+        """Whether several tensors are dequantised into the weights."""
+        operations = self.converter.operations if self.converter else []
+        return len(self.keys) > 1 and any(getattr(operation, "hf_quantizer", None) for operation in operations)
+
 
 class StoredWeights:
     """The live weights of a model, made of stored tensors as Transformers' loader makes them, but group by group.
@@ -99,22 +107,37 @@ class StoredWeights:
         missing: canonical names of weights that are not stored, but for those that the model can do without.
         extra: names of stored tensors that the model has no place for, but for outdated ones.
         misfits: canonical names of weights whose stored shape is not the model's.
+        unscaled: names of stored tensors that are codes of quantised weights without scales.
     """
 
-    def __init__(self, model: PreTrainedModel, keys: Iterable[str], read_meta: Callable[[str], Tensor]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        keys: Iterable[str],
+        read_meta: Callable[[str], Tensor],
+        quantiser: Optional[HfQuantizer] = None,
+    ):
         """Find out which stored tensors make which weight.
 
         Args:
             model: the model on the meta device. Its `_weight_conversions` are set, which `to_stored` reverts.
             keys: names of the stored tensors.
             read_meta: returns a stored tensor on the meta device.
+            quantiser: Transformers' quantiser of the stored model, set to dequantise, if the model is quantised.
         """
         self._model, state = model, model.state_dict()
-        self._groups, unplaced = _group_keys(model, state, keys)
+        self._dtypes = dense_dtypes(model) if quantiser is not None else {}
+        self._groups, unplaced = _group_keys(model, state, keys, quantiser)
+        self.unscaled = [
+            group.keys[0][0]
+            for first, group in self._groups.items()
+            if state[first].is_floating_point()
+            and lacks_scales((read_meta(key).dtype, pattern or key) for key, pattern in group.keys)
+        ]
         self._first_of: dict[str, str] = {}
         self.tensors: dict[str, Tensor] = {}
         for first in self._groups:
-            for live, tensor in self.read(first, read_meta).items():
+            for live, tensor in self._on_meta(first, read_meta, state).items():
                 self._first_of[live], self.tensors[live] = first, tensor
         for alias, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
             if source not in self.tensors and alias in self.tensors:
@@ -141,6 +164,18 @@ class StoredWeights:
         """Return the key, for `read`, of the group that a live weight belongs to."""
         return self._first_of[live]
 
+    def _on_meta(self, first: str, read_meta: Callable[[str], Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the live weights of one group on the meta device.
+
+        The shapes of quantised weights are those of the model, as some are stored in tensors that are not read yet.
+        """
+        group = self._groups[first]
+        if not group.quantised:
+            return self.read(first, read_meta)
+        patterns = group.converter.target_patterns
+        lives = [first.replace(patterns[0], pattern, 1) for pattern in patterns]
+        return {live: torch.empty_like(state[live], dtype=self._dtypes[live]) for live in lives}
+
     def read(self, first: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Return the live weights of one group, by live name; `read` returns a stored tensor."""
         group = self._groups[first]
@@ -152,6 +187,7 @@ class StoredWeights:
                 converter.add_tensor(first, key, pattern, read(key))
             converted = converter.convert(first, model=self._model, config=self._model.config)
             weights = {live: t[0] if isinstance(t, list) else t for live, t in converted.items()}
+        weights = {live: t.to(output_dtype(t.dtype, self._dtypes.get(live))) for live, t in weights.items()}
         if group.alias:
             alias, source = group.alias
             weights[source] = weights[alias]
@@ -159,10 +195,10 @@ class StoredWeights:
 
 
 def _group_keys(
-    model: PreTrainedModel, state: dict[str, Tensor], keys: Iterable[str]
+    model: PreTrainedModel, state: dict[str, Tensor], keys: Iterable[str], quantiser: Optional[HfQuantizer]
 ) -> tuple[dict[str, _Group], list[str]]:
     """Group the names of stored tensors by the first live weight that they make; also return those without a place."""
-    conversions = get_model_conversion_mapping(model)
+    conversions = get_model_conversion_mapping(model, hf_quantizer=quantiser)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
@@ -176,5 +212,8 @@ def _group_keys(
             groups.setdefault(renamed, _Group([], by_pattern.get(pattern))).keys.append((key, pattern))
         else:
             unplaced.append(key)
-    model._weight_conversions = [entry for entry in conversions if entry.was_used()]
+    if quantiser is None:
+        model._weight_conversions = [entry for entry in conversions if entry.was_used()]
+    else:  # the weights are written as those of a model that is not quantised
+        _group_keys(model, state, {dense_key(key, quantiser) for key in keys}, None)
     return groups, unplaced

@@ -28,6 +28,7 @@ class EmbeddingCheckpoint(Checkpoint):
     def __init__(self, body: Checkpoint, modules: SentenceModules):
         self.body, self.modules = body, modules
         self.title, self.source, self.revision = body.title, body.source, body.revision
+        self.quantised = body.quantised
         self.extra = [] if modules.embeds else body.extra  # a head that the library does not load
         self.skeleton = attach(_apart(body.skeleton), modules.head())
         self.names = {**body.names, **{name: name for name in modules.tensors}}

@@ -150,6 +150,7 @@ class PartExpert(DerivedCheckpoint):
         self.expert, self.base, self._inner = expert, base, inner_names
         self.title, self.skeleton = expert.title, build_skeleton(type(base.skeleton), base.config)
         self.names, self.missing, self.extra = dict(base.names), [], expert.extra
+        self.quantised = expert.quantised
 
     @property
     def kind(self) -> str:

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -13,14 +14,20 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import DamagedFileError, HfEsmError
-from .base import Checkpoint, build_skeleton, quiet_loading, refuse_quantised
+from .base import Checkpoint, build_skeleton, quiet_loading
 from .conversion import StoredWeights
 from .layout import CONFIG_FILE, WEIGHTS_FILE
+from .quantised import ACTIVATION_SCALES, dense_config, dense_dtype, dequantiser, quantisation_name
 from .shards import DTYPE_CODES
+from .written import load_read, load_written
 
 
 class FolderCheckpoint(Checkpoint):
-    """A folder of safetensors files. Its tensors are converted to the live model's weights, one group at a time."""
+    """A folder of safetensors files. Its tensors are converted to the live model's weights, one group at a time.
+
+    The weights of a quantised model are those of the model that Transformers dequantises, in bfloat16. Each group is
+    dequantised when it is read.
+    """
 
     def __init__(
         self,
@@ -42,12 +49,20 @@ class FolderCheckpoint(Checkpoint):
             load_options: further arguments of `from_pretrained`.
 
         Raises:
-            HfEsmError: if the model is quantised, or a weight does not have the shape that the config describes.
+            HfEsmError: if the model is quantised in a way that is not read, or a weight does not have the shape that
+                the config describes.
         """
         self.folder, self.title, self.source = Path(folder), title, str(folder)
         self.files, self._load_options = files, load_options or {}
-        refuse_quantised(config, title)
+        self._quantiser = dequantiser(config, title)
+        if self._quantiser is not None:
+            self.quantised, config = quantisation_name(self._quantiser), dense_config(config)
         self._open_as(model_class, config)
+        for key in self._weights.unscaled:
+            raise HfEsmError(
+                f"{self.title}: '{key}' is stored as {self.files.headers[key][1]}, without scales that Transformers "
+                "knows. Merge the checkpoint that it was quantised from."
+            )
         for name in self._weights.misfits:
             described = tuple(self.skeleton.state_dict()[self.names[name]].shape)
             raise HfEsmError(
@@ -56,10 +71,12 @@ class FolderCheckpoint(Checkpoint):
             )
 
     def _open_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> None:
-        self.skeleton = build_skeleton(model_class, config)
-        self._weights = StoredWeights(self.skeleton, self.files.headers, self.files.meta)
+        with dense_dtype(self._quantiser):
+            self.skeleton = build_skeleton(model_class, config)
+        self._weights = StoredWeights(self.skeleton, self.files.headers, self.files.meta, self._quantiser)
         self.names, self.missing = dict(self._weights.names), list(self._weights.missing)
-        self.extra = self._weights.extra
+        needless = ACTIVATION_SCALES if self.quantised else "(?!)"
+        self.extra = [key for key in self._weights.extra if not re.search(needless, key)]
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> "FolderCheckpoint":
@@ -83,17 +100,37 @@ class FolderCheckpoint(Checkpoint):
         group = self._weights.group_of(live)
         last = self._last  # another thread may replace the pair meanwhile
         if last[0] != group:
-            self._last = last = (group, self._weights.read(group, self.files.read))
+            self._last = last = (group, self._read(group))
         return last[1][live]
 
+    def _read(self, group: str) -> dict[str, Tensor]:
+        """Read a group of weights, and dequantise them if they are quantised."""
+        if not self.quantised:
+            return self._weights.read(group, self.files.read)
+        remedy = "Copy or download the model again, or merge the checkpoint that it was quantised from."
+        try:
+            weights = self._weights.read(group, self.files.read)
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise HfEsmError(f"{self.title}: '{group}' cannot be dequantised ({reason}). {remedy}") from None
+        for live, weight in weights.items():
+            if weight.shape != self._weights.tensors[live].shape:
+                raise HfEsmError(
+                    f"{self.title}: '{live}' is {tuple(weight.shape)} when it is dequantised, but {CONFIG_FILE} "
+                    f"describes {tuple(self._weights.tensors[live].shape)}. {remedy}"
+                )
+        return weights
+
     def extra_tensors(self) -> dict[str, Tensor]:
-        return {key: self.files.read(key) for key in self.extra}
+        return {} if self.quantised else {key: self.files.read(key) for key in self.extra}
 
     def load_model(self, **placement: Any) -> PreTrainedModel:
         return self.load_model_as(type(self.skeleton), self.config, **placement)
 
     def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
         options = {**self._load_options, **placement}
+        if self.quantised:
+            return (load_written if placement else load_read)(self.seen_as(model_class, config), **options)
         with quiet_loading():
             return model_class.from_pretrained(
                 self.folder, config=config, dtype="auto", ignore_mismatched_sizes=True, **options

@@ -44,7 +44,7 @@ class MergeOptions(RunOptions):
         heads: which weights each task keeps for itself: `"auto"`, `"merge"`, `"keep"`, or names of modules; see
             `planning.heads.plan_heads`.
         dtype: floating-point dtype of the written weights, such as `"bfloat16"`; by default each weight keeps the
-            dtype of the base.
+            dtype of the base, or has bfloat16 if the base is quantised.
         output_dir: folder for the merged model, which must not exist yet; by default a temporary one.
         overwrite: replace an earlier merged model in the output folder, when the new one is complete.
         max_shard_size: size of the largest file of weights: `"5GB"`, or a number of bytes.

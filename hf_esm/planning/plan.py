@@ -107,6 +107,7 @@ class MergePlan:
         lines += [
             "",
             f"  merged     {kinds}",
+            *self._quantised(),
             f"  untouched  {len(self.heads.kept_from_base) + len(self.unchanged)} weights of the base",
             "  licences   " + "; ".join(f"{name}: {licence}" for name, licence in self.licences.items()),
             f"  disk       {readable(self.output_bytes)} for the model, {readable(self.scratch_bytes)} scratch",
@@ -116,6 +117,12 @@ class MergePlan:
         lines += [f"  override   {override}" for override in self.overrides]
         lines += [f"  samples    {line}" for line in self.passes]
         return "\n".join(lines + [f"  warning    {warning}" for warning in self.warnings])
+
+    def _quantised(self) -> list[str]:
+        """Return the line that names the quantised models, if there are any."""
+        models = {"base": self.base, **self.experts}
+        named = [f"{name} ({model.quantised})" for name, model in models.items() if model.quantised]
+        return [f"  quantised  {', '.join(named)}: read as bfloat16"] if named else []
 
     def _methods(self) -> str:
         chosen = " or ".join(self.chosen_from)
@@ -169,6 +176,11 @@ def plan_merge(
         check_architecture(base, expert)
     head_plan = plan_heads(base, experts, heads)
     warnings += head_plan.warnings
+    if base.quantised and base.extra:
+        warnings.append(
+            f"{base.title}: its files hold quantised weights that its model has no place for, which are left out: "
+            f"{first_names(base.extra)}."
+        )
     for expert in experts.values():
         check_weights(base, expert, head_plan)
         warnings += _warnings_of(expert, base, head_plan)

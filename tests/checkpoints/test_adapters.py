@@ -240,7 +240,7 @@ def on_base(architecture: Architecture, model_class: str, config: dict[str, Any]
     return replace
 
 
-QUANTISED = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+QUANTISED = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
 AGAIN = "again"
 UNLOAD = "merge_and_unload()"
 OTHER_BASE = "trained on another base"
@@ -270,8 +270,14 @@ REFUSED = {
         ["replaces 'transformer.wte.weight', but not 'lm_head.weight'", UNLOAD],
     ),
     "head-nowhere": (on_base(LLAMA, "LlamaModel", GENERATE), ["lm_head.weight", "the adapter was trained on"]),
-    "quantised-base": (lambda made: rewrite(made.base / "config.json", **QUANTISED), ["base (", "dequantize()"]),
-    "quantised-expert": (lambda made: rewrite(made.full / "config.json", **QUANTISED), ["'full'", "dequantize()"]),
+    "quantised-base": (
+        lambda made: rewrite(made.base / "config.json", **QUANTISED),
+        ["base (", "(gptq)", "quantised from"],
+    ),
+    "quantised-expert": (
+        lambda made: rewrite(made.full / "config.json", **QUANTISED),
+        ["'full'", "(gptq)", "quantised from"],
+    ),
     "as-base": (lambda made: {"base": made.adapter}, ["base (", "the base must be a full model"]),
 }
 
