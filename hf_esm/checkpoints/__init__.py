@@ -31,6 +31,7 @@ from .layout import (
 )
 from .lora_export import rank_settings, write_adapter, write_lora_adapter
 from .modules import SentenceModules, common_settings, read_modules
+from .parts import DerivedCheckpoint
 from .processors import differing_processors, find_processors, first_processor, load_processor
 from .shards import ShardedWriter
 from .sources import (
@@ -70,6 +71,7 @@ __all__ = [
     "Access",
     "AdapterCheckpoint",
     "Checkpoint",
+    "DerivedCheckpoint",
     "EmbeddingCheckpoint",
     "FolderCheckpoint",
     "LiveCheckpoint",

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..errors import HfEsmError
 from .base import Checkpoint, build_skeleton
 from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .parts import PartOfBase, parts_of
 
 
 MERGE_REMEDY = "Call `merge_and_unload()` on the loaded model, save that with `save_pretrained`, and merge it instead."
@@ -123,6 +124,25 @@ def read_adapter_tensors(folder: Path, title: str, allow_pickle: bool) -> dict[s
     return tensors
 
 
+def part_of_adapter(adapter: PeftConfig, base: Checkpoint, tensors: dict[str, Tensor]) -> Checkpoint:
+    """Return the part of the base that an adapter was trained on, if its modules are not in the base as a whole: of an
+    adapter of a language model by itself, that part of a vision-language base.
+    """
+    if _fits(type(base.skeleton), base.config, tensors):
+        return base
+    for place, part in parts_of(base.skeleton).items():
+        for model_class in filter(None, (_class_of_task(adapter, part.config), type(part))):
+            if _fits(model_class, part.config, tensors):
+                return PartOfBase(base, place, model_class, part.config)
+    return base
+
+
+def _fits(model_class: type[PreTrainedModel], config: PretrainedConfig, tensors: dict[str, Tensor]) -> bool:
+    """Whether all modules that an adapter changes are in a model."""
+    skeleton = build_skeleton(model_class, config)
+    return all(_owner(key, skeleton) for key in tensors)
+
+
 def adapted_class(
     adapter: PeftConfig, base: Checkpoint, tensors: dict[str, Tensor]
 ) -> tuple[type[PreTrainedModel], PretrainedConfig]:
@@ -134,14 +154,9 @@ def adapted_class(
     """
     named = [_class_of_task(adapter, base.config), _named_class(adapter)]
     known = [found for found in named if found is not None and isinstance(base.config, found.config_class)]
-    for model_class in dict.fromkeys([*known, type(base.skeleton)]):
-        skeleton = build_skeleton(model_class, base.config)
-        if all(_owner(key, skeleton) for key in tensors):
-            break
-    else:
-        model_class = [*known, type(base.skeleton)][0]
-        skeleton = build_skeleton(model_class, base.config)
-    return model_class, _config_of_rows(skeleton, tensors)
+    classes = list(dict.fromkeys([*known, type(base.skeleton)]))
+    model_class = next((found for found in classes if _fits(found, base.config, tensors)), classes[0])
+    return model_class, _config_of_rows(build_skeleton(model_class, base.config), tensors)
 
 
 def _class_of_task(adapter: PeftConfig, config: PretrainedConfig) -> Optional[type[PreTrainedModel]]:

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from ..errors import HfEsmError
 from .adapter_files import MERGE_REMEDY, is_plain_lora, live_name
 from .base import quiet_peft
+from .parts import parts_of
 
 
 # The name that PEFT gives to the one adapter that is loaded.
@@ -154,9 +155,8 @@ class _Loading:
 
     @cached_property
     def _other_towers(self) -> list[str]:
-        model, names = self.build(), [key.removeprefix("base_model.model.") for key in self.tensors]
-        parts = [(name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel)]
-        towers = [f"{name}." for name, part in parts if name and type(part.config) is not type(model.config)]
+        names = [key.removeprefix("base_model.model.") for key in self.tensors]
+        towers = [f"{place}." for place in parts_of(self.build())]
         return [tower for tower in towers if not any(name.startswith(tower) for name in names)]
 
     def load(self) -> nn.Module:

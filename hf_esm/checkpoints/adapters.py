@@ -6,17 +6,18 @@ from typing import Any, Optional
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..architecture import canonical_names
 from ..errors import HfEsmError
-from .adapter_files import MERGE_REMEDY, adapted_class, read_adapter_config, read_adapter_tensors
+from .adapter_files import MERGE_REMEDY, adapted_class, part_of_adapter, read_adapter_config, read_adapter_tensors
 from .adapter_layers import load_changes
 from .base import Checkpoint, build_skeleton, quiet_peft
+from .parts import DerivedCheckpoint
 from .written import load_written
 
 
-class AdapterCheckpoint(Checkpoint):
+class AdapterCheckpoint(DerivedCheckpoint):
     """The base model with a PEFT adapter on it: `W = W0 + ΔW`.
 
     ΔW is what PEFT's own merge of that layer makes of the base's weight, less that weight: of any type of adapter that
@@ -47,6 +48,7 @@ class AdapterCheckpoint(Checkpoint):
         self.folder, self.title = folder, title
         self.peft_config = adapter = read_adapter_config(folder, title)
         tensors = read_adapter_tensors(folder, title, allow_pickle)
+        base = part_of_adapter(adapter, base, tensors)
         model_class, config = adapted_class(adapter, base, tensors)
         self.skeleton = build_skeleton(model_class, config)
         self.base = base.seen_as(model_class, config)
@@ -130,6 +132,3 @@ class AdapterCheckpoint(Checkpoint):
         model = self.base.load_model_as(type(self.skeleton), self.config)
         with quiet_peft():
             return PeftModel.from_pretrained(model, str(self.folder)).merge_and_unload().eval()
-
-    def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
-        raise NotImplementedError("an adapter is an expert, never a base")

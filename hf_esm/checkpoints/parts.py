@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..architecture import canonical_names, from_matrices, to_matrices
+from ..architecture import body_prefix, canonical_names, from_matrices, to_matrices, towers
 from ..utils import check_known
 from .base import Checkpoint, build_skeleton
 from .layout import ADAPTER_WEIGHTS, HEAD_WEIGHTS, HEADS_FOLDER, ROUTED_FOLDER
@@ -177,26 +177,72 @@ class PartExpert(DerivedCheckpoint):
         return self.expert.extra_tensors()
 
 
+class PartOfBase(Checkpoint):
+    """A part of a checkpoint, such as the language model of a vision-language model, as a model of its own."""
+
+    def __init__(self, whole: Checkpoint, place: str, model_class: type[PreTrainedModel], config: PretrainedConfig):
+        """Take the weights of the part by the names that they have in a model of its class.
+
+        Args:
+            whole: the checkpoint.
+            place: name of the module that is the body of the part.
+            model_class: class of the part.
+            config: settings of the part.
+        """
+        self.whole, self.place = whole, place
+        self.title, self.source, self.revision = whole.title, whole.source, whole.revision
+        self.skeleton = build_skeleton(model_class, config)
+        expected, names_of_whole = canonical_names(self.skeleton), {live: name for name, live in whole.names.items()}
+        moved = {name: _moved(live, self.skeleton, place) for name, live in expected.items()}
+        self._outer = {name: names_of_whole[live] for name, live in moved.items() if live in names_of_whole}
+        state = self.skeleton.state_dict()
+        fits = {name for name in self._outer if self.shape(name) == state[expected[name]].shape}
+        self.names = {name: live for name, live in expected.items() if name in fits}
+        self.missing, self.extra = [name for name in expected if name not in fits], []
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.whole.shape(self._outer[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.whole.dtype(self._outer[name])
+
+    def tensor(self, name: str) -> Tensor:
+        return self.whole.tensor(self._outer[name])
+
+    def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> Checkpoint:
+        return PartOfBase(self.whole, self.place, model_class, config)
+
+
+def parts_of(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """Return the parts of a model that have a config of another class than it has, by the names of their modules."""
+    modules = [(name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel)]
+    return {name: part for name, part in modules if name and type(part.config) is not type(model.config)}
+
+
+def _moved(live: str, skeleton: PreTrainedModel, place: str) -> str:
+    """Return the name that a weight of a part has in the whole: weights of the body are those of the module there."""
+    prefix = body_prefix(skeleton)
+    return f"{place}.{live.removeprefix(prefix)}" if live.startswith(prefix) else live
+
+
 def part_of_base(expert: Checkpoint, base: Optional[Checkpoint]) -> Checkpoint:
     """Return an expert that is a fine-tune of one part of the base as one of the whole base; any other as it is.
 
     Its body is a part of the base if the base has a module of its class, inside another module. The body's weights are
-    those of that module, and other weights, such as the output map, those of the same names.
+    those of that module, and other weights, such as the output map, those of the same names. The encoders of a model
+    such as CLIP read samples of their own, which the whole base does not run on, and are not parts in this sense.
     """
     if base is None or type(expert.config) is type(base.config):
         return expert
-    prefix = expert.skeleton.base_model_prefix
-    body = getattr(expert.skeleton, prefix, expert.skeleton) if prefix else expert.skeleton
-    places = [path for path, module in base.skeleton.named_modules() if path and type(module) is type(body)]
-    if len(places) != 1:
+    body = getattr(expert.skeleton, body_prefix(expert.skeleton).rstrip("."), expert.skeleton)
+    places = [name for name, part in parts_of(base.skeleton).items() if type(part) is type(body)]
+    if len(places) != 1 or places[0] in towers(base.skeleton):
         return expert
-    names_of_base = {live: name for name, live in base.names.items()}
-    inside = f"{prefix}." if body is not expert.skeleton else ""
-    inner = {}
+    names_of_base, inner = {live: name for name, live in base.names.items()}, {}
     for name, live in expert.names.items():
-        moved = f"{places[0]}.{live.removeprefix(inside)}" if live.startswith(inside) else live
+        moved = _moved(live, expert.skeleton, places[0])
         if moved in names_of_base:
             inner[names_of_base[moved]] = name
         elif moved not in base.skeleton.state_dict():
-            return expert  # of another kind: it has a weight that the base has no place for
+            return expert  # it has a weight that the base has no place for
     return PartExpert(expert, base, inner)

@@ -279,7 +279,8 @@ def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, head
     elif source.is_adapter:
         checkpoint = _open_adapter(source, base, headers_only)
     else:
-        checkpoint = part_of_base(_open_folder(source, headers_only, modules), base)
+        checkpoint = _open_folder(source, headers_only, modules)
+    checkpoint = part_of_base(checkpoint, base)
     checkpoint.source, checkpoint.revision = source.repo_id or str(source.root), source.revision
     return _with_modules(checkpoint, modules, base)
 

@@ -8,7 +8,7 @@ from typing import Optional
 
 import torch
 
-from ..checkpoints import AdapterCheckpoint, Checkpoint
+from ..checkpoints import Checkpoint, DerivedCheckpoint
 from ..errors import HfEsmError
 from ..utils import Work, bytes_of, readable
 from .plan import MergePlan
@@ -83,7 +83,7 @@ def check_values(plan: MergePlan, progress: Callable[[Iterable], Iterable] = ite
         for task, expert in plan.experts.items():
             if not expert.changes(name):
                 continue
-            if isinstance(expert, AdapterCheckpoint):
+            if isinstance(expert, DerivedCheckpoint):
                 update = expert.update(name, weight)
                 _check_finite(update, expert, name)
                 if update.any():

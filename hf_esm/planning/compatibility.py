@@ -28,8 +28,8 @@ def check_architecture(base: Checkpoint, expert: Checkpoint) -> None:
         parts = [name for name, part in base.skeleton.named_modules() if _config_type(part) is type(expert.config)]
         if parts:
             remedy = (
-                "It may be a fine-tune of a part of the base with weights that the base has no place for: pass that "
-                f"part of the loaded base, `model.{parts[0]}`, as the base."
+                f"It may be a fine-tune of a part of the base: pass that part of the loaded base, `model.{parts[0]}`, "
+                "as the base."
             )
         raise IncompatibleError(f"{expert.title} is a {expert_type} model, but the base is a {base_type}. {remedy}")
 

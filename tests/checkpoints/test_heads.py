@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
-from transformers import CLIPVisionModel, PreTrainedModel
+from transformers import CLIPModel, PreTrainedModel
 
 from hf_esm import HfEsmError, load_task_model, merge_models
 from support.architectures import ARCHITECTURES
@@ -227,10 +227,10 @@ def test_experts_of_a_part_of_the_base(tmp_path: Path) -> None:
     """Fine-tunes of CLIP's image encoder are merged over that part of CLIP."""
     whole = save(ARCHITECTURES["clip"].build(), tmp_path / "clip")
     architecture = ARCHITECTURES["clip-vision"]
-    part = CLIPVisionModel.from_pretrained(whole)
+    part = CLIPModel.from_pretrained(whole).vision_model
     experts = [perturbed(part, 0.05, 1 + i) for i in range(2)]
     folders = [save(expert, tmp_path / f"expert-{i}") for i, expert in enumerate(experts)]
-    with pytest.raises(HfEsmError, match=r"load that part by CLIPVisionModel\.from_pretrained"):
+    with pytest.raises(HfEsmError, match=r"pass that part of the loaded base, `model\.vision_model`"):
         merge(whole, folders, architecture, tmp_path / "merged")
     merge(part, folders, architecture, tmp_path / "merged")
     check_weights(

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from hf_esm import HfEsmError, RoutedModel, calibrate, evaluate, load_task_model, merge_models
@@ -183,10 +184,42 @@ def test_a_text_expert_is_merged_into_the_language_part_of_a_vision_language_bas
     assert type(transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out0")) is type(whole)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("config", [LoraConfig(r=4, target_modules=["q_proj"]), IA3Config()], ids=["lora", "ia3"])
+def test_an_adapter_of_the_language_model_alone_is_merged_into_that_part(config, gemma, tmp_path):
+    config.task_type = "CAUSAL_LM"
+    if config.target_modules is None:
+        config.target_modules, config.feedforward_modules = {"k_proj", "down_proj"}, {"down_proj"}
+    whole = transformers.Gemma3ForConditionalGeneration.from_pretrained(gemma / "base")
+    text = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**TEXT))
+    text.model.load_state_dict(whole.model.language_model.state_dict())
+    text.tie_weights()
+    adapted = get_peft_model(text, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    before = stored_tensors(gemma / "base")
+    whole.model.language_model.load_state_dict(adapted.merge_and_unload().model.state_dict())
+    literal = save(whole, tmp_path / "literal")
+    merge_models(
+        gemma / "base", {"x": tmp_path / "adapter"}, method="mean", output_dir=tmp_path / "out", progress=False
+    )
+    expected = stored_tensors(literal)
+    for name, tensor in stored_tensors(tmp_path / "out").items():
+        assert relative_error(tensor, expected[name]) < 1e-6, name
+    assert any(not torch.equal(before[name], expected[name]) for name in before)
+    opened = open_checkpoint(
+        resolve_source(tmp_path / "adapter", "x"), open_checkpoint(resolve_source(gemma / "base", "base"))
+    )
+    for name, tensor in opened.load_model().state_dict().items():
+        assert relative_error(tensor, whole.state_dict()[name]) < 1e-6, name
+
+
 def test_a_part_with_a_head_that_the_base_lacks_is_merged_over_that_part(gemma, tmp_path):
     config = transformers.Gemma3TextConfig(**TEXT, num_labels=3)
     head = save(transformers.Gemma3TextForSequenceClassification(config), tmp_path / "head")
-    with pytest.raises(HfEsmError, match=r"no place for: pass .*`model.model.language_model`"):
+    with pytest.raises(HfEsmError, match=r"a part of the base: pass .*`model.model.language_model`"):
         merge_models(gemma / "base", {"x": head}, method="mean", dry_run=True)
     model = transformers.Gemma3ForConditionalGeneration.from_pretrained(gemma / "base")
     plan = merge_models(model.model.language_model, {"x": head}, method="mean", dry_run=True)
