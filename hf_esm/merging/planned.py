@@ -98,6 +98,11 @@ class PlannedRun(Session):
                 f"refine: {self.method.name} writes an adapter of its experts, over weights that gates are folded "
                 "into. Leave `keep_adapter` out."
             )
+        if self.refining and self.refining.keep_adapter and self.plan.base.modules and self.plan.base.modules.tensors:
+            raise HfEsmError(
+                f"refine: {self.plan.base.title} has dense modules, whose gates no adapter can hold. Leave "
+                "`keep_adapter` out."
+            )
         if self.refining:
             self.plan.refining_bytes = refining_bytes(self.plan, self.refining)
             self._leave_out_what_does_not_fit()

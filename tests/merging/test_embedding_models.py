@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, BertForMaskedLM
 
 from hf_esm import IncompatibleError, RoutedModel, calibrate, evaluate, load_task_model, merge_models
+from hf_esm.architecture import LinearMap, is_routable
 from hf_esm.checkpoints import open_checkpoint, resolve_source
 from hf_esm.metrics import collect_answers
 from support import reference
@@ -28,7 +29,7 @@ from support.embedders import (
     token_states,
     write_embedder,
 )
-from support.helpers import save
+from support.helpers import perturbed, save
 from support.problems import relative_error
 from support.tiny import BERT, assert_refused
 
@@ -113,6 +114,11 @@ def test_statistics_of_a_dense_module_are_of_one_embedding_per_text(three):
     expected = pooled(token_states(path, CALIBRATION["one"]), "mean")
     assert found.count == len(expected)
     assert relative_error(found.factor.double().T @ found.factor.double(), expected.T @ expected) < 1e-5
+
+
+def test_texts_are_cut_as_the_library_cuts_them(three):
+    found = calibrate(three["experts"]["one"], ["so " * 40], progress=False)
+    assert found["encoder.layer.0.attention.self.query.weight"].count == 24
 
 
 def test_the_recipe_repeats_the_merge_and_the_card_says_how_to_embed(three, tmp_path):
@@ -281,6 +287,52 @@ def test_modules_outside_of_the_folder_and_modules_that_cannot_be_read_are_refus
     assert_refused(tmp_path, ["no model.safetensors", "2_Dense"], {**arguments, "method": "mean"})
 
 
+def test_gates_of_dense_modules_are_folded_and_refused_in_an_adapter(three, tmp_path):
+    samples = {task: texts_of(seed, 20) for seed, task in enumerate(three["experts"])}
+    arguments = {**three, "output_dir": tmp_path / "refined", "calibration": samples}
+    says = ["dense modules", "Leave `keep_adapter` out"]
+    assert_refused(tmp_path, says, {**arguments, "refine": {"keep_adapter": True}})
+    refined = quiet(**arguments, refine={"steps": 4})
+    plain = quiet(**{**arguments, "output_dir": tmp_path / "plain"})
+    found, other = (load_file(r.output_dir / "2_Dense" / "model.safetensors") for r in (refined, plain))
+    assert refined.refined and not torch.equal(found["linear.weight"], other["linear.weight"])
+
+
+def add_module(folder: Path, kind: str, config: dict) -> None:
+    """A module of a kind that is not known here."""
+    listed = json.loads((folder / "modules.json").read_text())
+    path = f"{len(listed)}_{kind}"
+    (folder / path).mkdir()
+    (folder / path / "config.json").write_text(json.dumps(config))
+    listed.append({"idx": len(listed), "name": path, "path": path, "type": f"sentence_transformers.models.{kind}"})
+    (folder / "modules.json").write_text(json.dumps(listed))
+
+
+def test_other_modules_are_carried_where_they_are_equal_and_refused_where_not(tmp_path):
+    arguments = write_three(tmp_path)
+    for folder in (arguments["base"], *arguments["experts"].values()):
+        add_module(folder, "WordWeights", {"weights": [1, 2]})
+    folder = quiet(method="esm", calibration=CALIBRATION, **arguments).output_dir
+    assert json.loads((folder / "4_WordWeights" / "config.json").read_text()) == {"weights": [1, 2]}
+    assert len(json.loads((folder / "modules.json").read_text())) == 5
+    change_json(arguments["experts"]["two"] / "4_WordWeights" / "config.json", weights=[2, 2])
+    arguments["output_dir"] = tmp_path / "again"
+    assert_refused(tmp_path, ["expert 'two'", "WordWeights"], {**arguments, "method": "mean"})
+
+
+def test_cross_encoders_are_classifiers_as_any_other(tmp_path):
+    for seed, name in enumerate(["base", "one", "two"]):
+        save(perturbed(BERT.build(num_labels=1), 0.1 * bool(seed), seed), tmp_path / name)
+        kind = "sentence_transformers.base.modules.transformer.Transformer"
+        (tmp_path / name / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": kind}]))
+        settings = json.dumps({"transformer_task": "sequence-classification"})
+        (tmp_path / name / "sentence_bert_config.json").write_text(settings)
+    experts = {task: tmp_path / task for task in ("one", "two")}
+    folder = quiet(tmp_path / "base", experts, method="mean", output_dir=tmp_path / "merged").output_dir
+    head = load_task_model(folder, "one").classifier.weight
+    assert torch.equal(head, load_file(tmp_path / "one" / "model.safetensors")["classifier.weight"])
+
+
 # ---- what is measured
 
 
@@ -310,6 +362,7 @@ def test_a_routed_model_embeds_inside_the_library(three, routed, tmp_path):
     pytest.importorskip("sentence_transformers")
     model = RoutedModel.from_pretrained(routed)
     assert not any("sentence_modules" in name for name in load_file(routed / "routed" / "adapter_model.safetensors"))
+    assert not is_routable(DENSE, LinearMap(DENSE, DENSE.removesuffix(".weight")))
     embedder = model.sentence_transformer()
     dense = load_file(routed / "2_Dense" / "model.safetensors")
     for task, path in three["experts"].items():
