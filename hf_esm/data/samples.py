@@ -315,7 +315,9 @@ def sample_fingerprint(sample: Sample) -> str:
 
 def save_samples(samples: list[Sample], path: Path) -> None:
     """Write samples to a safetensors file, so that a recipe can repeat the calibration exactly."""
-    tensors = {f"{i}.{name}": value.contiguous() for i, sample in enumerate(samples) for name, value in sample.items()}
+    tensors = {  # of their own, since a caller may pass one sample twice, which safetensors refuses to write
+        f"{i}.{name}": value.contiguous().clone() for i, sample in enumerate(samples) for name, value in sample.items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(_with_sorted_metadata(save(tensors, {"format": FORMAT, "version": str(FORMAT_VERSION)})))
 

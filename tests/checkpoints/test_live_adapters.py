@@ -10,7 +10,7 @@ import transformers
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from hf_esm import HfEsmError, calibrate, merge_models
+from hf_esm import HfEsmError, calibrate, compare, merge_models
 from hf_esm.checkpoints import open_checkpoint, resolve_source
 from hf_esm.planning import load_recipe
 from support.helpers import Architecture, perturbed, save, stored_tensors, text_samples
@@ -123,6 +123,12 @@ def test_a_base_that_all_adapters_name_may_be_left_out(base, folder, tmp_path):
     found, expected = (calibrate(experts["a"], samples, base=named, progress=False) for named in (None, base))
     assert all(torch.equal(entry.mean, expected.entries[name].mean) for name, entry in found.entries.items())
     assert found.pooled.keys() == expected.pooled.keys() and found.pooled
+    rows = {task: [{"input_ids": row["input_ids"].tolist()} for row in samples] for task in experts}
+    settings = {"test": rows, "metric": "perplexity", "methods": ["mean"], "progress": False}
+    without, with_base = (
+        compare(named, experts, output_dir=tmp_path / f"report-{bool(named)}", **settings) for named in (None, base)
+    )
+    assert without.experts == with_base.experts
 
 
 def test_a_base_is_asked_for_where_the_adapters_do_not_agree_on_one(base, tmp_path):

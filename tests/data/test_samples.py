@@ -542,3 +542,10 @@ def test_the_same_samples_are_the_same_bytes(tmp_path):
     assert len(files) == 1
     (read,) = load_samples(tmp_path / "0.safetensors")
     assert read.keys() == samples[0].keys() and all(torch.equal(read[name], samples[0][name]) for name in read)
+
+
+def test_a_sample_that_is_passed_twice_is_written_twice(tmp_path):
+    sample = {"input_ids": torch.tensor([3, 4, 5])}
+    save_samples([sample, sample], tmp_path / "samples.safetensors")
+    found = load_samples(tmp_path / "samples.safetensors")
+    assert [row["input_ids"].tolist() for row in found] == [[3, 4, 5]] * 2
