@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,14 +73,13 @@ def fit_discriminant(features: Mapping[str, Tensor], max_directions: int = MAX_D
     fold = torch.cat([(torch.arange(len(rows)) % FOLDS).repeat_interleave(rows.shape[1]) for rows in samples])
     if min(map(len, samples)) < FOLDS:  # too few samples to hold any out
         return fit_at_shrinkage(x, y, 0.6, max_directions)
-    held_out = {}
-    for shrinkage in SHRINKAGES:
-        near, far = torch.zeros(len(x), len(samples), dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64)
-        for k in range(FOLDS):
-            out = fold == k
-            router = fit_at_shrinkage(x[~out], y[~out], shrinkage, max_directions)
-            near[out], far[out] = router.distances(x[out])
-        held_out[shrinkage] = near, far
+    near, far = torch.zeros(len(x), len(samples), dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64)
+    held_out = {shrinkage: (near.clone(), far.clone()) for shrinkage in SHRINKAGES}
+    for k in range(FOLDS):
+        out = fold == k
+        scatter = _decompose(x[~out], y[~out])
+        for shrinkage, (near, far) in held_out.items():
+            near[out], far[out] = _shrink(scatter, shrinkage, max_directions).distances(x[out])
     true_task = torch.arange(len(x)), y
     _, shrinkage, temperature = max(
         (float(torch.log_softmax(near / (-2 * t), dim=-1)[true_task].mean()), s, t)
@@ -100,28 +100,53 @@ def _by_sample(features: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def fit_at_shrinkage(x: Tensor, y: Tensor, shrinkage: float, max_directions: int) -> Discriminant:
-    """Fit a router to features `x [N, D]` of tasks `y [N]`, without cross-validation.
+    """Fit a router to features `x [N, D]` of tasks `y [N]`, without cross-validation."""
+    return _shrink(_decompose(x, y), shrinkage, max_directions)
 
-    The decomposition is that of the `N` samples, since the covariance of `D` features would be far larger.
+
+class _Scatter(NamedTuple):
+    """Features of samples around the means of their tasks.
+
+    Attributes:
+        means: `[T, D]`.
+        variances: along `rows`, the largest first.
+        rows: `[R, D]`, orthonormal: the directions in which samples of one task vary.
     """
+
+    means: Tensor
+    variances: Tensor
+    rows: Tensor
+
+
+def _decompose(x: Tensor, y: Tensor) -> _Scatter:
+    """Decompose the scatter of features `x [N, D]` by eigenvectors of `[N, N]` or `[D, D]`, whichever is smaller."""
     count = int(y.max()) + 1
     means = torch.stack([x[y == t].mean(0) for t in range(count)])
+    centered = x - means[y]
+    few = len(x) < x.shape[1]
+    squares, vectors = torch.linalg.eigh(centered @ centered.T if few else centered.T @ centered)
+    squares, vectors = squares.flip(0), vectors.flip(1)
+    kept = squares > 1e-14 * squares[0].clamp_min(0)
+    squares, vectors = squares[kept], vectors[:, kept]
+    rows = (vectors.T @ centered) / squares.sqrt()[:, None] if few else vectors.T
+    return _Scatter(means, squares / max(len(x) - count, 1), rows)
+
+
+def _shrink(scatter: _Scatter, shrinkage: float, max_directions: int) -> Discriminant:
+    """Fit a router to decomposed features."""
+    means, variances, rows = scatter
     center = means.mean(0)
-    freedom = max(len(x) - count, 1)
-    _, values, rows = torch.linalg.svd(x - means[y], full_matrices=False)
-    variances = (1 - shrinkage) * values.square() / freedom
-    floor = shrinkage * values.square().sum() / freedom / x.shape[1]
-    apart = means - center
+    floor = shrinkage * variances.sum() / means.shape[1]
+    variances, apart = (1 - shrinkage) * variances, means - center
     # Where samples do not vary, the variance is the least with which float32 can separate the tasks.
     floor = torch.maximum(floor, 1e-6 * apart.square().mean()).clamp_min(torch.finfo(torch.float32).tiny)
     # Along Σ⁻¹ of the means, distances order the tasks as they do along all directions. The rest of the directions are
-    # those of the largest variance.
+    # from those of the largest variance.
     along = apart @ rows.T
     solved = (apart - along @ rows) / floor + (along / (variances + floor)) @ rows
     directions = _span(solved / solved.norm(dim=1, keepdim=True).clamp_min(1e-300))
-    rest = rows - (rows @ directions.T) @ directions
-    widest = _span(rest * (values / values[0].clamp_min(1e-300))[:, None])
-    directions = torch.cat([directions, widest[: max(max_directions - len(directions), 0)]])
+    widest = rows[: max(max_directions - len(directions), 0)]
+    directions = torch.cat([directions, _span(widest - (widest @ directions.T) @ directions)])
     covariance = directions @ rows.T
     covariance = (covariance * variances) @ covariance.T
     spread, turn = torch.linalg.eigh(covariance)
