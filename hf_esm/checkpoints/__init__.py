@@ -47,6 +47,7 @@ from .sources import (
     whole_folder,
 )
 from .stored import FolderCheckpoint
+from .vocabulary import GivenRows, InVocabulary, TokenRows, has_token_embeddings, token_embedding, token_rows
 
 
 __all__ = [
@@ -74,17 +75,21 @@ __all__ = [
     "DerivedCheckpoint",
     "EmbeddingCheckpoint",
     "FolderCheckpoint",
+    "GivenRows",
+    "InVocabulary",
     "LiveCheckpoint",
     "ModelSource",
     "ModelSpec",
     "SentenceModules",
     "ShardedWriter",
+    "TokenRows",
     "attach_head",
     "base_of_adapters",
     "common_settings",
     "differing_processors",
     "find_processors",
     "first_processor",
+    "has_token_embeddings",
     "load_processor",
     "load_task_model",
     "model_identity",
@@ -99,6 +104,8 @@ __all__ = [
     "resolve_source",
     "save_head",
     "to_stored",
+    "token_embedding",
+    "token_rows",
     "whole_folder",
     "write_adapter",
     "write_lora_adapter",

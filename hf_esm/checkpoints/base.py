@@ -78,6 +78,11 @@ class Checkpoint:
     quantised: str = ""
 
     @property
+    def stored(self) -> "Checkpoint":
+        """The checkpoint as it is stored, if this one shows it in another vocabulary; else itself."""
+        return self
+
+    @property
     def config(self) -> PretrainedConfig:
         """Settings of the model."""
         return self.skeleton.config
@@ -124,6 +129,10 @@ class Checkpoint:
     def update(self, name: str, base: Tensor) -> Tensor:
         """Return the update of a weight: its difference from the base's weight, float32, on the device of `base`."""
         return self.tensor(name).to(base.device, torch.float32) - base.float()
+
+    def counts_of_rows(self, name: str, counts: Tensor) -> Tensor:
+        """Return token counts `[V]` of an embedding from those of its stored rows; 0 of rows that are not stored."""
+        return counts
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """Read the stored tensors that `extra` names; those of a quantised model are left out."""

@@ -49,6 +49,13 @@ class EmbeddingCheckpoint(Checkpoint):
     def kind(self) -> str:
         return self.body.kind
 
+    @property
+    def stored(self) -> Checkpoint:
+        return self if self.body.stored is self.body else self.body.stored
+
+    def counts_of_rows(self, name: str, counts: Tensor) -> Tensor:
+        return self.body.counts_of_rows(name, counts)
+
     def changes(self, name: str) -> bool:
         """Return whether an adapter changes a weight, by its canonical name. Modules come with all of theirs."""
         return name in self.modules.tensors or self.body.changes(name)

@@ -79,8 +79,9 @@ def options_of(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
         used[name] = pairs(used[name], _flag(name))
     for name in {"overrides"} & used.keys():
         used[name] = [yaml_value(text, _flag(name)) for text in used[name]]
-    if isinstance(used.get("alpha"), str) and used["alpha"].startswith("{"):
-        used["alpha"] = yaml_value(used["alpha"], "--alpha")
+    for name in {"alpha", "tokenizer"} & used.keys():
+        if isinstance(used[name], str) and used[name].startswith("{"):
+            used[name] = yaml_value(used[name], _flag(name))
     if "heads" in used and len(used["heads"]) == 1 and used["heads"][0] in ("auto", "merge", "keep"):
         used["heads"] = used["heads"][0]
     return used

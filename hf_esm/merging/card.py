@@ -70,6 +70,6 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
 
 def _named(model: Checkpoint) -> str:
     """Return the id or folder of a model; for a live model, its class and what it was loaded from."""
-    if not isinstance(model, LiveCheckpoint):
+    if not isinstance(model.stored, LiveCheckpoint):
         return model.source or "a live PeftModel"
     return f"a live {type(model.skeleton).__name__}" + (f", loaded from {model.source}" if model.source else "")

@@ -99,7 +99,7 @@ def gather_statistics(
             _check_samples(plan, task, rows)
         existing = _existing_statistics(plan, sources[task], task, statistics, rows, options, needs)
         if existing is not None:
-            existing.check_fits(calibrated_widths(plan), task, counted_rows(plan))
+            existing.check_fits(calibrated_widths(plan), task, counted_rows(plan, task))
         gathered.statistics[task] = existing
         if rows is None or (existing is not None and not needs.agreement and not needs.samples):
             continue
@@ -284,7 +284,8 @@ def calibrate_experts(
     done = {task for task, path in paths.items() if options.resume_dir and path.is_file()}
     waiting = {task: rows for task, rows in samples.items() if task not in done}
     with_base = bool(saved) or with_features
-    pooled = pool_inputs(plan.base, waiting if with_base else {}, options, accelerator, scratch)
+    read = {task: plan.in_merged_tokens(task, rows) for task, rows in waiting.items()} if with_base else {}
+    pooled = pool_inputs(plan.base, read, options, accelerator, scratch)
     readings: dict[Any, Reading] = {}
     for task, rows in progress(waiting.items()):
         collected = calibrate_checkpoint(plan.experts[task], rows, options, accelerator, scratch, task, readings)

@@ -1,7 +1,7 @@
 """Agreement of merged models with the experts: the experts' answers, and a judge that compares models with them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, isnan
 from pathlib import Path
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..calibration import loaded_model, with_decoder_inputs
 from ..data import Sample, load_samples, save_samples
-from ..metrics import Agreement, ExpertAnswers, agreement_of, collect_answers
-from ..planning import MergeOptions, MergePlan
+from ..metrics import Agreement, ExpertAnswers, agreement_of, collect_answers, in_vocabulary
+from ..planning import MergeOptions, MergePlan, Vocabulary
 from ..utils import together
 from .alpha import CandidateModels
 from .updates import MergedUpdates
@@ -55,12 +55,25 @@ def ask_experts(
         for task in progress([task for task in mine if not paths[task][1].is_file()]):
             with loaded_model(plan.experts[task], accelerator, options.max_memory, folder) as expert:
                 asked = with_decoder_inputs(expert, samples[task], options.batch_size)
+                if plan.vocabulary is not None:
+                    asked = plan.vocabulary.readable(task, asked)
                 answers = collect_answers(
                     expert, asked, batch_size=options.batch_size, title=task, progress=options.progress
                 )
+            if plan.vocabulary is not None:
+                asked = plan.in_merged_tokens(task, asked)
+                answers = replace(_in_merged_tokens(answers, plan.vocabulary, task), samples=asked)
             save_samples(asked, paths[task][0])
             answers.save(paths[task][1])
     return {task: ExpertAnswers.load(path, load_samples(asked)) for task, (asked, path) in paths.items()}
+
+
+def _in_merged_tokens(answers: ExpertAnswers, vocabulary: Vocabulary, task: str) -> ExpertAnswers:
+    """Return answers with the ids of the merged model's tokens."""
+    if answers.kind != "tokens":
+        return answers
+    ids, size = vocabulary.tokens[task].ids, len(vocabulary.given.given)
+    return replace(answers, answers=[in_vocabulary(answer, ids, size) for answer in answers.answers])
 
 
 class Judge:

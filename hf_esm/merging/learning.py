@@ -83,7 +83,8 @@ class _Learner:
         seed: int,
     ):
         self.plan, self.method = plan, plan.method
-        self.samples, self.accelerator, self.batch_size, self.seed = samples, accelerator, batch_size, seed
+        self.samples = {task: plan.in_merged_tokens(task, rows) for task, rows in samples.items()}
+        self.accelerator, self.batch_size, self.seed = accelerator, batch_size, seed
         self.tasks = list(plan.experts)
         self.tasks_here = self.tasks[accelerator.process_index :: accelerator.num_processes]
         candidates = CandidateModels(plan, accelerator.device)

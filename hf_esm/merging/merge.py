@@ -35,6 +35,8 @@ def merge_models(
     refine: Optional[bool | Mapping[str, Any] | RefineSettings] = None,
     weights: Optional[Mapping[str, float]] = None,
     overrides: Optional[Iterable[Mapping[str, Any]]] = None,
+    tokenizer: Optional[str | Mapping[str, Any]] = None,
+    chat_template: Optional[str] = None,
     validation: Optional[Mapping[str, DataSpec]] = None,
     metric: str | os.PathLike | Metric | Callable[..., float] = "accuracy",
     score_fn: Optional[Callable[[Any], float] | Mapping[str, Callable[[Any], float]]] = None,
@@ -95,6 +97,13 @@ def merge_models(
             (`re.search`), `kind` is one of those of `alpha`. `weights`, `method` and `alpha` are set, each by the last
             entry that selects the weight; a list instead of a number is interpolated linearly over the blocks. A
             method merges the embeddings that it is named for by its own rule, and brings its own default α.
+        tokenizer: whose tokens the merged model has: `"base"`, `"union"` (the base's, and those that experts added) or
+            a task, or `{"source": …, "tokens": {"<|im_end|>": {"source": "chat"}}, "pad_to_multiple_of": 64}`, where
+            `tokens` names the model that a token's row is taken from. By default `"union"` where experts add tokens,
+            else `"base"`. Rows of embeddings and output maps are matched by token. A token that the base lacks gets
+            the row of the expert that added it, or the mean of several by their token counts, whatever α is.
+        chat_template: the task, or `"base"`, whose chat template, special tokens and settings of generation the merged
+            model has, where templates differ.
         validation: by task name, labelled rows (column `label`), for `alpha="auto"`.
         metric: what validation rows are scored by; see `hf_esm.metrics.resolve_metric`.
         score_fn: used by `alpha="auto"` instead of `validation`. A function is called with the merged model; functions
@@ -117,7 +126,7 @@ def merge_models(
         max_memory: memory for calibrating and merging: `"16GB"`, or a number of bytes.
         statistics_dir: folder in which the activation statistics are kept for later merges.
         resume_dir: folder for work in progress; after an interruption, the same call continues from there.
-        processor: tokenizer or processor, for models that have none in their folders.
+        processor: tokenizer or processor of all models, for models that have none in their folders.
         token: access token for the Hub.
         allow_pickle: read `.bin` checkpoints, which can run code.
         trust_remote_code: run code that comes with a model.

@@ -13,7 +13,6 @@ from typing import Any, Optional
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
 
 from ..calibration import ActivationStatistics
 from ..checkpoints import (
@@ -32,18 +31,21 @@ from ..data import Sample, save_samples
 from ..errors import HfEsmError
 from ..methods import describe_method
 from ..planning import (
+    BASE,
     RECIPE_VERSION,
     MergeData,
     MergeOptions,
     MergePlan,
     RefineSettings,
     absolute_path,
+    tokenizer_of,
     torch_dtype,
 )
 from ..utils import bytes_of
 from ..version import __version__
 from .card import write_card
 from .expert_statistics import Inputs, statistics_and_samples
+from .generation import merged_generation
 from .result import MergeResult
 
 
@@ -114,9 +116,9 @@ def write_files(
         refining: settings that the model was refined with, if it was.
     """
     folder, plan = result.output_dir, result.plan
-    _write_configs(folder, plan, sources["base"], options)
-    if inputs.processors["base"] is not None:
-        _with_chat_template(inputs.processors).save_pretrained(folder)
+    _write_configs(folder, plan, sources, inputs, options)
+    if inputs.processors[BASE] is not None:
+        inputs.processors[BASE].save_pretrained(folder)
     for task, expert in plan.experts.items():
         save_head(folder, task, expert, plan.heads.by_task[task])
     calibration = record_calibration(folder, plan, inputs, data, options, refining is not None)
@@ -126,21 +128,29 @@ def write_files(
     write_card(folder, result, sources, counts)
 
 
-def _write_configs(folder: Path, plan: MergePlan, source: ModelSource, options: MergeOptions) -> None:
+def _write_configs(
+    folder: Path, plan: MergePlan, sources: Mapping[str, ModelSource], inputs: Inputs, options: MergeOptions
+) -> None:
     """Write the config of the model, and that of its generation."""
     model = plan.base.skeleton
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     if options.dtype:
         config.dtype = torch_dtype(options.dtype)
+    if plan.voice != BASE:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if (token := getattr(tokenizer_of(inputs.processors[BASE]), name, None)) is not None:
+                setattr(config.get_text_config(), name, token)
     config.save_pretrained(folder)
     if model.can_generate():
-        _generation_config(source).save_pretrained(folder)
+        merged_generation(plan, sources, inputs.processors).save_pretrained(folder)
 
 
 # Options that a recipe repeats. The others say where and how to merge, not what the merged model is.
 _RECORDED = (
     "weights",
+    "tokenizer",
+    "chat_template",
     "heads",
     "num_samples",
     "statistics_samples",
@@ -277,25 +287,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     return value if isinstance(value, str) else list(value)
-
-
-def _generation_config(source: ModelSource) -> GenerationConfig:
-    """Return the generation settings of the base."""
-    if source.model is not None:
-        return source.model.generation_config
-    try:
-        return GenerationConfig.from_pretrained(source.folder)
-    except OSError:  # older models keep them in config.json
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(source.folder))
-
-
-def _with_chat_template(processors: Mapping[str, Any]) -> Any:
-    """Return the processor of the merged model, with the first expert's chat template if the base has none."""
-    processor = processors["base"]
-    if hasattr(processor, "chat_template") and processor.chat_template is None:
-        templates = [getattr(existing, "chat_template", None) for existing in processors.values()]
-        template = next(filter(None, templates), None)
-        if template is not None:
-            processor = copy.deepcopy(processor)
-            processor.chat_template = template
-    return processor

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Optional
+from typing import Any, Optional
 
 from accelerate import Accelerator
 
 from ..architecture import is_routable, reads_prompts, writes
 from ..checkpoints import (
     Access,
+    Checkpoint,
     ModelSource,
     ModelSpec,
+    find_processors,
     open_checkpoint,
     resolve_models,
 )
@@ -21,12 +23,17 @@ from ..planning import (
     MergeOptions,
     MergePlan,
     RefineSettings,
+    Vocabulary,
     check_disk,
     check_memory,
+    choose_voice,
     plan_merge,
+    plan_vocabulary,
     refining_bytes,
     resolve_overrides,
     resolve_refine,
+    resolve_tokenizer,
+    tokenizer_of,
     torch_dtype,
 )
 from ..tuners.routed import check_separable
@@ -43,6 +50,8 @@ class PlannedRun(Session):
         named: the method that the caller named, with its settings; None for `"auto"`.
         data: the caller's data.
         sources: the models by task, the base as `"base"`; known after `open_models`.
+        processors: tokenizer or processor of every source; known after `open_models`.
+        tokenizer: tokenizer of the merged model's vocabulary, if there is one; known after `open_models`.
         plan: result of the checks; known after `open_models`.
         automatic: whether the method, or that of the static model, is chosen for the kind of model; known after
             `open_models`.
@@ -51,6 +60,8 @@ class PlannedRun(Session):
     """
 
     sources: dict[str, ModelSource]
+    processors: dict[str, Any]
+    tokenizer: Any
     plan: MergePlan
     automatic: bool
     static_methods: list[MergeMethod]
@@ -142,6 +153,9 @@ class PlannedRun(Session):
         sources = resolve_models(base, experts, access)
         opened = open_checkpoint(sources["base"], headers_only=headers_only)
         checkpoints = {task: open_checkpoint(sources[task], opened, headers_only) for task in experts}
+        vocabulary, voice = self._plan_tokens(sources, opened, checkpoints)
+        if vocabulary is not None:
+            opened, checkpoints = vocabulary.base, dict(vocabulary.experts)
         method = (self.named or default_methods(opened.skeleton)[0]).for_model(reads_prompts(opened.skeleton))
         if method.decides:
             for checkpoint in (opened, *checkpoints.values()):
@@ -159,7 +173,18 @@ class PlannedRun(Session):
         )
         if method.routes and not any(is_routable(n, opened.linear.get(n)) for n in plan.heads.shared):
             raise HfEsmError(f"{opened.title} has no linear maps to route experts on. Merge it by another method.")
+        plan.vocabulary, plan.voice = vocabulary, voice
         return sources, plan
+
+    def _plan_tokens(
+        self, sources: dict[str, ModelSource], base: Checkpoint, experts: Mapping[str, Checkpoint]
+    ) -> tuple[Optional[Vocabulary], str]:
+        """Read the tokenizers, and plan the vocabulary and the chat template of the merged model."""
+        self.processors = find_processors(sources, self.data.processor, self.options.trust_remote_code)
+        settings = resolve_tokenizer(self.options.tokenizer, experts)
+        tokenizers = {name: tokenizer_of(processor) for name, processor in self.processors.items()}
+        vocabulary, self.tokenizer = plan_vocabulary(base, experts, tokenizers, settings)
+        return vocabulary, choose_voice(self.processors, settings.source, self.options.chat_template)
 
     def dry_plan(self) -> MergePlan:
         """Return the plan, with warnings of all that would stop the merge or waste its time."""

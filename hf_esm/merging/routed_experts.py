@@ -56,7 +56,8 @@ def write_experts(
                 features = {task: known.pooled for task, known in statistics.items() if known}
                 # All tasks' features are of one model: a router would learn to tell two models apart.
                 if plan.method.needs_merged_features and samples.keys() >= statistics.keys():
-                    experts.shift = _rename(plan, _shift_features(features, model, samples, accelerator, options))
+                    read = {task: plan.in_merged_tokens(task, rows) for task, rows in samples.items()}
+                    experts.shift = _rename(plan, _shift_features(features, model, read, accelerator, options))
                 experts.features = {task: _rename(plan, rows) for task, rows in features.items()}
             experts.save(folder / ROUTED_FOLDER, model)
 

@@ -11,7 +11,6 @@ from ..calibration import ActivationStatistics, factor_bytes
 from ..checkpoints import (
     REFINED_FOLDER,
     differing_processors,
-    find_processors,
     model_identity,
 )
 from ..data import Sample
@@ -23,6 +22,7 @@ from ..planning import (
     check_disk,
     check_memory,
     check_values,
+    merged_processor,
 )
 from ..utils import Work, bytes_of, gather, main_first, publish_folder, together
 from ..version import __version__
@@ -54,14 +54,15 @@ class MergeRun(PlannedRun):
         """Read the statistics that exist, the samples to calibrate on, and the validation rows."""
         with self.stage("reading samples", joined=False):
             inputs = main_first(self.accelerator, self._read_inputs)
-        self.warn(*differing_processors(inputs.processors, self.plan.experts))
+        if self.plan.vocabulary is None:
+            self.warn(*differing_processors(inputs.processors, self.plan.experts))
         self.warn(*swapped_statistics(inputs.statistics, self.sources))
         return inputs
 
     def _read_inputs(self) -> Inputs:
         plan, options, data = self.plan, self.options, self.data
         check_memory(plan, options.max_memory)
-        processors = find_processors(self.sources, data.processor, options.trust_remote_code)
+        processors = self.processors
         gathered = gather_statistics(plan, self.sources, data, processors, options, self.needs())
         if options.refine:
             _check_refinable(plan, gathered.agreement_samples)
@@ -69,7 +70,9 @@ class MergeRun(PlannedRun):
             to_calibrate = gathered.samples if self.needs().statistics else {}
             factors = sum(factor_bytes(plan.experts[task], rows, shared=True) for task, rows in to_calibrate.items())
             check_disk(plan, self.output, factors, options.statistics_dir, options.resume_dir)
-        labelled = read_validation(plan, data.validation, processors, options) if self.searched else {}
+        processors = {**processors, "base": merged_processor(processors, self.tokenizer, plan.voice)}
+        read_by = dict.fromkeys(processors, processors["base"]) if plan.vocabulary else processors
+        labelled = read_validation(plan, data.validation, read_by, options) if self.searched else {}
         return Inputs(processors, gathered.statistics, gathered.samples, gathered.agreement_samples, labelled)
 
     def find_work(self, inputs: Inputs) -> None:
@@ -95,6 +98,7 @@ class MergeRun(PlannedRun):
             "the method or its settings": describe_method(self.named) if self.named else "auto",
             "`refine`": self.refining and asdict(self.refining),
             "`weights`": self.options.weights,
+            "`tokenizer`": self.options.tokenizer,
             "`overrides`": [override.describe() for override in self.plan.overrides],
             "`heads`": self.options.heads,
             "`batch_size`": self.options.batch_size,
@@ -126,6 +130,9 @@ class MergeRun(PlannedRun):
         inputs = replace(inputs, statistics={**inputs.statistics, **collected})
         if needs.statistics:
             self.warn(*missing_statistics(plan, inputs.statistics))
+        if plan.vocabulary is not None:
+            name, known = plan.vocabulary.embedding, inputs.statistics
+            plan.vocabulary.weigh({t: s.token_counts.get(name) for t, s in known.items() if s is not None})
         return inputs
 
     def ask_experts(self, inputs: Inputs) -> Inputs:

@@ -278,11 +278,13 @@ class UnitMerger:
 
     def _counts(self, name: str, device: Optional[torch.device]) -> list[Tensor]:
         """Return how often each expert's samples read each row of an embedding; empty unless all are known."""
-        known = [
-            statistics.token_counts.get(name) if statistics is not None else None
-            for statistics in self.statistics.values()
-        ]
-        return [] if any(counts is None for counts in known) else [counts.to(device) for counts in known]
+        counted = []
+        for expert, statistics in zip(self.plan.experts.values(), self.statistics.values(), strict=True):
+            counts = statistics.token_counts.get(name) if statistics is not None else None
+            if counts is None:
+                return []
+            counted.append(expert.counts_of_rows(name, counts).to(device))
+        return counted
 
     def _report(self, name: str, merged: list[Merged], matrices: Mapping[str, list[Tensor]]) -> WeightReport:
         """Return the report of a unit that begins with a weight, still without a name."""

@@ -5,7 +5,7 @@ was computed from, agreement with the expert, and pictures.
 """
 
 from .agreement import ROUNDING, Agreement, ExpertAnswers, agreement_of, collect_answers, divergence
-from .answers import batches_of
+from .answers import batches_of, in_vocabulary
 from .labels import LabelledSamples
 from .metric import ACCURACY, Metric, MetricSpec, load_labelled, resolve_metric
 from .plots import COLOURS, plot_alpha_curves, plot_energy, plot_matrix, plot_task_scores, require_matplotlib
@@ -28,6 +28,7 @@ __all__ = [
     "batches_of",
     "collect_answers",
     "divergence",
+    "in_vocabulary",
     "load_labelled",
     "normalised",
     "plot_alpha_curves",

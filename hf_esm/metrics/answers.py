@@ -98,6 +98,34 @@ def lumped_log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
     return chosen.log_softmax(1)
 
 
+def in_vocabulary(answer: Answer, ids: Tensor, size: int) -> Answer:
+    """Return the answer of a model that writes with the ids of another vocabulary.
+
+    Args:
+        answer: see `ExpertAnswers`.
+        ids: `[V]` int64, the id there of each token; -1 for tokens that are not there and count among the others.
+        size: number of ids there.
+    """
+    log_probabilities, own = answer["log_probabilities"], answer["ids"].long()
+    none = no_probability(log_probabilities)
+    if log_probabilities.shape[1] == own.shape[1]:  # all tokens were listed
+        log_probabilities = F.pad(log_probabilities, (0, 1), value=none)
+    listed, others, new = log_probabilities[:, :-1], log_probabilities[:, -1:], ids[own]
+    left_out = listed.masked_fill(new >= 0, none).logsumexp(1, keepdim=True)
+    others = torch.logaddexp(others, left_out).clamp_min(none)
+    listed = listed.masked_fill(new < 0, none)
+    if own.shape[1] >= size:  # all ids are listed
+        every = listed.new_full((len(new), size + 1), none).scatter(1, new.where(new >= 0, size), listed)
+        listed, new = every[:, :size].log_softmax(1).sort(dim=1, descending=True)
+        return {**answer, "ids": new.int(), "log_probabilities": listed}
+    for row in (new < 0).any(1).nonzero()[:, 0].tolist():  # an id without probability stands for one left out
+        free = torch.ones(size, dtype=torch.bool).index_fill(0, new[row][new[row] >= 0], False).nonzero()[:, 0]
+        places = (new[row] < 0).nonzero()[:, 0]
+        new[row, places] = free[: len(places)]
+    listed, order = listed.sort(dim=1, descending=True, stable=True)
+    return {**answer, "ids": new.gather(1, order).int(), "log_probabilities": torch.cat([listed, others], 1)}
+
+
 class Tokens:
     """Next tokens of models that write, masked tokens of those that fill in."""
 

@@ -4,6 +4,7 @@ Comes in: the caller's arguments, or a recipe. Goes out: a checked `MergePlan`, 
 """
 
 from .arguments import MergeData, check_arguments, check_replaceable, name_experts, task_weights
+from .chat import choose_voice, merged_processor, tokenizer_of
 from .checks import check_disk, check_memory, check_values
 from .options import MergeOptions, torch_dtype
 from .overrides import Override, Rule, resolve_overrides
@@ -11,9 +12,11 @@ from .plan import MergePlan, calibrated_widths, counted_rows, plan_merge
 from .recipe import RECIPE_VERSION, absolute_path, load_recipe
 from .refinement import RefineSettings, refining_bytes, resolve_refine
 from .resources import merge_bytes
+from .vocabulary import BASE, Vocabulary, plan_vocabulary, resolve_tokenizer
 
 
 __all__ = [
+    "BASE",
     "RECIPE_VERSION",
     "MergeData",
     "MergeOptions",
@@ -21,6 +24,7 @@ __all__ = [
     "Override",
     "RefineSettings",
     "Rule",
+    "Vocabulary",
     "absolute_path",
     "calibrated_widths",
     "check_arguments",
@@ -28,14 +32,19 @@ __all__ = [
     "check_memory",
     "check_replaceable",
     "check_values",
+    "choose_voice",
     "counted_rows",
     "load_recipe",
     "merge_bytes",
+    "merged_processor",
     "name_experts",
     "plan_merge",
+    "plan_vocabulary",
     "refining_bytes",
     "resolve_overrides",
     "resolve_refine",
+    "resolve_tokenizer",
     "task_weights",
+    "tokenizer_of",
     "torch_dtype",
 ]

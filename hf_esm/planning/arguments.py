@@ -137,6 +137,8 @@ def check_arguments(
     for name in ("calibration", "validation", "score_fn"):
         if isinstance(by_task := getattr(data, name), Mapping):
             check_known(by_task, experts, "expert", f"`{name}`")
+    if options.tokenizer is not None and data.processor is not None:
+        raise HfEsmError("`tokenizer` and `processor` both say what the merged model reads. Leave one out.")
     if options.searches_alpha:
         _check_search(options, method, experts, data)
     for name in ("output_dir", "statistics_dir", "resume_dir"):

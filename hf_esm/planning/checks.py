@@ -83,7 +83,7 @@ def check_values(plan: MergePlan, progress: Callable[[Iterable], Iterable] = ite
         for task, expert in plan.experts.items():
             if not expert.changes(name):
                 continue
-            if isinstance(expert, DerivedCheckpoint):
+            if isinstance(expert.stored, DerivedCheckpoint):
                 update = expert.update(name, weight)
                 _check_finite(update, expert, name)
                 if update.any():

@@ -188,7 +188,7 @@ def _labels_agree(base: Checkpoint, experts: Iterable[Checkpoint]) -> bool:
     """
     checkpoints = [base, *experts]
     adapted = any(
-        isinstance(c, AdapterCheckpoint) and any(c.changes(name) for name in c.names if not _in_body(c, name))
+        isinstance(c.stored, AdapterCheckpoint) and any(c.changes(name) for name in c.names if not _in_body(c, name))
         for c in checkpoints
     )
     maps = {tuple(sorted((c.config.id2label or {}).items())) for c in checkpoints}

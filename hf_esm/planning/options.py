@@ -39,6 +39,12 @@ class MergeOptions(RunOptions):
             `[{"match": "self_attn", "method": "mean", "alpha": 0.6}]`. `match` is searched in the weight's name
             (`re.search`), `kind` is one of those of `alpha`. `weights`, `method` and `alpha` are set, each by the last
             entry that selects the weight; a list instead of a number is interpolated linearly over the blocks.
+        tokenizer: whose tokens the merged model has: `"base"`, `"union"` (the base's, and those that experts added) or
+            a task, or `{"source": …, "tokens": {"<|im_end|>": {"source": "chat"}}, "pad_to_multiple_of": 64}`, where
+            `tokens` names the model that a token's row is taken from; by default `"union"` where experts add tokens,
+            else `"base"`. Rows of embeddings and output maps are matched by token.
+        chat_template: the task, or `"base"`, whose chat template, special tokens and settings of generation the merged
+            model has, where templates differ.
         metric: what validation rows are scored by: a name, a function, or a `Metric`; see `metrics.resolve_metric`.
         rank: rank of each expert of `method="esm++"` and `"tsv-c"`, per linear map; by default that of the method.
         heads: which weights each task keeps for itself: `"auto"`, `"merge"`, `"keep"`, or names of modules; see
@@ -88,6 +94,13 @@ class MergeOptions(RunOptions):
     overrides: Optional[Iterable[Mapping[str, Any]]] = field(
         default=None,
         metadata={"help": "other settings for some weights, as '{match: self_attn, method: mean, alpha: 0.6}'"},
+    )
+    tokenizer: Optional[str | Mapping[str, Any]] = field(
+        default=None,
+        metadata={"help": "whose tokens the merged model has: base, union, a task, or '{source: …, tokens: …}'"},
+    )
+    chat_template: Optional[str] = field(
+        default=None, metadata={"help": "task, or base, whose chat template the merged model has"}
     )
     metric: str | os.PathLike | Metric | Callable[..., float] = field(
         default="accuracy",

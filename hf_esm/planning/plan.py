@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from ..architecture import KINDS, matrix_names, width_of
 from ..checkpoints import AdapterCheckpoint, Checkpoint, ModelSource
+from ..data import Sample
 from ..errors import HfEsmError
 from ..methods import MergeMethod
 from ..utils import check_known, readable
@@ -21,6 +22,7 @@ from .heads import HeadPlan, plan_heads
 from .modules import with_common_modules
 from .overrides import Override, Rule, kinds_of, select_overrides
 from .resources import estimate_seconds, merge_bytes, readable_duration
+from .vocabulary import BASE, Vocabulary
 
 
 @dataclass(repr=False)
@@ -47,6 +49,8 @@ class MergePlan:
             adapters.
         refining_bytes: memory for refining, besides activations; 0 without.
         chosen_from: names of the methods that one is chosen from; empty if the method is fixed.
+        vocabulary: the vocabulary of the merged model, if that is not simply the base's.
+        voice: the model whose chat template, special tokens and settings of generation the merged model has.
         passes: passes over samples for agreement and refining, in words.
         weight_kinds: by canonical name, what each merged weight is (see `architecture.KINDS`); empty for none of them.
         overrides: other settings for some weights, as the caller gave them.
@@ -70,6 +74,8 @@ class MergePlan:
     unchanged: frozenset[str] = frozenset()
     refining_bytes: int = 0
     chosen_from: tuple[str, ...] = ()
+    vocabulary: Optional[Vocabulary] = None
+    voice: str = BASE
     passes: list[str] = field(default_factory=list)
     weight_kinds: dict[str, str] = field(default_factory=dict)
     overrides: Sequence[Override] = ()
@@ -83,6 +89,10 @@ class MergePlan:
         named = dict(zip(self.experts, self.weights, strict=True)) | dict(override.weights or {})
         named_method = override.method is not None
         return Rule(override.method or self.method, tuple(named.values()), override.alpha, named_method)
+
+    def in_merged_tokens(self, task: str, samples: list[Sample]) -> list[Sample]:
+        """Return an expert's encoded samples as the merged model and the base read them."""
+        return samples if self.vocabulary is None else self.vocabulary.translate(task, samples)
 
     @property
     def methods(self) -> list[MergeMethod]:
@@ -114,6 +124,10 @@ class MergePlan:
             f"  memory     {self._memory()}",
             f"  time       about {readable_duration(self.seconds)} to merge, besides reading and calibrating",
         ]
+        if self.vocabulary is not None:
+            lines.append(f"  tokens     {self.vocabulary}")
+        if self.voice != BASE:
+            lines.append(f"  chat       template, special tokens and settings of generation of '{self.voice}'")
         lines += [f"  override   {override}" for override in self.overrides]
         lines += [f"  samples    {line}" for line in self.passes]
         return "\n".join(lines + [f"  warning    {warning}" for warning in self.warnings])
@@ -231,7 +245,7 @@ def _warnings_of(expert: Checkpoint, base: Checkpoint, heads: HeadPlan) -> list[
     if differing := differing_settings(base, expert):
         warnings.append(f"{expert.title}: its config differs from the base's in {', '.join(differing)}.")
     tied = set(heads.kept_from_base) & set(getattr(expert.skeleton, "all_tied_weights_keys", None) or ())
-    if tied and not isinstance(expert, AdapterCheckpoint):
+    if tied and not isinstance(expert.stored, AdapterCheckpoint):
         warnings.append(
             f"{expert.title}: {first_names(sorted(tied))} is tied to its embeddings, but the base stores a weight of "
             "its own, which is not merged. To merge it, untie the expert's weight or tie the base's."
@@ -245,8 +259,8 @@ def _warnings_of(expert: Checkpoint, base: Checkpoint, heads: HeadPlan) -> list[
         warnings.append(
             f"{expert.title}: its files hold weights that its model has no place for: {first_names(expert.extra)}."
         )
-    if isinstance(expert, AdapterCheckpoint):
-        trained_on = expert.peft_config.base_model_name_or_path
+    if isinstance(expert.stored, AdapterCheckpoint):
+        trained_on = expert.stored.peft_config.base_model_name_or_path
         if trained_on and base.source and Path(trained_on).name != Path(base.source).name:
             warnings.append(f"{expert.title}: trained on {trained_on}, merged over {base.source}.")
     return warnings
@@ -272,7 +286,7 @@ def _sizes(
         math.prod(base.shape(n)) * (dtype if dtype and base.dtype(n).is_floating_point else base.dtype(n)).itemsize
         for n in base.names
     )
-    loaded = [base if isinstance(expert, AdapterCheckpoint) else expert for expert in experts.values()]
+    loaded = [base if isinstance(expert.stored, AdapterCheckpoint) else expert for expert in experts.values()]
     return {
         "output_bytes": output,
         "scratch_bytes": 4 * changing,
@@ -319,6 +333,7 @@ def calibrated_widths(plan: MergePlan) -> dict[str, int]:
     }
 
 
-def counted_rows(plan: MergePlan) -> dict[str, int]:
-    """Return the number of rows of every embedding that is merged, by name."""
-    return {name: plan.base.shape(name)[0] for name in plan.base.embeddings if name in plan.heads.shared}
+def counted_rows(plan: MergePlan, task: str) -> dict[str, int]:
+    """Return the number of an expert's own rows of every embedding that is merged, by name."""
+    stored = plan.experts[task].stored
+    return {name: stored.shape(name)[0] for name in plan.base.embeddings if name in plan.heads.shared}

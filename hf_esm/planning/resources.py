@@ -26,7 +26,7 @@ def merge_bytes(elements: int, tasks: int) -> int:
 def estimate_seconds(base: Checkpoint, shared: list[str], experts: list[Checkpoint]) -> float:
     """Return the seconds that the eigenproblems of all shared matrices take on this machine."""
     total, tasks = 0.0, len(experts)
-    share = sum(_ADAPTER if isinstance(expert, AdapterCheckpoint) else 1.0 for expert in experts) / tasks
+    share = sum(_ADAPTER if isinstance(expert.stored, AdapterCheckpoint) else 1.0 for expert in experts) / tasks
     for name in shared:
         shape = base.shape(name)
         if len(shape) >= 2 and (name in base.linear or len(shape) == 2):

@@ -3,7 +3,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from inspect import signature
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,9 @@ from hf_esm.calibration.statistics import ActivationStatistics
 from hf_esm.checkpoints.base import Checkpoint
 from hf_esm.merging.updates import MergedUpdates, WeightReport
 from hf_esm.merging.weights import Worker, merge_weights, scale_layers
+from hf_esm.planning import MergePlan
 from hf_esm.planning.checks import check_values
+from hf_esm.planning.heads import HeadPlan
 from support import reference
 from support.problems import random_problem, relative_error, seeds, streamed
 
@@ -153,11 +154,10 @@ def small_models(seed, dtype):
 
 
 def planned(base, experts, method=None):
-    heads = SimpleNamespace(shared=list(base.tensors), by_task={})
+    heads = HeadPlan(shared=list(base.tensors), by_task={}, kept_from_base=[])
+    sizes = dict.fromkeys(("output_bytes", "scratch_bytes", "memory_bytes", "calibration_bytes", "learning_bytes"), 0)
     weights = (1.0,) * len(experts)
-    return SimpleNamespace(
-        base=base, experts=experts, method=method, weights=weights, heads=heads, unchanged=frozenset()
-    )
+    return MergePlan(base, experts, method, weights, heads, kinds={}, licences={}, seconds=0.0, **sizes)
 
 
 def merged_weights(folder, method, base, experts, inputs, alpha, world_size):

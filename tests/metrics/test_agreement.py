@@ -13,10 +13,11 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from hf_esm import HfEsmError
 from hf_esm.errors import DamagedFileError
-from hf_esm.metrics import Agreement, ExpertAnswers, agreement_of, collect_answers, divergence
+from hf_esm.metrics import Agreement, ExpertAnswers, agreement_of, collect_answers, divergence, in_vocabulary
+from hf_esm.metrics.answers import lumped_log_probabilities
 from support.architectures import ARCHITECTURES
 from support.helpers import VOCABULARY, perturbed, text_samples
-from support.problems import SEEDS
+from support.problems import SEEDS, seeds
 from support.tiny import BERT
 
 
@@ -447,3 +448,32 @@ def test_a_peft_model_is_read_as_the_model_inside():
     divergence(adapted, answers, [0, 1]).backward()
     gradients = [p.grad for name, p in adapted.named_parameters() if "lora_B" in name]
     assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+@seeds
+@pytest.mark.parametrize(("listed", "size"), [(4, 12), (9, 12), (9, 9), (9, 7), (4, 7)])
+def test_answers_in_another_vocabulary_are_the_same_distribution(seed, listed, size):
+    """Against the full distribution in float64: tokens that are not there count among the others."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(5, 9, generator=generator)
+    full = logits.double().softmax(1)
+    ids = torch.full((9,), -1)
+    there = torch.randperm(9, generator=generator)[: min(size, 7)]
+    ids[there] = torch.randperm(size, generator=generator)[: len(there)]
+    best = logits.topk(listed).indices
+    answer = {"ids": best.int(), "log_probabilities": lumped_log_probabilities(logits, best)}
+    found = in_vocabulary(answer, ids, size)
+    new, probabilities = found["ids"].long(), found["log_probabilities"].double().exp()
+    assert all(len(set(row.tolist())) == new.shape[1] for row in new) and new.min() >= 0 and new.max() < size
+    expected = torch.zeros(5, size, dtype=torch.float64)
+    for row in range(5):
+        for token in best[row].tolist():
+            if ids[token] >= 0:
+                expected[row, ids[token]] = full[row, token]
+    if listed >= size:
+        expected /= expected.sum(1, keepdim=True)
+        assert probabilities.shape[1] == size
+    else:
+        assert torch.allclose(probabilities[:, -1], 1 - expected.sum(1), atol=1e-6)
+    assert torch.allclose(probabilities[:, : new.shape[1]], expected.gather(1, new), atol=1e-6)
+    assert (probabilities[:, : new.shape[1]].diff(dim=1) <= 1e-9).all()  # the best first

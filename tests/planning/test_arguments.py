@@ -84,10 +84,12 @@ def instead(build: Callable[[], Any]) -> Callable:
     return damage
 
 
-def resized() -> Any:
-    model = BERT.build()
-    model.resize_token_embeddings(64)
-    return model
+def resized_both(models):
+    """Nothing tells which tokens the new rows are of."""
+    for task in ("left", "right"):
+        model = BERT.build()
+        model.resize_token_embeddings(64)
+        model.save_pretrained(models.folder / task)
 
 
 def cut(name: str, length: int) -> Callable:
@@ -209,7 +211,7 @@ REFUSED = {
         [RIGHT, "encoder.layer.1.", "fine-tune of this base"],
     ),
     "shallower": (shallower, [RIGHT, "encoder.layer.1.", "fine-tune of this base"]),
-    "vocabulary-resized": (instead(resized), [RIGHT, "word_embeddings", "64 rows", "resize_token_embeddings"]),
+    "rows-added-twice": (resized_both, ["'left', 'right'", "60 embeddings", "Save each expert's tokenizer"]),
     "weights-missing": (tensors("right", without(WEIGHT)), [RIGHT, BODY_WEIGHT, "save_pretrained"]),
     "head-missing": (tensors("right", without("classifier.weight")), [RIGHT, "classifier.weight", "save_pretrained"]),
     "weights-missing-in-base": (tensors("base", without(BODY_WEIGHT)), ["base (", BODY_WEIGHT, "save_pretrained"]),

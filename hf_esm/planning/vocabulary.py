@@ -1,0 +1,309 @@
+"""The vocabulary of a merge: whose tokens the merged model has, and which rows of each model they are."""
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from ..checkpoints import (
+    AdapterCheckpoint,
+    Checkpoint,
+    EmbeddingCheckpoint,
+    GivenRows,
+    InVocabulary,
+    TokenRows,
+    has_token_embeddings,
+    token_embedding,
+    token_rows,
+)
+from ..data import Sample
+from ..errors import HfEsmError
+from ..utils import check_fields, check_known
+
+
+BASE, UNION = "base", "union"
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """The vocabulary of the merged model.
+
+    Attributes:
+        source: `"base"`, `"union"` of the base's tokens and those that experts added, or a task, whose expert's tokens
+            the merged model has; by default `"union"` where experts add tokens, else `"base"`.
+        tokens: models that the rows of some tokens are taken from as they are, as `{"<|im_end|>": {"source": …}}`.
+        pad_to_multiple_of: the number of rows is made a multiple of this by rows of no token.
+    """
+
+    source: Optional[str] = None
+    tokens: Mapping[str, Any] = field(default_factory=dict)
+    pad_to_multiple_of: Optional[int] = field(default=None, metadata={"least": 1})
+
+    def __post_init__(self) -> None:
+        check_fields(self, "`tokenizer`")
+
+
+def resolve_tokenizer(tokenizer: Any, tasks: Any) -> TokenizerSettings:
+    """Return the settings that `tokenizer` says: a source, or a mapping of settings.
+
+    Raises:
+        HfEsmError: on an unknown setting, source or task.
+    """
+    if isinstance(tokenizer, str):
+        tokenizer = {"source": tokenizer}
+    if not isinstance(tokenizer, Mapping) and tokenizer is not None:
+        raise HfEsmError(f"`tokenizer` must be 'base', 'union', a task or a mapping of settings, not {tokenizer!r}.")
+    check_known(tokenizer or {}, [setting.name for setting in fields(TokenizerSettings)], "setting", "`tokenizer`")
+    settings = TokenizerSettings(**(tokenizer or {}))
+    if settings.source is not None:
+        check_known([settings.source], [BASE, UNION, *tasks], "source", "`tokenizer`")
+    sources = {}
+    for token, source in settings.tokens.items():
+        sources[token] = source.get("source") if isinstance(source, Mapping) else source
+        check_known([sources[token]], [BASE, *tasks], "model", f"`tokenizer`: source of {token!r}")
+    return TokenizerSettings(settings.source, sources, settings.pad_to_multiple_of)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The vocabulary of the merged model, where it is not simply that of all models.
+
+    Attributes:
+        base: the base in this vocabulary.
+        experts: the experts in it, by task.
+        tokens: where its rows are in each model, by task, and in the base as `"base"`.
+        added: tokens that the base lacks.
+        given: the rows that are taken from models as they are.
+    """
+
+    base: Checkpoint
+    experts: dict[str, Checkpoint]
+    tokens: dict[str, TokenRows]
+    added: list[str]
+    given: GivenRows
+
+    def __str__(self) -> str:
+        rows = len(self.given.given)
+        added = ", ".join(map(repr, self.added[:3])) + (
+            f" and {len(self.added) - 3} more" if len(self.added) > 3 else ""
+        )
+        return f"{rows} rows, matched by token" + (f"; added {added}" if self.added else "")
+
+    @property
+    def embedding(self) -> str:
+        """Canonical name of the token embedding."""
+        return token_embedding(self.base)
+
+    def readable(self, task: str, samples: list[Sample]) -> list[Sample]:
+        """Return the encoded samples of an expert whose tokens the merged model has, all of them.
+
+        Raises:
+            HfEsmError: if there is none.
+        """
+        ids = self.tokens[task].ids
+        read = [s for s in samples if all((ids[s[name].long()] >= 0).all() for name in _IDS if name in s)]
+        if samples and not read:
+            raise HfEsmError(
+                f"{self.experts[task].title}: every sample holds a token that the merged model does not have. Merge "
+                "with all tokens: `tokenizer='union'`."
+            )
+        return read
+
+    def translate(self, task: str, samples: list[Sample]) -> list[Sample]:
+        """Return encoded samples of an expert in the tokens of the merged model, without those that it cannot read."""
+        ids = self.tokens[task].ids
+        return [
+            {name: _translated(name, value, ids) for name, value in sample.items()}
+            for sample in self.readable(task, samples)
+        ]
+
+    def weigh(self, counts: Mapping[str, Optional[Tensor]]) -> None:
+        """Take the mean of rows that several models give by token counts, where all of these are known.
+
+        Args:
+            counts: by task, how often the samples read each row of the expert's own token embedding.
+        """
+        known = [counts.get(task) for task in self._givers()]
+        if any(count is None for count in known):
+            return
+        givers = self.given.givers
+        self.given.share([count[rows.clamp_min(0)].double() for (_, rows), count in zip(givers, known, strict=True)])
+
+    def _givers(self) -> list[str]:
+        names = {id(expert.stored): task for task, expert in self.experts.items()} | {id(self.base.stored): BASE}
+        return [names[id(giver.stored)] for giver, _ in self.given.givers]
+
+
+_IDS = ("input_ids", "decoder_input_ids")  # -100 among labels is no token
+
+
+def _translated(name: str, value: Tensor, ids: Tensor) -> Tensor:
+    if name in _IDS:
+        return ids[value.long()].to(value.dtype)
+    if name == "labels" and value.dim() == 1 and not value.is_floating_point():
+        return torch.where(value >= 0, ids[value.long().clamp_min(0)].to(value.dtype), value)
+    return value
+
+
+def plan_vocabulary(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    tokenizers: Mapping[str, Any],
+    settings: TokenizerSettings,
+) -> tuple[Optional[Vocabulary], Any]:
+    """Return the vocabulary of the merged model, or None if all models have one and the same, and its tokenizer.
+
+    Rows are matched by token. Models without a tokenizer are taken to have the tokens of the base in its order.
+
+    Args:
+        tokenizers: by task, and of the base as `"base"`; None for a model without one.
+
+    Raises:
+        HfEsmError: if added tokens cannot be told apart, or a setting names a token that is not there.
+    """
+    models = {BASE: base, **experts}
+    if not all(has_token_embeddings(model.skeleton) for model in models.values()):
+        return None, tokenizers[BASE]
+    rows = {name: token_rows(model.skeleton) for name, model in models.items()}
+    own = _own_tokens(rows, tokenizers)
+    source, tokenizer = _merged_tokenizer(own, tokenizers, settings, models)
+    ids = own[BASE] if tokenizer is None else tokenizer.get_vocab()
+    if tokenizer is None and source != BASE:
+        ids = {token: row for of in own.values() for token, row in of.items()}
+    least = rows[BASE if source == UNION else source]
+    size = max([least, *(row + 1 for row in ids.values())] if source == UNION else [least])
+    size = -(-size // (settings.pad_to_multiple_of or 1)) * (settings.pad_to_multiple_of or 1)
+    ids = {token: row for token, row in ids.items() if row < size}
+    places = {name: _token_rows(ids, own[name], size, rows[name]) for name in models}
+    given = _given_rows(models, places, ids, settings)
+    same = all(size == rows[n] and torch.equal(places[n].rows, torch.arange(size)) for n in models)
+    if same and not given.given.any():
+        return None, tokenizer
+    merged_base = InVocabulary(base if base.modules is None else base.body, places[BASE], given)
+    views = {}
+    for name, model in models.items():
+        body = model if model.modules is None else model.body
+        view = merged_base if name == BASE else InVocabulary(body, places[name], given, merged_base)
+        views[name] = view if model.modules is None else EmbeddingCheckpoint(view, model.modules)
+    added = [str(token) for token, row in ids.items() if places[BASE].rows[row] < 0]
+    return Vocabulary(views.pop(BASE), views, places, added, given), tokenizer
+
+
+def _rows_of_one_adapter(models: Mapping[str, Checkpoint], places: Mapping[str, TokenRows]) -> list[tuple[str, int]]:
+    """Return the task and the merged row of every token that one adapter trains by itself, and nobody else."""
+    name, trained = token_embedding(models[BASE]), {}
+    for task, model in models.items():
+        alone = model.token_rows(name) if isinstance(model, AdapterCheckpoint) and name in model.names else None
+        if alone is not None:
+            trained[task] = {int(places[task].ids[row]) for row in alone[0]} - {-1}
+        elif task != BASE and name in model.names and model.changes(name):
+            return []
+    counted = Counter(row for rows in trained.values() for row in rows)
+    return [(task, row) for task, rows in trained.items() for row in rows if counted[row] == 1]
+
+
+Tokens = dict[Any, int]
+
+
+def _own_tokens(rows: Mapping[str, int], tokenizers: Mapping[str, Any]) -> dict[str, Tokens]:
+    """Return the row of every token of every model; without a tokenizer, the index of a row stands for its token."""
+    known = {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer is not None}
+    if not known:
+        longer = [name for name in rows if rows[name] > rows[BASE]]
+        if len(longer) > 1:
+            raise HfEsmError(
+                f"The experts {', '.join(map(repr, longer))} add rows to the base's {rows[BASE]} embeddings, and "
+                "without tokenizers nothing tells which tokens they are. Save each expert's tokenizer in its folder."
+            )
+        return {name: {row: row for row in range(count)} for name, count in rows.items()}
+    first = known.get(BASE) or next(iter(known.values()))
+    vocabularies = {id(tokenizer): tokenizer.get_vocab() for tokenizer in {id(t): t for t in known.values()}.values()}
+    return {
+        name: {token: row for token, row in vocabularies[id(known.get(name, first))].items() if row < rows[name]}
+        for name in rows
+    }
+
+
+def _merged_tokenizer(
+    own: Mapping[str, Tokens],
+    tokenizers: Mapping[str, Any],
+    settings: TokenizerSettings,
+    models: Mapping[str, Checkpoint],
+) -> tuple[str, Any]:
+    """Return the source of the merged vocabulary, and its tokenizer, if there is one."""
+    first = tokenizers[BASE] or next((t for t in tokenizers.values() if t is not None), None)
+    lacking = {task: [t for t in tokens if t not in own[BASE]] for task, tokens in own.items()}
+    source = settings.source or (UNION if any(lacking.values()) else BASE)
+    if first is None or source == BASE:
+        return source, first
+    if source != UNION:
+        return source, tokenizers[source] or first
+    union = copy.deepcopy(first)
+    for task, tokens in lacking.items():
+        if not tokens:
+            continue
+        added = (
+            {str(token): token for token in tokenizers[task].added_tokens_decoder.values()} if tokenizers[task] else {}
+        )
+        strange = [token for token in tokens if token not in added]
+        if strange and settings.source == UNION:
+            raise HfEsmError(
+                f"{models[task].title}: its tokenizer has {len(strange)} tokens such as {strange[0]!r} that the "
+                "base's has not and that were not added to it: it is another tokenizer. Choose one: "
+                f"`tokenizer='base'` or `tokenizer={task!r}`."
+            )
+        if strange:  # two tokenizers have no union
+            return BASE, first
+        for token in sorted(tokens, key=own[task].get):
+            union.add_tokens([added[token]], special_tokens=added[token].special)
+    return source, union
+
+
+def _token_rows(ids: Tokens, own: Tokens, size: int, own_size: int) -> TokenRows:
+    """Return where the rows of a vocabulary are in one model. Rows of no token are matched by their index."""
+    rows, back = torch.full((size,), -1), torch.full((own_size,), -1)
+    shared = [(row, own[token]) for token, row in ids.items() if token in own]
+    if shared:
+        merged, stored = map(torch.tensor, zip(*shared, strict=True))
+        rows[merged] = stored
+        back[stored] = merged
+    count = min(size, own_size)
+    unused = torch.ones(count, dtype=torch.bool)
+    for taken in (ids, own):
+        places = torch.tensor([row for row in taken.values() if row < count], dtype=torch.long)
+        unused[places] = False
+    padding = unused.nonzero()[:, 0]
+    rows[padding], back[padding] = padding, padding
+    return TokenRows(rows, back)
+
+
+def _given_rows(
+    models: Mapping[str, Checkpoint], places: Mapping[str, TokenRows], ids: Tokens, settings: TokenizerSettings
+) -> GivenRows:
+    """Return the rows that are not merged: of tokens that the base lacks, and of those that `settings` name."""
+    size = len(places[BASE].rows)
+    takes = {name: torch.full((size,), -1) for name in models}
+    lacking = places[BASE].rows < 0
+    for task in models:
+        rows = places[task].rows
+        takes[task][lacking] = rows[lacking]
+    for task, row in _rows_of_one_adapter(models, places):
+        takes[task][row] = places[task].rows[row]
+    for token, name in settings.tokens.items():
+        row = ids.get(token)
+        if row is None or places[name].rows[row] < 0:
+            where = "the merged vocabulary" if row is None else models[name].title
+            raise HfEsmError(f"`tokenizer`: there is no token {token!r} in {where}. Leave it out of `tokens`.")
+        for other in models:
+            takes[other][row] = places[name].rows[row] if other == name else -1
+    givers = [(models[name], rows) for name, rows in takes.items() if (rows >= 0).any()]
+    given = torch.zeros(size, dtype=torch.bool)
+    for _, rows in givers:
+        given |= rows >= 0
+    found = GivenRows(given, givers)
+    found.share()
+    return found

@@ -1,0 +1,286 @@
+"""Experts whose vocabularies differ: rows of embeddings and output maps are matched by token, not by index."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from hf_esm import HfEsmError, RoutedModel, calibrate, load_recipe, merge_models
+from hf_esm.checkpoints.layout import RECIPE_FILE
+from hf_esm.methods.embeddings import PRIOR
+from support.helpers import perturbed, stored_tensors
+from support.problems import relative_error
+from support.tiny import LLAMA, SENTENCES, save_tokenizer
+
+
+TEMPLATE = "{% for m in messages %}<|start|> {{ m.content }} <|end|> {% endfor %}"
+OTHER_TEMPLATE = "{% for m in messages %}{{ m.content }} <|end|> {% endfor %}"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TOKENS = 20  # of the base's tokenizer
+ROWS = 60  # of the base's embedding: 40 rows hold no token
+
+
+def write(folder, name, model, tokens=(), template=None, rows=None, eos=None, order=None):
+    """Save a model with a tokenizer that has more tokens; `order` permutes the ids of the first ones."""
+    if rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[TOKENS:].normal_(generator=torch.Generator().manual_seed(rows))
+    model.save_pretrained(folder / name)
+    tokenizer = save_tokenizer(folder / name)
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    tokenizer.chat_template = template
+    if eos:
+        tokenizer.eos_token = eos
+        GenerationConfig(
+            eos_token_id=tokenizer.convert_tokens_to_ids(eos), temperature=0.5, do_sample=True
+        ).save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / name)
+    return folder / name
+
+
+def row_of(folder, token, weight=EMBEDDING):
+    """The row of a token in a model's folder, read by its tokenizer."""
+    ids = AutoTokenizer.from_pretrained(folder).get_vocab()
+    return stored_tensors(folder)[weight][ids[token]]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def chat(request, tmp_path_factory):
+    """A base without template, and two fine-tunes with one, whose own tokens are in the base's padded rows."""
+    folder = tmp_path_factory.mktemp("chat")
+    base = LLAMA.build(tie_word_embeddings=request.param, max_position_embeddings=64)
+    write(folder, "base", base)
+    write(folder, "chat", perturbed(base, 0.2, 1), ["<|start|>", "<|end|>"], TEMPLATE, eos="<|end|>")
+    write(folder, "tools", perturbed(base, 0.2, 2), ["<tool>", "<|end|>"], TEMPLATE, eos="<|end|>")
+    return folder
+
+
+def merge(folder, output, tasks=("chat", "tools"), **options):
+    calibration = {
+        "chat": [f"<|start|> {text} <|end|>" for text in SENTENCES * 2],
+        "tools": [f"{text} <tool> {text} <|end|> <|end|>" for text in SENTENCES * 2],
+        "cut": SENTENCES,
+    }
+    given = {"calibration": {t: calibration[t] for t in tasks}, "progress": False, "batch_size": 2, **options}
+    return merge_models(folder / "base", {task: folder / task for task in tasks}, output_dir=output, **given)
+
+
+SMALL = {"components": 4, "steps": 6, "batch_size": 2}
+SETTINGS = {
+    "mean": {"method": "mean", "weights": {"chat": 0.5}},
+    "task-arithmetic": {"method": "task-arithmetic", "alpha": 0.4},
+    "regmean": {"method": "regmean", "alpha": 0.7},
+    "esm": {"method": "esm"},
+    "refined": {"refine": SMALL},
+    "routed": {"method": "esm++", "refine": SMALL, "rank": 2},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_every_trained_token_keeps_its_row_and_a_turn_ends(chat, tmp_path, settings):
+    merge(chat, tmp_path / "m", **SETTINGS[settings])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    ids = tokenizer.get_vocab()
+    assert len({ids[token] for token in ("<|start|>", "<|end|>", "<tool>")}) == 3 and len(tokenizer) == TOKENS + 3
+    assert model.config.vocab_size == model.get_input_embeddings().weight.shape[0] == ROWS
+    weights = [EMBEDDING] if model.config.tie_word_embeddings else [EMBEDDING, HEAD]
+    for weight in weights:
+        assert torch.allclose(
+            row_of(tmp_path / "m", "<|start|>", weight), row_of(chat / "chat", "<|start|>", weight), atol=1e-6
+        )
+        assert torch.allclose(
+            row_of(tmp_path / "m", "<tool>", weight), row_of(chat / "tools", "<tool>", weight), atol=1e-6
+        )
+        rows = [row_of(chat / task, "<|end|>", weight).double() for task in ("chat", "tools")]
+        mixed = (rows[0] + 2 * rows[1]) / 3  # "tools" reads it twice as often
+        assert relative_error(row_of(tmp_path / "m", "<|end|>", weight), mixed) < 1e-5
+    assert tokenizer.chat_template == TEMPLATE and tokenizer.eos_token == "<|end|>"
+    assert model.generation_config.eos_token_id == ids["<|end|>"] and model.generation_config.temperature == 0.5
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "the film"}], tokenize=False)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    assert ids["<|start|>"] in inputs.input_ids and ids["[UNK]"] not in inputs.input_ids
+    if settings == "routed":
+        model = RoutedModel.from_pretrained(tmp_path / "m")
+    end = torch.tensor(ids["<|end|>"])  # after any token, the end of a turn is likeliest
+    plain = model.model.get_base_model() if settings == "routed" else model
+    plain.get_output_embeddings().register_forward_hook(lambda module, read, logits: logits.index_fill(-1, end, 99.0))
+    written = model.generate(**inputs, max_new_tokens=5)
+    assert written.shape[1] == inputs.input_ids.shape[1] + 1 and written[0, -1] == ids["<|end|>"]
+
+
+def test_rows_of_base_tokens_follow_the_rule_of_embeddings(chat, tmp_path):
+    """By the formula in float64, with counts and rows by token."""
+    weights = {"chat": 0.5, "tools": 2.0}
+    merge(chat, tmp_path / "m", method="regmean", weights=weights)
+    base = stored_tensors(chat / "base")[EMBEDDING].double()
+    counts, updates = {}, {}
+    for task, texts in {
+        "chat": [f"<|start|> {text} <|end|>" for text in SENTENCES * 2],
+        "tools": [f"{text} <tool> {text} <|end|> <|end|>" for text in SENTENCES * 2],
+    }.items():
+        tokenizer = AutoTokenizer.from_pretrained(chat / task)
+        ids = torch.tensor([i for text in texts for i in tokenizer(text).input_ids])
+        counts[task] = torch.bincount(ids, minlength=ROWS)[:TOKENS].double()
+        counts[task] /= len(ids)
+        updates[task] = stored_tensors(chat / task)[EMBEDDING].double() - base
+    shares = {t: w * (counts[t] + PRIOR / ROWS) for t, w in weights.items()}
+    expected = sum(shares[t][:, None] * updates[t][:TOKENS] for t in weights) / sum(shares.values())[:, None]
+    found = stored_tensors(tmp_path / "m")[EMBEDDING][:TOKENS].double() - base[:TOKENS]
+    assert relative_error(found, expected) < 1e-4
+
+
+def test_other_tasks_are_no_aim_of_a_single_giver(chat, tmp_path):
+    """A setting takes a token's row from one model, also that of a token of the base."""
+    tokens = {"<|end|>": {"source": "chat"}, "film": "tools", "plot": "base"}
+    result = merge(
+        chat, tmp_path / "m", method="task-arithmetic", tokenizer={"tokens": tokens, "pad_to_multiple_of": 64}
+    )
+    for token, name in {"<|end|>": "chat", "film": "tools", "plot": "base"}.items():
+        assert torch.equal(row_of(tmp_path / "m", token), row_of(chat / name, token))
+    rows = stored_tensors(tmp_path / "m")[EMBEDDING]
+    assert rows.shape[0] == 64
+    base = stored_tensors(chat / "base")[EMBEDDING]
+    assert torch.allclose(rows[ROWS:], base.mean(0).expand(4, -1), atol=1e-6)
+    recipe = result.output_dir / RECIPE_FILE
+    assert yaml.safe_load(recipe.read_text())["tokenizer"]["pad_to_multiple_of"] == 64
+    merge_models(**load_recipe(recipe), output_dir=tmp_path / "again", progress=False)
+    again = stored_tensors(tmp_path / "again")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in stored_tensors(tmp_path / "m").items())
+
+
+def test_the_vocabulary_may_be_that_of_the_base_or_of_a_task(chat, tmp_path):
+    merge(chat, tmp_path / "base", method="mean", tokenizer="base", chat_template="chat")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    assert len(tokenizer) == TOKENS and "<|end|>" not in tokenizer.get_vocab()
+    merge(chat, tmp_path / "tools", method="mean", tokenizer="tools")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tools")
+    assert "<tool>" in tokenizer.get_vocab() and "<|start|>" not in tokenizer.get_vocab()
+    assert torch.equal(row_of(tmp_path / "tools", "<tool>"), row_of(chat / "tools", "<tool>"))
+    with pytest.raises(HfEsmError, match="every sample holds a token that the merged model does not have"):
+        merge(chat, tmp_path / "refused", method="regmean", alpha="auto", tokenizer="base", chat_template="chat")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_statistics_are_of_an_experts_own_tokens(chat, tmp_path):
+    """They were collected without a thought of this merge, and give what its samples give."""
+    samples = {"chat": [f"<|start|> {text} <|end|>" for text in SENTENCES * 2], "tools": ["<tool> film <|end|>"]}
+    for task, texts in samples.items():
+        calibrate(chat / task, texts, progress=False, batch_size=2).save(tmp_path / f"{task}.safetensors")
+    merge(chat, tmp_path / "samples", method="esm", calibration=samples)
+    merge(chat, tmp_path / "statistics", method="esm", calibration=str(tmp_path))
+    one, other = (stored_tensors(tmp_path / name) for name in ("samples", "statistics"))
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    """A base without padding, an expert with more rows, one with fewer, and one whose ids are in another order."""
+    folder = tmp_path_factory.mktemp("sizes")
+    base = LLAMA.build(vocab_size=TOKENS, pad_token_id=0)
+    write(folder, "base", base)
+    write(folder, "more", perturbed(base, 0.2, 1), ["<new>"], rows=TOKENS + 1)
+    return folder, base
+
+
+def test_rows_are_added_and_heads_config_and_ids_follow(sizes, tmp_path):
+    folder, base = sizes
+    write(folder, "plain", perturbed(base, 0.2, 2))
+    merge_models(
+        folder / "base",
+        {t: folder / t for t in ("more", "plain")},
+        method="mean",
+        output_dir=tmp_path / "m",
+        progress=False,
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert model.config.vocab_size == TOKENS + 1 and model.get_output_embeddings().weight.shape[0] == TOKENS + 1
+    more, plain, found = (stored_tensors(place) for place in (folder / "more", folder / "plain", tmp_path / "m"))
+    for name in (EMBEDDING, HEAD):
+        assert torch.equal(found[name][TOKENS], more[name][TOKENS])
+        assert torch.allclose(found[name][:TOKENS], (more[name][:TOKENS] + plain[name]) / 2, atol=1e-6)
+
+
+def test_rows_are_matched_by_token_whatever_their_ids(sizes, tmp_path):
+    """An expert whose ids are permuted merges to the model that it merges to unpermuted."""
+    folder, base = sizes
+    plain = perturbed(base, 0.2, 3)
+    write(folder, "straight", plain)
+    order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        for weight in (plain.get_input_embeddings().weight, plain.get_output_embeddings().weight):
+            weight.copy_(weight[order].clone())
+    write(folder, "permuted", plain)
+    words = (folder / "straight" / "vocab.txt").read_text().splitlines()
+    path = folder / "permuted" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] = {words[old]: new for new, old in enumerate(order.tolist())}
+    for added in content["added_tokens"]:
+        added["id"] = content["model"]["vocab"][added["content"]]
+    path.write_text(json.dumps(content))
+    (folder / "permuted" / "vocab.txt").write_text("\n".join(words[old] for old in order.tolist()))
+    results = {}
+    for task in ("straight", "permuted"):
+        calibration = {task: SENTENCES * 2, "more": SENTENCES * 2}
+        merge_models(
+            folder / "base",
+            {task: folder / task, "more": folder / "more"},
+            calibration=calibration,
+            method="esm",
+            output_dir=tmp_path / task,
+            progress=False,
+        )
+        results[task] = stored_tensors(tmp_path / task)
+    assert all(torch.allclose(results["straight"][n], results["permuted"][n], atol=1e-5) for n in results["straight"])
+
+
+def test_rows_that_an_expert_has_cut_off_are_the_bases_there(chat, tmp_path):
+    cut = AutoModelForCausalLM.from_pretrained(chat / "chat")
+    cut.resize_token_embeddings(TOKENS + 2)
+    cut.save_pretrained(chat / "cut")
+    tokenizer = AutoTokenizer.from_pretrained(chat / "chat")
+    tokenizer.save_pretrained(chat / "cut")
+    merge(chat, tmp_path / "m", ("cut", "tools"), method="mean")
+    base, tools, found = (
+        stored_tensors(place)[EMBEDDING] for place in (chat / "base", chat / "tools", tmp_path / "m")
+    )
+    rows = slice(TOKENS + 3, ROWS)  # of no token, and cut off
+    assert torch.allclose(found[rows], (base[rows] + tools[rows]) / 2, atol=1e-6)
+
+
+def test_templates_that_differ_are_refused_until_one_is_named(chat, tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(chat / "tools")
+    write(chat, "other", other, ["<|end|>", "<tool>"], OTHER_TEMPLATE)
+    experts = {task: chat / task for task in ("chat", "other")}
+    with pytest.raises(HfEsmError, match=r"The chat templates of 'chat', 'other' differ.*`chat_template='chat'`"):
+        merge_models(chat / "base", experts, method="mean", output_dir=tmp_path / "m", progress=False)
+    for name, template in (("other", OTHER_TEMPLATE), ("chat", TEMPLATE)):
+        options = {"chat_template": name, "method": "mean", "output_dir": tmp_path / name, "progress": False}
+        merge_models(chat / "base", experts, **options)
+        assert AutoTokenizer.from_pretrained(tmp_path / name).chat_template == template
+    with pytest.raises(HfEsmError, match=r"'base' has no template. Name one of chat, other"):
+        merge_models(chat / "base", experts, method="mean", chat_template="base", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tokenizer": "unoin"}, "did you mean 'union'"),
+        ({"tokenizer": {"sorce": "union"}}, "did you mean 'source'"),
+        ({"tokenizer": {"tokens": {"<no>": "chat"}}}, "no token '<no>' in the merged vocabulary"),
+        ({"tokenizer": {"tokens": {"<tool>": "chat"}}}, "no token '<tool>' in expert 'chat'"),
+        ({"tokenizer": {"tokens": {"film": "other"}}}, "source of 'film'"),
+        ({"tokenizer": {"pad_to_multiple_of": 0}}, "pad_to_multiple_of must be"),
+        ({"tokenizer": 3}, "`tokenizer` must be"),
+        ({"tokenizer": "base", "processor": "…"}, "Leave one out"),
+    ],
+)
+def test_what_is_wrong_is_named(chat, tmp_path, options, says):
+    if "processor" in options:
+        options = {**options, "processor": AutoTokenizer.from_pretrained(chat / "base")}
+    with pytest.raises(HfEsmError) as caught:
+        merge(chat, tmp_path / "m", method="mean", **options)
+    assert says in str(caught.value) and not (tmp_path / "m").exists()
