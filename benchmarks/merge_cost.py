@@ -59,7 +59,7 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, float]:
     samples = {}
     for task in tasks:
         data = json.loads(gzip.decompress((args.folder / "data" / f"{task}.json.gz").read_bytes()))
-        writes = "train" in data  # a language suite, whose samples hold the answers
+        writes = "labels" not in data  # a language suite, whose samples hold the answers
         rows = data["train" if writes else "validation"][: args.num_samples]
         samples[task] = [
             row["text"] + row.get("label", "") if writes else {k: v for k, v in row.items() if k != "label"}

@@ -5,7 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Optional
@@ -13,14 +13,14 @@ from typing import Any, Optional
 import psutil
 
 from ..calibration import ActivationStatistics
-from ..checkpoints import CALIBRATION_FOLDER, Access, ModelSpec, model_identity, open_checkpoint, resolve_source
+from ..checkpoints import CALIBRATION_FOLDER, Access, ModelSpec, model_identity, resolve_source
 from ..data import DataSpec, SampleOptions
 from ..errors import HfEsmError
-from ..merging import merge_models
+from ..merging import PlannedRun, merge_models
 from ..methods import MergeMethod, describe_method
 from ..metrics import Metric, Outcome
-from ..planning import MergeOptions, plan_merge
-from ..utils import atomic_file, code_identity, data_identity, fingerprint, processor_identity
+from ..planning import MergeData, MergeOptions
+from ..utils import atomic_file, code_identity, data_identity, default_accelerator, fingerprint, processor_identity
 from ..version import __version__
 from .evaluator import Measurement
 from .interference import Interference, measure_interference
@@ -201,14 +201,11 @@ class CellStore:
         complete = all(path.is_file() for path in files.values())
 
         def measure() -> dict[str, Any]:
-            base = open_checkpoint(resolve_source(inputs.base, "base", inputs.access))
-            experts = {
-                task: open_checkpoint(resolve_source(spec, f"expert '{task}'", inputs.access), base)
-                for task, spec in inputs.experts.items()
-            }
-            plan = plan_merge(base, experts, method, heads=inputs.options.heads)
+            data, options = MergeData(processor=inputs.processor), replace(inputs.options, refine=False)
+            planned = PlannedRun(options, method, data, default_accelerator())
+            planned.open_models(inputs.base, inputs.experts, inputs.access, headers_only=False)
             statistics = {t: ActivationStatistics.load(path) if complete else None for t, path in files.items()}
-            return measure_interference(plan, statistics).as_dict()
+            return measure_interference(planned.plan, statistics).as_dict()
 
         key = [complete, str(folder), inputs.options.heads]
         return Interference.from_dict(self._cached("interference", key, measure))

@@ -42,6 +42,8 @@ def compare(
     token: Optional[str | bool] = None,
     weights: Optional[Mapping[str, float]] = None,
     overrides: Optional[Iterable[Mapping[str, Any]]] = None,
+    tokenizer: Optional[str | Mapping[str, Any]] = None,
+    chat_template: Optional[str] = None,
     metric: MetricSpec = "accuracy",
     heads: str | Iterable[str] = "auto",
     dtype: Optional[str | torch.dtype] = None,
@@ -69,8 +71,9 @@ def compare(
             settings names the row of the report.
         seeds: seeds of the choice of samples. Methods that use samples are merged once for each seed.
         num_test: number of test rows per task, chosen at random; 0 takes all.
-        weights, overrides, metric, heads, dtype, num_samples, statistics_samples, max_length, columns, batch_size,
-            max_memory, allow_pickle, trust_remote_code, progress: options of every merge, see `MergeOptions`.
+        weights, overrides, tokenizer, chat_template, metric, heads, dtype, num_samples, statistics_samples,
+            max_length, columns, batch_size, max_memory, allow_pickle, trust_remote_code, progress: options of every
+            merge, see `MergeOptions`.
 
     Returns:
         Comparison with one row per method. Print it for a table, or open `report.md` in `output_dir`.

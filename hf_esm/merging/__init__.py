@@ -6,11 +6,13 @@ was done.
 
 from .components import essential_components, fuse_components
 from .merge import merge_models
+from .planned import PlannedRun
 from .result import MergeResult
 
 
 __all__ = [
     "MergeResult",
+    "PlannedRun",
     "essential_components",
     "fuse_components",
     "merge_models",

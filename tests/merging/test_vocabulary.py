@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from hf_esm import HfEsmError, RoutedModel, calibrate, load_recipe, merge_models
+from hf_esm import HfEsmError, RoutedModel, calibrate, compare, load_recipe, merge_models
 from hf_esm.checkpoints.layout import RECIPE_FILE
 from hf_esm.methods.embeddings import PRIOR
+from support.architectures import ARCHITECTURES
 from support.helpers import perturbed, stored_tensors
 from support.problems import relative_error
 from support.tiny import LLAMA, SENTENCES, save_tokenizer
@@ -58,13 +60,15 @@ def chat(request, tmp_path_factory):
     return folder
 
 
+CALIBRATION = {
+    "chat": [f"<|start|> {text} <|end|>" for text in SENTENCES * 2],
+    "tools": [f"{text} <tool> {text} <|end|> <|end|>" for text in SENTENCES * 2],
+    "cut": SENTENCES,
+}
+
+
 def merge(folder, output, tasks=("chat", "tools"), **options):
-    calibration = {
-        "chat": [f"<|start|> {text} <|end|>" for text in SENTENCES * 2],
-        "tools": [f"{text} <tool> {text} <|end|> <|end|>" for text in SENTENCES * 2],
-        "cut": SENTENCES,
-    }
-    given = {"calibration": {t: calibration[t] for t in tasks}, "progress": False, "batch_size": 2, **options}
+    given = {"calibration": {t: CALIBRATION[t] for t in tasks}, "progress": False, "batch_size": 2, **options}
     return merge_models(folder / "base", {task: folder / task for task in tasks}, output_dir=output, **given)
 
 
@@ -118,10 +122,8 @@ def test_rows_of_base_tokens_follow_the_rule_of_embeddings(chat, tmp_path):
     merge(chat, tmp_path / "m", method="regmean", weights=weights)
     base = stored_tensors(chat / "base")[EMBEDDING].double()
     counts, updates = {}, {}
-    for task, texts in {
-        "chat": [f"<|start|> {text} <|end|>" for text in SENTENCES * 2],
-        "tools": [f"{text} <tool> {text} <|end|> <|end|>" for text in SENTENCES * 2],
-    }.items():
+    for task in weights:
+        texts = CALIBRATION[task]
         tokenizer = AutoTokenizer.from_pretrained(chat / task)
         ids = torch.tensor([i for text in texts for i in tokenizer(text).input_ids])
         counts[task] = torch.bincount(ids, minlength=ROWS)[:TOKENS].double()
@@ -167,7 +169,7 @@ def test_the_vocabulary_may_be_that_of_the_base_or_of_a_task(chat, tmp_path):
 
 def test_statistics_are_of_an_experts_own_tokens(chat, tmp_path):
     """They were collected without a thought of this merge, and give what its samples give."""
-    samples = {"chat": [f"<|start|> {text} <|end|>" for text in SENTENCES * 2], "tools": ["<tool> film <|end|>"]}
+    samples = {"chat": CALIBRATION["chat"], "tools": ["<tool> film <|end|>"]}
     for task, texts in samples.items():
         calibrate(chat / task, texts, progress=False, batch_size=2).save(tmp_path / f"{task}.safetensors")
     merge(chat, tmp_path / "samples", method="esm", calibration=samples)
@@ -251,6 +253,59 @@ def test_rows_that_an_expert_has_cut_off_are_the_bases_there(chat, tmp_path):
     assert torch.allclose(found[rows], (base[rows] + tools[rows]) / 2, atol=1e-6)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("settings", ["mean", "regmean", "esm", "refined", "routed"])
+def test_an_adapter_brings_the_rows_that_it_trains(tmp_path, tied, settings):
+    """A full fine-tune with tokens of its own, beside a LoRA adapter that trains rows of a resized embedding."""
+    base = LLAMA.build(tie_word_embeddings=tied, max_position_embeddings=64, vocab_size=TOKENS)
+    write(tmp_path, "base", base)
+    expert = perturbed(base, 0.2, 1)
+    write(tmp_path, "chat", expert, ["<|start|>", "<|end|>"], TEMPLATE, rows=TOKENS + 2, eos="<|end|>")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(TOKENS + 1, mean_resizing=False)
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [TOKENS]}, task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    adapted.save_pretrained(tmp_path / "tools")
+    tokenizer = save_tokenizer(tmp_path / "tools")
+    tokenizer.add_tokens(["<tool>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "tools")
+    trained = adapted.merge_and_unload().get_input_embeddings().weight[TOKENS]
+    merge(tmp_path, tmp_path / "m", **SETTINGS[settings])
+    assert torch.allclose(row_of(tmp_path / "m", "<tool>"), trained, atol=1e-6)
+    for token in ("<|start|>", "<|end|>"):
+        assert torch.allclose(row_of(tmp_path / "m", token), row_of(tmp_path / "chat", token), atol=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert tokenizer.chat_template == TEMPLATE and tokenizer.eos_token == "<|end|>"
+
+
+def test_a_row_that_one_adapter_alone_trains_is_taken_whole(tmp_path):
+    """Two adapters train rows of the base: one each, and one row together."""
+    base = LLAMA.build(vocab_size=TOKENS)
+    write(tmp_path, "base", base)
+    rows = {"one": [6, 8], "two": [7, 8]}
+    for seed, (task, indices) in enumerate(rows.items()):
+        config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": indices})
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "trainable_tokens" in name:
+                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+        adapted.save_pretrained(tmp_path / task)
+        rows[task] = adapted.merge_and_unload().get_input_embeddings().weight
+    experts = {task: tmp_path / task for task in rows}
+    merge_models(tmp_path / "base", experts, method="task-arithmetic", output_dir=tmp_path / "m", progress=False)
+    found, own = stored_tensors(tmp_path / "m")[EMBEDDING], stored_tensors(tmp_path / "base")[EMBEDDING]
+    assert torch.allclose(found[6], rows["one"][6], atol=1e-6) and torch.allclose(found[7], rows["two"][7], atol=1e-6)
+    assert torch.allclose(found[8], (rows["one"][8] + rows["two"][8]) / 2, atol=1e-6)
+    assert torch.equal(found[9:], own[9:]) and not torch.allclose(found[6:9], own[6:9])
+
+
 def test_templates_that_differ_are_refused_until_one_is_named(chat, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(chat / "tools")
     write(chat, "other", other, ["<|end|>", "<tool>"], OTHER_TEMPLATE)
@@ -284,3 +339,46 @@ def test_what_is_wrong_is_named(chat, tmp_path, options, says):
     with pytest.raises(HfEsmError) as caught:
         merge(chat, tmp_path / "m", method="mean", **options)
     assert says in str(caught.value) and not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    "kind", ["bert", "roberta", "deberta-v3", "bart", "t5", "gpt2", "gemma3", "opt", "llava", "mixtral"]
+)
+def test_all_that_has_a_row_per_token_follows_in_every_architecture(kind, tmp_path):
+    """Embeddings, output maps, and biases of these, which are not always of one dimension."""
+    base = ARCHITECTURES[kind].build()
+    more, plain = perturbed(base, 0.2, 1), perturbed(base, 0.2, 2)
+    rows = base.get_input_embeddings().weight.shape[0]
+    more.resize_token_embeddings(rows + 3, mean_resizing=False)
+    for name, model in {"base": base, "more": more, "plain": plain}.items():
+        model.save_pretrained(tmp_path / name)
+    experts = {task: tmp_path / task for task in ("more", "plain")}
+    result = merge_models(tmp_path / "base", experts, method="mean", output_dir=tmp_path / "m", progress=False)
+    found, grown = result.load_model().state_dict(), 0
+    for name, tensor in plain.state_dict().items():
+        other = more.state_dict()[name]
+        assert found[name].shape == other.shape
+        if tensor.shape != other.shape:
+            (dim,) = [d for d in range(tensor.dim()) if tensor.shape[d] != other.shape[d]]
+            new = torch.arange(rows, rows + 3)
+            assert torch.allclose(found[name].index_select(dim, new), other.index_select(dim, new), atol=1e-6)
+            other, grown = other.narrow(dim, 0, rows), grown + 1
+            tensor, found[name] = tensor, found[name].narrow(dim, 0, rows)
+        assert not tensor.is_floating_point() or torch.allclose(found[name], (tensor + other) / 2, atol=1e-5), name
+    assert grown and result.load_model().config.get_text_config().vocab_size == rows + 3
+
+
+def test_a_comparison_takes_experts_of_other_vocabularies(chat, tmp_path):
+    rows = {task: [{"text": text, "label": "film"} for text in SENTENCES[:2]] for task in ("chat", "tools")}
+    found = compare(
+        chat / "base",
+        {task: chat / task for task in rows},
+        methods=["mean", "regmean"],
+        calibration={task: CALIBRATION[task] for task in rows},
+        test=rows,
+        metric="perplexity",
+        tokenizer={"pad_to_multiple_of": 64},
+        output_dir=tmp_path / "report",
+        progress=False,
+    )
+    assert [row.label for row in found.rows] == ["mean", "regmean"]
