@@ -18,6 +18,7 @@ COMMANDS = {
     "calibrate": "collect one expert's activation statistics",
     "evaluate": "score a merged model on every task's rows",
     "compare": "measure several methods on your experts and rows",
+    "chat": "talk to a merged model that writes",
     "predict": "task and label of inputs, by an ESM++ model",
     "explain": "why an ESM++ model routes inputs as it does",
     "export": "write the experts of an ESM++ model as LoRA adapters",
