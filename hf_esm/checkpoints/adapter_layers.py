@@ -155,9 +155,8 @@ class _Loading:
 
     @cached_property
     def _other_towers(self) -> list[str]:
-        names = [key.removeprefix("base_model.model.") for key in self.tensors]
         towers = [f"{place}." for place in parts_of(self.build())]
-        return [tower for tower in towers if not any(name.startswith(tower) for name in names)]
+        return [tower for tower in towers if not any(name.startswith(tower) for name in self.loaded)]
 
     def load(self) -> nn.Module:
         """Return the model with the loaded adapter on it."""
@@ -210,6 +209,7 @@ class _Loading:
             raise self._misfit(error) from None
         state = model.state_dict()
         loaded = state.keys() - set(report.missing_keys)
+        self.loaded = frozenset(key.removeprefix("base_model.model.") for key in loaded)
         # With `bias="all"` PEFT stores the biases of saved modules a second time, and rows of a tied head in any case.
         rows = [state[key] for key in loaded if ".trainable_tokens_delta." in key]
         unexpected = [key for key in report.unexpected_keys if ".modules_to_save." not in key]
@@ -222,7 +222,6 @@ class _Loading:
         absent = [key for key in missing if state[key].is_meta or state[key].data_ptr() not in filled]
         if absent:
             raise HfEsmError(f"{self.title}: its file lacks {absent[:3]}. Save or download the adapter again.")
-        self.loaded = frozenset(key.removeprefix("base_model.model.") for key in loaded)
         return model.get_base_model()
 
     @property

@@ -1,16 +1,19 @@
 """Experts that are made of another model: one task of a routed model, and a fine-tune of one part of the base."""
 
 import copy
+import json
 
 import pytest
 import torch
 import transformers
 import yaml
 from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from hf_esm import HfEsmError, RoutedModel, calibrate, evaluate, load_task_model, merge_models
 from hf_esm.checkpoints import open_checkpoint, resolve_source
+from support.architectures import ARCHITECTURES
 from support.helpers import Architecture, perturbed, save, stored_tensors, text_samples
 from support.problems import relative_error
 from support.tiny import BERT, GPT2
@@ -232,3 +235,29 @@ def test_a_part_of_another_model_is_refused(gemma, tmp_path):
         merge_models(gemma / "base", {"x": other}, method="mean", dry_run=True)
     with pytest.raises(HfEsmError, match="is a gemma3 model, but the base is a gemma3_text"):
         merge_models(gemma / "text", {"x": gemma / "whole"}, method="mean", dry_run=True)
+
+
+@torch.no_grad()
+def test_an_adapter_with_the_names_of_older_vision_language_models_is_read(tmp_path):
+    """PEFT translates these names; all of its updates count, and none is left out as of another tower."""
+    base = save(ARCHITECTURES["llava"].build(), tmp_path / "base")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(base)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)"))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "old")
+    path, config = tmp_path / "old" / "adapter_model.safetensors", tmp_path / "old" / "adapter_config.json"
+    tensors = load_file(path)
+    renamed = {
+        key.replace("model.model.language_model.", "model.language_model.model."): t for key, t in tensors.items()
+    }
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, path, {"format": "pt"})
+    settings = {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ".*vision_tower.*"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    found = open_checkpoint(resolve_source(tmp_path / "old", "x"), open_checkpoint(resolve_source(base, "base")))
+    expected = adapted.merge_and_unload().state_dict()
+    assert sum(map(found.changes, found.names)) == 4
+    for name, live in found.names.items():
+        assert relative_error(found.tensor(name), expected[live]) < 1e-6, name
