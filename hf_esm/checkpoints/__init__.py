@@ -4,6 +4,7 @@ Comes in: what a user names as a model (Hub id, folder, adapter, live model). Go
 are read one at a time; and back to disk: sharded safetensors, heads, LoRA adapters.
 """
 
+from .adapter_files import read_adapter_tensors
 from .adapters import AdapterCheckpoint
 from .base import Checkpoint, LiveCheckpoint, quiet_loading, quiet_peft
 from .conversion import output_dtype, to_stored, write_plan
@@ -98,6 +99,7 @@ __all__ = [
     "quiet_loading",
     "quiet_peft",
     "rank_settings",
+    "read_adapter_tensors",
     "read_modules",
     "resolve_class",
     "resolve_models",

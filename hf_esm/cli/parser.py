@@ -23,6 +23,8 @@ COMMANDS = {
     "explain": "why an ESM++ model routes inputs as it does",
     "export": "write the experts of an ESM++ model as LoRA adapters",
     "add": "add an expert to an ESM++ model",
+    "components": "compress an expert to a small adapter",
+    "fuse": "fuse adapters of essential components into one",
     "push": "upload a merged model to the Hub",
     "demo": "merge and compare small models of handwritten digits, in two minutes",
 }

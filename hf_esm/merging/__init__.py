@@ -4,7 +4,7 @@ Comes in: a base, experts, samples, options. Goes out: the folder of a merged mo
 was done.
 """
 
-from .components import essential_components, fuse_components
+from .components import essential_components, fuse_adapters, fuse_components
 from .merge import merge_models
 from .planned import PlannedRun
 from .result import MergeResult
@@ -14,6 +14,7 @@ __all__ = [
     "MergeResult",
     "PlannedRun",
     "essential_components",
+    "fuse_adapters",
     "fuse_components",
     "merge_models",
 ]

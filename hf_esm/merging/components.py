@@ -1,14 +1,16 @@
 """Essential components as adapters: compresses one expert, and fuses several adapters."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 
 from ..architecture import to_matrices
@@ -17,9 +19,11 @@ from ..checkpoints import (
     Access,
     ModelSource,
     ModelSpec,
+    base_of_adapters,
     find_processors,
     open_checkpoint,
     rank_settings,
+    read_adapter_tensors,
     resolve_source,
     write_adapter,
     write_lora_adapter,
@@ -32,6 +36,13 @@ from ..planning import MergeData, MergeOptions, MergePlan, check_values, plan_me
 from ..tuners.essential import EssentialComponentsConfig, EssentialComponentsLayer
 from ..utils import default_accelerator, main_first, new_folder, together
 from .expert_statistics import gather_statistics
+
+
+logger = logging.getLogger(__name__)
+
+
+# How the names of an adapter's tensors end.
+_E, _C = ".essential_components_E", ".essential_components_C"
 
 
 # The task name of the one expert, as messages and progress bars show it.
@@ -126,7 +137,13 @@ def essential_components(
     with together(accelerator):
         if accelerator.is_main_process:
             factors = _decompose(plan, statistics, rank, shrinkage)
-            (_write_lora if as_lora else _write_components)(output, factors, plan)
+            if as_lora:
+                _write_lora(output, factors, plan)
+            else:
+                settings = EssentialComponentsConfig(
+                    base_model_name_or_path=plan.base.source or None, revision=plan.base.revision, inference_mode=True
+                )
+                _write_components(output, factors, settings, type(plan.base.skeleton))
     return output
 
 
@@ -170,20 +187,19 @@ def _write_lora(output: Path, factors: dict[str, tuple[Tensor, Tensor]], plan: M
     )
 
 
-def _write_components(output: Path, factors: dict[str, tuple[Tensor, Tensor]], plan: MergePlan) -> None:
+def _write_components(
+    output: Path,
+    factors: dict[str, tuple[Tensor, Tensor]],
+    settings: EssentialComponentsConfig,
+    base_class: Optional[type] = None,
+) -> None:
+    """Write `(C, E)` by module, with the settings of an adapter for those modules."""
     factors = {module: (c, e) for module, (c, e) in factors.items() if len(c)}
     rank, pattern = rank_settings({module: len(c) for module, (c, _) in factors.items()})
-    config = EssentialComponentsConfig(
-        r=rank,
-        rank_pattern=pattern,
-        target_modules=list(factors),
-        inference_mode=True,
-        base_model_name_or_path=plan.base.source or None,
-        revision=plan.base.revision,
-    )
-    tensors = {f"{module}.essential_components_C": c for module, (c, _) in factors.items()}
-    tensors |= {f"{module}.essential_components_E": e for module, (_, e) in factors.items()}
-    write_adapter(output, config, tensors, type(plan.base.skeleton))
+    config = replace(settings, r=rank, rank_pattern=pattern, target_modules=list(factors))
+    tensors = {module + _C: c for module, (c, _) in factors.items()}
+    tensors |= {module + _E: e for module, (_, e) in factors.items()}
+    write_adapter(output, config, tensors, base_class)
 
 
 @torch.no_grad()
@@ -238,18 +254,82 @@ def _check_names(model: PeftModel, adapter_names: Sequence[str], new_name: str) 
     for name in adapter_names:
         if name not in model.peft_config:
             raise HfEsmError(f"The model has no adapter {name!r}; it has {', '.join(model.peft_config)}.")
-        if not isinstance(model.peft_config[name], EssentialComponentsConfig):
-            kind = model.peft_config[name].peft_type.value
-            raise HfEsmError(f"Adapter {name!r} is a {kind} adapter; only essential components are fused.")
-        if model.peft_config[name].gates:
-            raise HfEsmError(
-                f"Adapter {name!r} has gates, and may hold several tasks: fuse adapters without gates, or merge this "
-                "one into the model by `merge_and_unload()`."
-            )
+        _check_kind(model.peft_config[name], f"Adapter {name!r}")
     if not isinstance(new_name, str) or not new_name or "." in new_name:
         raise HfEsmError(f"An adapter's name is a string without dots, not {new_name!r}. Choose another new_name.")
     if new_name in model.peft_config:
         raise HfEsmError(f"The model already has an adapter {new_name!r}. Choose another name.")
+
+
+def _check_kind(config: PeftConfig, title: str) -> None:
+    if not isinstance(config, EssentialComponentsConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise HfEsmError(f"{title} is a {kind} adapter; only essential components are fused.")
+    if config.gates:
+        raise HfEsmError(
+            f"{title} has gates, and may hold several tasks: fuse adapters without gates, or merge this one into the "
+            "model by `merge_and_unload()`."
+        )
+
+
+@torch.no_grad()
+def fuse_adapters(
+    adapters: Sequence[str | os.PathLike],
+    base: Optional[ModelSpec] = None,
+    *,
+    output_dir: str | os.PathLike,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    token: Optional[str | bool] = None,
+) -> Path:
+    """Fuse the folders of adapters of essential components into one, as `fuse_components` does. No weight of the base
+    is read.
+
+    Args:
+        adapters: two or more folders or Hub ids.
+        base: the model that the adapters are for; by default the one that all of them name.
+        output_dir: folder to write, which must not exist yet.
+        allow_pickle: read `.bin` adapters, which can run code.
+        trust_remote_code: run code that comes with a model.
+        token: access token for the Hub; by default the one that `hf auth login` stored.
+
+    Returns the folder.
+
+    Raises:
+        HfEsmError: if an adapter is of another kind, or does not fit the base.
+    """
+    output, access = new_folder(output_dir), Access(token, allow_pickle, trust_remote_code)
+    if len({str(adapter) for adapter in adapters}) != len(adapters) or len(adapters) < 2:
+        raise HfEsmError("Fusing components takes two adapters or more, each once.")
+    sources = [resolve_source(adapter, "adapter", access) for adapter in adapters]
+    for source in sources:
+        if not source.is_adapter:
+            raise HfEsmError(f"{source.title} is a full model. Make an adapter of it: `essential_components`.")
+        _check_kind(source.peft_config, source.title)
+    base_source = resolve_source(base_of_adapters(sources) if base is None else base, "base", access)
+    checkpoint = open_checkpoint(base_source, headers_only=True)
+    updates: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for source in sources:
+        open_checkpoint(source, checkpoint, headers_only=True)  # checks that the adapter fits the base
+        tensors = read_adapter_tensors(source.folder, source.title, allow_pickle)
+        for key in [key for key in tensors if key.endswith(_E)]:
+            pair = tensors.pop(key), tensors.pop(key.removesuffix(_E) + _C)
+            updates.setdefault(key.removesuffix(_E).removeprefix("base_model.model."), []).append(pair)
+        if tensors:
+            logger.warning("%s: %s and the like are left out of the fusion.", source.title, next(iter(tensors)))
+    factors = {}
+    for module, pairs in updates.items():
+        if (fused := _fuse(pairs, len(sources))) is not None:
+            factors[module] = fused[1].float(), fused[0].float()
+    settings = replace(
+        sources[0].peft_config,
+        base_model_name_or_path=checkpoint.source,
+        revision=checkpoint.revision,
+        modules_to_save=None,
+        inference_mode=True,
+    )
+    _write_components(output, factors, settings)
+    return output
 
 
 def _fuse(updates: list[tuple[Tensor, Tensor]], tasks: int) -> Optional[tuple[Tensor, Tensor]]:
