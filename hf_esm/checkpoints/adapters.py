@@ -5,6 +5,7 @@ from typing import Any, Optional
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -125,6 +126,16 @@ class AdapterCheckpoint(DerivedCheckpoint):
         weight = self._replaced.get(live, base).to(base.device)
         update = weight.float() - base.float()
         return update + self._additions[live](weight).to(base.device) if live in self._additions else update
+
+    def factors(self, name: str) -> Optional[tuple[Tensor, Tensor]]:
+        live = self.names[name]
+        addition = self._additions.get(live)
+        layer = getattr(addition, "layer", None)
+        if live in self._replaced or type(layer) is not Linear or not addition.adds:  # such as DoRA, and embeddings
+            return None
+        (adapter,) = layer.lora_A
+        a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+        return a.float(), b.float() * layer.scaling[adapter]
 
     def load_model(self, **placement: Any) -> PreTrainedModel:
         if placement:  # over a model that is partly on disk, PEFT writes a copy of it into the working folder

@@ -130,6 +130,12 @@ class Checkpoint:
         """Return the update of a weight: its difference from the base's weight, float32, on the device of `base`."""
         return self.tensor(name).to(base.device, torch.float32) - base.float()
 
+    def factors(self, name: str) -> Optional[tuple[Tensor, Tensor]]:
+        """Return `A [r, d_in]` and `B [d_out, r]`, float32, of the update `B A` of a linear map by a LoRA adapter;
+        None if the update has no such factors.
+        """
+        return None
+
     def counts_of_rows(self, name: str, counts: Tensor) -> Tensor:
         """Return token counts `[V]` of an embedding from those of its stored rows; 0 of rows that are not stored."""
         return counts

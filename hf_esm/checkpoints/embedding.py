@@ -2,7 +2,7 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -72,6 +72,9 @@ class EmbeddingCheckpoint(Checkpoint):
 
     def update(self, name: str, base: Tensor) -> Tensor:
         return super().update(name, base) if name in self.modules.tensors else self.body.update(name, base)
+
+    def factors(self, name: str) -> Optional[tuple[Tensor, Tensor]]:
+        return None if name in self.modules.tensors else self.body.factors(name)
 
     def extra_tensors(self) -> dict[str, Tensor]:
         return self.body.extra_tensors() if self.extra else {}

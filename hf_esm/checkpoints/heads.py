@@ -8,6 +8,7 @@ from typing import Any, Optional
 import torch
 import transformers
 from accelerate.hooks import add_hook_to_module
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
@@ -15,9 +16,9 @@ from transformers import AutoConfig, PreTrainedModel
 from ..architecture import body_prefix
 from ..errors import HfEsmError
 from ..utils import check_known
-from .base import Checkpoint, quiet_loading
+from .base import Checkpoint, quiet_loading, quiet_peft
 from .embedding import with_modules
-from .layout import CONFIG_FILE, HEAD_WEIGHTS, HEADS_FOLDER
+from .layout import ADAPTER_CONFIG, CONFIG_FILE, HEAD_WEIGHTS, HEADS_FOLDER
 from .sources import Access, ModelSource, resolve_class, whole_folder
 
 
@@ -81,6 +82,8 @@ def load_task_model(
     if not tasks:
         raise HfEsmError(f"{model}: there are no tasks in it. Give a folder or Hub id that merge_models wrote.")
     check_known([task], tasks, "task", str(model))
+    if (folder / ADAPTER_CONFIG).is_file():
+        return attach_head(_load_adapted(folder, token, kwargs), folder, task)
     head_folder = folder / HEADS_FOLDER / task
     trusted = bool(kwargs.get("trust_remote_code"))
     config, model_class = resolve_class(
@@ -107,6 +110,17 @@ def load_task_model(
             f"{head_folder / HEAD_WEIGHTS}: {model_class.__name__} has no place for {unknown[:3]}. Merge again."
         )
     return with_modules(loaded.eval(), folder)
+
+
+def _load_adapted(folder: Path, token: Optional[str | bool], kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load the base of a merged adapter, with the adapter merged into its weights."""
+    adapter = PeftConfig.from_pretrained(str(folder))
+    model_class = getattr(transformers, adapter.auto_mapping["base_model_class"])
+    base = model_class.from_pretrained(
+        adapter.base_model_name_or_path, revision=adapter.revision, token=token, **kwargs
+    )
+    with quiet_peft():
+        return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
 
 
 def attach_head(model: PreTrainedModel, folder: Path, task: str) -> PreTrainedModel:

@@ -173,6 +173,9 @@ class PartExpert(DerivedCheckpoint):
             return torch.zeros_like(base, dtype=torch.float32)
         return self.expert.update(self._inner[name], base)
 
+    def factors(self, name: str) -> Optional[tuple[Tensor, Tensor]]:
+        return self.expert.factors(self._inner[name]) if name in self._inner else None
+
     def extra_tensors(self) -> dict[str, Tensor]:
         return self.expert.extra_tensors()
 

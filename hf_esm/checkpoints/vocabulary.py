@@ -150,6 +150,9 @@ class InVocabulary(Checkpoint):
         update = self.origin.update(name, of_origin).index_select(dim, self.tokens.rows.to(base.device)[own])
         return torch.zeros_like(base, dtype=torch.float32).index_copy(dim, own, update)
 
+    def factors(self, name: str) -> Optional[tuple[Tensor, Tensor]]:
+        return None if name in self._dims else self.origin.factors(name)
+
     def counts_of_rows(self, name: str, counts: Tensor) -> Tensor:
         if name not in self._dims:
             return counts

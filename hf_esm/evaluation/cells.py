@@ -37,6 +37,7 @@ NOT_COMPARED = {
     "method",
     "alpha",
     "refine",
+    "output",
     "rank",
     "seed",
     "overwrite",

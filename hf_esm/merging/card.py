@@ -5,8 +5,9 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..checkpoints import CARD_FILE, REFINED_FOLDER, Checkpoint, LiveCheckpoint, ModelSource
+from ..checkpoints import ADAPTER_CONFIG, CARD_FILE, REFINED_FOLDER, Checkpoint, LiveCheckpoint, ModelSource
 from ..hub import pipeline_of, template
+from ..planning import BASE
 from ..version import __version__
 from .result import MergeResult
 
@@ -21,11 +22,14 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
     plan = result.plan
     licences = set(plan.licences.values())
     task_heads = [task for task, head in plan.heads.by_task.items() if head]
+    adapter = (folder / ADAPTER_CONFIG).is_file()
+    named = [source.repo_id for name, source in sources.items() if source.repo_id and (name == BASE or not adapter)]
+    library = "sentence-transformers" if plan.base.modules else "transformers"
     data = ModelCardData(
-        base_model=[source.repo_id for source in sources.values() if source.repo_id] or None,
-        base_model_relation="merge" if any(source.repo_id for source in sources.values()) else None,
-        library_name="sentence-transformers" if plan.base.modules else "transformers",
-        pipeline_tag="sentence-similarity" if plan.base.modules else None,
+        base_model=named or None,
+        base_model_relation=("adapter" if adapter else "merge") if named else None,
+        library_name="peft" if adapter else library,
+        pipeline_tag="sentence-similarity" if plan.base.modules and not adapter else None,
         license=licences.pop() if len(licences) == 1 and "not stated" not in licences else None,
         tags=["merge", "hf_esm", plan.method.name],
     )
@@ -58,7 +62,9 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
         kept_adapter=(folder / REFINED_FOLDER).is_dir(),
         licences=sorted(set(plan.licences.values()) - {"not stated"}),
         model_class=type(plan.base.skeleton).__name__,
-        embeds=plan.base.modules is not None,
+        embeds=plan.base.modules is not None and not adapter,
+        adapter_rank=max((report.rank or 0 for report in result.weights), default=0),
+        rank_error=max((report.rank_error or 0.0 for report in result.weights), default=0.0),
         task_heads=task_heads,
         version=__version__,
         num_samples=" to ".join(str(count) for count in sorted({min(num_samples), max(num_samples)}))

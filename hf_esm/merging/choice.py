@@ -18,6 +18,7 @@ from .alpha import LabelScore, search_alpha
 from .expert_statistics import Inputs
 from .gates import RefinedWeights
 from .judging import Judge, TaskAgreement
+from .spans import Span
 from .updates import MergedUpdates, WeightReport
 
 
@@ -98,7 +99,7 @@ class Chosen:
         rival: the mean of the updates, which the written model is never below in agreement, if methods are chosen.
         agreement: of the written model with every expert, by task; on one process alone until it is shared.
         refined: the loss on the samples that are held back by step, if the model was refined.
-        adapter: the gates, if they are not folded into the weights.
+        gated: the gates, if the model was refined.
     """
 
     candidate: Candidate
@@ -112,7 +113,20 @@ class Chosen:
     rival: Optional[Candidate] = None
     agreement: dict[str, TaskAgreement] = field(default_factory=dict)
     refined: dict[int, float] = field(default_factory=dict)
-    adapter: Optional[RefinedWeights] = None
+    gated: Optional[RefinedWeights] = None
+
+    @property
+    def adapter(self) -> Optional[RefinedWeights]:
+        """The gates, if they are not folded into the weights."""
+        return None if self.gated is None or self.gated.folded else self.gated
+
+    def core(self, name: str, span: Span) -> Tensor:
+        """Return the update of a linear map that is written, in the basis of a span, `[s, d_in]` float64."""
+        updates = self.candidate.updates
+        core = updates.core(name, span) * updates.reports[name].scale(self.alpha, self.by_kind)
+        if self.gated is None or name not in self.gated.factors:
+            return core
+        return core + span.basis.T @ self.gated.factors[name].update(self.gated.gates[name]).cpu().double()
 
     def warnings(self) -> list[str]:
         """Return warnings of tasks, and of all tasks together, on which the base agrees more with the experts."""

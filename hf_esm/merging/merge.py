@@ -40,6 +40,7 @@ def merge_models(
     validation: Optional[Mapping[str, DataSpec]] = None,
     metric: str | os.PathLike | Metric | Callable[..., float] = "accuracy",
     score_fn: Optional[Callable[[Any], float] | Mapping[str, Callable[[Any], float]]] = None,
+    output: str = "model",
     rank: Optional[int] = None,
     heads: str | Iterable[str] = "auto",
     output_dir: Optional[str | os.PathLike] = None,
@@ -108,7 +109,14 @@ def merge_models(
         metric: what validation rows are scored by; see `hf_esm.metrics.resolve_metric`.
         score_fn: used by `alpha="auto"` instead of `validation`. A function is called with the merged model; functions
             by task name are called with each task's model. Higher is better.
-        rank: rank of each expert of `"esm++"` and `"tsv-c"`, per linear map; by default that of the method.
+        output: `"model"`, or `"lora"`: one LoRA adapter of the base, loadable by PEFT and inference servers, where all
+            experts are LoRA adapters that change linear maps alone, besides the tasks' heads. For `mean`,
+            `task-arithmetic`, `regmean`, `esm`, `tsv-m`, `iso-c` and `iso-cts`, refined or not, whose results lie in
+            the span of the experts' factors. `mean` and `task-arithmetic` read no weight of the base.
+        rank: of the adapter that `output="lora"` writes; by default the sum of the experts' ranks, which is exact. A
+            lower rank is the best one for the inputs in the experts' statistics, or in the plain norm without
+            statistics, and the report states its error per layer. Otherwise the rank of each expert of `"esm++"` and
+            `"tsv-c"`, per linear map; by default that of the method.
         heads: which weights each task keeps for itself: `"auto"`, `"merge"`, `"keep"`, or names of modules.
         output_dir: folder for the merged model, which must not exist yet; by default a temporary one.
         overwrite: replace an earlier merged model in the output folder, when the new one is complete.
@@ -157,7 +165,7 @@ def merge_models(
     """
     options = from_arguments(MergeOptions, locals())
     merge_method = None if options.method in ("auto", {"name": "auto"}) else resolve_method(options.method)
-    if rank is not None:
+    if rank is not None and output != "lora":
         merge_method = (merge_method or EssentialMerge()).with_rank(rank)
     experts, options.weights = task_weights(name_experts(experts), options.weights)
     data = MergeData(calibration, validation, score_fn, processor)

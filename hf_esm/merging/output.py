@@ -108,7 +108,7 @@ def write_files(
     options: MergeOptions,
     refining: Optional[RefineSettings] = None,
 ) -> None:
-    """Write all files of a merged model except its weights to `result.output_dir`.
+    """Write all files of a merged model, or of a merged adapter, except its weights to `result.output_dir`.
 
     These are configs, processor, heads, samples that the recipe refers to, recipe, report and card.
 
@@ -116,7 +116,8 @@ def write_files(
         refining: settings that the model was refined with, if it was.
     """
     folder, plan = result.output_dir, result.plan
-    _write_configs(folder, plan, sources, inputs, options)
+    if options.output == "model":  # a folder with an adapter has the config of its base
+        _write_configs(folder, plan, sources, inputs, options)
     if inputs.processors[BASE] is not None:
         inputs.processors[BASE].save_pretrained(folder)
     for task, expert in plan.experts.items():
@@ -181,6 +182,7 @@ def _write_recipe(
         "method": describe_method(plan.method),
         "alpha": result.alpha_by_kind or result.alpha,
         "refine": asdict(refining) if refining else False,
+        **({"output": options.output, "rank": options.rank} if options.output != "model" else {}),
         **({"overrides": [override.describe() for override in plan.overrides]} if plan.overrides else {}),
         **{name: _plain(getattr(options, name)) for name in _RECORDED if getattr(options, name) is not None},
     }

@@ -25,6 +25,7 @@ from ..planning import (
     RefineSettings,
     Vocabulary,
     check_disk,
+    check_low_rank,
     check_memory,
     choose_voice,
     plan_merge,
@@ -83,6 +84,16 @@ class PlannedRun(Session):
         """The method of the merge; with several `static_methods`, the first of them until one is chosen."""
         return self.plan.method
 
+    @property
+    def methods(self) -> list[MergeMethod]:
+        """All methods that the merge may use."""
+        return [*self.static_methods, *self.plan.methods]
+
+    @property
+    def in_factors(self) -> bool:
+        """Whether the merge is done inside the span of the experts' factors; see `spans.Span`."""
+        return self.options.output == "lora" and all(method.commutes for method in self.methods)
+
     # Before any long work.
 
     def open_models(
@@ -114,6 +125,8 @@ class PlannedRun(Session):
                 f"refine: {self.plan.base.title} has dense modules, whose gates no adapter can hold. Leave "
                 "`keep_adapter` out."
             )
+        if self.options.output == "lora":
+            check_low_rank(self.plan, self.methods, self.refining, self.options.rank)
         if self.refining:
             self.plan.refining_bytes = refining_bytes(self.plan, self.refining)
             self._leave_out_what_does_not_fit()
@@ -206,10 +219,11 @@ class PlannedRun(Session):
         options, plan = self.options, self.plan
         unused = [name for name in ("validation", "score_fn") if getattr(self.data, name) is not None]
         warnings = [f"`{name}` is only used with `alpha='auto'`." for name in unused if not self.searched]
-        if options.max_memory and plan.output_bytes > bytes_of(options.max_memory, "max_memory"):
+        held = plan.base.nbytes if options.output == "lora" else plan.output_bytes
+        if options.max_memory and held > bytes_of(options.max_memory, "max_memory"):
             causes = {"`alpha='auto'`": self.searched, plan.method.name: plan.method.routes}
             causes |= {"`refine`": self.refining is not None, "`method='auto'`": len(self.static_methods) > 1}
-            size = readable(plan.output_bytes)
+            size = readable(held)
             warnings += [
                 f"{cause}: holds the whole merged model in memory, {size} or more."
                 for cause in causes
@@ -239,12 +253,18 @@ class PlannedRun(Session):
         """Whether labels, or a function of the caller's, choose α."""
         return self.searched and (self.data.validation is not None or self.data.score_fn is not None)
 
+    @property
+    def _truncates(self) -> bool:
+        """Whether statistics measure what the rank of an adapter leaves out."""
+        given = all(self.data.calibration_of(task) is not None for task in self.plan.experts)
+        return self.options.output == "lora" and self.options.rank is not None and given
+
     def needs(self) -> Needs:
         """Return what the merge uses of its samples."""
         compared = len(self.static_methods) > 1 or (self.searched and not self.labelled)
         components = self.refining is not None and self.refining.components > 0
         return Needs(
-            statistics=components or any(m.needs_statistics for m in (*self.plan.methods, *self.static_methods)),
+            statistics=components or self._truncates or any(m.needs_statistics for m in self.methods),
             samples=self.method.needs_samples,
             features=self.method.needs_features,
             agreement="halves" if compared or self.refining else "rest" if self.labelled else "",

@@ -57,8 +57,7 @@ def refine_chosen(
             folder=folder,
             progress=progress,
         )
-        adapter = weights if settings.keep_adapter else None
-        chosen = replace(chosen, weight=weights.weight, refined=trained.history, adapter=adapter)
+        chosen = replace(chosen, weight=weights.weight, refined=trained.history, gated=weights)
     measured = None
     with together(accelerator):
         if accelerator.is_main_process:
@@ -70,7 +69,7 @@ def refine_chosen(
         weight = partial(rival.updates.weight, alpha=alpha)
         note = f"{chosen.note}; refined, it agrees less than {rival.method.name}, which is written".lstrip("; ")
         chosen = replace(chosen, candidate=rival, alpha=alpha, by_kind={}, weight=weight, scores={}, note=note)
-        chosen = replace(chosen, refined={}, adapter=None)
+        chosen = replace(chosen, refined={}, gated=None)
     return replace(chosen, agreement=agreement, judge=None)
 
 

@@ -51,7 +51,9 @@ class MergeResult:
     _temporary: Any = field(default=None)
 
     def load_model(self, **kwargs: Any) -> PreTrainedModel:
-        """Load the merged model, in the class of the base; `kwargs` are passed to `from_pretrained`."""
+        """Load the merged model, or the base with the merged adapter on it, in the class of the base; `kwargs` are
+        passed to `from_pretrained`.
+        """
         return type(self.plan.base.skeleton).from_pretrained(self.output_dir, **kwargs)
 
     def load_task_model(self, task: str, **kwargs: Any) -> PreTrainedModel:
@@ -101,6 +103,10 @@ class MergeResult:
         energies = [value for report in self.weights for value in report.energy_kept.values()]
         if energies:
             lines.append(f"  energy   {sum(energies) / len(energies):.1%} of the output shifts kept on average")
+        errors = [report.rank_error for report in self.weights if report.rank_error is not None]
+        if errors:
+            rank, mean = max(report.rank or 0 for report in self.weights), sum(errors) / len(errors)
+            lines.append(f"  adapter  rank {rank}; relative error {mean:.3g} on average, at most {max(errors):.3g}")
         if self.choice:
             lines.append(f"  chosen   {self.choice}")
         if self.refined:

@@ -20,6 +20,7 @@ from ..methods import Mean, MergeMethod, describe_method, weights_cancel
 from ..planning import (
     MergePlan,
     check_disk,
+    check_factors,
     check_memory,
     check_values,
     merged_processor,
@@ -38,12 +39,13 @@ from .expert_statistics import (
 )
 from .judging import ask_experts
 from .learning import learn_mask
+from .lora_output import write_lora
 from .output import write_files, write_model
 from .planned import PlannedRun
 from .refined import refine_chosen, too_few_to_refine
 from .result import MergeResult
 from .routed_experts import write_experts
-from .updates import MergedUpdates
+from .updates import FactoredUpdates, MergedUpdates
 from .weights import Worker, merge_weights, scale_layers, whole_updates
 
 
@@ -101,6 +103,7 @@ class MergeRun(PlannedRun):
             "`tokenizer`": self.options.tokenizer,
             "`overrides`": [override.describe() for override in self.plan.overrides],
             "`heads`": self.options.heads,
+            "`output`": self.options.output,
             "`batch_size`": self.options.batch_size,
             "`seed`": self.options.seed,
             "the number of processes": self.accelerator.num_processes,
@@ -108,9 +111,10 @@ class MergeRun(PlannedRun):
         }
 
     def check_weights(self) -> None:
-        """Read every weight once, and check that it is finite."""
+        """Read every weight once, or every factor of a merge in factors, and check that it is finite."""
         with self.stage("checking weights"):
-            check_values(self.plan, self.progress("Checking weights"))
+            check = check_factors if self.in_factors else check_values
+            check(self.plan, self.progress("Checking weights"))
 
     # The merge.
 
@@ -187,13 +191,16 @@ class MergeRun(PlannedRun):
                 worker=Worker.of(self.accelerator, max_memory),
                 thresholds=thresholds,
                 resumable=self.options.resume_dir is not None,
+                in_factors=self.in_factors,
                 progress=self.progress(f"Merging by {method.name}" if not alone else "Merging"),
             )
         reports = {name: report for part in gather(self.accelerator, reports) for name, report in part.items()}
         base = plan.base
         matrices = [name for name in reports if name in base.linear or len(base.shape(name)) == 2]
         scale_layers(reports, {name: plan.rule_of(name).method for name in matrices})
-        return Candidate(method, MergedUpdates(base, reports, sorted(scratch.glob("updates-*.safetensors"))))
+        files = sorted(scratch.glob("updates-*.safetensors"))
+        updates = FactoredUpdates(plan, reports, files) if self.in_factors else MergedUpdates(base, reports, files)
+        return Candidate(method, updates)
 
     def _prepare(self, plan: MergePlan, inputs: Inputs) -> dict[str, list[float]]:
         """Let the methods learn from the whole model; return the thresholds of all stacks by the methods' `repr`."""
@@ -261,6 +268,8 @@ class MergeRun(PlannedRun):
     def write(self, result: MergeResult, inputs: Inputs, chosen: Chosen) -> None:
         """Pass two: write the merged weights, and all other files of the model."""
         accelerator = self.accelerator
+        if self.options.output == "lora":
+            return self._write_lora(result, inputs, chosen)
         with self.stage("writing"):
             write_model(
                 self.folder,
@@ -274,6 +283,22 @@ class MergeRun(PlannedRun):
             if accelerator.is_main_process:
                 if chosen.adapter is not None:
                     chosen.adapter.save_adapter(self.folder / REFINED_FOLDER)
+                refining = self.refining if chosen.refined else None
+                write_files(result, self.sources, inputs, self.data, self.options, refining)
+
+    def _write_lora(self, result: MergeResult, inputs: Inputs, chosen: Chosen) -> None:
+        """Write the merged updates as a LoRA adapter, and all other files."""
+        ranks = None
+        with self.stage("writing"):
+            if self.accelerator.is_main_process:
+                progress = self.progress("Writing")
+                ranks = write_lora(
+                    self.folder, self.scratch, self.plan, chosen, inputs.statistics, self.options, progress
+                )
+        for name, (rank, error) in gather(self.accelerator, ranks)[0].items():
+            chosen.candidate.reports[name].rank, chosen.candidate.reports[name].rank_error = rank, error
+        with self.stage("writing"):
+            if self.accelerator.is_main_process:
                 refining = self.refining if chosen.refined else None
                 write_files(result, self.sources, inputs, self.data, self.options, refining)
 

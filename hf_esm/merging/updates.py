@@ -10,7 +10,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..architecture import from_matrices, to_matrices
 from ..checkpoints import Checkpoint
+from ..planning import MergePlan
+from .spans import Span, span_of
 
 
 @dataclass
@@ -30,6 +33,9 @@ class WeightReport:
         update_norms: Frobenius norm of each expert's update, by task.
         energy_kept: share of each expert's output shift that the kept directions carry, by task (ESM); of a mixture,
             the mean over its experts.
+        rank: rank of the update in the LoRA adapter that is written, if one is.
+        rank_error: what that rank leaves out of the merged update Δ: `‖R (Δ − B A)ᵀ‖ / ‖R Δᵀ‖`, with the factors `R`
+            of all experts' inputs stacked; without statistics, `‖Δ − B A‖ / ‖Δ‖`.
     """
 
     name: str
@@ -42,6 +48,8 @@ class WeightReport:
     layer_scale: float = 1.0
     update_norms: dict[str, float] = field(default_factory=dict)
     energy_kept: dict[str, float] = field(default_factory=dict)
+    rank: Optional[int] = None
+    rank_error: Optional[float] = None
 
     def scale(self, alpha: float, by_kind: Mapping[str, float]) -> float:
         """Return what multiplies the merged update, where α is a number, and another for some kinds of weights."""
@@ -72,8 +80,36 @@ class MergedUpdates:
             alpha: scale of the updates.
             by_kind: another scale for some kinds of weights.
         """
-        weight = self.base.tensor(name)
-        if name not in self._files:
+        weight, update = self.base.tensor(name), self.update(name)
+        if update is None:
             return weight
-        scale = self.reports[name].scale(alpha, by_kind)
-        return torch.add(weight.float(), self._files[name].get_tensor(name), alpha=scale)
+        return torch.add(weight.float(), update, alpha=self.reports[name].scale(alpha, by_kind))
+
+    def update(self, name: str) -> Optional[Tensor]:
+        """Return the unscaled merged update, float32, as the weight is stored; None if nothing was merged."""
+        return self._files[name].get_tensor(name) if name in self._files else None
+
+    def core(self, name: str, span: Span) -> Tensor:
+        """Return the unscaled merged update in the basis of a span, `[s, d_in]` float64."""
+        (update,) = to_matrices(self.update(name), self.base.linear[name])
+        return span.basis.T @ update.double()
+
+
+class FactoredUpdates(MergedUpdates):
+    """Merged updates on disk as `K [s, d_in]` in the bases of the experts' factors."""
+
+    def __init__(self, plan: MergePlan, reports: dict[str, WeightReport], files: list[Path]):
+        super().__init__(plan.base, reports, files)
+        self._plan = plan
+
+    def update(self, name: str) -> Optional[Tensor]:
+        core = super().update(name)
+        if core is None:
+            return None
+        linear, span = self.base.linear[name], span_of(self._plan.experts, name)
+        (core,) = to_matrices(core, linear)
+        return from_matrices([(span.basis @ core.double()).float()], linear)
+
+    def core(self, name: str, span: Span) -> Tensor:
+        (core,) = to_matrices(super().update(name), self.base.linear[name])
+        return core.double()

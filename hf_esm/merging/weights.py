@@ -32,6 +32,7 @@ from ..methods import Merged, MergeMethod, Stack, WholeUpdates, buffer_stack, me
 from ..planning import MergePlan, merge_bytes
 from ..utils import algebra_device, fast_products, roomy
 from .jobs import Job, run_jobs
+from .spans import rank_of, span_of
 from .updates import WeightReport
 
 
@@ -93,12 +94,15 @@ def merge_weights(
     worker: Worker = Worker(),
     thresholds: Mapping[str, Sequence[float]] = MappingProxyType({}),
     resumable: bool = False,
+    in_factors: bool = False,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, WeightReport]:
     """Merge this process's share of the weights, one at a time, into a scratch file.
 
     Args:
         thresholds: by the methods' `repr`, as `MergeMethod.prepare` returned them.
+        in_factors: merge inside the span of the experts' factors, which all experts and methods must allow; what is
+            written of a matrix is `K [s, d_in]` (see `spans.Span`), and no weight of the base is read.
         resumable: keep a journal of the merged weights in `scratch`, and skip those that it lists.
 
     Returns the report of every weight of the share, and of every weight that no expert changes.
@@ -106,10 +110,10 @@ def merge_weights(
     units = merge_units(plan, statistics)
     unchanged = [unit for unit in units if plan.unchanged.issuperset(unit)]
     share = worker.share([unit for unit in units if not plan.unchanged.issuperset(unit)])
-    shapes = {name: torch.empty(plan.base.shape(name), device="meta") for unit in share for name in unit}
+    merger = (FactorMerger if in_factors else UnitMerger)(plan, statistics, thresholds, worker)
+    shapes = {name: torch.empty(merger.shape(name), device="meta") for unit in share for name in unit}
     journal = _Journal(scratch / f"updates-{worker.rank}.journal")
     reports = journal.read() if resumable else {}
-    merger = UnitMerger(plan, statistics, thresholds, worker)
     jobs = [merger.job(unit) for unit in share if unit[0] not in reports]
     with (
         ShardedWriter(scratch, shapes, max_shard_size=2**62, stem=journal.path.stem, written=reports) as writer,
@@ -201,6 +205,10 @@ class UnitMerger:
     ):
         self.plan, self.statistics, self.thresholds, self.worker = plan, statistics, thresholds, worker
         self.depths = block_depths(plan.base.skeleton)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a weight's merged update, as it is written."""
+        return self.plan.base.shape(name)
 
     def job(self, unit: list[str]) -> Job:
         """Return the job that merges a unit, whose result is the update and the report of each weight by name."""
@@ -302,6 +310,20 @@ class UnitMerger:
             update_norms={task: _norm(parts) for task, parts in matrices.items()},
             energy_kept=dict(zip(self.plan.experts, mean_energies, strict=True)) if energies else {},
         )
+
+
+class FactorMerger(UnitMerger):
+    """Merges matrices inside the span of the experts' factors: `Q K_t` are merged as the `K_t`."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        linear, experts = self.plan.base.linear[name], self.plan.experts.values()
+        rows, columns = to_matrices(torch.empty(self.plan.base.shape(name), device="meta"), linear)[0].shape
+        size = min(rows, rank_of(experts, name))
+        return (columns, size) if linear.transposed else (size, columns)
+
+    def read(self, unit: list[str]) -> list[list[Tensor]]:
+        experts, linear = self.plan.experts, self.plan.base.linear
+        return [[from_matrices([core], linear[name]) for core in span_of(experts, name).cores] for name in unit]
 
 
 def _matrices(weights: Sequence[Tensor], linear: Any, device: Optional[torch.device]) -> list[Tensor]:

@@ -46,6 +46,7 @@ class EssentialMerge(MergeMethod):
 
     name: ClassVar[str] = "esm"
     needs_statistics: ClassVar[bool] = True
+    keeps_span: ClassVar[bool] = True
 
     gamma: float = field(
         default=0.0,

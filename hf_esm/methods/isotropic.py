@@ -55,6 +55,7 @@ class IsoC(MergeMethod):
 
     name: ClassVar[str] = "iso-c"
     default_alpha: ClassVar[float] = 1.5  # the middle of what is good on validation rows of eight text tasks
+    keeps_span: ClassVar[bool] = True
 
     def merge(self, stack: Stack) -> Merged:
         if not stack.is_matrix:
@@ -68,6 +69,7 @@ class IsoCTS(MergeMethod):
 
     name: ClassVar[str] = "iso-cts"
     default_alpha: ClassVar[float] = 2.0  # as above; the papers tune it
+    keeps_span: ClassVar[bool] = True
 
     common_space_fraction: float = field(
         default=0.8,

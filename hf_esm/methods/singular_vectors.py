@@ -60,6 +60,7 @@ class TSVM(MergeMethod):
     """
 
     name: ClassVar[str] = "tsv-m"
+    keeps_span: ClassVar[bool] = True
 
     tolerance: float = field(default=0.001, metadata=TOLERANCE)
 

@@ -147,6 +147,9 @@ class MergeMethod:
             precision that the hardware multiplies fastest.
         counts_embeddings: whether embeddings are merged by token counts (`merge_embedding`) instead of by `merge`.
         stacks_shared_inputs: whether linear maps that read one tensor (q, k and v) are merged as one weight.
+        keeps_span: whether the columns of a merged matrix are combinations of those of the experts' updates, so that
+            low-rank updates give a low-rank merged update.
+        commutes: whether the merge of updates `Q K_t`, with `Q` of orthonormal columns, is `Q` times that of `K_t`.
         router: the router (see `RoutedExpertsConfig`), if the method routes: an expert per task is written into the
             folder of the merged model. Empty by default. The attributes below are read only if it is set.
         static_method: what the static model beside routed experts is merged by: `"own"`, this method's `merge`, the
@@ -166,6 +169,8 @@ class MergeMethod:
     tolerance: ClassVar[float] = 0.0
     counts_embeddings: ClassVar[bool] = True
     stacks_shared_inputs: ClassVar[bool] = False
+    keeps_span: ClassVar[bool] = False
+    commutes: ClassVar[bool] = False
     router: ClassVar[str] = ""
     static_method: ClassVar[str] = "own"
     directions: ClassVar[str] = "residual"

@@ -5,7 +5,8 @@ Comes in: the caller's arguments, or a recipe. Goes out: a checked `MergePlan`, 
 
 from .arguments import MergeData, check_arguments, check_replaceable, name_experts, task_weights
 from .chat import choose_voice, merged_processor, tokenizer_of
-from .checks import check_disk, check_memory, check_values
+from .checks import check_disk, check_factors, check_memory, check_values
+from .low_rank import check_low_rank
 from .options import MergeOptions, torch_dtype
 from .overrides import Override, Rule, resolve_overrides
 from .plan import MergePlan, calibrated_widths, counted_rows, plan_merge
@@ -29,6 +30,8 @@ __all__ = [
     "calibrated_widths",
     "check_arguments",
     "check_disk",
+    "check_factors",
+    "check_low_rank",
     "check_memory",
     "check_replaceable",
     "check_values",

@@ -91,10 +91,40 @@ def check_values(plan: MergePlan, progress: Callable[[Iterable], Iterable] = ite
             elif not torch.equal(tuned := expert.tensor(name), weight):
                 _check_finite(tuned, expert, name)
                 changed[task].add(name)
+    _note_changed(plan, changed)
+    _check_heads(plan)
+
+
+def check_factors(plan: MergePlan, progress: Callable[[Iterable], Iterable] = iter) -> None:
+    """Read the factors of every update once, of experts that are LoRA adapters, and the weights that tasks keep; note
+    in the plan which weights no expert changes.
+
+    Raises:
+        HfEsmError: as `check_values` does.
+    """
+    changed: dict[str, set[str]] = {task: set() for task in plan.experts}
+    for name in progress(plan.heads.shared):
+        for task, expert in plan.experts.items():
+            a, b = expert.factors(name) or (None, None)
+            if a is not None:
+                _check_finite(a, expert, name)
+                _check_finite(b, expert, name)
+                if a.any() and b.any():
+                    changed[task].add(name)
+    _note_changed(plan, changed)
+    _check_heads(plan)
+
+
+def _note_changed(plan: MergePlan, changed: dict[str, set[str]]) -> None:
+    """Note in the plan which weights no expert changes; raise an error if an expert changes none."""
     for task, names in changed.items():
         if not names:
             raise HfEsmError(f"{plan.experts[task].title} equals the base in every merged weight. Leave it out.")
     plan.unchanged = frozenset(plan.heads.shared) - frozenset.union(*map(frozenset, changed.values()))
+
+
+def _check_heads(plan: MergePlan) -> None:
+    """Raise an error if a weight that a task keeps is not finite."""
     for task, names in plan.heads.by_task.items():
         for name in names:
             _check_finite(plan.experts[task].tensor(name), plan.experts[task], name)

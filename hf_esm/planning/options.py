@@ -46,7 +46,10 @@ class MergeOptions(RunOptions):
         chat_template: the task, or `"base"`, whose chat template, special tokens and settings of generation the merged
             model has, where templates differ.
         metric: what validation rows are scored by: a name, a function, or a `Metric`; see `metrics.resolve_metric`.
-        rank: rank of each expert of `method="esm++"` and `"tsv-c"`, per linear map; by default that of the method.
+        output: `"model"`, or `"lora"` to write one LoRA adapter of the base, where all experts are LoRA adapters and
+            the method is one of `mean`, `task-arithmetic`, `regmean`, `esm`, `tsv-m`, `iso-c`, `iso-cts`.
+        rank: of the adapter that `output="lora"` writes, by default the sum of the experts' ranks, which is exact; or
+            of each expert of `method="esm++"` and `"tsv-c"`, per linear map, by default that of the method.
         heads: which weights each task keeps for itself: `"auto"`, `"merge"`, `"keep"`, or names of modules; see
             `planning.heads.plan_heads`.
         dtype: floating-point dtype of the written weights, such as `"bfloat16"`; by default each weight keeps the
@@ -109,7 +112,16 @@ class MergeOptions(RunOptions):
             "recall@10, or one of the evaluate library"
         },
     )
-    rank: Optional[int] = field(default=None, metadata={"help": "rank of the experts of esm++ and tsv-c", "least": 1})
+    output: str = field(
+        default="model",
+        metadata={
+            "help": "what is written: model, or lora, one adapter of LoRA experts",
+            "choices": ("model", "lora"),
+        },
+    )
+    rank: Optional[int] = field(
+        default=None, metadata={"help": "rank of the experts of esm++ and tsv-c, or of --output lora", "least": 1}
+    )
     heads: str | Iterable[str] = field(
         default="auto", metadata={"help": "what tasks keep for themselves: auto, merge, keep, or module names"}
     )
