@@ -17,6 +17,7 @@ from torch import Tensor
 from ..calibration import ActivationStatistics
 from ..checkpoints import (
     CALIBRATION_FOLDER,
+    GENERATION_CONFIG,
     RECIPE_FILE,
     REPORT_FILE,
     Checkpoint,
@@ -144,7 +145,9 @@ def _write_configs(
                 setattr(config.get_text_config(), name, token)
     config.save_pretrained(folder)
     if model.can_generate():
-        merged_generation(plan, sources, inputs.processors).save_pretrained(folder)
+        # `save_pretrained` refuses what many published models have: a temperature without sampling.
+        generation = merged_generation(plan, sources, inputs.processors)
+        generation.to_json_file(folder / GENERATION_CONFIG, keys_to_pop=["compile_config"])
 
 
 # Options that a recipe repeats. The others say where and how to merge, not what the merged model is.
