@@ -77,7 +77,6 @@ class _Chat:
         processor: its tokenizer, or the processor that holds the tokenizer.
         routed: the routed model, if it is one.
         task: the task that the user named.
-        length: tokens of an answer, at most.
         messages: what was said, as chat templates take it.
     """
 
@@ -85,7 +84,6 @@ class _Chat:
     processor: Any
     routed: Optional[RoutedModel]
     task: Optional[str]
-    length: int
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def answer(self, message: str) -> None:
@@ -97,11 +95,7 @@ class _Chat:
         streamer = _Answer(_tokenizer(self.processor), skip_prompt=True, skip_special_tokens=True)
         writer = self.model if self.routed is None else self.routed
         with nullcontext() if self.task is None else self.routed.route(self.task):
-            writer.generate(
-                **{name: ids.to(self.model.device) for name, ids in inputs.items()},
-                max_new_tokens=self.length,
-                streamer=streamer,
-            )
+            writer.generate(**{name: ids.to(self.model.device) for name, ids in inputs.items()}, streamer=streamer)
         self.messages.append({"role": "assistant", "content": streamer.text})
 
     def _prompt(self) -> dict[str, Any]:
@@ -152,9 +146,11 @@ def _open(arguments: argparse.Namespace) -> _Chat:
         raise HfEsmError(f"{title}: `task` names a routed expert, and this model has none. Leave it out.")
     else:
         model = model_class.from_pretrained(folder, config=config).eval().to(PartialState().device)
-    length = arguments.max_new_tokens or model.generation_config.max_new_tokens or LENGTH
+    settings = model.generation_config
+    settings.max_new_tokens = arguments.max_new_tokens or settings.max_new_tokens or LENGTH
+    settings.max_length = None  # of prompt and answer
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    return _Chat(model, processor, routed, arguments.task, length, system)
+    return _Chat(model, processor, routed, arguments.task, system)
 
 
 def _tokenizer(processor: Any) -> Any:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from hf_esm import RoutedModel, merge_models
 from hf_esm.cli.main import main
-from support.helpers import perturbed
+from support.helpers import Architecture, perturbed
 from support.tiny import LLAMA, save_models, save_tokenizer
 from support.writers import TEMPLATE
 
@@ -83,6 +83,23 @@ def test_a_conversation_is_that_of_the_model(models, capsys, name, prompt):
     assert capsys.readouterr().out.splitlines() == texts and any(texts)
     forgetful = [expected(models / name, [s], lambda ids: model.generate(ids, max_new_tokens=7), prompt) for s in SAYS]
     assert [text for (text,) in forgetful] != texts
+
+
+def test_an_encoder_decoder_answers_each_text_by_itself(tmp_path, capsys, caplog):
+    sizes = {"vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    t5 = Architecture("T5ForConditionalGeneration", {**sizes, "decoder_start_token_id": 0})
+    model = perturbed(t5.build(), 0.5, 1)
+    model.generation_config.max_length = 40
+    model.save_pretrained(tmp_path)
+    tokenizer, texts = save_tokenizer(tmp_path), []
+    for text in SAYS:
+        inputs = tokenizer(f"it is\n{text}", return_tensors="pt", return_token_type_ids=False)
+        written = model.generate(**inputs, max_new_tokens=6)
+        texts.append(tokenizer.decode(written[0], skip_special_tokens=True))
+    caplog.clear()
+    assert run(tmp_path, *said("--max-new-tokens", "6", "--system", "it is")) == 0
+    assert capsys.readouterr().out.splitlines() == texts and len({*texts, ""}) == 3
+    assert not caplog.records
 
 
 def test_settings_of_generation_are_those_of_the_folder(models, tmp_path, capsys):
