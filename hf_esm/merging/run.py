@@ -288,19 +288,18 @@ class MergeRun(PlannedRun):
 
     def _write_lora(self, result: MergeResult, inputs: Inputs, chosen: Chosen) -> None:
         """Write the merged updates as a LoRA adapter, and all other files."""
-        ranks = None
-        with self.stage("writing"):
-            if self.accelerator.is_main_process:
-                progress = self.progress("Writing")
-                ranks = write_lora(
-                    self.folder, self.scratch, self.plan, chosen, inputs.statistics, self.options, progress
-                )
-        for name, (rank, error) in gather(self.accelerator, ranks)[0].items():
-            chosen.candidate.reports[name].rank, chosen.candidate.reports[name].rank_error = rank, error
-        with self.stage("writing"):
-            if self.accelerator.is_main_process:
-                refining = self.refining if chosen.refined else None
-                write_files(result, self.sources, inputs, self.data, self.options, refining)
+        ranks, reports, main = None, chosen.candidate.reports, self.accelerator.is_main_process
+        with self.stage("writing", joined=False):
+            with together(self.accelerator):
+                if main:
+                    known, progress = inputs.statistics, self.progress("Writing")
+                    ranks = write_lora(self.folder, self.scratch, self.plan, chosen, known, self.options, progress)
+            for name, (rank, error) in gather(self.accelerator, ranks)[0].items():
+                reports[name].rank, reports[name].rank_error = rank, error
+            with together(self.accelerator):
+                if main:
+                    refining = self.refining if chosen.refined else None
+                    write_files(result, self.sources, inputs, self.data, self.options, refining)
 
     def add_experts(self, inputs: Inputs, chosen: Chosen) -> None:
         """Write the experts and the router, if the method routes."""

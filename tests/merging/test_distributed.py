@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from hf_esm import ActivationStatistics, calibrate, merge_models
 from hf_esm.checkpoints import REFINED_FOLDER
+from hf_esm.checkpoints.layout import ADAPTER_WEIGHTS
 from hf_esm.data import save_samples
 from support.helpers import perturbed, save
 from support.problems import relative_error
@@ -80,6 +81,8 @@ def folder(tmp_path_factory):
     cases["refined"] = language | {"method": "regmean", "alpha": "auto", "refine": language["refine"] | KEEP}
     cases["chosen and refined"] = language | {"calibration": samples}
     cases["refined classifiers"] = arguments(folder, refine={"components": 4, "steps": 12})
+    adapters = {"c": str(folder / "c-lora"), "same": str(folder / "c-lora")}
+    cases["adapter"] = arguments(folder, experts=adapters, calibration=None, method="mean", output="lora", rank=3)
     for name, case in cases.items():
         kept = {"statistics_dir": folder / name / "expected statistics"} if "statistics_dir" in case else {}
         merge_models(**{**case, "progress": False, **kept}, output_dir=folder / name / "expected")
@@ -156,6 +159,16 @@ def test_two_processes_give_the_weights_of_one(folder, name):
     found, expected = weights(folder / name / "found"), weights(folder / name / "expected")
     assert largest_difference(found, expected) < CASES[name]
     assert largest_difference(found, weights(folder / "base")) > 0.01
+
+
+def test_two_processes_write_the_adapter_of_one(folder):
+    found, expected = (load_file(folder / "adapter" / outcome / ADAPTER_WEIGHTS) for outcome in OUTCOMES)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    main, other = ranks(folder, "adapter")
+    assert main["result"] == other["result"]
+    errors = [report["rank_error"] for report in other["result"]["weights"] if report["rank"]]
+    assert errors and all(0.01 < error < 1 for error in errors)
 
 
 @pytest.mark.parametrize("name", ["sharded", "one sample"])
