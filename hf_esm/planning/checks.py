@@ -118,7 +118,7 @@ def check_factors(plan: MergePlan, progress: Callable[[Iterable], Iterable] = it
 def _note_changed(plan: MergePlan, changed: dict[str, set[str]]) -> None:
     """Note in the plan which weights no expert changes; raise an error if an expert changes none."""
     for task, names in changed.items():
-        if not names:
+        if not names and not (plan.vocabulary and task in plan.vocabulary.givers()):
             raise HfEsmError(f"{plan.experts[task].title} equals the base in every merged weight. Leave it out.")
     plan.unchanged = frozenset(plan.heads.shared) - frozenset.union(*map(frozenset, changed.values()))
 

@@ -127,13 +127,14 @@ class Vocabulary:
         Args:
             counts: by task, how often the samples read each row of the expert's own token embedding.
         """
-        known = [counts.get(task) for task in self._givers()]
+        known = [counts.get(task) for task in self.givers()]
         if any(count is None for count in known):
             return
         givers = self.given.givers
         self.given.share([count[rows.clamp_min(0)].double() for (_, rows), count in zip(givers, known, strict=True)])
 
-    def _givers(self) -> list[str]:
+    def givers(self) -> list[str]:
+        """Return the models that rows are taken from: tasks, and maybe `"base"`."""
         names = {id(expert.stored): task for task, expert in self.experts.items()} | {id(self.base.stored): BASE}
         return [names[id(giver.stored)] for giver, _ in self.given.givers]
 
