@@ -10,6 +10,10 @@ from ..checkpoints import Checkpoint
 from ..linalg import RELATIVE_CUTOFF, triangular_factor
 
 
+# Share of the strongest image below which the products of inputs, in float32, do not tell directions apart.
+_TOLD_APART = 1e-5
+
+
 @dataclass(frozen=True)
 class Span:
     """The updates `Δ_t = Q K_t` of one linear map by all experts, in a basis of the columns of their factors `B_t`.
@@ -43,19 +47,21 @@ def best_factors(core: Tensor, rank: int, inputs: Sequence[Tensor] = ()) -> tupl
 
     The norm is `‖R (K − U A)ᵀ‖`, where `R` are the stacked factors of the inputs. By Eckart–Young, the columns of `U`
     are the leading left singular vectors of `K Rᵀ`, and `A = Uᵀ K`. Where the inputs tell directions no further apart,
-    those that matter most to `K` itself come next. No matrix has more than `s` columns.
+    those that matter most to `K` itself come next. No matrix but the inputs' has more than `s` columns.
 
     Args:
         core: `K [s, d_in]`.
         rank: largest rank.
-        inputs: `R_t [m_t, d_in]` with the Gram matrix of each expert's inputs; without any, `R` is the identity.
+        inputs: `R_t [m_t, d_in]`, float32, with the Gram matrix of each expert's inputs; without any, `R` is the
+            identity.
 
-    Returns the factors, and the error as a share of `‖R Kᵀ‖`: 0 at full rank.
+    Returns the factors, and the error as a share of `‖R Kᵀ‖`: 0 at full rank. Products with inputs are float32.
     """
     core = core.double()
-    images = [triangular_factor(factor.double() @ core.T) for factor in inputs] if inputs else [core.T]
+    read = core.T.float()
+    images = [triangular_factor((factor @ read).double()) for factor in inputs] if inputs else [core.T]
     _, values, turned = torch.linalg.svd(triangular_factor(torch.cat(images)), full_matrices=False)
-    strong = values > RELATIVE_CUTOFF * values[:1]
+    strong = values > _TOLD_APART * values[:1]
     directions = turned[strong].T
     if directions.shape[1] < rank:
         rest = core - directions @ (directions.T @ core)

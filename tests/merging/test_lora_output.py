@@ -121,9 +121,9 @@ def test_best_factors_are_those_of_the_literal_decomposition(size, width, rows):
         columns, a, error = best_factors(core, rank, inputs)
         assert columns.shape[1] == len(a) == min(rank, size, width)
         expected = left[:, :rank] @ left[:, :rank].T @ core
-        assert relative_error((columns @ a) @ metric.T, expected @ metric.T) < 1e-9
-        assert abs(error - float(values[rank:].norm() / values.norm())) < 1e-9
-    assert relative_error(columns @ a, core) < 1e-9  # exact, also along inputs that no sample has
+        assert relative_error((columns @ a) @ metric.T, expected @ metric.T) < 1e-5
+        assert abs(error - float(values[rank:].norm() / values.norm())) < 1e-5
+    assert relative_error(columns @ a, core) < 1e-6  # exact, also along inputs that no sample has
 
 
 def test_directions_that_no_input_tells_apart_come_by_their_size():
