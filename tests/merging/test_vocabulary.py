@@ -382,3 +382,24 @@ def test_a_comparison_takes_experts_of_other_vocabularies(chat, tmp_path):
         progress=False,
     )
     assert [row.label for row in found.rows] == ["mean", "regmean"]
+
+
+def test_rows_without_samples_are_those_of_the_usual_tokenizer_sources(chat, tmp_path):
+    """As mergekit documents a union: a token of one expert keeps its row, one of several has the mean of the rows, and
+    an expert that lacks a token of the base counts with the base's row.
+    """
+    cut = AutoModelForCausalLM.from_pretrained(chat / "tools")
+    write(chat, "fewer", cut, ["<tool>", "<|end|>"], TEMPLATE)
+    path = chat / "fewer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["other"] = content["model"]["vocab"].pop("film")
+    path.write_text(json.dumps(content))
+    experts = {task: chat / task for task in ("chat", "fewer")}
+    merge_models(chat / "base", experts, method="mean", output_dir=tmp_path / "m", tokenizer="base", progress=False)
+    base, one = row_of(chat / "base", "film"), row_of(chat / "chat", "film")
+    assert torch.allclose(row_of(tmp_path / "m", "film"), (base + one) / 2, atol=1e-6)
+    experts = {task: chat / task for task in ("chat", "tools")}
+    merge_models(chat / "base", experts, method="mean", output_dir=tmp_path / "union", progress=False)
+    rows = [row_of(chat / task, "<|end|>") for task in experts]
+    assert torch.allclose(row_of(tmp_path / "union", "<|end|>"), sum(rows) / 2, atol=1e-6)
+    assert torch.equal(row_of(tmp_path / "union", "<tool>"), row_of(chat / "tools", "<tool>"))
