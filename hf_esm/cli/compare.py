@@ -13,9 +13,9 @@ from ..errors import HfEsmError
 from ..evaluation import METHODS_COMPARED, NOT_COMPARED, REPORT, add_comparison, compare
 from ..methods import resolve_method
 from .console import say
-from .flags import pairs, yaml_value
+from .flags import pairs
 from .parser import CommandParser
-from .requests import add_merge_arguments, merge_request
+from .requests import add_merge_arguments, merge_request, yaml_value
 
 
 logger = logging.getLogger(__name__)

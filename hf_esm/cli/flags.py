@@ -8,8 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Optional
 
-import yaml
-
 from ..errors import HfEsmError
 
 
@@ -77,11 +75,6 @@ def options_of(arguments: argparse.Namespace, options: type) -> dict[str, Any]:
     used = {f.name: getattr(arguments, f.name) for f in fields(options) if hasattr(arguments, f.name)}
     for name in {"columns", "weights"} & used.keys():
         used[name] = pairs(used[name], _flag(name))
-    for name in {"overrides"} & used.keys():
-        used[name] = [yaml_value(text, _flag(name)) for text in used[name]]
-    for name in {"alpha", "tokenizer"} & used.keys():
-        if isinstance(used[name], str) and used[name].startswith("{"):
-            used[name] = yaml_value(used[name], _flag(name))
     if "heads" in used and len(used["heads"]) == 1 and used["heads"][0] in ("auto", "merge", "keep"):
         used["heads"] = used["heads"][0]
     return used
@@ -102,14 +95,6 @@ def pairs(items: Optional[Iterable[str]], flag: str) -> dict[str, str]:
             raise HfEsmError(f"{flag} names {name!r} twice.")
         values[name] = value
     return values
-
-
-def yaml_value(text: str, flag: str) -> Any:
-    """The value that a text is in YAML, such as `0.2`, `true` or `[query, key]`."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise HfEsmError(f"{flag}: {text!r} is not a YAML value.") from None
 
 
 def count(text: str) -> int:

@@ -8,10 +8,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import yaml
+
 from ..errors import HfEsmError
 from ..methods import METHODS
 from ..planning import MergeOptions, RefineSettings, load_recipe
-from .flags import add_flags, options_of, pairs, yaml_value
+from .flags import add_flags, options_of, pairs
 from .parser import CommandParser
 
 
@@ -46,7 +48,7 @@ def merge_request(arguments: argparse.Namespace, for_comparison: bool = False) -
     if "experts" not in request:
         raise HfEsmError("Name a recipe, or --base and --expert TASK=MODEL for each expert.")
     request.setdefault("base", None)
-    request |= options_of(arguments, MergeOptions)
+    request |= _plain_values(options_of(arguments, MergeOptions))
     if isinstance(words := getattr(arguments, "refine", None), list):
         request["refine"] = _settings(words, "--refine") or True
     if arguments.set:
@@ -58,9 +60,27 @@ def merge_request(arguments: argparse.Namespace, for_comparison: bool = False) -
     return request
 
 
+def _plain_values(used: dict[str, Any]) -> dict[str, Any]:
+    """The values of flags, those that are written as YAML read."""
+    if "overrides" in used:
+        used["overrides"] = [yaml_value(text, "--overrides") for text in used["overrides"]]
+    for name in {"alpha", "tokenizer"} & used.keys():
+        if isinstance(used[name], str) and used[name].startswith("{"):
+            used[name] = yaml_value(used[name], f"--{name}")
+    return used
+
+
 def _settings(words: Iterable[str], flag: str) -> dict[str, Any]:
     """The settings that the words `NAME=VALUE` of a flag give, with values as YAML reads them."""
     return {name: yaml_value(text, flag) for name, text in pairs(words, flag).items()}
+
+
+def yaml_value(text: str, flag: str) -> Any:
+    """The value that a text is in YAML, such as `0.2`, `true` or `[query, key]`."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise HfEsmError(f"{flag}: {text!r} is not a YAML value.") from None
 
 
 def describe_settings() -> str:
