@@ -94,7 +94,8 @@ def compare(
     arguments = locals()
     experts, weights = task_weights(name_experts(experts), weights)
     shared = {option.name for option in fields(MergeOptions)} - {*NOT_COMPARED, "output_dir"}
-    options = MergeOptions(**{name: arguments[name] for name in shared} | {"weights": weights})
+    given: dict[str, Any] = {name: arguments[name] for name in shared}
+    options = MergeOptions(**{**given, "weights": weights})
     named, folder = name_methods(methods), Path(output_dir).expanduser()
     seeds = (seeds,) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
     if base is None:
