@@ -94,8 +94,8 @@ def compare(
     arguments = locals()
     experts, weights = task_weights(name_experts(experts), weights)
     shared = {option.name for option in fields(MergeOptions)} - {*NOT_COMPARED, "output_dir"}
-    given: dict[str, Any] = {name: arguments[name] for name in shared}
-    options = MergeOptions(**{**given, "weights": weights})
+    given: dict[str, Any] = {**{name: arguments[name] for name in shared}, "weights": weights}
+    options = MergeOptions(**given)
     named, folder = name_methods(methods), Path(output_dir).expanduser()
     seeds = (seeds,) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
     if base is None:
