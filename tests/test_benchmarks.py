@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import math
 import runpy
 import sys
@@ -53,7 +54,9 @@ def run(suite, tmp_path, monkeypatch, capsys):
         runpy.run_path(str(SCRIPT), run_name="__main__")
         return capsys.readouterr().out, json.loads((tmp_path / "report" / file).read_text())["results"]
 
-    return run_script
+    logger, level = logging.getLogger("hf_esm"), logging.getLogger("hf_esm").level
+    yield run_script
+    logger.setLevel(level)  # which the script raises
 
 
 def literal_loss(suite, model, rows):

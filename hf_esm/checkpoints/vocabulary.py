@@ -28,9 +28,11 @@ def token_rows(model: PreTrainedModel) -> int:
 
 def token_embedding(checkpoint: Checkpoint) -> str:
     """Return the canonical name of a checkpoint's token embedding."""
-    live = {id(module): name for name, module in checkpoint.skeleton.named_modules()}
-    weight = f"{live[id(checkpoint.skeleton.get_input_embeddings())]}.weight"
-    return next(name for name, found in checkpoint.names.items() if found == weight)
+    model = checkpoint.skeleton
+    module = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    sources = getattr(model, "all_tied_weights_keys", None) or {}
+    weight = sources.get(f"{module}.weight", f"{module}.weight")
+    return next(name for name, live in checkpoint.names.items() if live == weight)
 
 
 @dataclass

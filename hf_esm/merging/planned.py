@@ -187,6 +187,7 @@ class PlannedRun(Session):
         if method.routes and not any(is_routable(n, opened.linear.get(n)) for n in plan.heads.shared):
             raise HfEsmError(f"{opened.title} has no linear maps to route experts on. Merge it by another method.")
         plan.vocabulary, plan.voice = vocabulary, voice
+        plan.warnings += vocabulary.warnings() if vocabulary is not None else []
         return sources, plan
 
     def _plan_tokens(

@@ -77,6 +77,7 @@ class Vocabulary:
         experts: the experts in it, by task.
         tokens: where its rows are in each model, by task, and in the base as `"base"`.
         added: tokens that the base lacks.
+        lost: by task, tokens of its expert that the merged model lacks.
         given: the rows that are taken from models as they are.
     """
 
@@ -84,6 +85,7 @@ class Vocabulary:
     experts: dict[str, Checkpoint]
     tokens: dict[str, TokenRows]
     added: list[str]
+    lost: dict[str, list[str]]
     given: GivenRows
 
     def __str__(self) -> str:
@@ -92,6 +94,15 @@ class Vocabulary:
             f" and {len(self.added) - 3} more" if len(self.added) > 3 else ""
         )
         return f"{rows} rows, matched by token" + (f"; added {added}" if self.added else "")
+
+    def warnings(self) -> list[str]:
+        """Return a warning for each task that has tokens of its own that the merged model lacks."""
+        return [
+            f"'{task}': the merged model lacks {len(tokens)} of its tokens, such as {tokens[0]!r}. To keep them, see "
+            "`tokenizer`."
+            for task, tokens in self.lost.items()
+            if tokens
+        ]
 
     @property
     def embedding(self) -> str:
@@ -191,7 +202,8 @@ def plan_vocabulary(
         view = merged_base if name == BASE else InVocabulary(body, places[name], given, merged_base)
         views[name] = view if model.modules is None else EmbeddingCheckpoint(view, model.modules)
     added = [str(token) for token, row in ids.items() if places[BASE].rows[row] < 0]
-    return Vocabulary(views.pop(BASE), views, places, added, given), tokenizer
+    lost = {task: [str(token) for token in own[task] if token not in ids] for task in experts}
+    return Vocabulary(views.pop(BASE), views, places, added, lost, given), tokenizer
 
 
 def _rows_of_one_adapter(models: Mapping[str, Checkpoint], places: Mapping[str, TokenRows]) -> list[tuple[str, int]]:

@@ -315,7 +315,7 @@ VOCABULARIES = (("base", ["a", "b", "c"]), ("more", ["a", "b", "c", "d"]), ("oth
 
 
 def test_processors_that_read_otherwise_are_mentioned(tmp_path):
-    """The embeddings of different words would be merged."""
+    """Words that the merged model lacks; and, where no tokens are matched, ids that are of other words."""
     words = [*SPECIAL, *WORDS]
     made = save_models(tmp_path)
     orders = {"base": words, "left": [*words, "new"], "right": [*SPECIAL, *reversed(WORDS)]}
@@ -323,8 +323,8 @@ def test_processors_that_read_otherwise_are_mentioned(tmp_path):
         (tmp_path / "vocab.txt").write_text("\n".join(order))
         BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(made.experts.get(name, made.base))
     warned = merge_models(**made.arguments, progress=False).warnings
-    (said,) = [warning for warning in warned if "tokenizer" in warning]
-    assert said.startswith("'right': its tokenizer gives 14 tokens other ids than the base's, such as")
+    (said,) = [warning for warning in warned if "tokens" in warning]
+    assert said.startswith("'left': the merged model lacks 1 of its tokens, such as 'new'.")
     numbered = {
         name: SimpleNamespace(get_vocab=lambda w=w: {token: i for i, token in enumerate(w)})
         for name, w in VOCABULARIES
