@@ -256,11 +256,13 @@ def test_rows_that_an_expert_has_cut_off_are_the_bases_there(chat, tmp_path):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("settings", ["mean", "regmean", "esm", "refined", "routed"])
 def test_an_adapter_brings_the_rows_that_it_trains(tmp_path, tied, settings):
-    """A full fine-tune with tokens of its own, beside a LoRA adapter that trains rows of a resized embedding."""
+    """Two fine-tunes with tokens of their own, and a LoRA adapter that trains rows of a resized embedding."""
     base = LLAMA.build(tie_word_embeddings=tied, max_position_embeddings=64, vocab_size=TOKENS)
     write(tmp_path, "base", base)
     expert = perturbed(base, 0.2, 1)
     write(tmp_path, "chat", expert, ["<|start|>", "<|end|>"], TEMPLATE, rows=TOKENS + 2, eos="<|end|>")
+    code = perturbed(base, 0.2, 2)
+    write(tmp_path, "cut", code, ["<code>"], TEMPLATE, rows=TOKENS + 1)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model.resize_token_embeddings(TOKENS + 1, mean_resizing=False)
     config = LoraConfig(
@@ -276,10 +278,11 @@ def test_an_adapter_brings_the_rows_that_it_trains(tmp_path, tied, settings):
     tokenizer.add_tokens(["<tool>"], special_tokens=True)
     tokenizer.save_pretrained(tmp_path / "tools")
     trained = adapted.merge_and_unload().get_input_embeddings().weight[TOKENS]
-    merge(tmp_path, tmp_path / "m", **SETTINGS[settings])
+    merge(tmp_path, tmp_path / "m", ("chat", "cut", "tools"), **SETTINGS[settings])
     assert torch.allclose(row_of(tmp_path / "m", "<tool>"), trained, atol=1e-6)
     for token in ("<|start|>", "<|end|>"):
         assert torch.allclose(row_of(tmp_path / "m", token), row_of(tmp_path / "chat", token), atol=1e-6)
+    assert torch.allclose(row_of(tmp_path / "m", "<code>"), row_of(tmp_path / "cut", "<code>"), atol=1e-6)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
     assert tokenizer.chat_template == TEMPLATE and tokenizer.eos_token == "<|end|>"
 
