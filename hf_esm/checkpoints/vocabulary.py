@@ -170,6 +170,8 @@ class InVocabulary(Checkpoint):
         return self.load_model_as(type(self.skeleton), self.config, **placement)
 
     def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
+        if torch.equal(self.tokens.rows, torch.arange(len(self.tokens.ids))) and not self.given.given.any():
+            return self.origin.load_model_as(model_class, config, **placement)
         if placement:
             raise HfEsmError(
                 f"{self.title} does not fit into memory, and its vocabulary differs from that of the experts. Give "

@@ -58,9 +58,7 @@ def expert_factors(
 
 def residual_update(expert: Checkpoint, name: str, merged: Tensor) -> Tensor:
     """`W_t − W_M`, float32: the difference of an expert's weight from that of the merged model."""
-    if (
-        isinstance(expert.stored, AdapterCheckpoint) and name in expert.base.names
-    ):  # the adapter's update is over its own base
+    if isinstance(expert.stored, AdapterCheckpoint) and name in expert.base.names:  # its update is over its own base
         base = expert.base.tensor(name)
         return expert.update(name, base) + (base.float() - merged.float())
     return expert.update(name, merged)

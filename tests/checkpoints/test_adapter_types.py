@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
-from peft import PeftModel, PromptLearningConfig, get_peft_model
+from peft import PeftModel, PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 
@@ -14,7 +14,7 @@ import hf_esm.tuners  # noqa: F401 (puts our own types into PEFT's mapping)
 from hf_esm import HfEsmError, calibrate, merge_models
 from hf_esm.checkpoints import open_checkpoint, resolve_source
 from hf_esm.checkpoints.adapter_layers import ADDED_TYPES
-from support.helpers import save, stored_tensors, text_samples
+from support.helpers import save, stored_tensors, text_samples, train
 from support.problems import relative_error
 from support.tiny import LLAMA
 
@@ -55,17 +55,6 @@ REFUSED = {
     "XLORA": [LEAVE_OUT],
 }
 TYPES = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-
-
-@torch.no_grad()
-def train(model: PreTrainedModel, config: peft.PeftConfig) -> PeftModel:
-    """The model with an adapter, and noise on all that PEFT would train."""
-    torch.manual_seed(3)
-    adapted = get_peft_model(model, config)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return adapted
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import pytest
 import torch
 import transformers
 import yaml
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 
 from hf_esm import HfEsmError, calibrate, compare, merge_models
 from hf_esm.checkpoints import open_checkpoint, resolve_source
 from hf_esm.planning import load_recipe
-from support.helpers import Architecture, perturbed, save, stored_tensors, text_samples
+from support.helpers import Architecture, perturbed, save, stored_tensors, text_samples, train
 from support.problems import relative_error
 from support.tiny import BERT, LLAMA
 
@@ -21,16 +21,6 @@ from support.tiny import BERT, LLAMA
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-
-
-@torch.no_grad()
-def train(model: Any, config: peft.PeftConfig, seed: int = 3) -> PeftModel:
-    torch.manual_seed(seed)
-    adapted = get_peft_model(model, config)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return adapted
 
 
 @pytest.fixture(scope="module")

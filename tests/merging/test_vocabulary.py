@@ -406,3 +406,14 @@ def test_rows_without_samples_are_those_of_the_usual_tokenizer_sources(chat, tmp
     rows = [row_of(chat / task, "<|end|>") for task in experts]
     assert torch.allclose(row_of(tmp_path / "union", "<|end|>"), sum(rows) / 2, atol=1e-6)
     assert torch.equal(row_of(tmp_path / "union", "<tool>"), row_of(chat / "tools", "<tool>"))
+
+
+def test_a_base_that_does_not_fit_into_memory_is_loaded_in_its_own_vocabulary_alone(chat):
+    """The remedy of the error works: with the base's vocabulary, the base is loaded as it is."""
+    plan = merge(chat, None, method="mean", dry_run=True)
+    with pytest.raises(HfEsmError, match="tokenizer='base'"):
+        plan.base.load_model(device_map="cpu")
+    plan = merge(chat, None, method="mean", tokenizer="base", chat_template="chat", dry_run=True)
+    found = plan.base.load_model(device_map="cpu").state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(chat / "base").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

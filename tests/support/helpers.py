@@ -12,6 +12,7 @@ from typing import Any, Optional
 
 import torch
 import transformers
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -107,6 +108,17 @@ def perturb(model: PreTrainedModel, scale: float, seed: int) -> PreTrainedModel:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def train(model: PreTrainedModel, config: PeftConfig, seed: int = 3) -> PeftModel:
+    """The model with an adapter, and noise on all that PEFT would train."""
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return adapted
+
+
 def token_inputs(model: PreTrainedModel, samples: Samples, architecture: Architecture) -> dict[str, Tensor]:
     """`X` of every linear map that runs, by its weight's name, from one sample at a time; of stacked matrices, of each
     by its index behind that.
