@@ -12,6 +12,7 @@ from ..architecture import matrix_names
 from ..checkpoints import (
     Access,
     Checkpoint,
+    ExpertLoader,
     ModelSpec,
     base_of_adapters,
     first_processor,
@@ -152,6 +153,7 @@ def calibrate_checkpoint(
     readings: Optional[dict[Any, Reading]] = None,
     *,
     counts_only: bool = False,
+    loader: Optional[ExpertLoader] = None,
 ) -> ActivationStatistics:
     """Load an expert, run it over its samples, and release it.
 
@@ -163,6 +165,7 @@ def calibrate_checkpoint(
         title: name on the progress bar.
         readings: see `collect_statistics`.
         counts_only: collect no statistics but token counts.
+        loader: loads the expert, and those before and after it.
 
     Raises:
         HfEsmError: if a layer reads NaN or infinite values.
@@ -172,7 +175,7 @@ def calibrate_checkpoint(
         with together(accelerator):
             place = placement(expert, accelerator, options.max_memory, Path(spill))
             spills = place or (not counts_only and needs_spill(expert, samples, accelerator, options.max_memory))
-            model = expert.load_model(**place)
+            model = (loader or ExpertLoader()).load(expert, **place)
         statistics = collect_statistics(
             model,
             samples,

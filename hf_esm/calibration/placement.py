@@ -12,7 +12,7 @@ from accelerate.utils.modeling import get_max_memory
 from transformers import PreTrainedModel
 
 from ..architecture import width_of
-from ..checkpoints import Checkpoint
+from ..checkpoints import Checkpoint, ExpertLoader
 from ..data import Sample
 from ..utils import bytes_of
 from .collection import in_evaluation
@@ -40,11 +40,15 @@ def placement(
 
 @contextmanager
 def loaded_model(
-    checkpoint: Checkpoint, accelerator: Accelerator, max_memory: Optional[int | float | str], folder: Path
+    checkpoint: Checkpoint,
+    accelerator: Accelerator,
+    max_memory: Optional[int | float | str],
+    folder: Path,
+    loader: ExpertLoader,
 ) -> Iterator[PreTrainedModel]:
     """Load a model where it fits, on the accelerator's device if it does; `folder` takes the weights that do not."""
     with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as spill:
-        model = checkpoint.load_model(**placement(checkpoint, accelerator, max_memory, Path(spill)))
+        model = loader.load(checkpoint, **placement(checkpoint, accelerator, max_memory, Path(spill)))
         with in_evaluation(model, accelerator):
             yield model
 

@@ -30,6 +30,7 @@ from .layout import (
     STATISTICS_FILE,
     WEIGHTS_FILE,
 )
+from .loading import ExpertLoader
 from .lora_export import rank_settings, write_adapter, write_lora_adapter
 from .modules import SentenceModules, common_settings, read_modules
 from .parts import DerivedCheckpoint
@@ -75,6 +76,7 @@ __all__ = [
     "Checkpoint",
     "DerivedCheckpoint",
     "EmbeddingCheckpoint",
+    "ExpertLoader",
     "FolderCheckpoint",
     "GivenRows",
     "InVocabulary",

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import Linear
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,9 +12,8 @@ from ..architecture import canonical_names
 from ..errors import HfEsmError
 from .adapter_files import MERGE_REMEDY, adapted_class, part_of_adapter, read_adapter_config, read_adapter_tensors
 from .adapter_layers import load_changes
-from .base import Checkpoint, build_skeleton, quiet_peft
+from .base import Checkpoint, build_skeleton
 from .parts import DerivedCheckpoint
-from .written import load_written
 
 
 class AdapterCheckpoint(DerivedCheckpoint):
@@ -49,6 +47,7 @@ class AdapterCheckpoint(DerivedCheckpoint):
         self.folder, self.title = folder, title
         self.peft_config = adapter = read_adapter_config(folder, title)
         tensors = read_adapter_tensors(folder, title, allow_pickle)
+        self._given_base = base
         base = part_of_adapter(adapter, base, tensors)
         model_class, config = adapted_class(adapter, base, tensors)
         self.skeleton = build_skeleton(model_class, config)
@@ -137,9 +136,17 @@ class AdapterCheckpoint(DerivedCheckpoint):
         a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
         return a.float(), b.float() * layer.scaling[adapter]
 
-    def load_model(self, **placement: Any) -> PreTrainedModel:
-        if placement:  # over a model that is partly on disk, PEFT writes a copy of it into the working folder
-            return load_written(self, **placement)
-        model = self.base.load_model_as(type(self.skeleton), self.config)
-        with quiet_peft():
-            return PeftModel.from_pretrained(model, str(self.folder)).merge_and_unload().eval()
+    def shares_base(self, other: "AdapterCheckpoint") -> bool:
+        """Return whether the models of both adapters are the same model of the same base without the adapters."""
+        return (
+            self._given_base is other._given_base
+            and type(self.skeleton) is type(other.skeleton)
+            and self.config.to_dict() == other.config.to_dict()
+        )
+
+    def take_off(self, model: PreTrainedModel) -> None:
+        """Write the base's weights into a model that holds the adapter's; a head that the base lacks stays."""
+        state = model.state_dict()
+        for name, live in self.names.items():
+            if self.changes(name) and name in self.base.names:
+                state[live].copy_(self.base.tensor(name))

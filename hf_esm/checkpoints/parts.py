@@ -30,11 +30,15 @@ class DerivedCheckpoint(Checkpoint):
         if placement:
             return load_written(self, **placement)
         model = self.base.load_model_as(type(self.skeleton), self.config)
+        self.put_on(model)
+        return model.eval()
+
+    def put_on(self, model: PreTrainedModel) -> None:
+        """Write the weights that differ from the base's into a model that holds the base's."""
         state = model.state_dict()
         for name, live in self.names.items():
             if self.changes(name):
                 state[live].copy_(self.tensor(name))
-        return model.eval()
 
     def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
         raise NotImplementedError("this is an expert, never a base")

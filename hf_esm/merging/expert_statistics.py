@@ -10,7 +10,7 @@ from typing import Any, Optional
 from accelerate import Accelerator
 
 from ..calibration import ActivationStatistics, Reading, calibrate_checkpoint, pool_inputs
-from ..checkpoints import STATISTICS_FILE, ModelSource
+from ..checkpoints import STATISTICS_FILE, ExpertLoader, ModelSource
 from ..data import Sample, encode, is_samples_file, read_rows, sample_fingerprint
 from ..errors import HfEsmError
 from ..metrics import ExpertAnswers, LabelledSamples
@@ -287,8 +287,11 @@ def calibrate_experts(
     read = {task: plan.in_merged_tokens(task, rows) for task, rows in waiting.items()} if with_base else {}
     pooled = pool_inputs(plan.base, read, options, accelerator, scratch)
     readings: dict[Any, Reading] = {}
+    loader = ExpertLoader()
     for task, rows in progress(waiting.items()):
-        collected = calibrate_checkpoint(plan.experts[task], rows, options, accelerator, scratch, task, readings)
+        collected = calibrate_checkpoint(
+            plan.experts[task], rows, options, accelerator, scratch, task, readings, loader=loader
+        )
         collected.pooled = pooled.get(task, {})
         with together(accelerator):
             if accelerator.is_main_process:
@@ -311,7 +314,10 @@ def count_tokens(
     scratch: Path,
 ) -> dict[str, ActivationStatistics]:
     """Return token counts alone of every expert, for methods that need no other statistics."""
+    loader = ExpertLoader()
     return {
-        task: calibrate_checkpoint(plan.experts[task], rows, options, accelerator, scratch, task, counts_only=True)
+        task: calibrate_checkpoint(
+            plan.experts[task], rows, options, accelerator, scratch, task, counts_only=True, loader=loader
+        )
         for task, rows in samples.items()
     }

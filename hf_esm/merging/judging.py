@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..calibration import loaded_model, with_decoder_inputs
+from ..checkpoints import ExpertLoader
 from ..data import Sample, load_samples, save_samples
 from ..metrics import Agreement, ExpertAnswers, agreement_of, collect_answers, in_vocabulary
 from ..planning import MergeOptions, MergePlan, Vocabulary
@@ -52,8 +53,9 @@ def ask_experts(
     paths = {task: (folder / f"asked-{task}.safetensors", folder / f"answers-{task}.safetensors") for task in samples}
     with together(accelerator):
         mine = list(samples)[accelerator.process_index :: accelerator.num_processes]
+        loader = ExpertLoader()
         for task in progress([task for task in mine if not paths[task][1].is_file()]):
-            with loaded_model(plan.experts[task], accelerator, options.max_memory, folder) as expert:
+            with loaded_model(plan.experts[task], accelerator, options.max_memory, folder, loader) as expert:
                 asked = with_decoder_inputs(expert, samples[task], options.batch_size)
                 if plan.vocabulary is not None:
                     asked = plan.vocabulary.readable(task, asked)

@@ -58,6 +58,6 @@ def check_low_rank(
         if any(ranks):
             written += 4 * min(sum(ranks), rank or math.inf) * sum(plan.base.shape(name))
             scratch += 4 * sum(ranks) * sum(plan.base.shape(name))
-    plan.output_bytes = written
+    plan.output, plan.output_bytes = "adapter", written
     if all(method.commutes for method in methods):
         plan.scratch_bytes = scratch

@@ -37,7 +37,8 @@ class MergePlan:
         heads: which weights are merged, kept per task, or taken from the base.
         kinds: numbers of merged linear maps, other matrices, and other parameters.
         licences: licence of each model, as its card states it.
-        output_bytes: size of the merged weights.
+        output_bytes: size of the merged weights, or of the adapter.
+        output: what is written: `"model"`, or `"adapter"`.
         scratch_bytes: size of the unscaled updates on disk during the merge.
         memory_bytes: memory for merging: the largest weight, once per expert and for the computation.
         calibration_bytes: memory for calibrating: the largest expert.
@@ -72,6 +73,7 @@ class MergePlan:
     seconds: float
     warnings: list[str] = field(default_factory=list)
     unchanged: frozenset[str] = frozenset()
+    output: str = "model"
     refining_bytes: int = 0
     chosen_from: tuple[str, ...] = ()
     vocabulary: Optional[Vocabulary] = None
@@ -120,7 +122,7 @@ class MergePlan:
             *self._quantised(),
             f"  untouched  {len(self.heads.kept_from_base) + len(self.unchanged)} weights of the base",
             "  licences   " + "; ".join(f"{name}: {licence}" for name, licence in self.licences.items()),
-            f"  disk       {readable(self.output_bytes)} for the model, {readable(self.scratch_bytes)} scratch",
+            f"  disk       {readable(self.output_bytes)} for the {self.output}, {readable(self.scratch_bytes)} scratch",
             f"  memory     {self._memory()}",
             f"  time       about {readable_duration(self.seconds)} to merge, besides reading and calibrating",
         ]

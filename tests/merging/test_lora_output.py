@@ -208,3 +208,12 @@ def test_a_whole_model_among_the_experts_is_refused(models, tmp_path):
     arguments = {"base": models / "base", "experts": {"law": models / "law", "whole": tmp_path / "whole"}}
     says = ["'whole'", "not a LoRA adapter"]
     assert_refused(tmp_path, says, {**arguments, "method": "mean", "output": "lora", "output_dir": tmp_path / "m"})
+
+
+def test_the_plan_states_the_size_of_the_adapter(models, tmp_path):
+    options = {"method": "mean", "output": "lora", "rank": 4, "calibration": None, "output_dir": tmp_path / "adapter"}
+    plan = merge(models, **options, dry_run=True)
+    assert "for the adapter" in str(plan)
+    merge(models, **options)
+    stored = sum(tensor.nbytes for tensor in load_file(tmp_path / "adapter" / ADAPTER_WEIGHTS).values())
+    assert plan.output_bytes == stored

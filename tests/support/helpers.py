@@ -108,7 +108,6 @@ def perturb(model: PreTrainedModel, scale: float, seed: int) -> PreTrainedModel:
 
 
 @torch.no_grad()
-@torch.no_grad()
 def train(model: PreTrainedModel, config: PeftConfig, seed: int = 3) -> PeftModel:
     """The model with an adapter, and noise on all that PEFT would train."""
     torch.manual_seed(seed)
