@@ -1,7 +1,7 @@
 """A PEFT adapter as a checkpoint: the update of each weight, without a full copy of the model."""
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from peft.tuners.lora import Linear

@@ -116,13 +116,14 @@ class MergePlan:
             weighted = f", weight {weight:g}" if weight != 1 else ""
             lines.append(f"  {task}: {expert.source or 'live model'}{commit}, {kind}{labels}{weighted}")
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items() if count)
+        size, scratch = readable(self.output_bytes), readable(self.scratch_bytes)
         lines += [
             "",
             f"  merged     {kinds}",
             *self._quantised(),
             f"  untouched  {len(self.heads.kept_from_base) + len(self.unchanged)} weights of the base",
             "  licences   " + "; ".join(f"{name}: {licence}" for name, licence in self.licences.items()),
-            f"  disk       {readable(self.output_bytes)} for the {self.output}, {readable(self.scratch_bytes)} scratch",
+            f"  disk       {size} for the {self.output}, {scratch} scratch",
             f"  memory     {self._memory()}",
             f"  time       about {readable_duration(self.seconds)} to merge, besides reading and calibrating",
         ]
