@@ -35,6 +35,7 @@ from .lora_export import rank_settings, write_adapter, write_lora_adapter
 from .modules import SentenceModules, common_settings, read_modules
 from .parts import DerivedCheckpoint
 from .processors import differing_processors, find_processors, first_processor, load_processor
+from .repositories import whole_folder
 from .shards import ShardedWriter
 from .sources import (
     Access,
@@ -46,7 +47,6 @@ from .sources import (
     resolve_class,
     resolve_models,
     resolve_source,
-    whole_folder,
 )
 from .stored import FolderCheckpoint
 from .vocabulary import GivenRows, InVocabulary, TokenRows, has_token_embeddings, token_embedding, token_rows

@@ -19,7 +19,8 @@ from ..utils import check_known
 from .base import Checkpoint, quiet_loading, quiet_peft
 from .embedding import with_modules
 from .layout import ADAPTER_CONFIG, CONFIG_FILE, HEAD_WEIGHTS, HEADS_FOLDER
-from .sources import Access, ModelSource, resolve_class, whole_folder
+from .repositories import whole_folder
+from .sources import Access, ModelSource, resolve_class
 
 
 def save_head(folder: Path, task: str, expert: Checkpoint, names: list[str]) -> None:

@@ -9,9 +9,8 @@ from typing import Any, Optional
 import torch
 import transformers
 from datasets.fingerprint import Hasher
-from huggingface_hub import HfApi, is_offline_mode, snapshot_download
-from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import HfApi, is_offline_mode
+from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -26,17 +25,15 @@ from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_FILE, CONFIG_FILE, ROU
 from .live_adapters import WrappedCheckpoint, open_live_adapter
 from .modules import SentenceModules, module_paths, read_modules, transformer_path
 from .parts import RoutedTask, part_of_base
+from .repositories import SMALL_FILES, existing_folder, folder_above, hub_id, inner_folder, joined, snapshot
 from .stored import FolderCheckpoint, TensorFiles, stored_dtype
 
 
-# How a user names a model: a folder, a Hub id, `{"path": …, "revision": …}`, or a live model, also one of PEFT. One
-# task of a routed model is `{"path": …, "task": …}`.
+# How a user names a model: a folder, a Hub id, `{"path": …, "revision": …, "subfolder": …}`, or a live model, also one
+# of PEFT. One task of a routed model is `{"path": …, "task": …}`.
 ModelSpec = str | os.PathLike | Mapping[str, Any] | PreTrainedModel | PeftModel
 
 _PICKLE_REMEDY = "If it has pickle weights, which can run code when read, and you trust it, pass `allow_pickle=True`."
-
-# Everything in a repository but weights: configs, tokenizers, templates, code, the card.
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", CARD_FILE]
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,7 @@ class ModelSource:
         folder: folder of its files; for a Hub id, the snapshot with the small files. Of an older Sentence Transformers
             model, the subfolder of its Transformer.
         inside: name of that subfolder.
+        subfolder: the folder of the repository, or of the folder, that the user named as the model's.
         task: of a routed model, the task that is meant.
         repo_id: its id on the Hub, if it has one.
         revision: its commit on the Hub.
@@ -77,12 +75,20 @@ class ModelSource:
     revision: Optional[str] = None
     access: Access = Access()
     inside: str = ""
+    subfolder: str = ""
     task: Optional[str] = None
 
     @property
     def root(self) -> Optional[Path]:
-        """The folder that the user named, or the snapshot of the whole repository."""
-        return self.folder.parents[len(Path(self.inside).parts) - 1] if self.inside else self.folder
+        """The folder of the whole model: the one that the user named, or the snapshot of the repository."""
+        return folder_above(self.folder, self.inside) if self.inside else self.folder
+
+    @property
+    def name(self) -> str:
+        """The model's id on the Hub, with its subfolder, or its folder; empty for a live model."""
+        if self.repo_id:
+            return "/".join(filter(None, (self.repo_id, self.subfolder)))
+        return str(self.root or "")
 
     @property
     def is_adapter(self) -> bool:
@@ -111,7 +117,8 @@ class ModelSource:
         """The name of the model in a recipe."""
         task = {"task": self.task} if self.task is not None else {}
         if self.repo_id:
-            return {"path": self.repo_id, "revision": self.revision, **task}
+            subfolder = {"subfolder": self.subfolder} if self.subfolder else {}
+            return {"path": self.repo_id, "revision": self.revision, **subfolder, **task}
         if self.model is not None:
             return (not self.is_adapter and getattr(self.model, "name_or_path", "")) or type(self.model).__name__
         return {"path": str(self.root), **task} if task else str(self.root)
@@ -124,18 +131,21 @@ class ModelSource:
         return read_adapter_config(self.folder, self.title)
 
     def card(self) -> str:
-        """Return the text of the model card; empty if there is none."""
-        if self.root is not None and (self.root / CARD_FILE).is_file():
-            return (self.root / CARD_FILE).read_text(encoding="utf-8")
+        """Return the text of the model card, or that of the repository around a subfolder; empty if there is none."""
+        folders = [self.root, folder_above(self.root, self.subfolder)] if self.subfolder else [self.root]
+        for folder in folders:
+            if folder is not None and (folder / CARD_FILE).is_file():
+                return (folder / CARD_FILE).read_text(encoding="utf-8")
         return ""
 
     def fetch(self, weights: str = "*.safetensors") -> None:
         """Download the weights of a Hub model: the safetensors files whose names match a pattern."""
         if not self.repo_id:
             return
-        patterns = [weights, *_SMALL_FILES] + (["*.bin"] if self.access.allow_pickle else [])
-        root = _snapshot(self.title, self.repo_id, self.revision, self.access.token, patterns, self.inside)
-        self.folder = root / self.inside
+        patterns = [weights, *SMALL_FILES] + (["*.bin"] if self.access.allow_pickle else [])
+        place = joined(self.subfolder, self.inside)
+        root = snapshot(self.title, self.repo_id, self.revision, self.access.token, patterns, place)
+        self.folder = root / place
         if not self.access.allow_pickle and not any(self.folder.glob(weights)):
             raise HfEsmError(f"{self.title}: there are no safetensors weights in it. {_PICKLE_REMEDY}")
 
@@ -145,7 +155,8 @@ def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> Mo
 
     Args:
         spec: a folder, a Hub id (`"me/model"`, `"me/model@revision"`), `{"path": …, "revision": …}`, a live model, or
-            `{"path": …, "task": …}` for one task of a routed model.
+            `{"path": …, "task": …}` for one task of a routed model. `"subfolder"` names the folder inside that holds
+            the model.
         title: name of the model in messages, such as `base`; `spec` is added.
         access: how the model is opened.
 
@@ -158,24 +169,55 @@ def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> Mo
         raise HfEsmError(
             f"{title} is a {type(spec).__name__}, neither a Transformers model nor a PeftModel. Pass its folder or id."
         )
-    revision = task = None
+    named: dict[str, Any] = {}
     if isinstance(spec, Mapping):
-        check_known(spec, ("path", "revision", "task"), "key", title)
-        spec, revision, task = spec.get("path"), spec.get("revision"), spec.get("task")
+        check_known(spec, ("path", *_TEXTS), "key", title)
+        named = {key: _text(spec[key], key, title) for key in _TEXTS if spec.get(key) is not None}
+        spec = spec.get("path")
     if not isinstance(spec, (str, os.PathLike)):
         raise HfEsmError(f"{title}: expected a Hub id, a folder or a live model, not {type(spec).__name__}.")
-    folder, title = Path(spec).expanduser(), f"{title} ({spec}{f', task {task!r}' if task is not None else ''})"
+    task, subfolder = named.get("task"), inner_folder(named.get("subfolder", ""), title)
+    parts = {"subfolder": subfolder or None, "task": task}
+    title = f"{title} ({', '.join([str(spec), *(f'{key} {value!r}' for key, value in parts.items() if value)])})"
+    folder = Path(spec).expanduser()
     if folder.is_dir():
+        if "revision" in named:
+            raise HfEsmError(f"{title}: a folder has no revision {named['revision']!r}. Leave `revision` out.")
+        folder = existing_folder(folder, subfolder, title)
         inside = transformer_path(folder)
-        return ModelSource(title, folder=folder / inside, access=access, inside=inside, task=task)
-    repo_id, revision = _hub_id(spec, title, revision)
-    folder = _snapshot(title, repo_id, revision, access.token, _SMALL_FILES)
-    inside, revision = transformer_path(folder), folder.name
+        return ModelSource(title, folder=folder / inside, access=access, inside=inside, subfolder=subfolder, task=task)
+    repo_id, revision = hub_id(spec, title, named.get("revision"))
+    repository = snapshot(title, repo_id, revision, access.token, [CARD_FILE] if subfolder else SMALL_FILES)
+    revision = repository.name
+    if subfolder:
+        snapshot(title, repo_id, revision, access.token, SMALL_FILES, subfolder)
+    folder = existing_folder(repository, subfolder, title)
+    inside = transformer_path(folder)
     if inside:
-        _snapshot(title, repo_id, revision, access.token, _SMALL_FILES, inside)
+        snapshot(title, repo_id, revision, access.token, SMALL_FILES, joined(subfolder, inside))
     for path in module_paths(folder):
-        _snapshot(title, repo_id, revision, access.token, ["*"], path)
-    return ModelSource(title, None, folder / inside, repo_id, revision, access, inside, task)
+        snapshot(title, repo_id, revision, access.token, ["*"], joined(subfolder, path))
+    return ModelSource(title, None, folder / inside, repo_id, revision, access, inside, subfolder, task)
+
+
+# Keys of a model's mapping besides `path`, all of them texts.
+_TEXTS = ("revision", "subfolder", "task")
+
+
+def _text(value: Any, key: str, title: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise HfEsmError(f"{title}: {key!r} must be a text, not {value!r}. In YAML, put it in quotes.")
+    return value
+
+
+# Keys of a model's mapping besides `path`, all of them texts.
+_TEXTS = ("revision", "subfolder", "task")
+
+
+def _text(value: Any, key: str, title: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise HfEsmError(f"{title}: {key!r} must be a text, not {value!r}. In YAML, put it in quotes.")
+    return value
 
 
 def base_of_adapters(sources: Iterable[ModelSource]) -> dict[str, Optional[str]]:
@@ -191,7 +233,7 @@ def base_of_adapters(sources: Iterable[ModelSource]) -> dict[str, Optional[str]]
             named.setdefault((config.base_model_name_or_path or None, config.revision), source.title)
     if len(named) == 1 and all(path for path, _ in named):
         ((path, revision),) = named
-        return {"path": path, "revision": revision}
+        return {"path": path, "revision": None if Path(path).is_dir() else revision}
     if not named:
         raise HfEsmError("No expert is an adapter that names the base. Pass `base`.")
     names = [
@@ -210,50 +252,6 @@ def resolve_models(
     sources = {task: resolve_source(spec, f"expert '{task}'", access) for task, spec in experts.items()}
     base = base_of_adapters(sources.values()) if base is None else base
     return {"base": resolve_source(base, "base", access), **sources}
-
-
-def whole_folder(
-    spec: str | os.PathLike, title: str, revision: Optional[str] = None, token: Optional[str | bool] = None
-) -> Path:
-    """Return the folder that `spec` names, with all its files; a Hub repository is downloaded."""
-    folder = Path(spec).expanduser()
-    if folder.is_dir():
-        return folder
-    repo_id, revision = _hub_id(spec, title, revision)
-    return _snapshot(title, repo_id, revision, token)
-
-
-def _hub_id(spec: str | os.PathLike, title: str, revision: Optional[str]) -> tuple[str, Optional[str]]:
-    """Split `me/model` or `me/model@revision` into id and revision."""
-    if str(spec).startswith((".", "/", "~")) or str(spec).count("/") > 1:
-        raise HfEsmError(f"{title}: there is no such folder.")
-    repo_id, _, tag = str(spec).partition("@")
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        raise HfEsmError(f"{title}: neither a folder nor a Hub id.") from None
-    return repo_id, revision or tag or None
-
-
-def _snapshot(
-    title: str,
-    repo_id: str,
-    revision: Optional[str],
-    token: Optional[str | bool],
-    patterns: Optional[list[str]] = None,
-    inside: str = "",
-) -> Path:
-    """Download a repository, or the files in its root, or in one subfolder, that match one of the patterns.
-
-    Returns the folder of the repository.
-    """
-    prefix = f"{inside}/" if inside else ""
-    allowed = [prefix + pattern for pattern in patterns] if patterns else None
-    below = [f"{prefix}*/*"] if patterns else None
-    with plain_hub_errors(title):
-        return Path(
-            snapshot_download(repo_id, revision=revision, token=token, allow_patterns=allowed, ignore_patterns=below)
-        )
 
 
 def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, headers_only: bool = False) -> Checkpoint:
@@ -281,7 +279,7 @@ def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, head
     else:
         checkpoint = _open_folder(source, headers_only, modules)
     checkpoint = part_of_base(checkpoint, base)
-    checkpoint.source, checkpoint.revision = source.repo_id or str(source.root), source.revision
+    checkpoint.source, checkpoint.revision = source.name, source.revision
     return _with_modules(checkpoint, modules, base)
 
 
@@ -314,7 +312,8 @@ def _open_adapter(source: ModelSource, base: Optional[Checkpoint], headers_only:
 def _open_task(source: ModelSource) -> RoutedTask:
     """Open one task of a routed model, whose repository is downloaded."""
     if source.repo_id:
-        source.folder = _snapshot(source.title, source.repo_id, source.revision, source.access.token)
+        repository = snapshot(source.title, source.repo_id, source.revision, source.access.token)
+        source.folder = repository / source.subfolder
     if not (source.folder / ROUTED_FOLDER / ADAPTER_CONFIG).is_file():
         raise HfEsmError(f"{source.title}: there are no routed experts in {source.folder}. Leave `task` out.")
 
@@ -331,7 +330,8 @@ def _open_folder(
     config, model_class = resolve_class(source)
     if modules is not None:
         model_class = modules.encoder_class(config, model_class)
-    from_hub = headers_only and source.repo_id and not source.inside and not is_offline_mode()
+    in_root = not source.inside and not source.subfolder
+    from_hub = headers_only and source.repo_id and in_root and not is_offline_mode()
     files = _hub_headers(source) if from_hub else None
     if files is None:
         source.fetch()
@@ -401,5 +401,6 @@ def model_identity(source: ModelSource) -> Any:
     if source.model is not None:
         return Hasher.hash({name: tensor.detach().cpu() for name, tensor in source.model.state_dict().items()})
     if source.revision is not None:
-        return [source.repo_id, source.revision, *filter(None, [source.task])]
+        subfolder = [{"subfolder": source.subfolder}] if source.subfolder else []
+        return [source.repo_id, source.revision, *subfolder, *filter(None, [source.task])]
     return [*files_identity(Path(source.root)), *filter(None, [source.task])]

@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import HfEsmError
+from ..utils import did_you_mean
 from .options import SampleOptions
 from .samples import load_samples
 
 
 # Whatever users call data; `read_rows` lists the kinds. Data sets, loaders and data frames are iterable.
 DataSpec = str | os.PathLike | Mapping[str, Any] | Iterable[Any]
+
+# Keys of mappings that name data, which are no columns.
+_KEYS = ("path", "statistics", "samples")
 
 # The builder of `datasets` for each kind of file.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
@@ -60,7 +65,11 @@ def _load_named(arguments: dict[str, Any], title: str) -> Any:
     """Load `{"path": …, …}`: a data file, or whatever else `datasets.load_dataset` takes."""
     arguments = {"split": "train", **arguments}
     path = Path(arguments.pop("path")).expanduser()
-    return _read_file(path, title, **arguments) if path.is_file() else _load({"path": str(path), **arguments}, title)
+    if not path.is_file():
+        return _load({"path": str(path), **arguments}, title)
+    for unread in arguments.keys() & {"name", "revision"}:
+        raise HfEsmError(f"{title}: a file has no {unread}. Leave {unread!r} out.")
+    return _read_file(path, title, **arguments)
 
 
 def _read_file(path: Path, title: str, **arguments: Any) -> Any:
@@ -82,6 +91,10 @@ def _load(arguments: dict[str, Any], title: str) -> Any:
     except (DatasetsError, ValueError, TypeError, OSError, StopIteration) as error:
         name = arguments.get("data_files") or arguments["path"]
         reason = " ".join(str(error.__cause__ or error).split()) or "it is empty"
+        known = ["columns", *signature(load_dataset).parameters]
+        for key in arguments.keys() - known:
+            if f"'{key}'" in reason:  # neither `datasets` nor its builder has it
+                raise HfEsmError(f"{title}: there is no key {key!r} for {name}{did_you_mean(key, known)}.") from None
         raise HfEsmError(f"{title}: {name} cannot be read: {reason}") from None
 
 
@@ -104,7 +117,10 @@ def _as_rows(data: Any, title: str, count: int) -> Sequence[Any] | Dataset:
 
 def _rows_of_columns(data: Mapping[str, Any], title: str) -> list[dict[str, Any]]:
     if single := [name for name, column in data.items() if isinstance(column, str)]:
-        raise HfEsmError(f"{title}: '{single[0]}' is one text, not a column of texts. Give a list of rows: [{{…}}].")
+        meant = did_you_mean(single[0], _KEYS)
+        raise HfEsmError(
+            f"{title}: '{single[0]}'{meant} is one text, not a column of texts. Give a list of rows: [{{…}}]."
+        )
     length = len(next(iter(data.values()), ()))
     for name, column in data.items():
         if not hasattr(column, "__len__") or len(column) != length:

@@ -15,7 +15,7 @@ from ..data import Sample, encode, is_samples_file, read_rows, sample_fingerprin
 from ..errors import HfEsmError
 from ..metrics import ExpertAnswers, LabelledSamples
 from ..planning import MergeData, MergeOptions, MergePlan, calibrated_widths, counted_rows
-from ..utils import atomic_file, fingerprint, together
+from ..utils import atomic_file, check_known, fingerprint, together
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,12 @@ def _set_apart(
 
 def statistics_and_samples(calibration: Any) -> tuple[Any, Any]:
     """Return the statistics and the samples that a caller passes for one task; None for what is not passed."""
-    if isinstance(calibration, Mapping) and calibration and calibration.keys() <= {"statistics", "samples"}:
+    if isinstance(calibration, Mapping) and (
+        calibration.keys() == {"samples"}
+        or "statistics" in calibration
+        or any(isinstance(value, ActivationStatistics) for value in calibration.values())
+    ):
+        check_known(calibration, ("statistics", "samples"), "key", "`calibration`")
         return calibration.get("statistics"), calibration.get("samples")
     if isinstance(calibration, ActivationStatistics) or _is_statistics_file(calibration):
         return calibration, None
@@ -224,7 +229,7 @@ def swapped_statistics(
     def place(name: Any) -> str:
         return str(Path(name).resolve()) if name and Path(name).exists() else str(name or "")
 
-    places = {name: place(source.repo_id or source.folder) for name, source in sources.items()}
+    places = {name: place(source.name) for name, source in sources.items()}
     warnings = []
     for task, existing in statistics.items():
         origin = place(existing.provenance.model) if existing else ""

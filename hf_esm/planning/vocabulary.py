@@ -63,6 +63,8 @@ def resolve_tokenizer(tokenizer: Any, tasks: Any) -> TokenizerSettings:
         check_known([settings.source], [BASE, UNION, *tasks], "source", "`tokenizer`")
     sources = {}
     for token, source in settings.tokens.items():
+        if isinstance(source, Mapping):
+            check_known(source, ["source"], "key", f"`tokenizer`: {token!r}")
         sources[token] = source.get("source") if isinstance(source, Mapping) else source
         check_known([sources[token]], [BASE, *tasks], "model", f"`tokenizer`: source of {token!r}")
     return TokenizerSettings(settings.source, sources, settings.pad_to_multiple_of)

@@ -144,13 +144,13 @@ def tokenized(**changes: Any) -> Callable:
     return damage
 
 
-def data_file(text: str) -> Callable:
+def data_file(text: str, **keys: Any) -> Callable:
     """Calibration samples in a file."""
 
     def damage(models):
         path = models.folder / "data.jsonl"
         path.write_text(text)
-        return {"calibration": {"left": path, "right": text_samples(2)}}
+        return {"calibration": {"left": {"path": path, **keys} if keys else path, "right": text_samples(2)}}
 
     return damage
 
@@ -328,6 +328,28 @@ REFUSED = {
     "several-splits": (
         calibration(DatasetDict({"train": Dataset.from_dict({"text": ["a"]})})),
         [OF_LEFT, "train", "Give one of them"],
+    ),
+    "misspelt-key-of-a-file": (
+        data_file('{"text": "a"}', revison="v1"),
+        [OF_LEFT, "no key 'revison'", "did you mean 'revision'?"],
+    ),
+    "misspelt-key-of-data": (
+        data_file('{"text": "a"}', colums={"text": "text"}),
+        [OF_LEFT, "no key 'colums'", "did you mean 'columns'?"],
+    ),
+    "revision-of-a-file": (data_file('{"text": "a"}', revision="v1"), [OF_LEFT, "a file has no revision"]),
+    "misspelt-path-of-data": (calibration({"pth": "glue", "split": "train"}), [OF_LEFT, "did you mean 'path'?"]),
+    "misspelt-key-beside-statistics": (
+        calibration({"statistics": "left.safetensors", "sample": ["a"]}),
+        ["`calibration`", "no key 'sample'", "did you mean 'samples'?"],
+    ),
+    "misspelt-key-of-statistics": (
+        calibration({"statistic": ActivationStatistics({}, {}), "samples": ["a"]}),
+        ["`calibration`", "no key 'statistic'", "did you mean 'statistics'?"],
+    ),
+    "misspelt-key-of-a-token": (
+        tokenized(tokenizer={"tokens": {"good": {"source": "left", "weight": 2}}}),
+        ["`tokenizer`: 'good'", "no key 'weight'"],
     ),
     "no-such-data-set": (calibration({"path": "no/such-set"}), [OF_LEFT, "no/such-set", "cannot be read"]),
     "calibration-without-tasks": (options(calibration=[["a"], ["b"]]), ["calibration", "{'task': …}", "list"]),

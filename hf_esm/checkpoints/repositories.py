@@ -1,0 +1,88 @@
+"""Where a model's files are: a folder, a repository of the Hub, or a folder inside one of them."""
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import Optional
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import HfEsmError
+from ..utils import plain_hub_errors
+from .layout import CARD_FILE
+
+
+# Everything in a repository but weights: configs, tokenizers, templates, code, the card.
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", CARD_FILE]
+
+
+def whole_folder(
+    spec: str | os.PathLike, title: str, revision: Optional[str] = None, token: Optional[str | bool] = None
+) -> Path:
+    """Return the folder that `spec` names, with all its files; a Hub repository is downloaded."""
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        return folder
+    repo_id, revision = hub_id(spec, title, revision)
+    return snapshot(title, repo_id, revision, token)
+
+
+def hub_id(spec: str | os.PathLike, title: str, revision: Optional[str]) -> tuple[str, Optional[str]]:
+    """Split `me/model` or `me/model@revision` into id and revision."""
+    if str(spec).startswith((".", "/", "~")) or str(spec).count("/") > 1:
+        raise HfEsmError(f"{title}: there is no such folder.")
+    repo_id, _, tag = str(spec).partition("@")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise HfEsmError(f"{title}: neither a folder nor a Hub id.") from None
+    if revision and tag and revision != tag:
+        raise HfEsmError(f"{title}: two revisions, {tag!r} and {revision!r}. Leave one out.")
+    return repo_id, revision or tag or None
+
+
+def snapshot(
+    title: str,
+    repo_id: str,
+    revision: Optional[str],
+    token: Optional[str | bool],
+    patterns: Optional[list[str]] = None,
+    inside: str = "",
+) -> Path:
+    """Download a repository, or the files in its root, or in one subfolder, that match one of the patterns.
+
+    Returns the folder of the repository.
+    """
+    prefix = f"{inside}/" if inside else ""
+    allowed = [prefix + pattern for pattern in patterns] if patterns else None
+    below = [f"{prefix}*/*"] if patterns else None
+    with plain_hub_errors(title):
+        return Path(
+            snapshot_download(repo_id, revision=revision, token=token, allow_patterns=allowed, ignore_patterns=below)
+        )
+
+
+def inner_folder(subfolder: str, title: str) -> str:
+    """Return the name of a folder inside a model's folder as the Hub writes it."""
+    path = PurePosixPath(subfolder)
+    if path.is_absolute() or ".." in path.parts:
+        raise HfEsmError(f"{title}: the subfolder {subfolder!r} is not inside it. Name the folder itself as `path`.")
+    return "/".join(path.parts)
+
+
+def existing_folder(folder: Path, subfolder: str, title: str) -> Path:
+    """Return the subfolder of a folder."""
+    if not (folder / subfolder).is_dir():
+        raise HfEsmError(f"{title}: there is no folder {subfolder!r} in it.")
+    return folder / subfolder
+
+
+def joined(*folders: str) -> str:
+    """Return the relative path of folders inside each other, without those that are empty."""
+    return "/".join(filter(None, folders))
+
+
+def folder_above(folder: Path, inner: str) -> Path:
+    """Return the folder that a folder inside it, of this relative path, is in."""
+    return folder.parents[len(Path(inner).parts) - 1]
