@@ -120,7 +120,7 @@ def test_models_in_subfolders_of_the_hub_merge_as_in_folders_of_their_own(models
 
 
 REFUSED = {
-    "misspelt": ({"revison": "v1"}, "there is no key 'revison' (did you mean 'revision'?)"),
+    "misspelt": ({"revisions": "v1"}, "there is no key 'revisions' (did you mean 'revision'?)"),
     "misspelt subfolder": ({"sub_folder": "lora"}, "(did you mean 'subfolder'?)"),
     "number": ({"subfolder": 1.0}, "'subfolder' must be a text, not 1.0"),
     "empty": ({"subfolder": ""}, "'subfolder' must be a text"),

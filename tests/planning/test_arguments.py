@@ -330,12 +330,12 @@ REFUSED = {
         [OF_LEFT, "train", "Give one of them"],
     ),
     "misspelt-key-of-a-file": (
-        data_file('{"text": "a"}', revison="v1"),
-        [OF_LEFT, "no key 'revison'", "did you mean 'revision'?"],
+        data_file('{"text": "a"}', revisions="v1"),
+        [OF_LEFT, "no key 'revisions'", "did you mean 'revision'?"],
     ),
     "misspelt-key-of-data": (
-        data_file('{"text": "a"}', colums={"text": "text"}),
-        [OF_LEFT, "no key 'colums'", "did you mean 'columns'?"],
+        data_file('{"text": "a"}', column={"text": "text"}),
+        [OF_LEFT, "no key 'column'", "did you mean 'columns'?"],
     ),
     "revision-of-a-file": (data_file('{"text": "a"}', revision="v1"), [OF_LEFT, "a file has no revision"]),
     "misspelt-path-of-data": (calibration({"pth": "glue", "split": "train"}), [OF_LEFT, "did you mean 'path'?"]),
