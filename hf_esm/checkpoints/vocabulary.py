@@ -1,7 +1,9 @@
 """A checkpoint in another vocabulary: its embeddings and output maps with the rows of the merged model's tokens."""
 
 import copy
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
@@ -50,17 +52,49 @@ class TokenRows:
 
 @dataclass
 class GivenRows:
-    """Merged rows that are taken from models as they are: of tokens that the base lacks, and of chosen tokens.
+    """Merged rows that are taken from models as they are, or are 0.
 
     Attributes:
         given: `[V]` bool: which rows these are.
         givers: pairs of a checkpoint and `[V]` int64, its row of each given row that it gives; -1 elsewhere.
-        shares: for every giver `[V]` float64, its share of a row that several give; they sum to 1.
+        shares: for every giver `[V]` float64, its share of a row; they sum to 1, or less where zeros have a share.
     """
 
     given: Tensor
-    givers: list[tuple[Checkpoint, Tensor]] = field(default_factory=list)
-    shares: list[Tensor] = field(default_factory=list)
+    givers: list[tuple[Checkpoint, Tensor]]
+    shares: list[Tensor]
+
+    @classmethod
+    def collect(
+        cls,
+        gifts: Mapping[int, Sequence[tuple[Optional[str], int, float]]],
+        models: Mapping[str, Checkpoint],
+        size: int,
+    ) -> "GivenRows":
+        """Return the rows that models give.
+
+        Args:
+            gifts: by merged row, for each model that gives it: its name, or None for zeros, its row, its share.
+            models: the checkpoints by name.
+            size: number of merged rows.
+        """
+        given = torch.zeros(size, dtype=torch.bool)
+        given[list(gifts)] = True
+        of_giver: dict[tuple[str, int], list[tuple[int, int, float]]] = {}
+        for place, of_row in gifts.items():
+            times = Counter[str]()  # a model may give two of its rows
+            for name, row, share in of_row:
+                if name is not None:
+                    of_giver.setdefault((name, times[name]), []).append((place, row, share))
+                    times[name] += 1
+        givers, shares = [], []
+        for (name, _), entries in of_giver.items():
+            places, rows, parts = zip(*entries, strict=True)
+            at = torch.tensor(places)
+            givers.append((models[name], torch.full((size,), -1).index_copy(0, at, torch.tensor(rows))))
+            part = torch.tensor(parts, dtype=torch.float64)
+            shares.append(torch.zeros(size, dtype=torch.float64).index_copy(0, at, part))
+        return cls(given, givers, shares)
 
     def fill(self, weight: Tensor, name: str, dim: int) -> Tensor:
         """Return a weight of the base, by canonical name, with the given rows in it along one dimension."""
@@ -68,19 +102,17 @@ class GivenRows:
         along[dim] = -1
         for (giver, rows), shares in zip(self.givers, self.shares, strict=True):
             has = (rows >= 0).nonzero()[:, 0]
-            part = giver.tensor(name).float().index_select(dim, rows[has])
-            filled.index_add_(dim, has, part * shares[has].float().view(along))
-        places = self.given.nonzero()[:, 0]
+            part = giver.tensor(name).float().index_select(dim, rows[has]) * shares[has].float().view(along)
+            filled.index_add_(dim, has.to(weight.device), part.to(weight.device))
+        places = self.given.nonzero()[:, 0].to(weight.device)
         return weight.index_copy(dim, places, filled.index_select(dim, places).to(weight.dtype))
 
-    def share(self, counts: Optional[list[Tensor]] = None) -> None:
-        """Set the shares: by how often each giver's samples read its row, `[V]`, where one does; else equal ones."""
-        has = [(rows >= 0).double() for _, rows in self.givers]
-        equal = [of / sum(has).clamp_min(1) for of in has]
-        read = [count * of for count, of in zip(counts or has, has, strict=True)]
-        total = sum(read) if read else torch.zeros(len(self.given))
+    def share(self, counts: Sequence[Tensor]) -> None:
+        """Share each row by how often each giver's samples read it, `[V]` per giver, where one does."""
+        total = sum(counts)
         self.shares = [
-            torch.where(total > 0, of / total.clamp_min(1), even) for of, even in zip(read, equal, strict=True)
+            torch.where(total > 0, count / total.clamp_min(1), share)
+            for count, share in zip(counts, self.shares, strict=True)
         ]
 
 
@@ -88,16 +120,25 @@ class InVocabulary(Checkpoint):
     """A checkpoint whose token embeddings, output maps and their biases have the rows of the merged vocabulary.
 
     Rows that the base lacks and no model gives are the mean of the base's rows. An expert's update of rows that it
-    lacks, and of given rows, is 0. A model that is loaded has its own vocabulary, except the base's.
+    lacks and that no model lends it, and of given rows, is 0. A model that is loaded has its own vocabulary, except
+    the base's.
 
     Attributes:
         origin: the checkpoint as it is stored.
         tokens: where its rows are.
         base: the base in the merged vocabulary; None if this is the base.
+        lent: rows of other models that stand in for rows that this expert lacks; None for none.
     """
 
-    def __init__(self, origin: Checkpoint, tokens: TokenRows, given: GivenRows, base: Optional["InVocabulary"] = None):
-        self.origin, self.tokens, self.given, self.base = origin, tokens, given, base
+    def __init__(
+        self,
+        origin: Checkpoint,
+        tokens: TokenRows,
+        given: GivenRows,
+        base: Optional["InVocabulary"] = None,
+        lent: Optional[GivenRows] = None,
+    ):
+        self.origin, self.tokens, self.given, self.base, self.lent = origin, tokens, given, base, lent
         self.title, self.source, self.revision = origin.title, origin.source, origin.revision
         self.names, self.missing, self.extra = origin.names, origin.missing, origin.extra
         self.skeleton, self._dims = _resized(origin.skeleton, len(tokens.rows))
@@ -111,7 +152,7 @@ class InVocabulary(Checkpoint):
         return self.origin.kind
 
     def changes(self, name: str) -> bool:
-        return self.origin.changes(name)
+        return self.origin.changes(name) or (name in self._dims and self.lent is not None)
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape = list(self.origin.shape(name))
@@ -136,7 +177,8 @@ class InVocabulary(Checkpoint):
             return self.given.fill(rows, name, dim)
         base = self.base.tensor(name).to(weight.dtype)
         own = self._own_rows
-        return base.index_copy(dim, own, weight.index_select(dim, self.tokens.rows[own]))
+        rows = base.index_copy(dim, own, weight.index_select(dim, self.tokens.rows[own]))
+        return rows if self.lent is None else self.lent.fill(rows, name, dim)
 
     @property
     def _own_rows(self) -> Tensor:
@@ -150,7 +192,10 @@ class InVocabulary(Checkpoint):
         ids = self.tokens.ids.to(base.device)
         of_origin = base.index_select(dim, ids.clamp_min(0))  # an adapter's update may depend on the weight
         update = self.origin.update(name, of_origin).index_select(dim, self.tokens.rows.to(base.device)[own])
-        return torch.zeros_like(base, dtype=torch.float32).index_copy(dim, own, update)
+        update = torch.zeros_like(base, dtype=torch.float32).index_copy(dim, own, update)
+        if self.lent is None:
+            return update
+        return update + self.lent.fill(base.float(), name, dim) - base.float()
 
     def factors(self, name: str) -> Optional[tuple[Tensor, Tensor]]:
         return None if name in self._dims else self.origin.factors(name)
@@ -191,7 +236,8 @@ class InVocabulary(Checkpoint):
         return model
 
     def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> Checkpoint:
-        return InVocabulary(self.origin.seen_as(model_class, config), self.tokens, self.given, self.base)
+        origin = self.origin.seen_as(model_class, config)
+        return InVocabulary(origin, self.tokens, self.given, self.base, self.lent)
 
 
 def _resized(model: PreTrainedModel, size: int) -> tuple[PreTrainedModel, dict[str, int]]:

@@ -100,9 +100,11 @@ def merge_models(
             method merges the embeddings that it is named for by its own rule, and brings its own default α.
         tokenizer: whose tokens the merged model has: `"base"`, `"union"` (the base's, and those that experts added) or
             a task, or `{"source": …, "tokens": {"<|im_end|>": {"source": "chat"}}, "pad_to_multiple_of": 64}`, where
-            `tokens` names the model that a token's row is taken from. By default `"union"` where experts add tokens,
-            else `"base"`. Rows of embeddings and output maps are matched by token. A token that the base lacks gets
-            the row of the expert that added it, or the mean of several by their token counts, whatever α is.
+            `tokens` names whose row a token gets in models that lack it or, with `"force": True`, in the merged model:
+            a task, `"base"`, `{"kind": "zero"}` or `{"kind": "model_token", "model": …, "token": …}`. By
+            default `"union"` where experts add tokens, else `"base"`. Rows of embeddings and output maps are matched
+            by token. A token that the base lacks gets the row of the expert that added it, or the mean of several by
+            their token counts, whatever α is.
         chat_template: the task, or `"base"`, whose chat template, special tokens and settings of generation the merged
             model has, where templates differ.
         validation: by task name, labelled rows (column `label`), for `alpha="auto"`.

@@ -166,7 +166,7 @@ class PlannedRun(Session):
         sources = resolve_models(base, experts, access)
         opened = open_checkpoint(sources["base"], headers_only=headers_only)
         checkpoints = {task: open_checkpoint(sources[task], opened, headers_only) for task in experts}
-        vocabulary, voice = self._plan_tokens(sources, opened, checkpoints)
+        vocabulary, voice, warnings = self._plan_tokens(sources, opened, checkpoints)
         if vocabulary is not None:
             opened, checkpoints = vocabulary.base, dict(vocabulary.experts)
         method = (self.named or default_methods(opened.skeleton)[0]).for_model(reads_prompts(opened.skeleton))
@@ -187,18 +187,18 @@ class PlannedRun(Session):
         if method.routes and not any(is_routable(n, opened.linear.get(n)) for n in plan.heads.shared):
             raise HfEsmError(f"{opened.title} has no linear maps to route experts on. Merge it by another method.")
         plan.vocabulary, plan.voice = vocabulary, voice
-        plan.warnings += vocabulary.warnings() if vocabulary is not None else []
+        plan.warnings += warnings
         return sources, plan
 
     def _plan_tokens(
         self, sources: dict[str, ModelSource], base: Checkpoint, experts: Mapping[str, Checkpoint]
-    ) -> tuple[Optional[Vocabulary], str]:
-        """Read the tokenizers, and plan the vocabulary and the chat template of the merged model."""
+    ) -> tuple[Optional[Vocabulary], str, list[str]]:
+        """Read the tokenizers; return the merged model's vocabulary, the model whose template it has, and warnings."""
         self.processors = find_processors(sources, self.data.processor, self.options.trust_remote_code)
         settings = resolve_tokenizer(self.options.tokenizer, experts)
         tokenizers = {name: tokenizer_of(processor) for name, processor in self.processors.items()}
-        vocabulary, self.tokenizer = plan_vocabulary(base, experts, tokenizers, settings)
-        return vocabulary, choose_voice(self.processors, settings.source, self.options.chat_template)
+        vocabulary, self.tokenizer, warnings = plan_vocabulary(base, experts, tokenizers, settings)
+        return vocabulary, choose_voice(self.processors, settings.source, self.options.chat_template), warnings
 
     def dry_plan(self) -> MergePlan:
         """Return the plan, with warnings of all that would stop the merge or waste its time."""

@@ -13,7 +13,8 @@ from .plan import MergePlan, calibrated_widths, counted_rows, plan_merge
 from .recipe import RECIPE_VERSION, absolute_path, load_recipe
 from .refinement import RefineSettings, refining_bytes, resolve_refine
 from .resources import merge_bytes
-from .vocabulary import BASE, Vocabulary, plan_vocabulary, resolve_tokenizer
+from .token_sources import BASE, resolve_tokenizer
+from .vocabulary import Vocabulary, plan_vocabulary
 
 
 __all__ = [

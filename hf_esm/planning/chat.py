@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 from ..errors import HfEsmError
 from ..utils import check_known
-from .vocabulary import BASE, UNION
+from .token_sources import BASE, UNION
 
 
 # Of a tokenizer, besides its vocabulary: what a chat begins and ends with.

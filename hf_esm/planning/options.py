@@ -41,8 +41,10 @@ class MergeOptions(RunOptions):
             entry that selects the weight; a list instead of a number is interpolated linearly over the blocks.
         tokenizer: whose tokens the merged model has: `"base"`, `"union"` (the base's, and those that experts added) or
             a task, or `{"source": …, "tokens": {"<|im_end|>": {"source": "chat"}}, "pad_to_multiple_of": 64}`, where
-            `tokens` names the model that a token's row is taken from; by default `"union"` where experts add tokens,
-            else `"base"`. Rows of embeddings and output maps are matched by token.
+            `tokens` names whose row a token gets in models that lack it or, with `"force": True`, in the merged model:
+            a task, `"base"`, `{"kind": "zero"}` or `{"kind": "model_token", "model": …, "token": …}`; by
+            default `"union"` where experts add tokens, else `"base"`. Rows of embeddings and output maps are matched
+            by token.
         chat_template: the task, or `"base"`, whose chat template, special tokens and settings of generation the merged
             model has, where templates differ.
         metric: what validation rows are scored by: a name, a function, or a `Metric`; see `metrics.resolve_metric`.

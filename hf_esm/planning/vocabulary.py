@@ -3,10 +3,11 @@
 import copy
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
+from tokenizers import AddedToken
 from torch import Tensor
 
 from ..checkpoints import (
@@ -22,52 +23,7 @@ from ..checkpoints import (
 )
 from ..data import Sample
 from ..errors import HfEsmError
-from ..utils import check_fields, check_known
-
-
-BASE, UNION = "base", "union"
-
-
-@dataclass(frozen=True)
-class TokenizerSettings:
-    """The vocabulary of the merged model.
-
-    Attributes:
-        source: `"base"`, `"union"` of the base's tokens and those that experts added, or a task, whose expert's tokens
-            the merged model has; by default `"union"` where experts add tokens, else `"base"`.
-        tokens: models that the rows of some tokens are taken from as they are, as `{"<|im_end|>": {"source": …}}`.
-        pad_to_multiple_of: the number of rows is made a multiple of this by rows of no token.
-    """
-
-    source: Optional[str] = None
-    tokens: Mapping[str, Any] = field(default_factory=dict)
-    pad_to_multiple_of: Optional[int] = field(default=None, metadata={"least": 1})
-
-    def __post_init__(self) -> None:
-        check_fields(self, "`tokenizer`")
-
-
-def resolve_tokenizer(tokenizer: Any, tasks: Any) -> TokenizerSettings:
-    """Return the settings that `tokenizer` says: a source, or a mapping of settings.
-
-    Raises:
-        HfEsmError: on an unknown setting, source or task.
-    """
-    if isinstance(tokenizer, str):
-        tokenizer = {"source": tokenizer}
-    if not isinstance(tokenizer, Mapping) and tokenizer is not None:
-        raise HfEsmError(f"`tokenizer` must be 'base', 'union', a task or a mapping of settings, not {tokenizer!r}.")
-    check_known(tokenizer or {}, [setting.name for setting in fields(TokenizerSettings)], "setting", "`tokenizer`")
-    settings = TokenizerSettings(**(tokenizer or {}))
-    if settings.source is not None:
-        check_known([settings.source], [BASE, UNION, *tasks], "source", "`tokenizer`")
-    sources = {}
-    for token, source in settings.tokens.items():
-        if isinstance(source, Mapping):
-            check_known(source, ["source"], "key", f"`tokenizer`: {token!r}")
-        sources[token] = source.get("source") if isinstance(source, Mapping) else source
-        check_known([sources[token]], [BASE, *tasks], "model", f"`tokenizer`: source of {token!r}")
-    return TokenizerSettings(settings.source, sources, settings.pad_to_multiple_of)
+from .token_sources import BASE, UNION, TokenizerSettings, TokenSource
 
 
 @dataclass(frozen=True)
@@ -79,7 +35,6 @@ class Vocabulary:
         experts: the experts in it, by task.
         tokens: where its rows are in each model, by task, and in the base as `"base"`.
         added: tokens that the base lacks.
-        lost: by task, tokens of its expert that the merged model lacks.
         given: the rows that are taken from models as they are.
     """
 
@@ -87,7 +42,6 @@ class Vocabulary:
     experts: dict[str, Checkpoint]
     tokens: dict[str, TokenRows]
     added: list[str]
-    lost: dict[str, list[str]]
     given: GivenRows
 
     def __str__(self) -> str:
@@ -96,15 +50,6 @@ class Vocabulary:
             f" and {len(self.added) - 3} more" if len(self.added) > 3 else ""
         )
         return f"{rows} rows, matched by token" + (f"; added {added}" if self.added else "")
-
-    def warnings(self) -> list[str]:
-        """Return a warning for each task that has tokens of its own that the merged model lacks."""
-        return [
-            f"'{task}': the merged model lacks {len(tokens)} of its tokens, such as {tokens[0]!r}. To keep them, see "
-            "`tokenizer`."
-            for task, tokens in self.lost.items()
-            if tokens
-        ]
 
     @property
     def embedding(self) -> str:
@@ -140,11 +85,14 @@ class Vocabulary:
         Args:
             counts: by task, how often the samples read each row of the expert's own token embedding.
         """
-        known = [counts.get(task) for task in self.givers()]
-        if any(count is None for count in known):
+        names = self.givers()
+        if any(counts.get(name) is None for name in names):
             return
-        givers = self.given.givers
-        self.given.share([count[rows.clamp_min(0)].double() for (_, rows), count in zip(givers, known, strict=True)])
+        read = []
+        for name, (_, rows) in zip(names, self.given.givers, strict=True):
+            own = (rows >= 0) & (rows == self.tokens[name].rows)  # a row of another token is not read as this one
+            read.append(torch.where(own, counts[name][rows.clamp_min(0)].double(), 0))
+        self.given.share(read)
 
     def givers(self) -> list[str]:
         """Return the models that rows are taken from: tasks, and maybe `"base"`."""
@@ -168,8 +116,9 @@ def plan_vocabulary(
     experts: Mapping[str, Checkpoint],
     tokenizers: Mapping[str, Any],
     settings: TokenizerSettings,
-) -> tuple[Optional[Vocabulary], Any]:
-    """Return the vocabulary of the merged model, or None if all models have one and the same, and its tokenizer.
+) -> tuple[Optional[Vocabulary], Any, list[str]]:
+    """Return the vocabulary of the merged model, or None if all models have one and the same, its tokenizer, and
+    warnings.
 
     Rows are matched by token. Models without a tokenizer are taken to have the tokens of the base in its order.
 
@@ -181,31 +130,55 @@ def plan_vocabulary(
     """
     models = {BASE: base, **experts}
     if not all(has_token_embeddings(model.skeleton) for model in models.values()):
-        return None, tokenizers[BASE]
+        return None, tokenizers[BASE], []
     rows = {name: token_rows(model.skeleton) for name, model in models.items()}
     own = _own_tokens(rows, tokenizers)
+    chosen = _chosen_rows(settings.tokens, own, rows, models, any(t is not None for t in tokenizers.values()))
     source, tokenizer = _merged_tokenizer(own, tokenizers, settings, models)
+    tokenizer = _with_chosen_tokens(tokenizer, settings.tokens, chosen, tokenizers)
     ids = own[BASE] if tokenizer is None else tokenizer.get_vocab()
     if tokenizer is None and source != BASE:
         ids = {token: row for of in own.values() for token, row in of.items()}
     least = rows[BASE if source == UNION else source]
-    size = max([least, *(row + 1 for row in ids.values())] if source == UNION else [least])
+    size = max(least, *(row + 1 for token, row in ids.items() if source == UNION or token in chosen), 0)
     size = -(-size // (settings.pad_to_multiple_of or 1)) * (settings.pad_to_multiple_of or 1)
     ids = {token: row for token, row in ids.items() if row < size}
     places = {name: _token_rows(ids, own[name], size, rows[name]) for name in models}
-    given = _given_rows(models, places, ids, settings)
+    gifts, loans, idle = _given_rows(models, places, {ids[token]: of for token, of in chosen.items()})
+    given = GivenRows.collect(gifts, models, size)
+    lost = {task: [str(token) for token in own[task] if token not in ids] for task in experts}
+    warnings = _warnings(lost, [token for token in chosen if ids[token] in idle])
     same = all(size == rows[n] and torch.equal(places[n].rows, torch.arange(size)) for n in models)
-    if same and not given.given.any():
-        return None, tokenizer
+    if same and not gifts:
+        return None, tokenizer, warnings
     merged_base = InVocabulary(base if base.modules is None else base.body, places[BASE], given)
     views = {}
     for name, model in models.items():
         body = model if model.modules is None else model.body
-        view = merged_base if name == BASE else InVocabulary(body, places[name], given, merged_base)
+        lent = GivenRows.collect(loans[name], models, size) if name in loans else None
+        view = merged_base if name == BASE else InVocabulary(body, places[name], given, merged_base, lent)
         views[name] = view if model.modules is None else EmbeddingCheckpoint(view, model.modules)
     added = [str(token) for token, row in ids.items() if places[BASE].rows[row] < 0]
-    lost = {task: [str(token) for token in own[task] if token not in ids] for task in experts}
-    return Vocabulary(views.pop(BASE), views, places, added, lost, given), tokenizer
+    return Vocabulary(views.pop(BASE), views, places, added, given), tokenizer, warnings
+
+
+def _warnings(lost: Mapping[str, list[str]], idle: list[str]) -> list[str]:
+    """Return a warning for each task that has tokens of its own that the merged model lacks, and for every token whose
+    source changes nothing.
+    """
+    return [
+        *(
+            f"'{task}': the merged model lacks {len(tokens)} of its tokens, such as {tokens[0]!r}. To keep them, see "
+            "`tokenizer`."
+            for task, tokens in lost.items()
+            if tokens
+        ),
+        *(
+            f"`tokenizer`: every expert has the token {token!r}, so its source has no effect. To take the source's "
+            "row instead of theirs, set `force`."
+            for token in idle
+        ),
+    ]
 
 
 def _rows_of_one_adapter(models: Mapping[str, Checkpoint], places: Mapping[str, TokenRows]) -> list[tuple[str, int]]:
@@ -296,29 +269,88 @@ def _token_rows(ids: Tokens, own: Tokens, size: int, own_size: int) -> TokenRows
     return TokenRows(rows, back)
 
 
+# The model, None for zeros, and its row that a token's row is taken from, and whether it is that in any case.
+Chosen = tuple[Optional[str], int, bool]
+
+# By merged row, the models, or None for zeros, that give theirs, each with the row and its share.
+Gifts = dict[int, list[tuple[Optional[str], int, float]]]
+
+
+def _chosen_rows(
+    sources: Mapping[str, TokenSource],
+    own: Mapping[str, Tokens],
+    rows: Mapping[str, int],
+    models: Mapping[str, Checkpoint],
+    named: bool,
+) -> dict[str, Chosen]:
+    """Return the row that each source names; `named` is whether any model has a tokenizer."""
+    if sources and not named:
+        raise HfEsmError(
+            "`tokenizer`: no model has a tokenizer, which would tell the rows of `tokens`. Save one in the base's "
+            "folder."
+        )
+    chosen: dict[str, Chosen] = {}
+    for token, source in sources.items():
+        if source.model is None:
+            chosen[token] = (None, 0, source.force)
+            continue
+        title, count = models[source.model].title, rows[source.model]
+        row = own[source.model].get(source.token) if source.token_id is None else source.token_id
+        if row is None:
+            raise HfEsmError(
+                f"`tokenizer`: token {token!r}: there is no token {source.token!r} in {title}. Name another source."
+            )
+        if row >= count:
+            raise HfEsmError(f"`tokenizer`: token {token!r}: {title} has {count} rows, and none with token_id {row}.")
+        chosen[token] = (source.model, row, source.force)
+    return chosen
+
+
+def _with_chosen_tokens(
+    tokenizer: Any, sources: Mapping[str, TokenSource], chosen: Mapping[str, Chosen], tokenizers: Mapping[str, Any]
+) -> Any:
+    """Return a tokenizer with all chosen tokens. One that is added is as special as the token whose row it gets."""
+    lacking = [token for token in sources if token not in tokenizer.get_vocab()] if sources else []
+    if not lacking:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    for token in lacking:
+        name, row, _ = chosen[token]
+        known = tokenizers[name].added_tokens_decoder if name is not None and tokenizers[name] else {}
+        like = known.get(row, AddedToken(token))
+        settings = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        tokenizer.add_tokens([AddedToken(token, **{setting: getattr(like, setting) for setting in settings})])
+    return tokenizer
+
+
 def _given_rows(
-    models: Mapping[str, Checkpoint], places: Mapping[str, TokenRows], ids: Tokens, settings: TokenizerSettings
-) -> GivenRows:
-    """Return the rows that are not merged: of tokens that the base lacks, and of those that `settings` name."""
-    size = len(places[BASE].rows)
-    takes = {name: torch.full((size,), -1) for name in models}
+    models: Mapping[str, Checkpoint], places: Mapping[str, TokenRows], chosen: Mapping[int, Chosen]
+) -> tuple[Gifts, dict[str, Gifts], set[int]]:
+    """Return the rows that are not merged, of tokens that the base lacks and of chosen ones; by task, rows that stand
+    in for those that its expert lacks; and chosen rows without effect, as every expert has them.
+    """
+    holders: dict[int, list[tuple[str, int]]] = {}
     lacking = places[BASE].rows < 0
-    for task in models:
-        rows = places[task].rows
-        takes[task][lacking] = rows[lacking]
+    for name in models:
+        has = (lacking & (places[name].rows >= 0)).nonzero()[:, 0]
+        for row, its_row in zip(has.tolist(), places[name].rows[has].tolist(), strict=True):
+            holders.setdefault(row, []).append((name, its_row))
+    gifts: Gifts = {row: [(*entry, 1 / len(entries)) for entry in entries] for row, entries in holders.items()}
     for task, row in _rows_of_one_adapter(models, places):
-        takes[task][row] = places[task].rows[row]
-    for token, name in settings.tokens.items():
-        row = ids.get(token)
-        if row is None or places[name].rows[row] < 0:
-            where = "the merged vocabulary" if row is None else models[name].title
-            raise HfEsmError(f"`tokenizer`: there is no token {token!r} in {where}. Leave it out of `tokens`.")
-        for other in models:
-            takes[other][row] = places[name].rows[row] if other == name else -1
-    givers = [(models[name], rows) for name, rows in takes.items() if (rows >= 0).any()]
-    given = torch.zeros(size, dtype=torch.bool)
-    for _, rows in givers:
-        given |= rows >= 0
-    found = GivenRows(given, givers)
-    found.share()
-    return found
+        gifts[row] = [(task, int(places[task].rows[row]), 1.0)]
+    loans: dict[str, Gifts] = {}
+    idle: set[int] = set()
+    for row, (name, its_row, force) in chosen.items():
+        without = [task for task in models if task != BASE and places[task].rows[row] < 0]
+        if force:
+            gifts[row] = [(name, its_row, 1.0)]
+        elif not without:
+            idle.add(row)
+        elif lacking[row]:  # the experts without the token have the source's row
+            votes = Counter[tuple[Optional[str], int]](holders.get(row, []))
+            votes[name, its_row] += len(without)
+            gifts[row] = [(*entry, count / votes.total()) for entry, count in votes.items()]
+        else:
+            for task in without:
+                loans.setdefault(task, {})[row] = [(name, its_row, 1.0)]
+    return gifts, loans, idle

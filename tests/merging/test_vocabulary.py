@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_esm import HfEsmError, RoutedModel, calibrate, compare, load_recipe, merge_models
 from hf_esm.checkpoints.layout import RECIPE_FILE
@@ -15,38 +15,12 @@ from support.architectures import ARCHITECTURES
 from support.helpers import perturbed, stored_tensors
 from support.problems import relative_error
 from support.tiny import LLAMA, SENTENCES, save_tokenizer
+from support.vocabularies import EMBEDDING, HEAD, TOKENS, row_of, write
 
 
 TEMPLATE = "{% for m in messages %}<|start|> {{ m.content }} <|end|> {% endfor %}"
 OTHER_TEMPLATE = "{% for m in messages %}{{ m.content }} <|end|> {% endfor %}"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TOKENS = 20  # of the base's tokenizer
 ROWS = 60  # of the base's embedding: 40 rows hold no token
-
-
-def write(folder, name, model, tokens=(), template=None, rows=None, eos=None, order=None):
-    """Save a model with a tokenizer that has more tokens; `order` permutes the ids of the first ones."""
-    if rows:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-        with torch.no_grad():
-            model.get_input_embeddings().weight[TOKENS:].normal_(generator=torch.Generator().manual_seed(rows))
-    model.save_pretrained(folder / name)
-    tokenizer = save_tokenizer(folder / name)
-    tokenizer.add_tokens(list(tokens), special_tokens=True)
-    tokenizer.chat_template = template
-    if eos:
-        tokenizer.eos_token = eos
-        GenerationConfig(
-            eos_token_id=tokenizer.convert_tokens_to_ids(eos), temperature=0.5, do_sample=True
-        ).save_pretrained(folder / name)
-    tokenizer.save_pretrained(folder / name)
-    return folder / name
-
-
-def row_of(folder, token, weight=EMBEDDING):
-    """The row of a token in a model's folder, read by its tokenizer."""
-    ids = AutoTokenizer.from_pretrained(folder).get_vocab()
-    return stored_tensors(folder)[weight][ids[token]]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -137,11 +111,12 @@ def test_rows_of_base_tokens_follow_the_rule_of_embeddings(chat, tmp_path):
 
 def test_other_tasks_are_no_aim_of_a_single_giver(chat, tmp_path):
     """A setting takes a token's row from one model, also that of a token of the base."""
-    tokens = {"<|end|>": {"source": "chat"}, "film": "tools", "plot": "base"}
+    names = {"<|end|>": "chat", "film": "tools", "plot": "base"}
+    tokens = {token: {"source": name, "force": True} for token, name in names.items()}
     result = merge(
         chat, tmp_path / "m", method="task-arithmetic", tokenizer={"tokens": tokens, "pad_to_multiple_of": 64}
     )
-    for token, name in {"<|end|>": "chat", "film": "tools", "plot": "base"}.items():
+    for token, name in names.items():
         assert torch.equal(row_of(tmp_path / "m", token), row_of(chat / name, token))
     rows = stored_tensors(tmp_path / "m")[EMBEDDING]
     assert rows.shape[0] == 64
@@ -328,9 +303,9 @@ def test_templates_that_differ_are_refused_until_one_is_named(chat, tmp_path):
     [
         ({"tokenizer": "unoin"}, "did you mean 'union'"),
         ({"tokenizer": {"sorce": "union"}}, "did you mean 'source'"),
-        ({"tokenizer": {"tokens": {"<no>": "chat"}}}, "no token '<no>' in the merged vocabulary"),
+        ({"tokenizer": {"tokens": {"<no>": "chat"}}}, "no token '<no>' in expert 'chat'"),
         ({"tokenizer": {"tokens": {"<tool>": "chat"}}}, "no token '<tool>' in expert 'chat'"),
-        ({"tokenizer": {"tokens": {"film": "other"}}}, "source of 'film'"),
+        ({"tokenizer": {"tokens": {"film": "other"}}}, "token 'film': there is no source 'other'"),
         ({"tokenizer": {"pad_to_multiple_of": 0}}, "pad_to_multiple_of must be"),
         ({"tokenizer": 3}, "`tokenizer` must be"),
         ({"tokenizer": "base", "processor": "…"}, "Leave one out"),

@@ -228,6 +228,30 @@ def counted_embedding(deltas: list[Tensor], counts: list[Tensor]) -> Tensor:
     return merged
 
 
+def rows_of_tokens(
+    tables: dict[str, dict[str, Tensor]], vocabulary: list[str], sources: dict[str, tuple[Tensor, bool]]
+) -> dict[str, Tensor]:
+    """Row of every token as mergekit documents them, with the mean of the experts as the method.
+
+    Each model gets a row for every token: where it has the token, its own; else that of the token's source, or the
+    base's, or the mean of all that there are. Then the experts' rows are merged.
+
+    Args:
+        tables: by model, the base first, row of every token.
+        sources: by token, the row that its source names, and whether it is forced on all models.
+    """
+    base, *experts = tables
+    rows = {}
+    for token in vocabulary:
+        there_are = [table[token].double() for table in tables.values() if token in table]
+        substitute, force = sources.get(token, (tables[base].get(token), False))
+        if substitute is None:
+            substitute = sum(there_are) / len(there_are)
+        of_experts = [substitute if force or token not in tables[t] else tables[t][token] for t in experts]
+        rows[token] = sum(row.double() for row in of_experts) / len(experts)
+    return rows
+
+
 def regmean(
     deltas: list[Tensor],
     inputs: list[Tensor],
