@@ -349,7 +349,7 @@ REFUSED = {
     ),
     "misspelt-key-of-a-token": (
         tokenized(tokenizer={"tokens": {"good": {"source": "left", "weight": 2}}}),
-        ["`tokenizer`: 'good'", "no key 'weight'"],
+        ["`tokenizer`: token 'good'", "no key 'weight'"],
     ),
     "no-such-data-set": (calibration({"path": "no/such-set"}), [OF_LEFT, "no/such-set", "cannot be read"]),
     "calibration-without-tasks": (options(calibration=[["a"], ["b"]]), ["calibration", "{'task': …}", "list"]),
