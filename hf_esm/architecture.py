@@ -1,7 +1,7 @@
 """The structure of a live model: linear maps, blocks, towers, names. Works on the meta device; reads no values."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,6 +205,34 @@ def tower_of(module: str, names: Sequence[str]) -> str:
     return next((name for name in names if module.startswith(f"{name}.")), names[not module.startswith("text_")])
 
 
+def ties(model: PreTrainedModel) -> dict[str, str]:
+    """Return the name of the weight that each tied weight of `model` shares, by name of the tied one.
+
+    Weights whose config ties them, but which a checkpoint holds apart, are not tied.
+    """
+    declared = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: source for name, source in declared.items() if not _apart(model, name, source)}
+
+
+def _apart(model: PreTrainedModel, name: str, source: str) -> bool:
+    """Whether two weights are different ones on one device, as where a caller or PEFT has put a new one."""
+    try:
+        one, other = model.get_parameter_or_buffer(name), model.get_parameter_or_buffer(source)
+    except AttributeError:
+        return False
+    return not one.is_meta and one.device == other.device and one.data_ptr() != other.data_ptr()
+
+
+def untie(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Give every tied weight among `names` a parameter of its own in `model`, with the value that it shares."""
+    declared = getattr(model, "all_tied_weights_keys", None) or {}
+    for name in set(names) & ties(model).keys():
+        owner, _, leaf = name.rpartition(".")
+        weight = model.get_parameter(name)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(weight.detach().clone(), weight.requires_grad))
+        del declared[name]
+
+
 def canonical_names(model: PreTrainedModel) -> dict[str, str]:
     """Return the name in `model` of every weight that `save_pretrained` writes, by its canonical name.
 
@@ -212,6 +240,6 @@ def canonical_names(model: PreTrainedModel) -> dict[str, str]:
     model built on it. Any other weight is named as in `model`.
     """
     prefix = body_prefix(model)
-    unsaved = {*(getattr(model, "all_tied_weights_keys", None) or ()), *(model._keys_to_ignore_on_save or ())}
+    unsaved = {*ties(model), *(model._keys_to_ignore_on_save or ())}
     names = [name for name in model.state_dict() if name not in unsaved]
     return {name.removeprefix(prefix): name for name in names}

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from ..architecture import canonical_names
+from ..architecture import canonical_names, ties
 
 
 class RowHooks:
@@ -25,7 +25,7 @@ class RowHooks:
 
     def __init__(self, model: PreTrainedModel):
         canonical = {live: name for name, live in canonical_names(model).items()}
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        tied = ties(model)
         self._weight_of: dict[nn.Module, str] = {}
         self.sizes: dict[str, int] = {}
         for name, module in model.named_modules(remove_duplicate=False):

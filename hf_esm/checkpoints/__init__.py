@@ -7,7 +7,7 @@ are read one at a time; and back to disk: sharded safetensors, heads, LoRA adapt
 from .adapter_files import read_adapter_tensors
 from .adapters import AdapterCheckpoint
 from .base import Checkpoint, LiveCheckpoint, quiet_loading, quiet_peft
-from .conversion import output_dtype, to_stored, write_plan
+from .conversion import output_dtype, to_stored, write_plan, written_config
 from .embedding import EmbeddingCheckpoint
 from .heads import attach_head, load_task_model, save_head
 from .layout import (
@@ -114,4 +114,5 @@ __all__ = [
     "write_adapter",
     "write_lora_adapter",
     "write_plan",
+    "written_config",
 ]

@@ -66,13 +66,13 @@ class AdapterChanges:
         additions: functions from a weight to the update of it, float32, on the CPU.
         replaced: weights that are the adapter's own (`modules_to_save`, biases).
         token_rows: of embeddings of which the adapter trains some rows, the indices of these rows and their values.
-        saved: names of the weights in modules that are saved whole.
+        tied: weights that PEFT itself keeps tied to others.
     """
 
     additions: dict[str, Addition]
     replaced: dict[str, Tensor]
     token_rows: dict[str, tuple[list[int], Tensor]]
-    saved: set[str]
+    tied: set[str]
 
 
 def load_changes(
@@ -101,7 +101,7 @@ def load_changes(
     names = set(build().state_dict())
     state = {path: tensor for path, tensor in model.state_dict().items() if path in loading.loaded}
     replaced = {live_name(path): tensor for path, tensor in state.items() if live_name(path) in names}
-    changes = AdapterChanges({}, replaced, {}, {live_name(path) for path in state if ".modules_to_save." in path})
+    changes = AdapterChanges({}, replaced, {}, set())
 
     def weight_of(live: str) -> Tensor:
         return replaced[live] if live in replaced else read(live)
@@ -110,7 +110,8 @@ def load_changes(
     for path, layer in filter(lambda pair: loading.is_of(pair[0]), _merged_layers(model)):
         tokens = getattr(layer, "token_adapter", layer)
         if getattr(tokens, "tied_adapter", None) is not None:
-            continue  # of a head that is tied to the embeddings, which change
+            changes.tied.add(f"{live_name(path)}.weight")  # a head follows the embeddings
+            continue
         if isinstance(layer, LoraLayer) and kind == "LORA":
             changes.additions |= _lora_additions(live_name(path), layer, weight_of, title)
             continue

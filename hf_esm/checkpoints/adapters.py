@@ -8,7 +8,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..architecture import canonical_names
+from ..architecture import canonical_names, ties, untie
 from ..errors import HfEsmError
 from .adapter_files import MERGE_REMEDY, adapted_class, part_of_adapter, read_adapter_config, read_adapter_tensors
 from .adapter_layers import load_changes
@@ -21,7 +21,8 @@ class AdapterCheckpoint(DerivedCheckpoint):
 
     ΔW is what PEFT's own merge of that layer makes of the base's weight, less that weight: of any type of adapter that
     PEFT can merge, see `adapter_layers`. Weights that the adapter replaces (`modules_to_save`, biases) are read in
-    full; all other weights are the base's.
+    full; all other weights are the base's. Weights that are tied in the base, but not with the adapter on it, are read
+    apart.
 
     Attributes:
         folder: folder of the adapter.
@@ -50,18 +51,22 @@ class AdapterCheckpoint(DerivedCheckpoint):
         self._given_base = base
         base = part_of_adapter(adapter, base, tensors)
         model_class, config = adapted_class(adapter, base, tensors)
-        self.skeleton = build_skeleton(model_class, config)
         self.base = base.seen_as(model_class, config)
+        held = list(self.base.names.values())
+        self.skeleton = build_skeleton(model_class, config, held)
         self._names_of_base = {live: name for name, live in self.base.names.items()}
         self._headers_only = headers_only
         loaded = load_changes(
-            adapter, tensors, lambda: build_skeleton(model_class, config), self._base_weight, title, base.title
+            adapter, tensors, lambda: build_skeleton(model_class, config, held), self._base_weight, title, base.title
         )
         self._additions, self._replaced, self._token_rows = loaded.additions, loaded.replaced, loaded.token_rows
-        self._check_ties(loaded.saved)
+        self._sources = self._untied(loaded.tied)
         self.extra = []
         expected = canonical_names(self.skeleton)
-        self.names = {n: live for n, live in expected.items() if live in self._replaced or n in self.base.names}
+        for live in {*self._additions, *self._replaced} - {*expected.values(), *ties(self.skeleton)}:
+            raise HfEsmError(f"{title} changes '{live}', which is not a stored weight. {MERGE_REMEDY}")
+        stored = self.base.names.keys() | self._sources.keys()
+        self.names = {n: live for n, live in expected.items() if live in self._replaced or n in stored}
         self.missing = [name for name in self.base.missing if name not in self.names]
         if self.missing:
             raise HfEsmError(
@@ -71,27 +76,36 @@ class AdapterCheckpoint(DerivedCheckpoint):
 
     def _base_weight(self, live: str) -> Tensor:
         """Return a weight of the base, by its live name; noise of its shape if only headers are known."""
-        source = (getattr(self.skeleton, "all_tied_weights_keys", None) or {}).get(live, live)
+        source = ties(self.skeleton).get(live, live)
         if self._headers_only or source not in self._names_of_base:
-            return torch.randn(self.skeleton.get_parameter(source).shape)
+            shape = self.skeleton.get_parameter(source).shape
+            return torch.randn(shape, generator=torch.Generator().manual_seed(0))  # tied weights are equal
         return self.base.tensor(self._names_of_base[source])
 
-    def _check_ties(self, saved: set[str]) -> None:
-        """Raise if the adapter changes one of several tied weights alone, or something that is not a weight."""
-        source_of = getattr(self.skeleton, "all_tied_weights_keys", None) or {}
-        known = set(canonical_names(self.skeleton).values())
-        for live in {*self._additions, *self._replaced} - known:
-            source = self._replaced.get(source_of.get(live))
-            if live in self._additions or source is None or not torch.equal(source, self._replaced[live]):
-                kind = f"which is tied to '{source_of[live]}'" if live in source_of else "which is not a stored weight"
-                raise HfEsmError(f"{self.title} changes '{live}', {kind}. {MERGE_REMEDY}")
-        for live, source in source_of.items():
-            if source in saved and live not in self._replaced:
-                raise HfEsmError(
-                    f"{self.title} replaces '{source}', but not '{live}', which is tied to it in the base. Call "
-                    "`merge_and_unload()` on the loaded model, untie its weights "
-                    "(`model.config.tie_word_embeddings = False`), save that, and merge it instead."
-                )
+    def _untied(self, tied: set[str]) -> dict[str, str]:
+        """Untie every weight that the adapter makes different from the one that it is tied to in the base.
+
+        PEFT trains them apart: an adapter of a tied head leaves the embeddings as they are, and the reverse.
+
+        Args:
+            tied: live names of weights that PEFT ties itself.
+
+        Returns the canonical name of the base's weight, by that of the untied one.
+        """
+        changed, names = {*self._additions, *self._replaced}, {}
+        for live, source in ties(self.skeleton).items():
+            if live in tied or not {live, source} & changed:
+                continue
+            one, other = self._changed(live), self._changed(source)
+            if one.shape != other.shape or (one - other).norm() > 1e-6 * other.norm():
+                names[live] = self._names_of_base[source]
+        untie(self.skeleton, names)
+        return {name: names[live] for name, live in canonical_names(self.skeleton).items() if live in names}
+
+    def _changed(self, live: str) -> Tensor:
+        """Return a weight with the adapter, float32, by its live name."""
+        weight = self._replaced[live] if live in self._replaced else self._base_weight(live)
+        return weight.float() + (self._additions[live](weight) if live in self._additions else 0)
 
     @property
     def kind(self) -> str:
@@ -108,16 +122,16 @@ class AdapterCheckpoint(DerivedCheckpoint):
         return self.names[name] in self._additions or self.names[name] in self._replaced
 
     def shape(self, name: str) -> tuple[int, ...]:
-        live = self.names[name]
-        return tuple(self._replaced[live].shape) if live in self._replaced else self.base.shape(name)
+        live, source = self.names[name], self._sources.get(name, name)
+        return tuple(self._replaced[live].shape) if live in self._replaced else self.base.shape(source)
 
     def dtype(self, name: str) -> torch.dtype:
-        live = self.names[name]
-        return self._replaced[live].dtype if live in self._replaced else self.base.dtype(name)
+        live, source = self.names[name], self._sources.get(name, name)
+        return self._replaced[live].dtype if live in self._replaced else self.base.dtype(source)
 
     def tensor(self, name: str) -> Tensor:
-        live = self.names[name]
-        weight = self._replaced[live] if live in self._replaced else self.base.tensor(name)
+        live, source = self.names[name], self._sources.get(name, name)
+        weight = self._replaced[live] if live in self._replaced else self.base.tensor(source)
         return (weight + self._additions[live](weight)).to(weight.dtype) if live in self._additions else weight
 
     def update(self, name: str, base: Tensor) -> Tensor:
@@ -142,11 +156,12 @@ class AdapterCheckpoint(DerivedCheckpoint):
             self._given_base is other._given_base
             and type(self.skeleton) is type(other.skeleton)
             and self.config.to_dict() == other.config.to_dict()
+            and ties(self.skeleton) == ties(other.skeleton)
         )
 
     def take_off(self, model: PreTrainedModel) -> None:
         """Write the base's weights into a model that holds the adapter's; a head that the base lacks stays."""
         state = model.state_dict()
         for name, live in self.names.items():
-            if self.changes(name) and name in self.base.names:
-                state[live].copy_(self.base.tensor(name))
+            if self.changes(name) and (source := self._sources.get(name, name)) in self.base.names:
+                state[live].copy_(self.base.tensor(source))

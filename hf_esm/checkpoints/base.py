@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..architecture import LinearMap, canonical_names, embeddings, linear_maps
+from ..architecture import LinearMap, canonical_names, embeddings, linear_maps, untie
 from ..errors import HfEsmError
 from .quantised import refuse_quantised
 
@@ -44,10 +44,18 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def build_skeleton(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """Build the model on the meta device: modules, names, shapes and ties, without values."""
+def build_skeleton(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, held: Iterable[str] = ()
+) -> PreTrainedModel:
+    """Build the model on the meta device: modules, names, shapes and ties, without values.
+
+    Args:
+        held: live names of weights that are not tied, whatever the config says.
+    """
     with torch.device("meta"), no_init_weights():
-        return model_class(copy.deepcopy(config)).eval()
+        model = model_class(copy.deepcopy(config)).eval()
+    untie(model, held)
+    return model
 
 
 class Checkpoint:
@@ -193,7 +201,7 @@ class LiveCheckpoint(Checkpoint):
         return self._state[self.names[name]].detach().cpu()
 
     def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> "LiveCheckpoint":
-        view, skeleton = copy.copy(self), build_skeleton(model_class, config)
+        view, skeleton = copy.copy(self), build_skeleton(model_class, config, self.names.values())
         state, expected = skeleton.state_dict(), canonical_names(skeleton)
         fits = {
             name for name, live in expected.items() if name in self.names and self.shape(name) == state[live].shape
@@ -207,6 +215,7 @@ class LiveCheckpoint(Checkpoint):
 
     def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
         model = model_class(copy.deepcopy(config)).to(self.skeleton.dtype)
+        untie(model, self.names.values())
         state = model.state_dict()
         for name, live in canonical_names(model).items():
             if name in self.names and state[live].shape == self.shape(name):

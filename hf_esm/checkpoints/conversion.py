@@ -7,7 +7,7 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -21,7 +21,7 @@ from transformers.core_model_loading import (
 from transformers.quantizers import HfQuantizer
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from ..architecture import SENTENCE_MODULES, canonical_names
+from ..architecture import SENTENCE_MODULES, canonical_names, ties
 from .base import Checkpoint
 from .quantised import dense_dtypes, dense_key, lacks_scales
 
@@ -37,6 +37,20 @@ class OutputGroup:
 
     names: list[str]
     stored: dict[str, Tensor]
+
+
+def written_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """Return a copy of a checkpoint's config, which says that the embeddings are not tied if no weights are.
+
+    Transformers 5 compares the stored weights, but older versions and inference servers believe the config. Some
+    configs, as T5's, cannot say it.
+    """
+    model = checkpoint.skeleton
+    config = copy.deepcopy(model.config)
+    if getattr(config, "tie_word_embeddings", False) and model._tied_weights_keys and not ties(model):
+        config.tie_word_embeddings = False
+        config.tie_word_embeddings = type(config).from_dict(config.to_dict()).tie_word_embeddings
+    return config
 
 
 def write_plan(checkpoint: Checkpoint, dtype: Optional[torch.dtype] = None) -> list[OutputGroup]:
@@ -139,7 +153,7 @@ class StoredWeights:
         for first in self._groups:
             for live, tensor in self._on_meta(first, read_meta, state).items():
                 self._first_of[live], self.tensors[live] = first, tensor
-        for alias, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        for alias, source in ties(model).items():
             if source not in self.tensors and alias in self.tensors:
                 self._first_of[source], self.tensors[source] = self._first_of[alias], self.tensors[alias]
                 self._groups[self._first_of[source]].alias = (alias, source)

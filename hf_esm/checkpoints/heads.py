@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ..architecture import body_prefix
+from ..architecture import body_prefix, untie
 from ..errors import HfEsmError
 from ..utils import check_known
 from .base import Checkpoint, quiet_loading, quiet_peft
+from .conversion import written_config
 from .embedding import with_modules
 from .layout import ADAPTER_CONFIG, CONFIG_FILE, HEAD_WEIGHTS, HEADS_FOLDER
 from .repositories import whole_folder
@@ -34,7 +35,7 @@ def save_head(folder: Path, task: str, expert: Checkpoint, names: list[str]) -> 
     """
     head_folder = folder / HEADS_FOLDER / task
     head_folder.mkdir(parents=True, exist_ok=True)
-    config = expert.config.to_dict()
+    config = written_config(expert).to_dict()
     config["architectures"] = [type(expert.skeleton).__name__]
     type(expert.config).from_dict(config).save_pretrained(head_folder)
     if names:
@@ -105,6 +106,7 @@ def load_task_model(
             f"{model}: this device_map offloads {', '.join(sorted(offloaded)[:3])} of the head, which must be on a "
             "device. Give a map that keeps the head there, or the whole model: device_map={'': 0}."
         )
+    untie(loaded, head)
     unknown = loaded.load_state_dict(head, strict=False).unexpected_keys
     if unknown:
         raise HfEsmError(
@@ -140,6 +142,7 @@ def attach_head(model: PreTrainedModel, folder: Path, task: str) -> PreTrainedMo
     config, head = AutoConfig.from_pretrained(head_folder), _load_head(head_folder)
     with torch.device("meta"):
         fresh = getattr(transformers, config.architectures[0])(config)
+    untie(fresh, head)
     if type(fresh) is type(model):
         attached = _graft(model, fresh, list(head))
         settings = {name: value for name, value in vars(fresh).items() if not name.startswith("_")}

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..architecture import canonical_names
+from ..architecture import canonical_names, ties, untie
 from ..errors import HfEsmError
 from .adapter_files import live_name
 from .adapters import AdapterCheckpoint
@@ -30,6 +30,7 @@ class WrappedCheckpoint(LiveCheckpoint):
         inner = model.get_base_model()
         super().__init__(inner, title)
         self.skeleton = build_skeleton(type(inner), inner.config)
+        untie(self.skeleton, ties(self.skeleton).keys() - inner.all_tied_weights_keys.keys())
         of_base = (key for key in self._state if ".modules_to_save." not in key)  # an adapter's copy of a module
         self._state = {live_name(key.replace(".original_module", "")): self._state[key] for key in of_base}
         self.names = canonical_names(self.skeleton)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..architecture import body_prefix, canonical_names, from_matrices, to_matrices, towers
+from ..architecture import body_prefix, canonical_names, from_matrices, ties, to_matrices, towers, untie
 from ..utils import check_known
 from .base import Checkpoint, build_skeleton
 from .layout import ADAPTER_WEIGHTS, HEAD_WEIGHTS, HEADS_FOLDER, ROUTED_FOLDER
@@ -35,6 +35,7 @@ class DerivedCheckpoint(Checkpoint):
 
     def put_on(self, model: PreTrainedModel) -> None:
         """Write the weights that differ from the base's into a model that holds the base's."""
+        untie(model, self.names.values())
         state = model.state_dict()
         for name, live in self.names.items():
             if self.changes(name):
@@ -79,8 +80,9 @@ class RoutedTask(DerivedCheckpoint):
         check_known([task], tasks, "task", title)
         head = folder / HEADS_FOLDER / task
         config, model_class = task_class(head) if head.is_dir() else (static.config, type(static.skeleton))
-        self.skeleton, self.base = build_skeleton(model_class, config), static.seen_as(model_class, config)
+        self.base = static.seen_as(model_class, config)
         self._head = load_file(head / HEAD_WEIGHTS) if (head / HEAD_WEIGHTS).is_file() else {}
+        self.skeleton = build_skeleton(model_class, config, [*self._head, *self.base.names.values()])
         self._factors = _factors(folder, static, tasks.index(task))
         expected = canonical_names(self.skeleton)
         self.names = {n: live for n, live in expected.items() if live in self._head or n in self.base.names}
@@ -151,9 +153,10 @@ class PartExpert(DerivedCheckpoint):
             base: the base.
             inner_names: canonical names of weights in the expert by those in the base.
         """
-        self.expert, self.base, self._inner = expert, base, inner_names
-        self.title, self.skeleton = expert.title, build_skeleton(type(base.skeleton), base.config)
-        self.names, self.missing, self.extra = dict(base.names), [], expert.extra
+        self.expert, self.base, self._inner, self.title = expert, base, inner_names, expert.title
+        self.skeleton = build_skeleton(type(base.skeleton), base.config, [*base.names.values(), *inner_names])
+        held = {name: live for name, live in canonical_names(self.skeleton).items() if name in inner_names}
+        self.names, self.missing, self.extra = {**base.names, **held}, [], expert.extra
         self.quantised = expert.quantised
 
     @property
@@ -198,8 +201,10 @@ class PartOfBase(Checkpoint):
         """
         self.whole, self.place = whole, place
         self.title, self.source, self.revision = whole.title, whole.source, whole.revision
+        names_of_whole = {live: name for name, live in whole.names.items()}
         self.skeleton = build_skeleton(model_class, config)
-        expected, names_of_whole = canonical_names(self.skeleton), {live: name for name, live in whole.names.items()}
+        untie(self.skeleton, [t for t in ties(self.skeleton) if _moved(t, self.skeleton, place) in names_of_whole])
+        expected = canonical_names(self.skeleton)
         moved = {name: _moved(live, self.skeleton, place) for name, live in expected.items()}
         self._outer = {name: names_of_whole[live] for name, live in moved.items() if live in names_of_whole}
         state = self.skeleton.state_dict()
@@ -250,6 +255,8 @@ def part_of_base(expert: Checkpoint, base: Optional[Checkpoint]) -> Checkpoint:
         moved = _moved(live, expert.skeleton, places[0])
         if moved in names_of_base:
             inner[names_of_base[moved]] = name
+        elif moved in ties(base.skeleton):
+            inner[moved] = name  # the part holds a head that is tied in the base
         elif moved not in base.skeleton.state_dict():
             return expert  # it has a weight that the base has no place for
     return PartExpert(expert, base, inner)

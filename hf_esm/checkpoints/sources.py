@@ -391,7 +391,7 @@ def _hub_headers(source: ModelSource) -> Optional[TensorFiles]:
     def refuse(key: str) -> torch.Tensor:
         raise RuntimeError(f"{source.title}: only headers were read; '{key}' was not downloaded")
 
-    return TensorFiles(headers, refuse)
+    return TensorFiles(headers, refuse, headers_only=True)
 
 
 def model_identity(source: ModelSource) -> Any:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..architecture import ties, untie
 from ..errors import DamagedFileError, HfEsmError
 from .base import Checkpoint, build_skeleton, quiet_loading
 from .conversion import StoredWeights
@@ -73,15 +74,34 @@ class FolderCheckpoint(Checkpoint):
     def _open_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> None:
         with dense_dtype(self._quantiser):
             self.skeleton = build_skeleton(model_class, config)
-        self._weights = StoredWeights(self.skeleton, self.files.headers, self.files.meta, self._quantiser)
+        self._weights = self._stored_weights()
+        if apart := [name for name, source in ties(self.skeleton).items() if self._differ(name, source)]:
+            untie(self.skeleton, apart)  # Transformers loads both, whatever the config says
+            self._weights = self._stored_weights()
         self.names, self.missing = dict(self._weights.names), list(self._weights.missing)
         needless = ACTIVATION_SCALES if self.quantised else "(?!)"
         self.extra = [key for key in self._weights.extra if not re.search(needless, key)]
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
+    def _stored_weights(self) -> StoredWeights:
+        return StoredWeights(self.skeleton, self.files.headers, self.files.meta, self._quantiser)
+
+    def _differ(self, name: str, source: str) -> bool:
+        """Whether both of two weights that the config ties are stored, with different values. Where only headers are
+        read, they are taken to differ, as `save_pretrained` writes tied weights once.
+        """
+        weights = self._weights
+        if not {name, source} <= weights.tensors.keys() or weights.group_of(name) == weights.group_of(source):
+            return False
+        if self.files.headers_only:
+            return True
+        one, other = (self._read(weights.group_of(live))[live] for live in (name, source))
+        dtype = torch.promote_types(one.dtype, other.dtype)
+        return not torch.equal(one.to(dtype), other.to(dtype))
+
     def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> "FolderCheckpoint":
         view = copy.copy(self)
-        for cached in ("linear", "trained"):
+        for cached in ("linear", "embeddings", "trained"):
             view.__dict__.pop(cached, None)
         view._open_as(model_class, config)
         for name in view._weights.misfits:
@@ -143,10 +163,16 @@ class TensorFiles:
     Attributes:
         headers: `(shape, dtype)` of every tensor by its name.
         read: returns the values of a tensor by its name.
+        headers_only: whether `read` can return none, as the files were not downloaded.
     """
 
-    def __init__(self, headers: dict[str, tuple[tuple[int, ...], torch.dtype]], read: Callable[[str], Tensor]):
-        self.headers, self.read = headers, read
+    def __init__(
+        self,
+        headers: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        read: Callable[[str], Tensor],
+        headers_only: bool = False,
+    ):
+        self.headers, self.read, self.headers_only = headers, read, headers_only
 
     def meta(self, key: str) -> Tensor:
         """Return a tensor on the meta device."""

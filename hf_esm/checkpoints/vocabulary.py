@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..architecture import canonical_names
+from ..architecture import canonical_names, ties, untie
 from ..errors import HfEsmError
 from .base import Checkpoint, build_skeleton
 
@@ -32,8 +32,7 @@ def token_embedding(checkpoint: Checkpoint) -> str:
     """Return the canonical name of a checkpoint's token embedding."""
     model = checkpoint.skeleton
     module = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-    sources = getattr(model, "all_tied_weights_keys", None) or {}
-    weight = sources.get(f"{module}.weight", f"{module}.weight")
+    weight = ties(model).get(f"{module}.weight", f"{module}.weight")
     return next(name for name, live in checkpoint.names.items() if live == weight)
 
 
@@ -229,6 +228,7 @@ class InVocabulary(Checkpoint):
     def _filled(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return a loaded model with the merged vocabulary."""
         model.resize_token_embeddings(len(self.tokens.rows), mean_resizing=False)
+        untie(model, self.names.values())  # resizing ties again what the config ties
         state, names = model.state_dict(), canonical_names(model)
         with torch.no_grad():
             for name in self._dims.keys() & names.keys() & self.names.keys():
@@ -246,6 +246,7 @@ def _resized(model: PreTrainedModel, size: int) -> tuple[PreTrainedModel, dict[s
     for rows in (size, size + 1):  # two sizes show which weights hold a row per token
         skeleton = build_skeleton(type(model), model.config)
         skeleton.resize_token_embeddings(rows, mean_resizing=False)
+        untie(skeleton, canonical_names(model).values())
         skeletons.append(skeleton.to("meta"))
     if hasattr(model, "_weight_conversions"):
         skeletons[0]._weight_conversions = model._weight_conversions

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from ..architecture import canonical_names
+from ..architecture import canonical_names, untie
 from ..checkpoints import Checkpoint
 from ..errors import HfEsmError
 from ..metrics import LabelledSamples, Metric, load_labelled, resolve_metric, run
@@ -98,6 +98,7 @@ class CandidateModels:
     def _build(self, checkpoint: Checkpoint, task_weights: list[str]) -> PreTrainedModel:
         """Build a model of the checkpoint's class around the shared body, with the weights that its task keeps."""
         model = self.plan.base.load_model_as(type(checkpoint.skeleton), checkpoint.config).to(self.device, self.dtype)
+        untie(model, checkpoint.names.values())
         state = model.state_dict()
         with torch.no_grad():
             for name in task_weights:
@@ -108,7 +109,7 @@ class CandidateModels:
             for tensors in (module._parameters, module._buffers):
                 if name in self._shared and tensors.get(leaf) is not None and tensors[leaf].is_floating_point():
                     tensors[leaf] = self.body.setdefault(name, tensors[leaf])
-        model.tie_weights()
+        model.tie_weights(recompute_mapping=False)
         return model.eval()
 
     @torch.no_grad()

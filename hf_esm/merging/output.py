@@ -1,6 +1,5 @@
 """The folder of a merged model: weights, configs, processor, heads, samples, recipe, report, card."""
 
-import copy
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from ..checkpoints import (
     save_head,
     to_stored,
     write_plan,
+    written_config,
 )
 from ..data import Sample, save_samples
 from ..errors import HfEsmError
@@ -135,7 +135,7 @@ def _write_configs(
 ) -> None:
     """Write the config of the model, and that of its generation."""
     model = plan.base.skeleton
-    config = copy.deepcopy(model.config)
+    config = written_config(plan.base)
     config.architectures = [type(model).__name__]
     if options.dtype:
         config.dtype = torch_dtype(options.dtype)

@@ -11,7 +11,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from ..architecture import KINDS, matrix_names, width_of
+from ..architecture import KINDS, matrix_names, ties, width_of
 from ..checkpoints import AdapterCheckpoint, Checkpoint, ModelSource
 from ..data import Sample
 from ..errors import HfEsmError
@@ -247,13 +247,13 @@ def _warnings_of(expert: Checkpoint, base: Checkpoint, heads: HeadPlan) -> list[
     warnings = []
     if differing := differing_settings(base, expert):
         warnings.append(f"{expert.title}: its config differs from the base's in {', '.join(differing)}.")
-    tied = set(heads.kept_from_base) & set(getattr(expert.skeleton, "all_tied_weights_keys", None) or ())
+    tied = set(heads.kept_from_base) & ties(expert.skeleton).keys()
     if tied and not isinstance(expert.stored, AdapterCheckpoint):
         warnings.append(
             f"{expert.title}: {first_names(sorted(tied))} is tied to its embeddings, but the base stores a weight of "
             "its own, which is not merged. To merge it, untie the expert's weight or tie the base's."
         )
-    if untied := set(getattr(base.skeleton, "all_tied_weights_keys", None) or ()) & set(expert.names):
+    if untied := ties(base.skeleton).keys() & set(expert.names.values()):
         warnings.append(
             f"{expert.title} stores {first_names(sorted(untied))} of its own, which is tied to the embeddings in the "
             "base and in the merged model. The task keeps its own as its head."

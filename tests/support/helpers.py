@@ -107,6 +107,18 @@ def perturb(model: PreTrainedModel, scale: float, seed: int) -> PreTrainedModel:
     return model
 
 
+def untied(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model in which the head is a weight of its own, if the model ties it to the embeddings.
+
+    What PEFT merges into one of two tied weights changes both, so that the merged model is not the trained one.
+    """
+    model = copy.deepcopy(model)
+    if (model.all_tied_weights_keys or {}).keys() == {"lm_head.weight"}:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        model.config.tie_word_embeddings, model.all_tied_weights_keys = False, {}
+    return model
+
+
 @torch.no_grad()
 def train(model: PreTrainedModel, config: PeftConfig, seed: int = 3) -> PeftModel:
     """The model with an adapter, and noise on all that PEFT would train."""
