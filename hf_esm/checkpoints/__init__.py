@@ -9,7 +9,7 @@ from .adapters import AdapterCheckpoint
 from .base import Checkpoint, LiveCheckpoint, quiet_loading, quiet_peft
 from .conversion import output_dtype, to_stored, write_plan, written_config
 from .embedding import EmbeddingCheckpoint
-from .heads import attach_head, load_task_model, save_head
+from .heads import attach_head, load_base_with_head, load_task_model, save_head
 from .layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -93,6 +93,7 @@ __all__ = [
     "find_processors",
     "first_processor",
     "has_token_embeddings",
+    "load_base_with_head",
     "load_processor",
     "load_task_model",
     "model_identity",

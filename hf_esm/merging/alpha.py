@@ -1,7 +1,7 @@
 """Chooses α: the merged updates are added to the base at several scales; no weight is merged again."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, isnan
 from typing import Any, Optional
@@ -142,6 +142,38 @@ def _number(score: Any) -> float:
         raise HfEsmError(f"score_fn returned {score!r:.80}. It must return a number; higher is better.") from None
 
 
+@dataclass(frozen=True)
+class TaskScore:
+    """Scores of one task, on the labelled rows that α was chosen on or by the caller's function.
+
+    Attributes:
+        merged: score of the merged model, without routed experts.
+        base: score of the base with the head that the task keeps for itself.
+        expert: score of the task's expert; None if the caller's function scores the merged model as a whole.
+        metric: name of the metric, or `"score_fn"`.
+        rows: number of rows; None for the caller's function.
+        higher_is_better: False for errors, such as perplexity.
+    """
+
+    merged: float
+    base: float
+    expert: Optional[float]
+    metric: str
+    rows: Optional[int]
+    higher_is_better: bool
+
+    @property
+    def below_base(self) -> bool:
+        """Whether the merged model is worse than the base, or its score is NaN."""
+        better, worse = (self.merged, self.base) if self.higher_is_better else (self.base, self.merged)
+        return not better >= worse
+
+    def __str__(self) -> str:
+        expert = "" if self.expert is None else f", expert {self.expert:.4g}"
+        rows = "" if self.rows is None else f"; {self.rows} rows"
+        return f"{self.merged:.4g} (base {self.base:.4g}{expert}{rows})"
+
+
 class LabelScore:
     """Scores merged models on labelled rows, or by the caller's function.
 
@@ -157,7 +189,7 @@ class LabelScore:
         accelerator: Accelerator,
         options: MergeOptions,
     ):
-        self.models = CandidateModels(plan, accelerator.device, whole=callable(score_fn))
+        self.plan, self.models = plan, CandidateModels(plan, accelerator.device, whole=callable(score_fn))
         self.labelled, self.score_fn, self.batch_size = labelled, score_fn, options.batch_size
         self.metric = resolve_metric(options.metric)
         share = score_fn is None and self.metric.is_share
@@ -165,9 +197,40 @@ class LabelScore:
 
     def score(self, updates: MergedUpdates, alpha: float, by_kind: Mapping[str, float]) -> float:
         """Return the mean score over all tasks at a scale, and other scales for some kinds of weights."""
-        self.models.set_weights(partial(updates.weight, alpha=alpha, by_kind=by_kind))
-        scores = score_candidates(self.models, self.labelled, self.score_fn, self.metric, self.batch_size)
+        scores = self._scores(partial(updates.weight, alpha=alpha, by_kind=by_kind))
         return sum(scores.values()) / len(scores)
+
+    def compare(self, weight: Callable[[str], torch.Tensor]) -> dict[str, TaskScore]:
+        """Return the scores of a merged model by task, with those of the base and of each task's expert.
+
+        Args:
+            weight: returns the merged model's weights by canonical name.
+        """
+        merged, base = self._scores(weight), self._scores(self.plan.base.tensor)
+        tasks = [task for task in self.plan.experts if task in merged]
+        experts = {task: self._scores(self.plan.experts[task].tensor, task)[task] for task in tasks}
+        higher, name = self.score_fn is not None or self.metric.higher_is_better, self.metric.name
+        sign = 1 if higher else -1
+        return {
+            task: TaskScore(
+                merged=sign * merged[task],
+                base=sign * base[task],
+                expert=sign * experts[task] if task in experts else None,
+                metric=name if self.score_fn is None else "score_fn",
+                rows=len(self.labelled[task].labels) if self.score_fn is None else None,
+                higher_is_better=higher,
+            )
+            for task in merged
+        }
+
+    def _scores(self, weight: Callable[[str], torch.Tensor], task: Optional[str] = None) -> dict[str, float]:
+        """Return the scores of a model, higher is better, of all tasks or of one."""
+        self.models.set_weights(weight)
+        labelled, score_fn = self.labelled, self.score_fn
+        if task is not None:
+            labelled = {task: labelled[task]} if score_fn is None else labelled
+            score_fn = {task: score_fn[task]} if score_fn is not None else None
+        return score_candidates(self.models, labelled, score_fn, self.metric, self.batch_size)
 
 
 def read_validation(

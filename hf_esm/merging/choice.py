@@ -14,7 +14,7 @@ from ..architecture import writes
 from ..methods import EssentialMerge, MergeMethod, RegMean
 from ..planning import MergeOptions, MergePlan
 from ..utils import gather, together
-from .alpha import LabelScore, search_alpha
+from .alpha import LabelScore, TaskScore, search_alpha
 from .expert_statistics import Inputs
 from .gates import RefinedWeights
 from .judging import Judge, TaskAgreement
@@ -98,6 +98,7 @@ class Chosen:
         judge: measures agreement, if there are samples for it.
         rival: the mean of the updates, which the written model is never below in agreement, if methods are chosen.
         agreement: of the written model with every expert, by task; on one process alone until it is shared.
+        scores_by_task: scores on the labelled rows, or by the caller's function, if these chose α.
         refined: the loss on the samples that are held back by step, if the model was refined.
         gated: the gates, if the model was refined.
     """
@@ -112,6 +113,7 @@ class Chosen:
     judge: Optional[Judge] = None
     rival: Optional[Candidate] = None
     agreement: dict[str, TaskAgreement] = field(default_factory=dict)
+    scores_by_task: dict[str, TaskScore] = field(default_factory=dict)
     refined: dict[int, float] = field(default_factory=dict)
     gated: Optional[RefinedWeights] = None
 
@@ -129,9 +131,16 @@ class Chosen:
         return core + span.basis.T @ self.gated.factors[name].update(self.gated.gates[name]).cpu().double()
 
     def warnings(self) -> list[str]:
-        """Return warnings of tasks, and of all tasks together, on which the base agrees more with the experts."""
+        """Return warnings of tasks on which the base scores higher, or agrees more with the expert, and of all tasks
+        together.
+        """
         worse = [task for task, found in self.agreement.items() if not found.merged >= found.base]  # NaN, too
-        warnings = [f"'{task}': the merged model agrees less with the expert than the base does." for task in worse]
+        warnings = [
+            f"'{task}': the merged model scores less than its base: {score.metric} {score}."
+            for task, score in self.scores_by_task.items()
+            if score.below_base
+        ]
+        warnings += [f"'{task}': the merged model agrees less with the expert than the base does." for task in worse]
         if worse and not sum(found.merged - found.base for found in self.agreement.values()) >= 0:
             models = "every merged model does; the best of these" if self.rival else "the merged model does, which"
             warnings.append(

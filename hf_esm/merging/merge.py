@@ -186,6 +186,7 @@ def merge_models(
         candidates = run.merge_weights(inputs)
         chosen = run.choose(inputs, candidates)
         chosen = run.refine(inputs, chosen)
+        chosen = run.score(inputs, chosen)
         result = run.result_of(chosen)
         run.write(result, inputs, chosen)
         run.add_experts(inputs, chosen)
