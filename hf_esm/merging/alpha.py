@@ -18,16 +18,23 @@ from ..planning import MergeOptions, MergePlan
 from .updates import MergedUpdates
 
 
-COARSE = [round(0.1 + 0.3 * i, 1) for i in range(10)]  # 0.1, 0.4, …, 2.8
+COARSE, FINE, LARGEST = 0.3, 0.1, 3.0
 
 
-FINE = 0.1
+def coarse_grid(largest: float = LARGEST) -> list[float]:
+    """Return 0.1, 0.4, 0.7, … up to a largest α."""
+    return [round(FINE + COARSE * i, 1) for i in range(int((largest - FINE) / COARSE + 1e-6) + 1)]
 
 
 def search_alpha(
-    score: Callable[[float], float], progress: Callable = iter, *, default: float = 1.0, rows: Optional[int] = None
+    score: Callable[[float], float],
+    progress: Callable = iter,
+    *,
+    default: float = 1.0,
+    rows: Optional[int] = None,
+    largest: float = LARGEST,
 ) -> tuple[float, dict[float, float]]:
-    """Search the best α among 0.1, 0.2, …, 3.0: by steps of 0.3 first, and of 0.1 around the best of those.
+    """Search the best α among 0.1, 0.2, …, `largest`: by steps of 0.3 first, and of 0.1 around the best of those.
 
     On a few hundred rows a score is uncertain by more than neighbouring values of α differ. If the score is the share
     of `rows` rows that are right, the result is the α nearest to the default whose score is within one standard error
@@ -38,6 +45,7 @@ def search_alpha(
         score: returns the score of an α; higher is better. NaN counts as the worst.
         default: the method's default α.
         rows: number of rows that the score is a share of, if it is one.
+        largest: largest α, 0.1 or more; see `MergeMethod.largest_alpha`.
 
     Returns α, and the scores by α.
 
@@ -49,11 +57,12 @@ def search_alpha(
     def number(alpha: float) -> float:
         return -inf if isnan(value := score(alpha)) else value
 
-    for alpha in progress(COARSE):
+    coarse = coarse_grid(largest)
+    for alpha in progress(coarse):
         scores[alpha] = number(alpha)
-    middle = max(COARSE, key=lambda alpha: (scores[alpha], -alpha))
+    middle = max(coarse, key=lambda alpha: (scores[alpha], -alpha))
     for alpha in (round(middle + step * FINE, 1) for step in range(-2, 3)):
-        if 0 < alpha <= 3 and alpha not in scores:
+        if 0 < alpha <= largest and alpha not in scores:
             scores[alpha] = number(alpha)
     best = max(scores.values())
     if best == -inf:

@@ -184,8 +184,13 @@ class PlannedRun(Session):
             overrides=resolve_overrides(self.options.overrides, experts),
             scaled_kinds=self.options.alpha_by_kind,
         )
-        if method.routes and not any(is_routable(n, opened.linear.get(n)) for n in plan.heads.shared):
-            raise HfEsmError(f"{opened.title} has no linear maps to route experts on. Merge it by another method.")
+        routable = [opened.names[n] for n in plan.heads.shared if is_routable(n, opened.linear.get(n))]
+        if method.routes and not any(map(method.routes_on, routable)):
+            named = " that the method's `targets` name" if routable else ""
+            raise HfEsmError(
+                f"{opened.title} has no linear maps to route experts on{named}. Merge it by another method, such as "
+                f"{'esm++' if routable else 'esm'!r}."
+            )
         plan.vocabulary, plan.voice = vocabulary, voice
         plan.warnings += warnings
         return sources, plan

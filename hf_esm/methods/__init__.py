@@ -7,10 +7,11 @@ write a `MergeMethod` with `merge(stack) -> Merged` and register it under a name
 from .averaging import Mean, TaskArithmetic
 from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic, LearnedMask, final_mask, relaxed_mask
 from .embeddings import merge_counted_embedding, merge_embedding
-from .essential import EssentialMerge, RoutedMerge, fuse_with_singular_values, share_subtracted
+from .essential import EssentialMerge, fuse_with_singular_values, share_subtracted
 from .isotropic import IsoC, IsoCTS
 from .registry import METHODS, describe_method, register_method, resolve_method
 from .regression import RegMean
+from .routed import RoutedMerge
 from .singular_vectors import TSVC, TSVM
 from .sparse import DARE, TIES, magnitude_threshold
 from .stack import InputStatistics, Merged, MergeMethod, Stack, WholeUpdates, buffer_stack, mean_update, weights_cancel

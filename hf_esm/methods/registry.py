@@ -13,9 +13,10 @@ from ..errors import HfEsmError
 from ..utils import check_known
 from .averaging import Mean, TaskArithmetic
 from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic
-from .essential import EssentialMerge, RoutedMerge
+from .essential import EssentialMerge
 from .isotropic import IsoC, IsoCTS
 from .regression import RegMean
+from .routed import RoutedMerge
 from .singular_vectors import TSVC, TSVM
 from .sparse import DARE, TIES
 from .stack import MergeMethod
@@ -88,6 +89,8 @@ METHODS = MethodRegistry(
         "esm-roberta": EssentialMerge.roberta,
         "esm-vit": EssentialMerge.vit,
         "esm++": RoutedMerge,
+        "esm++-roberta": RoutedMerge.roberta,
+        "esm++-vit": RoutedMerge.vit,
     }
 )
 

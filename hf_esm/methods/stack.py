@@ -139,6 +139,7 @@ class MergeMethod:
         name: the method's name in messages and recipes; `register_method` sets it on a class that has none.
         default_alpha: scale of the merged update, where the caller sets none.
         tunable: whether α changes the merged model.
+        largest_alpha: how far α is searched.
         needs_statistics: whether linear maps are merged with activation statistics.
         needs_samples: whether `prepare` learns on the calibration samples themselves.
         layer_exponent: exponent of the scale between layers of one type, `(‖Δ_M‖ / mean ‖Δ_M‖)^layer_exponent`; 0 for
@@ -163,6 +164,7 @@ class MergeMethod:
     name: ClassVar[str] = ""
     default_alpha: ClassVar[float] = 1.0
     tunable: ClassVar[bool] = True
+    largest_alpha: ClassVar[float] = 3.0
     needs_statistics: ClassVar[bool] = False
     needs_samples: ClassVar[bool] = False
     layer_exponent: ClassVar[float] = 0.0
@@ -222,6 +224,10 @@ class MergeMethod:
     def router_settings(self) -> dict[str, Any]:
         """`top_k`, `mixing_temperature` and `confidence` of a router of features."""
         return {}
+
+    def routes_on(self, name: str) -> bool:
+        """Return whether a linear map, by the name of its weight in the base, gets experts; by default, all do."""
+        return True
 
     def with_rank(self, rank: int) -> "MergeMethod":
         """Return a copy whose experts have this rank.

@@ -71,6 +71,7 @@ def esm(
     match_norm: bool = True,
     rank_share: float = 0.75,
     sum_subtracted: float = 0.13,
+    all_columns: bool = False,
     weights: list[float] | None = None,
 ) -> Tensor:
     """ESM of one weight, before the scale between layers and α: the merged update `Δ_M [d_out, d_in]`.
@@ -89,6 +90,8 @@ def esm(
       `Δ_M = factor · polar([E_t P_t]) diag(S) polar([Q_t])`.
     - `match_norm`: `Δ_M` is scaled to the norm `√(Σ ‖Δ_t‖²_F)` (before `factor`).
     - `rank_share`: `r` is that share of it, rounded down before dividing by T: `⌊⌊share · d⌋ / T⌋`.
+    - not `all_columns`: a task has no more columns than its output shift has energy. With it, all r of them, as in the
+      published code; those without energy get weight 0 in 3 and are zero (with γ = 0 they would be arbitrary).
     - `sum_subtracted`: that multiple of `Σ Δ_t`, its norm cut to `√(Σ ‖Δ_t‖²_F)`, is taken off in the end.
     - `weights` of the tasks: after 6, task t's rows of `C_ortho` (of `polar([Q_t])`) times `weights[t]`, after the
       factor of `match_norm` is known; the sum is `Σ w_t Δ_t`.
@@ -100,6 +103,13 @@ def esm(
     directions, coordinates, weights_of_rows = [], [], []
     for delta, x, task_scale, weight in zip(deltas, inputs, task_scales, weights):
         e, eigenvalues, c = esd(shrink(x, shrinkage), delta, r)
+        if all_columns:
+            empty = r - len(eigenvalues)
+            e = torch.cat([e, e.new_zeros(len(e), empty)], dim=1)
+            eigenvalues, c = (
+                torch.cat([eigenvalues, e.new_zeros(empty)]),
+                torch.cat([c, c.new_zeros(empty, c.shape[1])]),
+            )
         if len(eigenvalues) == 0:  # this task does not change what the map puts out
             continue
         w = relative_power(eigenvalues, gamma)
@@ -107,7 +117,7 @@ def esm(
         directions.append(e * w)
         coordinates.append(c * w[:, None] * task_scale)
         weights_of_rows.append(weight)
-    if not directions:
+    if not any(e.any() for e in directions):
         return torch.zeros(deltas[0].shape, dtype=torch.float64)
     columns = relative_power(torch.cat(coordinates).norm(dim=0), dimension_exponent)
     coordinates = [c * columns for c in coordinates]
@@ -136,6 +146,36 @@ def esm(
     if total.norm() > norm:
         total = norm * total / total.norm()
     return merged - sum_subtracted * total
+
+
+def esm_published(
+    deltas: list[Tensor],
+    inputs: list[Tensor],
+    gamma: float = 0.15,
+    task_exponent: float = 0.0,
+    dimension_exponent: float = 0.0,
+    factor: float = 1.0,
+) -> Tensor:
+    """ESM of one weight as the published code writes it down: a whole orthonormal `V [d_out, d_out]` per task, its
+    first `⌊d_out / T⌋` columns, and means over all of them; eigenvalues below a relative cutoff are zero. γ is not
+    0."""
+    d_out, tasks = deltas[0].shape[0], len(deltas)
+    r = max(d_out // tasks, 1)
+    norms = torch.stack([delta.double().norm() for delta in deltas])
+    columns, rows = [], []
+    for delta, x, scale in zip(deltas, inputs, (norms / norms.mean()) ** task_exponent):
+        _, s, vh = torch.linalg.svd(x.double() @ delta.double().T, full_matrices=True)
+        eigenvalues = torch.zeros(d_out, dtype=torch.float64)
+        eigenvalues[: numerical_rank(s)] = s[: numerical_rank(s)] ** 2 / max(len(x) - 1, 1)
+        e, eigenvalues = vh.T[:, :r], eigenvalues[:r]
+        w = (eigenvalues / eigenvalues.mean()) ** gamma
+        w = w / w.mean()
+        columns.append(e * w)
+        rows.append((e * w).T @ delta.double() * scale)
+    e, c = torch.cat(columns, dim=1), torch.cat(rows)
+    of_inputs = c.norm(dim=0)
+    (e, e_mean), (c, c_mean) = polar(e), polar(c * (of_inputs / of_inputs.mean()) ** dimension_exponent)
+    return factor * (e * e_mean) @ (c * c_mean)
 
 
 def esm_stacked(deltas: list[list[Tensor]], inputs: list[Tensor], **settings: float) -> list[Tensor]:
