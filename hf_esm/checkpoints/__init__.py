@@ -30,6 +30,7 @@ from .layout import (
     STATISTICS_FILE,
     WEIGHTS_FILE,
 )
+from .live_embedders import copy_of_embedder
 from .loading import ExpertLoader
 from .lora_export import rank_settings, write_adapter, write_lora_adapter
 from .modules import SentenceModules, common_settings, read_modules
@@ -89,6 +90,7 @@ __all__ = [
     "attach_head",
     "base_of_adapters",
     "common_settings",
+    "copy_of_embedder",
     "differing_processors",
     "find_processors",
     "first_processor",

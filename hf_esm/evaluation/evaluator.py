@@ -19,6 +19,7 @@ from ..checkpoints import (
     ModelSource,
     ModelSpec,
     base_of_adapters,
+    copy_of_embedder,
     first_processor,
     load_base_with_head,
     load_processor,
@@ -252,6 +253,8 @@ class Measurement:
 def _load_model(spec: ModelSpec, title: str, base: Optional[ModelSpec], access: Access) -> PreTrainedModel:
     """Model of the class that its config names. An adapter is merged into `base`, or into the base it names."""
     source = resolve_source(spec, title, access)
+    if source.embedder is not None:
+        return copy_of_embedder(source.embedder, source.title)
     if source.model is not None:
         return copy.deepcopy(source.model).eval()
     if not source.is_adapter:

@@ -69,8 +69,8 @@ def merge_models(
 
     Args:
         base: checkpoint that the experts were tuned from: a Hub id (`"me/model"`, `"me/model@revision"`), a folder,
-            `{"path": …, "revision": …, "subfolder": …}`, or a live `PreTrainedModel` or `PeftModel`. None for the one
-            that all experts that are adapters name.
+            `{"path": …, "revision": …, "subfolder": …}`, or a live `PreTrainedModel`, `PeftModel` or
+            `SentenceTransformer`. None for the one that all experts that are adapters name.
         experts: models by task name, each given like the base, or as the folder or id of a PEFT adapter, as a live
             `PeftModel`, or as `{"path": …, "task": …}` for one task of a routed model. Or a list of folders and ids,
             whose last part names the task.
