@@ -126,7 +126,7 @@ def merge_models(
         max_shard_size: size of the largest file of weights: `"5GB"`, or a number of bytes.
         num_samples: number of samples per task, chosen at random if there are more; 0 takes all. Where agreement
             chooses or refines, 32 of them (of fewer than 64, half) are for statistics, the others for agreement.
-            Without agreement, at most 32 are used.
+            Without agreement, at most 32 are used, but for a mask that is learned on samples: all of them.
         statistics_samples: number of samples per task that statistics are taken from, if it is to be another.
         seed: seed of that choice, and of what a method learns.
         max_length: number of tokens that a text is cut to; by default what the model takes, at most 512.

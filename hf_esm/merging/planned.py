@@ -169,7 +169,8 @@ class PlannedRun(Session):
         vocabulary, voice, warnings = self._plan_tokens(sources, opened, checkpoints)
         if vocabulary is not None:
             opened, checkpoints = vocabulary.base, dict(vocabulary.experts)
-        method = (self.named or default_methods(opened.skeleton)[0]).for_model(reads_prompts(opened.skeleton))
+        method = self.named or default_methods(opened.skeleton)[0]
+        method = method.for_model(reads_prompts(opened.skeleton), writes(opened.skeleton))
         if method.decides:
             for checkpoint in (opened, *checkpoints.values()):
                 check_separable(checkpoint.skeleton)

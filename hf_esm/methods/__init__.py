@@ -5,7 +5,7 @@ write a `MergeMethod` with `merge(stack) -> Merged` and register it under a name
 """
 
 from .averaging import Mean, TaskArithmetic
-from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic, LearnedMask, final_mask, relaxed_mask
+from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic, LearnedMask, relaxed_mask, rescaled
 from .embeddings import merge_counted_embedding, merge_embedding
 from .essential import EssentialMerge, fuse_with_singular_values, share_subtracted
 from .isotropic import IsoC, IsoCTS
@@ -40,7 +40,6 @@ __all__ = [
     "WholeUpdates",
     "buffer_stack",
     "describe_method",
-    "final_mask",
     "fuse_with_singular_values",
     "magnitude_threshold",
     "mean_update",
@@ -48,6 +47,7 @@ __all__ = [
     "merge_embedding",
     "register_method",
     "relaxed_mask",
+    "rescaled",
     "resolve_method",
     "share_subtracted",
     "weights_cancel",

@@ -112,7 +112,7 @@ class RoutedMerge(EssentialMerge):
         """Return whether a linear map, by the name of its weight in the base, gets experts."""
         return not self.targets or any(re.search(target, name) for target in self.targets)
 
-    def for_model(self, reads_prompts: bool) -> "RoutedMerge":
+    def for_model(self, reads_prompts: bool, writes: bool = False) -> "RoutedMerge":
         """Return the method with values for `depth`, `mixing_temperature` and `expert_directions`."""
         depth, temperature = (0.0, 1.0) if reads_prompts else (1 / 3, 2.0)
         directions = "update" if self.needs_features and not reads_prompts else "residual"

@@ -1,9 +1,10 @@
 """The interface of a merge method: what it receives (`Stack`), what it returns (`Merged`), and what it declares."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -159,6 +160,7 @@ class MergeMethod:
             `"update"`, the update itself.
         needs_merged_features: whether the router is made from features of the merged model, not from the base's.
         depth: share of the blocks that run before a router of features decides.
+        gone: settings of earlier versions, with a sentence that says what to do instead.
     """
 
     name: ClassVar[str] = ""
@@ -178,6 +180,7 @@ class MergeMethod:
     directions: ClassVar[str] = "residual"
     needs_merged_features: ClassVar[bool] = False
     depth: ClassVar[Optional[float]] = None
+    gone: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __post_init__(self) -> None:
         """Check the types and ranges of the settings.
@@ -246,11 +249,12 @@ class MergeMethod:
         known = "static_method" in {setting.name for setting in fields(self)}
         return replace(self, static_method=name) if known else self
 
-    def for_model(self, reads_prompts: bool) -> "MergeMethod":
+    def for_model(self, reads_prompts: bool, writes: bool = False) -> "MergeMethod":
         """Return the method with values for settings whose defaults differ by the kind of model; by default, itself.
 
         Args:
             reads_prompts: whether the models write on after the text that they read.
+            writes: whether the models write, with an encoder or without.
         """
         return self
 

@@ -481,6 +481,7 @@ def test_a_described_method_is_resolved_to_the_same_merge(name):
 
 def test_numbers_that_yaml_takes_for_text_are_numbers():
     assert resolve_method({"name": "esm", "tolerance": "1e-3"}).tolerance == 1e-3
+    assert resolve_method({"name": "esm++", "depth": "1e-1"}).depth == 0.1  # no number by default
     for wrong in ("a little", "nan"):
         with pytest.raises(HfEsmError, match="tolerance must be"):
             resolve_method({"name": "esm", "tolerance": wrong})

@@ -9,6 +9,8 @@ Merging for Multi-Task Learning* (arXiv 2606.19164), *Task Singular Vectors* (ar
 (Iso-C and Iso-CTS, arXiv 2502.04959), TIES (arXiv 2306.01708), DARE (arXiv 2311.03099), RegMean (arXiv 2212.09849).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -205,13 +207,77 @@ def tsv_m(deltas: list[Tensor], keep_scale: bool = False, weights: list[float] |
 
 
 def rescaled(mask: Tensor) -> Tensor:
-    """A mask divided by its mean; zeros where it is zero."""
-    return mask / mask.mean() if mask.mean() > 0 else mask
+    """A mask divided by its mean."""
+    return mask / mask.mean()
 
 
 def relaxed_mask(logits: Tensor, uniform: Tensor, temperature: float = 0.5) -> Tensor:
     """Concrete's `m = σ((log u − log(1−u) + logit)/τ)`, rescaled to mean 1 (arXiv 2312.06173)."""
     return rescaled(torch.sigmoid((torch.log(uniform) - torch.log(1 - uniform) + logits) / temperature))
+
+
+def concrete(
+    base: dict[str, Tensor],
+    updates: dict[str, list[Tensor]],
+    entropy: Callable[[dict[str, Tensor]], Tensor],
+    uniform: Callable[[int], dict[str, Tensor]],
+    *,
+    steps: int,
+    learning_rate: float,
+    mask: str,
+    coefficient: float = 0.3,
+    groups: str = "",
+    inner_rate: float = 1.0,
+    coefficient_steps: int = 0,
+    coefficient_rate: float = 1e-3,
+) -> dict[str, Tensor]:
+    """The published loop: logits from 0 under Adam; of AdaMerging one step of the coefficients, clamped to [0, 1],
+    from their start before each, and then their own steps under the final mask.
+
+    Args:
+        entropy: `Σ_t` mean entropy of the tasks' models, as a function of the merged weights.
+        uniform: `u` of a step; of step `steps` that of the final draw (`mask="relaxed"`, else σ(logit)).
+        groups: of coefficients: none that are learned, or one per `"task"` or per task and `"layer"`.
+    """
+    logits = {name: torch.zeros_like(weight).requires_grad_(True) for name, weight in base.items()}
+    count = len(next(iter(updates.values())))
+
+    def start() -> dict[str, Tensor]:
+        whole = torch.full((count,), coefficient, dtype=torch.float64).requires_grad_(bool(groups))
+        return {n: whole.detach().clone().requires_grad_(True) if groups == "layer" else whole for n in base}
+
+    def merged(masks: dict[str, Tensor], coefficients: dict[str, Tensor]) -> dict[str, Tensor]:
+        used = {name: c.clamp(0, 1) if groups else c for name, c in coefficients.items()}
+        return {n: w + sum(c * (masks[n] * u) for c, u in zip(used[n], updates[n])) for n, w in base.items()}
+
+    def distinct(coefficients: dict[str, Tensor]) -> list[Tensor]:
+        return list({id(c): c for c in coefficients.values()}.values())
+
+    outer, inner = torch.optim.Adam(list(logits.values()), lr=learning_rate), start()
+    inner_adam = torch.optim.Adam(distinct(inner), lr=inner_rate) if groups else None
+    for step in range(steps):
+        u = uniform(step)
+        if inner_adam is not None:
+            for c in distinct(inner):
+                c.data.fill_(coefficient)
+            inner_adam.zero_grad()
+            fixed = {name: relaxed_mask(logits[name], u[name]).detach() for name in base}
+            entropy(merged(fixed, inner)).backward()
+            inner_adam.step()
+        outer.zero_grad()
+        masks = {name: relaxed_mask(logits[name], u[name]) for name in base}
+        entropy(merged(masks, {name: c.detach() for name, c in inner.items()})).backward()
+        outer.step()
+    u, coefficients = uniform(steps), start()
+    last = {n: relaxed_mask(x, u[n]) if mask == "relaxed" else rescaled(x.sigmoid()) for n, x in logits.items()}
+    last = {name: m.detach() for name, m in last.items()}
+    if groups:
+        adam = torch.optim.Adam(distinct(coefficients), lr=coefficient_rate)
+        for _ in range(coefficient_steps):
+            adam.zero_grad()
+            entropy(merged(last, coefficients)).backward()
+            adam.step()
+    return {name: weight.detach() for name, weight in merged(last, coefficients).items()}
 
 
 def sti(deltas: list[Tensor]) -> float:
