@@ -380,20 +380,22 @@ def regmean(
     return weighted @ torch.linalg.pinv(total, rtol=CUTOFF**2, hermitian=True)
 
 
-def iso_c(deltas: list[Tensor]) -> Tensor:
-    """SVD of `Σ Δ_t`, every singular value replaced by the mean of all; zero ones stay zero."""
-    polar_of_sum, mean_value = polar(sum(delta.double() for delta in deltas))
-    return polar_of_sum * mean_value
+def iso_c(deltas: list[Tensor], published: bool = False) -> Tensor:
+    """SVD of `Σ Δ_t`, every singular value replaced by the mean of all; zero ones stay zero, and count in the mean
+    only where `published`."""
+    u, s, vh = svd(sum(delta.double() for delta in deltas))
+    r = numerical_rank(s)
+    return u[:, :r] @ vh[:r] * s[:r].sum() / (len(s) if published else max(r, 1))
 
 
-def iso_cts(deltas: list[Tensor], common_space_fraction: float = 0.8) -> Tensor:
+def iso_cts(deltas: list[Tensor], common_space_fraction: float = 0.8, published: bool = False) -> Tensor:
     """The top `k_c` triplets of the sum; the top `(m − k_c) / T` of each `Δ_t − U_c U_cᵀ Δ_t`; stacked, both sides
-    orthogonalised, every singular value their mean over `m = min(d)`. `k_c = ⌊fraction · m⌋`, adjusted so that the
-    rest is the nearest multiple of T that there is room for."""
-    side, tasks = min(deltas[0].shape), len(deltas)
+    orthogonalised, every singular value their mean over `m`. `k_c = ⌊fraction · m⌋`, adjusted so that the rest is the
+    nearest multiple of T that there is room for. `m` is the numerical rank of the sum; `min(d)` where `published`."""
+    u, s, vh = svd(sum(delta.double() for delta in deltas))
+    side, tasks = len(s) if published else max(numerical_rank(s), 1), len(deltas)
     own = round((side - int(common_space_fraction * side)) / tasks)
     own = min(own, side // tasks)
-    u, s, vh = svd(sum(delta.double() for delta in deltas))
     common = min(side - own * tasks, numerical_rank(s))
     parts = [(u[:, :common], s[:common], vh[:common])]
     for delta in deltas:
