@@ -16,12 +16,15 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import HfEsmError
+from ..utils import reason_of
 from .base import Checkpoint, build_skeleton
 from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .parts import PartOfBase, parts_of
 
 
 MERGE_REMEDY = "Call `merge_and_unload()` on the loaded model, save that with `save_pretrained`, and merge it instead."
+UNWRAP = "Save the model inside: `accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(folder)`."
+LEAVE_OUT = "Leave it out, or merge a LoRA adapter of the same data in its place."
 
 # Initialisations that change the base model's weights, so that the adapter is not an update of the original.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -30,7 +33,10 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _VARIANTS = ("use_dora", "velora_config")
 
 # Settings under which a LoRA adapter is more than an update of the base's weights.
-_NO_UPDATE = ("layer_replication", "megatron_config", "use_qalora")
+_NO_UPDATE = ("layer_replication", "megatron_config", "use_qalora", "arrow_config")
+
+# What PEFT writes before the names of the base's modules.
+PEFT_PREFIX = "base_model.model."
 
 _AUTO_CLASSES = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
@@ -50,8 +56,13 @@ def read_adapter_config(folder: Path, title: str) -> PeftConfig:
     """
     try:
         config = PeftConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
-        raise HfEsmError(f"{title}: its {ADAPTER_CONFIG} cannot be used: {error!r}. Upgrade peft?") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError) as error:
+        raise unusable(title, error) from None
+    for name in ("base_model_name_or_path", "revision"):
+        if not isinstance(getattr(config, name), (str, type(None))):
+            raise HfEsmError(
+                f"{title}: {name!r} in its {ADAPTER_CONFIG} must be a text, not {getattr(config, name)!r}."
+            )
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind == "ROUTED_EXPERTS":
         raise HfEsmError(
@@ -64,13 +75,18 @@ def read_adapter_config(folder: Path, title: str) -> PeftConfig:
             "it out of the merge, and put it on the merged model: `PeftModel.from_pretrained(merged, folder)`."
         )
     if getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), "tuner_layer_cls", None) is None:
-        raise HfEsmError(
-            f"{title} is an adapter of type {kind}, which peft cannot merge into weights. Leave it out, or merge a "
-            "LoRA adapter of the same data in its place."
-        )
+        raise HfEsmError(f"{title} is an adapter of type {kind}, which peft cannot merge into weights. {LEAVE_OUT}")
     if isinstance(config, LoraConfig):
         _check_lora(config, title)
     return config
+
+
+def unusable(title: str, error: Exception) -> HfEsmError:
+    """Return the error about an adapter's settings that PEFT cannot use."""
+    return HfEsmError(
+        f"{title}: its {ADAPTER_CONFIG} cannot be used: {reason_of(error)}. Correct it, or upgrade peft if a newer "
+        "version wrote it."
+    )
 
 
 def _check_lora(config: LoraConfig, title: str) -> None:
@@ -84,7 +100,7 @@ def _check_lora(config: LoraConfig, title: str) -> None:
     for setting in _NO_UPDATE:
         if getattr(config, setting, None):
             raise HfEsmError(
-                f"{title} uses {setting}, which is more than an update of the base's weights. {MERGE_REMEDY}"
+                f"{title} uses {setting}, which is more than an update of the base's weights. {LEAVE_OUT}"
             )
 
 
@@ -112,14 +128,19 @@ def read_adapter_tensors(folder: Path, title: str, allow_pickle: bool) -> dict[s
     try:
         tensors = load_peft_weights(str(folder), device="cpu")
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
         raise HfEsmError(
-            f"{title}: the adapter's weights cannot be read ({reason}). Copy or download them again."
+            f"{title}: the adapter's weights cannot be read ({reason_of(error)}). Copy or download them again."
         ) from None
+    if not tensors:
+        raise HfEsmError(
+            f"{title}: its file holds no tensors, as when `save_pretrained` is given the state of a wrapped model. "
+            f"{UNWRAP}"
+        )
     if empty := [key for key, tensor in tensors.items() if not tensor.numel()]:
         raise HfEsmError(
-            f"{title}: '{empty[0]}' is empty in its file, as when an adapter is saved under DeepSpeed ZeRO-3 without "
-            "gathering its weights. Save it again with `stage3_gather_16bit_weights_on_model_save`."
+            f"{title}: {len(empty)} of the {len(tensors)} tensors in its file are empty ('{empty[0]}', …), as when an "
+            "adapter is saved under DeepSpeed ZeRO-3 without gathering its weights. Save it again with Accelerate: "
+            "`model.save_pretrained(folder, state_dict=accelerator.get_state_dict(model))`."
         )
     return tensors
 
@@ -170,13 +191,14 @@ def _class_of_task(adapter: PeftConfig, config: PretrainedConfig) -> Optional[ty
 
 def _named_class(adapter: PeftConfig) -> Optional[type[PreTrainedModel]]:
     """Return the class that an adapter without a task type names, if Transformers has it."""
-    named = (adapter.auto_mapping or {}).get("base_model_class")
-    return getattr(transformers, named or "", None) if adapter.task_type not in _AUTO_CLASSES else None
+    mapping = adapter.auto_mapping if isinstance(adapter.auto_mapping, dict) else {}
+    named = mapping.get("base_model_class")
+    return getattr(transformers, str(named), None) if adapter.task_type not in _AUTO_CLASSES else None
 
 
 def live_name(key: str) -> str:
     """Return the name that a tensor of an adapter has in the model without the adapter, if it is a weight there."""
-    key = key.removeprefix("base_model.model.")
+    key = key.removeprefix(PEFT_PREFIX)
     for part in (".base_layer", ".token_adapter", ".modules_to_save.default"):
         key = key.replace(part, "")
     return key
@@ -184,9 +206,9 @@ def live_name(key: str) -> str:
 
 def _owner(key: str, skeleton: PreTrainedModel) -> bool:
     """Whether a model has the module that a tensor of an adapter belongs to, if the tensor is one of a module."""
-    if not key.startswith("base_model.model."):
+    if not key.startswith(PEFT_PREFIX):
         return True
-    parts = key.removeprefix("base_model.model.").split(".")
+    parts = key.removeprefix(PEFT_PREFIX).split(".")
     for end in range(len(parts), 0, -1):
         with suppress(AttributeError):
             module = skeleton.get_submodule(".".join(parts[:end]))

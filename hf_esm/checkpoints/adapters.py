@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from ..architecture import canonical_names, ties, untie
 from ..errors import HfEsmError
-from .adapter_files import MERGE_REMEDY, adapted_class, part_of_adapter, read_adapter_config, read_adapter_tensors
+from ..utils import first_names
+from .adapter_files import LEAVE_OUT, adapted_class, part_of_adapter, read_adapter_config, read_adapter_tensors
 from .adapter_layers import load_changes
 from .base import Checkpoint, build_skeleton
 from .parts import DerivedCheckpoint
@@ -64,14 +65,16 @@ class AdapterCheckpoint(DerivedCheckpoint):
         self.extra = []
         expected = canonical_names(self.skeleton)
         for live in {*self._additions, *self._replaced} - {*expected.values(), *ties(self.skeleton)}:
-            raise HfEsmError(f"{title} changes '{live}', which is not a stored weight. {MERGE_REMEDY}")
+            raise HfEsmError(f"{title} changes '{live}', which is not a stored weight. {LEAVE_OUT}")
         stored = self.base.names.keys() | self._sources.keys()
         self.names = {n: live for n, live in expected.items() if live in self._replaced or n in stored}
         self.missing = [name for name in self.base.missing if name not in self.names]
         if self.missing:
+            rows, known = (getattr(one.get_text_config(), "vocab_size", None) for one in (self.config, base.config))
+            resized = f" for the {rows} tokens that the adapter was trained with" if rows != known else ""
             raise HfEsmError(
-                f"{title}: neither the adapter nor the base holds {self.missing[:3]}, which {model_class.__name__} "
-                "needs. Give as base the checkpoint that the adapter was trained on."
+                f"{title}: neither the adapter nor the base holds {first_names(self.missing)}{resized}, which "
+                f"{model_class.__name__} needs. Give as base the checkpoint that the adapter was trained on."
             )
 
     def _base_weight(self, live: str) -> Tensor:

@@ -81,11 +81,14 @@ class EmbeddingCheckpoint(Checkpoint):
 
     def load_model(self, **placement: Any) -> PreTrainedModel:
         model = self.body.load_model(**placement)
-        return attached(_apart(model) if model is self.body.skeleton else model, self.modules)
+        return self._attached(_apart(model) if model is self.body.skeleton else model)
 
     def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
         model = self.body.load_model_as(model_class, config, **placement)
-        return attached(model, self.modules) if model_class is type(self.body.skeleton) else model
+        return self._attached(model) if model_class is type(self.body.skeleton) else model
+
+    def _attached(self, model: PreTrainedModel) -> PreTrainedModel:
+        return _attached(model, self.modules)
 
     def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> Checkpoint:
         return self.body.seen_as(model_class, config)
@@ -96,11 +99,10 @@ def with_modules(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     modules = read_modules(folder, str(folder))
     if modules is None or (AutoConfig.from_pretrained(folder).architectures or [""])[0] != type(model).__name__:
         return model
-    return attached(model, modules)
+    return _attached(model, modules)
 
 
-def attached(model: PreTrainedModel, modules: SentenceModules) -> PreTrainedModel:
-    """Put modules with weights of their own behind a model, on its device."""
+def _attached(model: PreTrainedModel, modules: SentenceModules) -> PreTrainedModel:
     device = next(model.parameters()).device
     head = modules.head()
     head.load_state_dict({name: tensor.clone() for name, tensor in head.state_dict().items()}, assign=True)

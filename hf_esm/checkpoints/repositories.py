@@ -4,7 +4,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Optional
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -61,6 +61,19 @@ def snapshot(
         return Path(
             snapshot_download(repo_id, revision=revision, token=token, allow_patterns=allowed, ignore_patterns=below)
         )
+
+
+def files_on_hub(
+    title: str, repo_id: str, revision: Optional[str], token: Optional[str | bool], inside: str
+) -> tuple[str, ...]:
+    """Return the names of the files in the root of a repository, or in one subfolder; none where the Hub is not asked,
+    as offline.
+    """
+    if is_offline_mode():
+        return ()
+    with plain_hub_errors(title):
+        paths = map(PurePosixPath, HfApi(token=token).list_repo_files(repo_id, revision=revision))
+        return tuple(path.name for path in paths if path.parent == PurePosixPath(inside))
 
 
 def inner_folder(subfolder: str, title: str) -> str:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Optional
 
@@ -23,16 +24,27 @@ from .base import Checkpoint, LiveCheckpoint
 from .embedding import EmbeddingCheckpoint
 from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_FILE, CONFIG_FILE, ROUTED_FOLDER
 from .live_adapters import WrappedCheckpoint, open_live_adapter
-from .live_embedders import is_embedder, live_modules, transformer_of
 from .modules import SentenceModules, module_paths, read_modules, transformer_path
 from .parts import RoutedTask, part_of_base
-from .repositories import SMALL_FILES, existing_folder, folder_above, hub_id, inner_folder, joined, snapshot
+from .repositories import (
+    SMALL_FILES,
+    existing_folder,
+    files_on_hub,
+    folder_above,
+    hub_id,
+    inner_folder,
+    joined,
+    snapshot,
+)
 from .stored import FolderCheckpoint, TensorFiles, stored_dtype
 
 
 # How a user names a model: a folder, a Hub id, `{"path": …, "revision": …, "subfolder": …}`, or a live model, also one
-# of PEFT or Sentence Transformers (an `nn.Sequential`). One task of a routed model is `{"path": …, "task": …}`.
-ModelSpec = str | os.PathLike | Mapping[str, Any] | PreTrainedModel | PeftModel | torch.nn.Sequential
+# of PEFT. One task of a routed model is `{"path": …, "task": …}`.
+ModelSpec = str | os.PathLike | Mapping[str, Any] | PreTrainedModel | PeftModel
+
+# Names of the files that hold the weights of a full model.
+_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
 
 _PICKLE_REMEDY = "If it has pickle weights, which can run code when read, and you trust it, pass `allow_pickle=True`."
 
@@ -59,7 +71,6 @@ class ModelSource:
     Attributes:
         title: name of the model in messages, such as `expert 'sst2' (me/bert-sst2)`.
         model: the live model, if one was passed.
-        embedder: the live `SentenceTransformer` that it is in, if it is in one.
         folder: folder of its files; for a Hub id, the snapshot with the small files. Of an older Sentence Transformers
             model, the subfolder of its Transformer.
         inside: name of that subfolder.
@@ -68,6 +79,7 @@ class ModelSource:
         repo_id: its id on the Hub, if it has one.
         revision: its commit on the Hub.
         access: how it is opened.
+        on_hub: names of the files beside an adapter's settings on the Hub, not all of which are downloaded.
     """
 
     title: str
@@ -79,7 +91,7 @@ class ModelSource:
     inside: str = ""
     subfolder: str = ""
     task: Optional[str] = None
-    embedder: Any = None
+    on_hub: tuple[str, ...] = ()
 
     @property
     def root(self) -> Optional[Path]:
@@ -95,25 +107,18 @@ class ModelSource:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the source is a PEFT adapter: the files of one alone, or a live PEFT model."""
-        if isinstance(self.model, PeftModel):
-            return True
-        folder = self.folder
-        return (
-            self.task is None
-            and folder is not None
-            and (folder / ADAPTER_CONFIG).is_file()
-            and not self._is_full_model()
-        )
+        """Whether the source is a PEFT adapter: a folder of one without the weights of a model, whatever else is in
+        it, or a live PEFT model.
+        """
+        if self.model is not None:
+            return isinstance(self.model, PeftModel)
+        return self.task is None and (self.folder / ADAPTER_CONFIG).is_file() and not self.stores_weights
 
     @property
     def stores_weights(self) -> bool:
-        """Whether the folder holds the weights of a full model."""
-        return any(any(self.folder.glob(names)) for names in ("model*.safetensors*", "pytorch_model*.bin*"))
-
-    def _is_full_model(self) -> bool:
-        """Whether the source is a full model. The weights of a Hub model may not be downloaded yet."""
-        return self.stores_weights or (self.repo_id is not None and (self.folder / CONFIG_FILE).is_file())
+        """Whether the folder holds the weights of a full model, as far as its files are known."""
+        names = [*self.on_hub, *(path.name for path in self.folder.iterdir())]
+        return any(fnmatch(name, weights) for name in names for weights in _WEIGHTS)
 
     @property
     def record(self) -> str | dict[str, Optional[str]]:
@@ -166,15 +171,11 @@ def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> Mo
     Raises:
         HfEsmError: if `spec` names no model; `HubError` if the Hub refuses it or cannot be reached.
     """
-    if is_embedder(spec):
-        title = f"{title} ({type(spec).__name__})"
-        return ModelSource(title, model=transformer_of(spec, title), embedder=spec, access=access)
     if isinstance(spec, (PreTrainedModel, PeftModel)):
         return ModelSource(f"{title} ({type(spec).__name__})", model=spec, access=access)
     if isinstance(spec, torch.nn.Module):
         raise HfEsmError(
-            f"{title} is a {type(spec).__name__}, no model of Transformers, PEFT or Sentence Transformers. Pass its "
-            "folder or id."
+            f"{title} is a {type(spec).__name__}, neither a Transformers model nor a PeftModel. Pass its folder or id."
         )
     named: dict[str, Any] = {}
     if isinstance(spec, Mapping):
@@ -204,17 +205,9 @@ def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> Mo
         snapshot(title, repo_id, revision, access.token, SMALL_FILES, joined(subfolder, inside))
     for path in module_paths(folder):
         snapshot(title, repo_id, revision, access.token, ["*"], joined(subfolder, path))
-    return ModelSource(title, None, folder / inside, repo_id, revision, access, inside, subfolder, task)
-
-
-# Keys of a model's mapping besides `path`, all of them texts.
-_TEXTS = ("revision", "subfolder", "task")
-
-
-def _text(value: Any, key: str, title: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise HfEsmError(f"{title}: {key!r} must be a text, not {value!r}. In YAML, put it in quotes.")
-    return value
+    place, is_adapter = joined(subfolder, inside), (folder / inside / ADAPTER_CONFIG).is_file()
+    on_hub = files_on_hub(title, repo_id, revision, access.token, place) if is_adapter else ()
+    return ModelSource(title, None, folder / inside, repo_id, revision, access, inside, subfolder, task, on_hub)
 
 
 # Keys of a model's mapping besides `path`, all of them texts.
@@ -272,13 +265,13 @@ def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, head
         HfEsmError: if the source cannot be opened.
     """
     if source.model is not None:
-        live = live_modules(source.embedder, source.title) if source.embedder is not None else None
-        return _with_modules(_open_live(source, base), live, base)
+        return _with_modules(_open_live(source, base), None, base)
     modules = read_modules(source.root, source.title, source.access.allow_pickle)
     if source.stores_weights and (source.folder / ADAPTER_CONFIG).is_file():
         raise HfEsmError(
-            f"{source.title}: the folder holds a full model and a PEFT adapter, which Transformers would add to the "
-            "model. Move one of them away: the adapter, if it is merged into the weights."
+            f"{source.title}: it holds a full model and a PEFT adapter, which Transformers would add to the model, "
+            "though it may be merged into it. Take a folder without one of them: without the adapter's files "
+            "(adapter_*), if it is merged into the weights."
         )
     if source.task is not None:
         checkpoint = _open_task(source)
@@ -407,8 +400,7 @@ def model_identity(source: ModelSource) -> Any:
     the names, sizes and times of a folder's files.
     """
     if source.model is not None:
-        whole = source.model if source.embedder is None else source.embedder
-        return Hasher.hash({name: tensor.detach().cpu() for name, tensor in whole.state_dict().items()})
+        return Hasher.hash({name: tensor.detach().cpu() for name, tensor in source.model.state_dict().items()})
     if source.revision is not None:
         subfolder = [{"subfolder": source.subfolder}] if source.subfolder else []
         return [source.repo_id, source.revision, *subfolder, *filter(None, [source.task])]

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from ..architecture import body_prefix
 from ..checkpoints import Checkpoint
 from ..errors import HfEsmError, IncompatibleError
+from ..utils import first_names
 from .heads import HeadPlan
 
 
@@ -116,8 +117,3 @@ def _settings(config: Any, prefix: str = "") -> dict[str, Any]:
 def part_of(name: str) -> str:
     """Return the part of the model that a weight belongs to: `encoder`, `pooler`, `classifier`."""
     return name.partition(".")[0]
-
-
-def first_names(names: list[str]) -> str:
-    """Write the first three names, and how many more there are."""
-    return ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -16,8 +16,8 @@ from ..checkpoints import AdapterCheckpoint, Checkpoint, ModelSource
 from ..data import Sample
 from ..errors import HfEsmError
 from ..methods import MergeMethod
-from ..utils import check_known, readable
-from .compatibility import check_architecture, check_complete, check_weights, differing_settings, first_names, part_of
+from ..utils import check_known, first_names, readable
+from .compatibility import check_architecture, check_complete, check_weights, differing_settings, part_of
 from .heads import HeadPlan, plan_heads
 from .modules import with_common_modules
 from .overrides import Override, Rule, kinds_of, select_overrides

@@ -5,21 +5,14 @@ Comes in: plain values and functions. Goes out: the same work shared over proces
 errors in one sentence.
 """
 
-from .arguments import (
-    check_fields,
-    check_known,
-    closest_name,
-    did_you_mean,
-    finite_number,
-    from_arguments,
-    number_fields,
-)
+from .arguments import check_fields, check_known, closest_name, did_you_mean, finite_number, from_arguments
 from .devices import algebra_device, fast_products, reserve, roomy
 from .distributed import default_accelerator, gather, main_first, together
 from .fingerprints import code_identity, data_identity, files_identity, fingerprint, processor_identity
 from .folders import atomic_file, new_folder, publish_folder, staging_folder
 from .hub_errors import plain_hub_errors
 from .resume import WORK_FOLDER, Work
+from .sentences import first_names, reason_of
 from .sizes import bytes_of, readable
 from .tables import markdown_table, plain_table
 
@@ -41,17 +34,18 @@ __all__ = [
     "files_identity",
     "fingerprint",
     "finite_number",
+    "first_names",
     "from_arguments",
     "gather",
     "main_first",
     "markdown_table",
     "new_folder",
-    "number_fields",
     "plain_hub_errors",
     "plain_table",
     "processor_identity",
     "publish_folder",
     "readable",
+    "reason_of",
     "reserve",
     "roomy",
     "staging_folder",

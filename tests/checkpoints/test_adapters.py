@@ -251,9 +251,12 @@ OTHER_BASE = "trained on another base"
 REFUSED = {
     "pissa": (settings(init_lora_weights="pissa_niter_4"), ["'pissa_niter_4'", "path_initial_model_for_weight_conv"]),
     "olora": (settings(init_lora_weights="olora"), ["'olora'", "path_initial_model_for_weight_conversion"]),
-    "unknown-type": (settings(peft_type="ESSENTIAL"), ["adapter_config.json", "ESSENTIAL", "Upgrade peft"]),
+    "unknown-type": (settings(peft_type="ESSENTIAL"), ["adapter_config.json", "ESSENTIAL", "upgrade peft"]),
     "broken-config": (lambda made: (made.adapter / "adapter_config.json").write_text("{"), ["adapter_config.json"]),
-    "empty": (tensors(lambda key, value: value[:0] if "query" in key else value), ["is empty", "ZeRO-3", AGAIN]),
+    "empty": (
+        tensors(lambda key, value: value[:0] if "query" in key else value),
+        ["2 of the 6 tensors", "query.lora_A", "ZeRO-3", AGAIN],
+    ),
     "cut-short": (cut, ["cannot be read", AGAIN]),
     "no-file": (lambda made: (made.adapter / "adapter_model.safetensors").unlink(), ["adapter_model.safetensors"]),
     "pickled": (pickled, ["adapter_model.bin", "allow_pickle=True"]),
@@ -261,7 +264,10 @@ REFUSED = {
     "no-head": (tensors(lambda key, value: None if "classifier" in key else value), ["classifier", AGAIN]),
     "not-finite": (tensors(lambda key, value: value / 0 if "query" in key else value), ["query.weight", "NaN", AGAIN]),
     "no-update": (tensors(lambda key, value: value * ("lora_B" not in key)), ["equals the base", "Leave it out"]),
-    "other-width": (trained(BERT, LoraConfig(**CLASSIFY), hidden_size=32), ["size mismatch", "lora_A", OTHER_BASE]),
+    "other-width": (
+        trained(BERT, LoraConfig(**CLASSIFY), hidden_size=32),
+        ["lora_A", "[8, 32] in its file", "[8, 16] on the base", OTHER_BASE],
+    ),
     "other-depth": (trained(BERT, LoraConfig(**CLASSIFY), num_hidden_layers=2), ["layer.1", OTHER_BASE]),
     "other-architecture": (trained(GPT2, LoraConfig(**CONV1D)), ["c_attn", OTHER_BASE]),
     "no-such-task": (settings(task_type="SEQ_2_SEQ_LM"), ["no place", "query.lora_A", OTHER_BASE]),

@@ -47,6 +47,10 @@ def models(tmp_path_factory):
     shutil.copytree(folder / "a", folder / "broken")
     (folder / "broken" / "model.safetensors").write_bytes(b"broken weights")
     shutil.copytree(folder / "a", folder / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    for name, beside in {"c-lora-described": "config.json", "c-lora-and-model": "*"}.items():
+        shutil.copytree(folder / "c-lora", folder / name)
+        for path in (folder / "base").glob(beside):
+            shutil.copy(path, folder / name)
     for task in "ac":
         model, base = folder / {"a": "a", "c": "c-lora"}[task], {"c": folder / "base"}.get(task)
         statistics = calibrate(model, CALIBRATION[task], base=base, progress=False)
@@ -77,7 +81,19 @@ def online(hub, models, home):
 def push_models(folder: Path) -> None:
     api = HfApi(token=TOKEN)
     twins = {"secret": "b", "dry-base": "base", "dry-a": "a-data-free", "dry-c": "c-data-free"}
-    for name in ("base", "a", "b", "c-lora", "a-data-free", "c-data-free", "empty", "broken", *twins):
+    for name in (
+        "base",
+        "a",
+        "b",
+        "c-lora",
+        "a-data-free",
+        "c-data-free",
+        "empty",
+        "broken",
+        "c-lora-described",
+        "c-lora-and-model",
+        *twins,
+    ):
         api.create_repo(f"me/{name}", private=name == "secret")
         api.upload_folder(repo_id=f"me/{name}", folder_path=folder / twins.get(name, name))
     api.create_tag("me/b", tag="v1")
@@ -186,6 +202,7 @@ REFUSED = {  # the second expert, the token, and what the error says
     "private": ("me/secret", None, ABSENT),
     "private, another's token": ("me/secret", "hf_other", ABSENT),
     "a token of nobody": ("me/secret", "hf_nobody", "the Hub refuses it"),
+    "two models": ("me/c-lora-and-model", None, "holds a full model and a PEFT adapter"),
     "no weights": ("me/empty", None, "there are no safetensors weights in it"),
     "a broken file": ("me/broken", None, "cannot be read"),
 }
@@ -228,6 +245,17 @@ def test_a_dry_run_downloads_no_weights(hub, online, home, models):
     # Of an adapter, what it changes is in the weights alone; they are small.
     found = {path.name for path in (home / "hub").glob("models--me--dry-*/snapshots/*/*.safetensors")}
     assert found == {"adapter_model.safetensors"}
+
+
+def kinds(folder: Path) -> list[str]:
+    """What an adapter is that has the config of a model beside it, on the Hub and in a folder."""
+    experts = {"a": "me/a", "hub": "me/c-lora-described", "local": folder / "c-lora-described"}
+    plan = quiet("me/base", experts, method="mean", dry_run=True)
+    return [plan.experts[task].kind for task in ("hub", "local")]
+
+
+def test_an_adapter_beside_a_config_is_an_adapter(online, models):
+    assert online(kinds, models) == ["LoRA adapter"] * 2
 
 
 def merge_without_data(output: Path) -> list[str]:
