@@ -48,7 +48,7 @@ from .sources import (
     resolve_models,
     resolve_source,
 )
-from .stored import FolderCheckpoint
+from .stored import FolderCheckpoint, NotDownloadedError
 from .vocabulary import GivenRows, InVocabulary, TokenRows, has_token_embeddings, token_embedding, token_rows
 
 
@@ -83,6 +83,7 @@ __all__ = [
     "LiveCheckpoint",
     "ModelSource",
     "ModelSpec",
+    "NotDownloadedError",
     "SentenceModules",
     "ShardedWriter",
     "TokenRows",

@@ -121,6 +121,10 @@ class AdapterCheckpoint(DerivedCheckpoint):
         """
         return self._token_rows.get(self.names[name])
 
+    def replaces(self, name: str) -> bool:
+        """Return whether the adapter holds a weight in full, by its canonical name."""
+        return self.names.get(name) in self._replaced
+
     def changes(self, name: str) -> bool:
         return self.names[name] in self._additions or self.names[name] in self._replaced
 

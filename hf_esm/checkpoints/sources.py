@@ -36,7 +36,7 @@ from .repositories import (
     joined,
     snapshot,
 )
-from .stored import FolderCheckpoint, TensorFiles, stored_dtype
+from .stored import FolderCheckpoint, NotDownloadedError, TensorFiles, stored_dtype
 
 
 # How a user names a model: a folder, a Hub id, `{"path": …, "revision": …, "subfolder": …}`, or a live model, also one
@@ -390,7 +390,7 @@ def _hub_headers(source: ModelSource) -> Optional[TensorFiles]:
     }
 
     def refuse(key: str) -> torch.Tensor:
-        raise RuntimeError(f"{source.title}: only headers were read; '{key}' was not downloaded")
+        raise NotDownloadedError(f"{source.title}: only headers were read; '{key}' was not downloaded")
 
     return TensorFiles(headers, refuse, headers_only=True)
 

@@ -157,6 +157,10 @@ class FolderCheckpoint(Checkpoint):
             ).eval()
 
 
+class NotDownloadedError(RuntimeError):
+    """A weight was asked for of a model of which only headers were read."""
+
+
 class TensorFiles:
     """Stored tensors by name: all shapes and dtypes at once, values when they are asked for.
 

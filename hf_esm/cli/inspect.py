@@ -1,5 +1,5 @@
-"""Say from the headers of the files alone whether the experts fit the base, what would be merged how, and what the
-merge would cost.
+"""Say from the headers of the files, and from a few matrices of local models, whether the experts fit the base, what
+would be merged how, and what the merge would cost.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from ..version import __version__
 # Each command is a file of this folder: its docstring is the description, `add_arguments` and `run` do the rest.
 COMMANDS = {
     "merge": "merge experts into one model",
-    "inspect": "check a merge without reading a weight",
+    "inspect": "check a merge before it is done",
     "calibrate": "collect one expert's activation statistics",
     "evaluate": "score a merged model on every task's rows",
     "compare": "measure several methods on your experts and rows",

@@ -143,7 +143,7 @@ def merge_models(
         progress: show progress bars.
         callback: called on the main process as `callback(stage, done, total)`.
         accelerator: Accelerate instance to run under; by default a new one.
-        dry_run: stop after the checks that need no weights, and return the `MergePlan`.
+        dry_run: stop after the checks of headers and of a few matrices of local models, and return the `MergePlan`.
 
     Returns:
         A `MergeResult`, the same on every process; with `dry_run` a `MergePlan`.

@@ -45,7 +45,7 @@ from .session import Session
 
 
 class PlannedRun(Session):
-    """The steps of a merge that read headers alone.
+    """The steps of a merge that read headers, and samples of the weights.
 
     Attributes:
         named: the method that the caller named, with its settings; None for `"auto"`.

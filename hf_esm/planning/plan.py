@@ -1,4 +1,4 @@
-"""The plan of a merge, made from headers alone: whether the experts fit, what is merged, and what the merge costs."""
+"""The plan of a merge, from headers and a sample of weights: whether experts fit, what is merged, what it costs."""
 
 import math
 from collections import Counter
@@ -19,6 +19,7 @@ from ..methods import MergeMethod
 from ..utils import check_known, first_names, readable
 from .compatibility import check_architecture, check_complete, check_weights, differing_settings, part_of
 from .heads import HeadPlan, plan_heads
+from .kinship import check_related
 from .modules import with_common_modules
 from .overrides import Override, Rule, kinds_of, select_overrides
 from .resources import estimate_seconds, merge_bytes, readable_duration
@@ -27,7 +28,7 @@ from .vocabulary import BASE, Vocabulary
 
 @dataclass(repr=False)
 class MergePlan:
-    """What a merge will do, as far as it is known without reading a weight. `print` shows it, like `hf-esm inspect`.
+    """What a merge will do, as far as it is known before all weights are read. `print` shows it, as `inspect` does.
 
     Attributes:
         base: checkpoint of the base.
@@ -180,8 +181,8 @@ def plan_merge(
         scaled_kinds: kinds of weights with an α of their own.
 
     Raises:
-        HfEsmError: if an expert is of another architecture or shape, or lacks weights, if a method cannot merge by
-            these `weights`, or an override selects no weight.
+        HfEsmError: if an expert is of another architecture, shape or base, or lacks weights, if a method cannot merge
+            by these `weights`, or an override selects no weight.
     """
     weights_of = tuple(float((weights or {}).get(task, 1)) for task in experts)
     method.check_weights(weights_of)
@@ -203,6 +204,7 @@ def plan_merge(
         warnings += _warnings_of(expert, base, head_plan)
     if not head_plan.shared:
         raise HfEsmError(f"{base.title} and its experts share no weights to merge.")
+    warnings += check_related(base, experts, head_plan.shared)
     licences = {name: _licence(source) for name, source in (sources or {}).items()}
     stated = {licence for licence in licences.values() if licence != "not stated"}
     if len(stated) > 1:

@@ -221,10 +221,12 @@ def test_an_adapter_of_the_language_model_alone_is_merged_into_that_part(config,
 
 def test_a_part_with_a_head_that_the_base_lacks_is_merged_over_that_part(gemma, tmp_path):
     config = transformers.Gemma3TextConfig(**TEXT, num_labels=3)
-    head = save(transformers.Gemma3TextForSequenceClassification(config), tmp_path / "head")
+    tuned = transformers.Gemma3TextForSequenceClassification(config)
+    model = transformers.Gemma3ForConditionalGeneration.from_pretrained(gemma / "base")
+    tuned.model.load_state_dict(model.model.language_model.state_dict())
+    head = save(tuned, tmp_path / "head")
     with pytest.raises(HfEsmError, match=r"a part of the base: pass .*`model.model.language_model`"):
         merge_models(gemma / "base", {"x": head}, method="mean", dry_run=True)
-    model = transformers.Gemma3ForConditionalGeneration.from_pretrained(gemma / "base")
     plan = merge_models(model.model.language_model, {"x": head}, method="mean", dry_run=True)
     assert plan.heads.by_task == {"x": ["score.weight"]}
 

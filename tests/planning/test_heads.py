@@ -25,10 +25,11 @@ def test_what_feeds_only_heads_is_found_once_per_architecture(monkeypatch):
     monkeypatch.setattr(BertModel, "forward", counted)
     for width in (41, 43):  # of no other test's model
         base = model(BertModel, width)
-        experts = {
-            task: perturbed(model(BertForSequenceClassification, width, num_labels=labels), 0.1, labels)
-            for task, labels in (("a", 2), ("b", 3))
-        }
+        experts = {}
+        for task, labels in (("a", 2), ("b", 3)):
+            classifier = model(BertForSequenceClassification, width, num_labels=labels)
+            classifier.bert.load_state_dict(base.state_dict())
+            experts[task] = perturbed(classifier, 0.01, labels)
         for method in ("mean", "ties"):
             plan = merge_models(base, experts, method=method, dry_run=True)
             for names in plan.heads.by_task.values():

@@ -46,7 +46,7 @@ def write_embedder(
     """
     inside = "0_Transformer" if old else ""
     bare = BERT.build("BertModel")
-    model = perturbed(bare, 0.1, seed) if seed else bare
+    model = perturbed(bare, 0.05, seed) if seed else bare
     model.save_pretrained(folder / inside)
     save_tokenizer(folder / inside)
     place = OLD_PLACE if old else "sentence_transformers.sentence_transformer.modules"

@@ -336,3 +336,11 @@ def mean_iou(answers: list[Tensor], labels: list[Tensor], classes: int) -> float
         if union:
             found.append(intersection / union)
     return sum(found) / len(found)
+
+
+def kinship(base: list[Tensor], tuned: list[Tensor]) -> tuple[float, float]:
+    """Medians over matrices of `⟨W0, W⟩ / (‖W0‖ ‖W‖)` and of `‖W − W0‖ / ‖W0‖`."""
+    pairs = [(w0.double(), w.double()) for w0, w in zip(base, tuned, strict=True)]
+    cosines = [(w0 * w).sum() / (w0.norm() * w.norm()) for w0, w in pairs]
+    sizes = [(w - w0).norm() / w0.norm() for w0, w in pairs]
+    return tuple(torch.stack(values).quantile(0.5).item() for values in (cosines, sizes))

@@ -55,7 +55,7 @@ def save_tokenizer(folder: Path) -> BertTokenizerFast:
 def save_models(folder: Path) -> SimpleNamespace:
     """A bare base, two classifiers tuned from it, and arguments of `merge_models` that merge them."""
     task_model = BERT.build()
-    experts = {task: save(perturbed(task_model, 0.1, i), folder / task) for i, task in enumerate(["left", "right"])}
+    experts = {task: save(perturbed(task_model, 0.05, i), folder / task) for i, task in enumerate(["left", "right"])}
     base = save(AutoModel.from_pretrained(save(task_model, folder / "whole")), folder / "base")
     calibration = {task: text_samples(i) for i, task in enumerate(experts)}
     arguments = {"base": base, "experts": experts, "calibration": calibration, "output_dir": str(folder / "merged")}

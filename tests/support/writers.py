@@ -15,7 +15,7 @@ def save_writers(folder: Path, base: str, experts: Iterable[str]) -> None:
     """A causal language model of one block with tied embeddings, and fine-tunes of all of its weights."""
     model = LLAMA.build(tie_word_embeddings=True, num_hidden_layers=1, max_position_embeddings=256)
     for seed, name in enumerate((base, *experts)):
-        (perturbed(model, 0.2, seed) if seed else model).save_pretrained(folder / name)
+        (perturbed(model, 0.07, seed) if seed else model).save_pretrained(folder / name)
         tokenizer = save_tokenizer(folder / name)
         tokenizer.chat_template, tokenizer.eos_token = TEMPLATE, "[SEP]"
         tokenizer.save_pretrained(folder / name)
