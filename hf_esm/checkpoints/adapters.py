@@ -147,6 +147,12 @@ class AdapterCheckpoint(DerivedCheckpoint):
         update = weight.float() - base.float()
         return update + self._additions[live](weight).to(base.device) if live in self._additions else update
 
+    def residual(self, name: str, merged: Tensor) -> Tensor:
+        if name not in self.base.names:  # a weight of the adapter's, whole
+            return self.update(name, merged)
+        base = self.base.tensor(name).to(merged.device)
+        return self.update(name, base) + (base.float() - merged.float())
+
     def factors(self, name: str) -> Optional[tuple[Tensor, Tensor]]:
         live = self.names[name]
         addition = self._additions.get(live)

@@ -138,6 +138,12 @@ class Checkpoint:
         """Return the update of a weight: its difference from the base's weight, float32, on the device of `base`."""
         return self.tensor(name).to(base.device, torch.float32) - base.float()
 
+    def residual(self, name: str, merged: Tensor) -> Tensor:
+        """Return the difference of a weight from that of a merged model, float32, on the device of `merged`; 0 in rows
+        of tokens that the model lacks.
+        """
+        return self.update(name, merged)
+
     def factors(self, name: str) -> Optional[tuple[Tensor, Tensor]]:
         """Return `A [r, d_in]` and `B [d_out, r]`, float32, of the update `B A` of a linear map by a LoRA adapter;
         None if the update has no such factors.

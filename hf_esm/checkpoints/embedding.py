@@ -73,6 +73,10 @@ class EmbeddingCheckpoint(Checkpoint):
     def update(self, name: str, base: Tensor) -> Tensor:
         return super().update(name, base) if name in self.modules.tensors else self.body.update(name, base)
 
+    def residual(self, name: str, merged: Tensor) -> Tensor:
+        of_modules = name in self.modules.tensors
+        return super().residual(name, merged) if of_modules else self.body.residual(name, merged)
+
     def factors(self, name: str) -> Optional[tuple[Tensor, Tensor]]:
         return None if name in self.modules.tensors else self.body.factors(name)
 

@@ -180,6 +180,11 @@ class PartExpert(DerivedCheckpoint):
             return torch.zeros_like(base, dtype=torch.float32)
         return self.expert.update(self._inner[name], base)
 
+    def residual(self, name: str, merged: Tensor) -> Tensor:
+        if name not in self._inner:
+            return self.base.residual(name, merged)
+        return self.expert.residual(self._inner[name], merged)
+
     def factors(self, name: str) -> Optional[tuple[Tensor, Tensor]]:
         return self.expert.factors(self._inner[name]) if name in self._inner else None
 

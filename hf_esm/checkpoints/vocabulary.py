@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -185,16 +185,21 @@ class InVocabulary(Checkpoint):
         return ((self.tokens.rows >= 0) & ~self.given.given).nonzero()[:, 0]
 
     def update(self, name: str, base: Tensor) -> Tensor:
+        return self._in_own_rows(name, base, self.origin.update)
+
+    def residual(self, name: str, merged: Tensor) -> Tensor:
+        return self._in_own_rows(name, merged, self.origin.residual)
+
+    def _in_own_rows(self, name: str, other: Tensor, difference: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """Return the difference of a weight from another model's: 0 in rows that this expert takes no part in."""
         if name not in self._dims:
-            return self.origin.update(name, base)
-        dim, own = self._dims[name], self._own_rows.to(base.device)
-        ids = self.tokens.ids.to(base.device)
-        of_origin = base.index_select(dim, ids.clamp_min(0))  # an adapter's update may depend on the weight
-        update = self.origin.update(name, of_origin).index_select(dim, self.tokens.rows.to(base.device)[own])
-        update = torch.zeros_like(base, dtype=torch.float32).index_copy(dim, own, update)
-        if self.lent is None:
-            return update
-        return update + self.lent.fill(base.float(), name, dim) - base.float()
+            return difference(name, other)
+        dim, own = self._dims[name], self._own_rows.to(other.device)
+        ids = self.tokens.ids.to(other.device)
+        of_origin = other.index_select(dim, ids.clamp_min(0))  # an adapter's update may depend on the weight
+        rows = difference(name, of_origin).index_select(dim, self.tokens.rows.to(other.device)[own])
+        full = torch.zeros_like(other, dtype=torch.float32).index_copy(dim, own, rows)
+        return full if self.lent is None else full + self.lent.fill(other.float(), name, dim) - other.float()
 
     def factors(self, name: str) -> Optional[tuple[Tensor, Tensor]]:
         return None if name in self._dims else self.origin.factors(name)

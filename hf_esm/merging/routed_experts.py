@@ -16,7 +16,7 @@ from ..calibration import ActivationStatistics, pooled_inputs
 from ..checkpoints import ROUTED_FOLDER, quiet_loading
 from ..data import Sample
 from ..planning import MergeOptions, MergePlan
-from ..routing import RoutedExperts, expert_factors, residual_update
+from ..routing import RoutedExperts, expert_factors
 from ..utils import fast_products, together
 from .weights import Worker
 
@@ -98,7 +98,7 @@ def _expert_factors(
 ) -> tuple[Tensor, Tensor]:
     """Return `A [r, d_in]` and `B [d_out, r]` of one task's expert of a linear map."""
     method, expert, linear = plan.method, plan.experts[task], plan.base.linear[name]
-    (residual,) = to_matrices(residual_update(expert, name, merged).to(device), linear)
+    (residual,) = to_matrices(expert.residual(name, merged).to(device), linear)
     update = None
     if method.directions == "update":
         (update,) = to_matrices(expert.update(name, plan.base.tensor(name)).to(device), linear)

@@ -35,7 +35,7 @@ from ..methods import RoutedMerge
 from ..planning import MergePlan, calibrated_widths, check_values, load_recipe, name_experts, plan_merge
 from ..tuners.routed import RoutedExpertsConfig
 from ..utils import check_known, publish_folder, staging_folder
-from .experts import RoutedExperts, expert_factors, load_experts, residual_update
+from .experts import RoutedExperts, expert_factors, load_experts
 
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def _append_expert(
         base: where directions are those of the update.
     """
     linear, update = merged.linear[name], None
-    (residual,) = to_matrices(residual_update(expert, name, merged.tensor(name)), linear)
+    (residual,) = to_matrices(expert.residual(name, merged.tensor(name)), linear)
     if base is not None:
         (update,) = to_matrices(expert.update(name, base.tensor(name)), linear)
     a, b = experts.factors[module]

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architecture import towers
-from ..checkpoints import ROUTED_FOLDER, ROUTER_FEATURES, AdapterCheckpoint, Checkpoint, rank_settings, write_adapter
+from ..checkpoints import ROUTED_FOLDER, ROUTER_FEATURES, rank_settings, write_adapter
 from ..linalg import essential_subspace, truncated_svd
 from ..methods import InputStatistics
 from ..tuners.routed import RoutedExpertsConfig, fingerprint
@@ -37,7 +37,7 @@ def expert_factors(
     Columns of `B` beyond the rank of the decomposed matrix are zero, so that the experts of all tasks have one rank.
 
     Args:
-        residual: `W_t − W_M [d_out, d_in]`, see `residual_update`.
+        residual: `W_t − W_M [d_out, d_in]`, see `Checkpoint.residual`.
         inputs: statistics of the map's inputs. Without them, `B` are leading singular vectors.
         rank: number `r` of directions.
         tolerance: of the decomposition; 0 is exact.
@@ -54,14 +54,6 @@ def expert_factors(
     count = directions.shape[1]
     a[:count], b[:, :count] = directions.T @ residual.to(directions.dtype), directions
     return a, b
-
-
-def residual_update(expert: Checkpoint, name: str, merged: Tensor) -> Tensor:
-    """`W_t − W_M`, float32: the difference of an expert's weight from that of the merged model."""
-    if isinstance(expert.stored, AdapterCheckpoint) and name in expert.base.names:  # its update is over its own base
-        base = expert.base.tensor(name)
-        return expert.update(name, base) + (base.float() - merged.float())
-    return expert.update(name, merged)
 
 
 @dataclass
