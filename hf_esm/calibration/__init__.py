@@ -6,7 +6,7 @@ every later merge.
 
 from .calibrator import calibrate, calibrate_checkpoint, pool_inputs
 from .collection import collect_statistics, pooled_inputs
-from .decoder_inputs import with_decoder_inputs
+from .decoder_inputs import with_decoder_inputs, with_first_decoder_input
 from .placement import factor_bytes, loaded_model
 from .reading import Reading
 from .statistics import ActivationStatistics
@@ -23,4 +23,5 @@ __all__ = [
     "pool_inputs",
     "pooled_inputs",
     "with_decoder_inputs",
+    "with_first_decoder_input",
 ]

@@ -51,13 +51,35 @@ def with_decoder_inputs(model: PreTrainedModel, samples: list[Sample], batch_siz
     return samples
 
 
+def with_first_decoder_input(model: PreTrainedModel, samples: list[Sample]) -> list[Sample]:
+    """Return an encoder-decoder's samples with one token to decode, the one that its answer begins after: the first of
+    the sample's decoder inputs or shifted targets, else the model's start token.
+
+    Samples of other models, and of classifiers, are returned as they are.
+    """
+    if not (model.config.is_encoder_decoder and model.can_generate()):
+        return samples
+    begun = []
+    for sample in samples:
+        sample = {name: value for name, value in sample.items() if name != "decoder_attention_mask"}
+        target, read = sample.pop("labels", None), sample.get("decoder_input_ids")
+        if read is None:
+            read = torch.tensor([_start_token(model)]) if target is None else _shifted(model, target)
+        sample["decoder_input_ids"] = read[:1]
+        begun.append(sample)
+    return begun
+
+
+def _start_token(model: PreTrainedModel) -> int:
+    return (_token_ids(model, "decoder_start_token_id", "bos_token_id", "pad_token_id") or [0])[0]
+
+
 def _shifted(model: PreTrainedModel, target: Tensor) -> Tensor:
     """Return the tokens that a decoder reads to write the target."""
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:
         return shift(labels=target[None])[0]
-    start, *_ = _token_ids(model, "decoder_start_token_id", "bos_token_id", "pad_token_id") or [0]
-    ids = torch.cat([target.new_tensor([start]), target[:-1]])
+    ids = torch.cat([target.new_tensor([_start_token(model)]), target[:-1]])
     return ids.masked_fill(ids == -100, getattr(model.config, "pad_token_id", None) or 0)
 
 

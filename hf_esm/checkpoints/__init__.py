@@ -9,7 +9,7 @@ from .adapters import AdapterCheckpoint
 from .base import Checkpoint, LiveCheckpoint, quiet_loading, quiet_peft
 from .conversion import output_dtype, to_stored, write_plan, written_config
 from .embedding import EmbeddingCheckpoint
-from .heads import attach_head, load_task_model, save_head
+from .heads import attach_head, load_base_with_head, load_task_model, save_head
 from .layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -30,6 +30,7 @@ from .layout import (
     STATISTICS_FILE,
     WEIGHTS_FILE,
 )
+from .live_embedders import copy_of_embedder
 from .loading import ExpertLoader
 from .lora_export import rank_settings, write_adapter, write_lora_adapter
 from .modules import SentenceModules, common_settings, read_modules
@@ -90,10 +91,12 @@ __all__ = [
     "attach_head",
     "base_of_adapters",
     "common_settings",
+    "copy_of_embedder",
     "differing_processors",
     "find_processors",
     "first_processor",
     "has_token_embeddings",
+    "load_base_with_head",
     "load_processor",
     "load_task_model",
     "model_identity",

@@ -85,14 +85,11 @@ class EmbeddingCheckpoint(Checkpoint):
 
     def load_model(self, **placement: Any) -> PreTrainedModel:
         model = self.body.load_model(**placement)
-        return self._attached(_apart(model) if model is self.body.skeleton else model)
+        return attached(_apart(model) if model is self.body.skeleton else model, self.modules)
 
     def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
         model = self.body.load_model_as(model_class, config, **placement)
-        return self._attached(model) if model_class is type(self.body.skeleton) else model
-
-    def _attached(self, model: PreTrainedModel) -> PreTrainedModel:
-        return _attached(model, self.modules)
+        return attached(model, self.modules) if model_class is type(self.body.skeleton) else model
 
     def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> Checkpoint:
         return self.body.seen_as(model_class, config)
@@ -103,10 +100,11 @@ def with_modules(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     modules = read_modules(folder, str(folder))
     if modules is None or (AutoConfig.from_pretrained(folder).architectures or [""])[0] != type(model).__name__:
         return model
-    return _attached(model, modules)
+    return attached(model, modules)
 
 
-def _attached(model: PreTrainedModel, modules: SentenceModules) -> PreTrainedModel:
+def attached(model: PreTrainedModel, modules: SentenceModules) -> PreTrainedModel:
+    """Put modules with weights of their own behind a model, on its device."""
     device = next(model.parameters()).device
     head = modules.head()
     head.load_state_dict({name: tensor.clone() for name, tensor in head.state_dict().items()}, assign=True)

@@ -115,6 +115,27 @@ def load_task_model(
     return with_modules(loaded.eval(), folder)
 
 
+def load_base_with_head(base: Checkpoint, folder: Path, task: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load the body of a base with the head that a task has in a merged model: what the merge started from.
+
+    Args:
+        base: the base, whose vocabulary may be smaller than that of the merged model.
+        folder: folder that `merge_models` wrote.
+        task: name of the task.
+        trust_remote_code: run code that comes with the head.
+    """
+    head_folder = folder / HEADS_FOLDER / task
+    access = Access(trust_remote_code=trust_remote_code)
+    config, model_class = resolve_class(ModelSource(f"head of '{task}'", folder=head_folder, access=access))
+    if hasattr(base.config, "vocab_size"):
+        config.vocab_size = base.config.vocab_size
+    model = base.load_model_as(model_class, config)
+    state = model.state_dict()
+    for name, tensor in _load_head(head_folder).items():
+        state[name].copy_(tensor)
+    return with_modules(model.eval(), folder)
+
+
 def _load_adapted(folder: Path, token: Optional[str | bool], kwargs: dict[str, Any]) -> PreTrainedModel:
     """Load the base of a merged adapter, with the adapter merged into its weights."""
     adapter = PeftConfig.from_pretrained(str(folder))

@@ -30,6 +30,7 @@ class SentenceModules:
         transformer: settings of the Transformer module.
         settings: what `config_sentence_transformers.json` holds: prompts, name of the similarity.
         tensors: weights of dense modules and norms, by their name in a live model.
+        scratch: what keeps the folder, if it is that of a live model.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class SentenceModules:
     transformer: dict[str, Any]
     settings: dict[str, Any]
     tensors: dict[str, Tensor]
+    scratch: Any = None
 
     @property
     def embeds(self) -> bool:

@@ -1,5 +1,6 @@
 """The tokenizer or processor beside a model."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -105,6 +106,8 @@ def _processor_files(source: ModelSource) -> Any:
 def first_processor(sources: list[ModelSource], trust_remote_code: bool = False) -> Any:
     """Return the first processor in the models' folders; None if there is none."""
     for source in sources:
+        if source.embedder is not None:
+            return copy.deepcopy(source.embedder[0].processor)
         folder = source.folder or Path(getattr(source.model, "name_or_path", "") or ".no-folder")
         processor = load_processor(folder, trust_remote_code) if folder.is_dir() else None
         if processor is not None:

@@ -24,6 +24,7 @@ from .base import Checkpoint, LiveCheckpoint
 from .embedding import EmbeddingCheckpoint
 from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_FILE, CONFIG_FILE, ROUTED_FOLDER
 from .live_adapters import WrappedCheckpoint, open_live_adapter
+from .live_embedders import is_embedder, live_modules, transformer_of
 from .modules import SentenceModules, module_paths, read_modules, transformer_path
 from .parts import RoutedTask, part_of_base
 from .repositories import (
@@ -40,8 +41,8 @@ from .stored import FolderCheckpoint, NotDownloadedError, TensorFiles, stored_dt
 
 
 # How a user names a model: a folder, a Hub id, `{"path": …, "revision": …, "subfolder": …}`, or a live model, also one
-# of PEFT. One task of a routed model is `{"path": …, "task": …}`.
-ModelSpec = str | os.PathLike | Mapping[str, Any] | PreTrainedModel | PeftModel
+# of PEFT or Sentence Transformers (an `nn.Sequential`). One task of a routed model is `{"path": …, "task": …}`.
+ModelSpec = str | os.PathLike | Mapping[str, Any] | PreTrainedModel | PeftModel | torch.nn.Sequential
 
 # Names of the files that hold the weights of a full model.
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
@@ -71,6 +72,7 @@ class ModelSource:
     Attributes:
         title: name of the model in messages, such as `expert 'sst2' (me/bert-sst2)`.
         model: the live model, if one was passed.
+        embedder: the live `SentenceTransformer` that it is in, if it is in one.
         folder: folder of its files; for a Hub id, the snapshot with the small files. Of an older Sentence Transformers
             model, the subfolder of its Transformer.
         inside: name of that subfolder.
@@ -91,6 +93,7 @@ class ModelSource:
     inside: str = ""
     subfolder: str = ""
     task: Optional[str] = None
+    embedder: Any = None
     on_hub: tuple[str, ...] = ()
 
     @property
@@ -171,11 +174,15 @@ def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> Mo
     Raises:
         HfEsmError: if `spec` names no model; `HubError` if the Hub refuses it or cannot be reached.
     """
+    if is_embedder(spec):
+        title = f"{title} ({type(spec).__name__})"
+        return ModelSource(title, model=transformer_of(spec, title), embedder=spec, access=access)
     if isinstance(spec, (PreTrainedModel, PeftModel)):
         return ModelSource(f"{title} ({type(spec).__name__})", model=spec, access=access)
     if isinstance(spec, torch.nn.Module):
         raise HfEsmError(
-            f"{title} is a {type(spec).__name__}, neither a Transformers model nor a PeftModel. Pass its folder or id."
+            f"{title} is a {type(spec).__name__}, no model of Transformers, PEFT or Sentence Transformers. Pass its "
+            "folder or id."
         )
     named: dict[str, Any] = {}
     if isinstance(spec, Mapping):
@@ -265,7 +272,8 @@ def open_checkpoint(source: ModelSource, base: Optional[Checkpoint] = None, head
         HfEsmError: if the source cannot be opened.
     """
     if source.model is not None:
-        return _with_modules(_open_live(source, base), None, base)
+        live = live_modules(source.embedder, source.title) if source.embedder is not None else None
+        return _with_modules(_open_live(source, base), live, base)
     modules = read_modules(source.root, source.title, source.access.allow_pickle)
     if source.stores_weights and (source.folder / ADAPTER_CONFIG).is_file():
         raise HfEsmError(
@@ -400,7 +408,8 @@ def model_identity(source: ModelSource) -> Any:
     the names, sizes and times of a folder's files.
     """
     if source.model is not None:
-        return Hasher.hash({name: tensor.detach().cpu() for name, tensor in source.model.state_dict().items()})
+        whole = source.model if source.embedder is None else source.embedder
+        return Hasher.hash({name: tensor.detach().cpu() for name, tensor in whole.state_dict().items()})
     if source.revision is not None:
         subfolder = [{"subfolder": source.subfolder}] if source.subfolder else []
         return [source.repo_id, source.revision, *subfolder, *filter(None, [source.task])]

@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of the merged model")
     parser.add_argument("--data", action="append", required=True, metavar="TASK=FILE", help="labelled rows")
     parser.add_argument("--expert", action="append", metavar="TASK=MODEL", help="compare with this expert")
-    parser.add_argument("--base", help="the base of experts that are adapters (default: the one that they name)")
+    parser.add_argument(
+        "--base", help="score the base, too; adapters are read over it (default: over that which they name)"
+    )
     parser.add_argument("--metric", default="accuracy", help=_METRICS)
     parser.add_argument("--json", metavar="FILE", help="write the scores to this file, too")
     parser.add_argument("--card", action="store_true", help="write the scores into the model's card, too")

@@ -217,7 +217,7 @@ class _RowEncoder:
             is_split_into_words=words,
         )
         inputs = dict(encoded)
-        if words and self.with_targets:
+        if words and self.with_targets and "label" in fields:
             inputs["labels"] = _labels_of_tokens(encoded.word_ids(), fields["label"])
         if self.with_contexts and "text_pair" in fields:
             inputs["context"] = [part == 1 for part in encoded.sequence_ids()]
@@ -240,6 +240,32 @@ class _RowEncoder:
         rate = sound.get("sampling_rate") if isinstance(sound, Mapping) else None
         extractor = getattr(self.processor, "feature_extractor", self.processor)
         return extractor(sound["array"] if rate else sound, sampling_rate=rate, return_tensors="pt")
+
+
+def prompts_of(samples: list[Sample], title: str) -> list[Sample]:
+    """Return the prompts of samples with answers: the tokens before the first label that is not -100.
+
+    Samples without `labels` are prompts.
+
+    Raises:
+        HfEsmError: if the first token of a sample is an answer.
+    """
+    prompts = []
+    for i, sample in enumerate(samples):
+        labels = sample.get("labels")
+        if labels is None:
+            prompts.append(sample)
+            continue
+        answered = (labels != -100).nonzero()
+        end = int(answered[0]) if len(answered) else len(labels)
+        if end == 0:
+            raise HfEsmError(
+                f"{title}: sample {i} has no prompt, since its first token has a label. Label the answer's tokens "
+                "alone (-100 elsewhere), or leave `labels` out where samples are prompts."
+            )
+        aligned = {name: value[:end] if value.shape[:1] == labels.shape else value for name, value in sample.items()}
+        prompts.append({name: value for name, value in aligned.items() if name != "labels"})
+    return prompts
 
 
 def is_words(text: Any) -> bool:

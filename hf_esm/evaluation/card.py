@@ -79,10 +79,18 @@ def _model_class(folder: Path, task: str) -> str:
 
 
 def _results_table(scores: Scores) -> list[str]:
-    rows = [[task, scores.shown(score), scores.shown(scores.expert.get(task))] for task, score in scores.model.items()]
+    columns = {name: other for name, other in (("base", scores.base), ("its expert", scores.expert)) if other}
+    rows = [
+        [task, scores.shown(score), *(scores.shown(other.get(task)) for other in columns.values())]
+        for task, score in scores.model.items()
+    ]
     share = f" ({100 * scores.normalised:.1f} % of the experts)" if scores.normalised is not None else ""
-    average = ["average", f"{scores.shown(scores.average)}{share}", ""]
-    return markdown_table([["task", scores.metric, "its expert"], *rows, average])
+    average = ["average", f"{scores.shown(scores.average)}{share}", *[""] * len(columns)]
+    table = [["task", scores.metric, *columns], *rows, average]
+    if scores.rows:
+        table = [[*row, cell] for row, cell in zip(table, ["rows", *map(str, scores.rows.values()), ""], strict=True)]
+    worse = ["", f"Worse than the base: {', '.join(scores.below_base)}."] if scores.below_base else []
+    return [*markdown_table(table), *worse]
 
 
 def add_comparison(folder: str | os.PathLike, report: str | os.PathLike) -> Path:

@@ -17,7 +17,7 @@ from ..checkpoints import CALIBRATION_FOLDER, Access, ModelSpec, model_identity,
 from ..data import DataSpec, SampleOptions
 from ..errors import HfEsmError
 from ..merging import PlannedRun, merge_models
-from ..methods import MergeMethod, describe_method
+from ..methods import Mean, MergeMethod, describe_method
 from ..metrics import Metric, Outcome
 from ..planning import MergeData, MergeOptions
 from ..utils import atomic_file, code_identity, data_identity, default_accelerator, fingerprint, processor_identity
@@ -29,7 +29,7 @@ from .interference import Interference, measure_interference
 CACHE = "cache"
 
 
-CELL_VERSION = 2  # of the cached files and of what their names depend on
+CELL_VERSION = 3  # of the cached files and of what their names depend on
 
 
 # Options of `merge_models` that `compare` does not take: it sets them itself.
@@ -179,6 +179,20 @@ class CellStore:
             lambda: _plain_outcomes(inputs.measurement.expert_outcomes(inputs.experts, inputs.base)),
         )
         return _outcomes_from(stored, inputs.metric)
+
+    def base_outcomes(self) -> dict[str, Outcome]:
+        """Outcome of the base on each task's test rows, with the task's head; see `Measurement.base_outcomes`."""
+        inputs = self.inputs
+
+        def measure() -> dict[str, Any]:
+            with TemporaryDirectory(dir=self.folder, prefix=".merging-") as scratch:
+                target = Path(scratch) / "model"  # any merged model has the heads
+                arguments = {**inputs.merge_arguments(Mean(), 0), "overrides": None, "calibration": None}
+                merge_models(inputs.base, inputs.experts, output_dir=str(target), **arguments)
+                return _plain_outcomes(inputs.measurement.base_outcomes(inputs.base, target))
+
+        key = [self._test_identity, inputs.options.heads]
+        return _outcomes_from(self._cached("base", key, measure), inputs.metric)
 
     def cell(self, method: MergeMethod, seed: int) -> Cell:
         """The cell of a method and a seed."""

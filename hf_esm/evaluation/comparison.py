@@ -115,12 +115,15 @@ def compare(
     )
     _check(inputs, named, seeds)
     store = CellStore(inputs, _make_folder(folder))
-    expert_outcomes = store.expert_outcomes()
+    expert_outcomes, base_outcomes = store.expert_outcomes(), store.base_outcomes()
     cells = _merge_all(store, named, seeds)
     comparison = Comparison(
         rows=summarise(named, cells, expert_outcomes),
         experts={task: outcome.score for task, outcome in expert_outcomes.items()},
+        base={task: outcome.score for task, outcome in base_outcomes.items()},
+        num_rows={task: len(outcome.labels) for task, outcome in expert_outcomes.items()},
         metric=inputs.metric.name,
+        higher_is_better=inputs.metric.higher_is_better,
         how=describe_rules(inputs, seeds),
         interference=store.interference(next(iter(named.values())), seeds[0]),
     )

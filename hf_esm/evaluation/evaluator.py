@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import repeat
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Optional
@@ -15,12 +16,16 @@ from ..checkpoints import (
     HEADS_FOLDER,
     ROUTED_FOLDER,
     Access,
+    ModelSource,
     ModelSpec,
     base_of_adapters,
+    copy_of_embedder,
     first_processor,
+    load_base_with_head,
     load_processor,
     load_task_model,
     open_checkpoint,
+    resolve_class,
     resolve_source,
     whole_folder,
 )
@@ -64,7 +69,8 @@ def evaluate(
             texts, or SQuAD's `answers`. Perplexity needs no labels.
         experts: by task, experts to score as well, each on its own task, as `merge_models` takes them. Each is run
             with the tokenizer or processor in its own folder.
-        base: base model of experts that are adapters; by default the one that the adapter names.
+        base: the base, to score as well, with the heads of the merged model; adapters among the experts are read over
+            it. Without it, adapters are read over the base that they name, and no base is scored.
         metric: `"accuracy"`, `"perplexity"`, `"mean-iou"`, `"exact-match"`, `"word-f1"`, for embedding models
             `"similarity"`, `"mrr@10"` and `"recall@10"` on rows of two texts, the name of a metric of the `evaluate`
             library, a function of predictions and references, or a `Metric`.
@@ -82,7 +88,7 @@ def evaluate(
         trust_remote_code: run code that comes with a model.
 
     Returns:
-        Scores by task. Print them for a table.
+        Scores by task. Print them for a table, which names the tasks on which the model is worse than the base.
 
     Raises:
         HfEsmError: if a model or rows cannot be read, or the metric cannot read the model's answers.
@@ -103,9 +109,11 @@ def evaluate(
     folder = whole_folder(model, str(model), token=token)
     outcomes = measurement.merged_outcomes(folder, str(model), route)
     expert_outcomes = measurement.expert_outcomes(experts, base, fallback=folder)
+    base_outcomes = measurement.base_outcomes(base, folder) if base is not None else {}
     return Scores(
         model={task: outcome.score for task, outcome in outcomes.items()},
         expert={task: outcome.score for task, outcome in expert_outcomes.items()},
+        base={task: outcome.score for task, outcome in base_outcomes.items()},
         routing={task: outcome.routed_share(task) for task, outcome in outcomes.items() if outcome.routed_to},
         metric=measurement.metric.name,
         higher_is_better=measurement.metric.higher_is_better,
@@ -192,6 +200,25 @@ class Measurement:
             outcomes[task] = self._outcome(_load_model(spec, f"expert '{task}'", base, self.access), task, processor)
         return outcomes
 
+    def base_outcomes(self, base: ModelSpec, folder: Path) -> dict[str, Outcome]:
+        """Outcomes of a base on every task, with the heads of a merged model; none of a base that lacks weights that
+        the merged model has no head for.
+
+        Args:
+            base: the base.
+            folder: folder of the merged model, whose processor is used if the base has none.
+        """
+        source = resolve_source(base, "base", self.access)
+        opened, trusted = open_checkpoint(source), self.access.trust_remote_code
+        processor = self.processor or first_processor([source], trusted) or self._processor_in(folder)
+        if (folder / HEADS_FOLDER).is_dir():
+            models = (load_base_with_head(opened, folder, task, trusted) for task in self.data)
+        elif type(opened.skeleton) is resolve_class(ModelSource(str(folder), folder=folder, access=self.access))[1]:
+            models = repeat(opened.load_model(), len(self.data))
+        else:
+            return {}
+        return {task: self._outcome(model, task, processor) for task, model in zip(self.data, models, strict=True)}
+
     def _routed_outcomes(self, folder: Path, route: str, processor: Any) -> dict[str, Outcome]:
         routed = RoutedModel.from_pretrained(folder, trust_remote_code=self.access.trust_remote_code)
         routed = routed.to(default_accelerator().device)
@@ -226,6 +253,8 @@ class Measurement:
 def _load_model(spec: ModelSpec, title: str, base: Optional[ModelSpec], access: Access) -> PreTrainedModel:
     """Model of the class that its config names. An adapter is merged into `base`, or into the base it names."""
     source = resolve_source(spec, title, access)
+    if source.embedder is not None:
+        return copy_of_embedder(source.embedder, source.title)
     if source.model is not None:
         return copy.deepcopy(source.model).eval()
     if not source.is_adapter:

@@ -12,6 +12,7 @@ from ..errors import HfEsmError
 from ..metrics import (
     ACCURACY,
     COLOURS,
+    normalised,
     plot_alpha_curves,
     plot_energy,
     plot_matrix,
@@ -37,6 +38,9 @@ class Comparison:
         how: sentences that say how α was chosen and on what was measured.
         interference: interference between the experts.
         pictures: files by the titles of the pictures.
+        base: score of the base on each task, with the task's head; empty if the base has no answers.
+        num_rows: number of test rows by task.
+        higher_is_better: False for errors, such as perplexity.
     """
 
     rows: list[Row]
@@ -45,12 +49,17 @@ class Comparison:
     how: list[str]
     interference: Interference
     pictures: dict[str, Path] = field(default_factory=dict)
+    base: dict[str, float] = field(default_factory=dict)
+    num_rows: dict[str, int] = field(default_factory=dict)
+    higher_is_better: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "hf_esm_version": __version__,
             "metric": self.metric,
             "experts": self.experts,
+            "base": self.base,
+            "num_rows": self.num_rows,
             "how": self.how,
             "rows": [_without_nan(asdict(row)) for row in self.rows],
             "interference": self.interference.as_dict(),
@@ -58,7 +67,17 @@ class Comparison:
 
     def __str__(self) -> str:
         table = [[cell.replace("**", "") for cell in row] for row in _cells(self)]
-        return "\n".join([*plain_table(table), "", *self.how])
+        return "\n".join([*plain_table(table), "", *self.how, *self.below_base()])
+
+    def below_base(self) -> list[str]:
+        """Return a sentence that names the tasks on which a merged model is worse than the base, if there are any."""
+        sign = 1 if self.higher_is_better else -1
+        worse = {
+            row.label: [task for task, base in self.base.items() if not sign * row.tasks[task] >= sign * base]
+            for row in self.rows
+        }
+        named = [f"{label} on {', '.join(tasks)}" for label, tasks in worse.items() if tasks]
+        return [f"Worse than the base: {'; '.join(named)}."] if named else []
 
     def __repr__(self) -> str:
         return (
@@ -86,7 +105,15 @@ def write_report(comparison: Comparison, folder: Path) -> None:
         comparison.how.append(f"No pictures: {error}")
     data = json.dumps(comparison.as_dict(), indent=1, ensure_ascii=False)
     (folder / DATA).write_text(data + "\n", encoding="utf-8")
-    lines = ["# Merge methods compared", "", *comparison_table(comparison), "", *comparison.how, ""]
+    lines = [
+        "# Merge methods compared",
+        "",
+        *comparison_table(comparison),
+        "",
+        *comparison.how,
+        *comparison.below_base(),
+        "",
+    ]
     sti = comparison.interference.sti
     lines += [f"Singular task interference (STI) between the experts: {sti:.3g}, mean over linear maps.", ""]
     for title, path in comparison.pictures.items():
@@ -105,14 +132,23 @@ def _in_percent(comparison: Comparison) -> bool:
 
 
 def _cells(comparison: Comparison) -> list[list[str]]:
-    """The table's text: the head, the experts, and every row."""
+    """The table's text: the head, the numbers of rows, the experts, the base, and every row."""
     tasks, first = list(comparison.experts), comparison.rows[0]
     factor, digits = (100, 1) if _in_percent(comparison) else (1, 3)
     head = ["method", "α", *tasks, "average", "normalised", f"against {first.label}"]
     head += ["task found", "merge", "memory", "size"]
-    scores = [comparison.experts[task] for task in tasks]
-    scores = [f"{factor * score:.{digits}f}" for score in (*scores, sum(scores) / len(scores))]
-    table = [head, ["the experts", "", *scores, "100", "", "", "", "", ""]]
+
+    def shown(by_task: Mapping[str, float]) -> list[str]:
+        scores = [by_task[task] for task in tasks]
+        return [f"{factor * score:.{digits}f}" for score in (*scores, sum(scores) / len(scores))]
+
+    table = [head, ["the experts", "", *shown(comparison.experts), "100", "", "", "", "", ""]]
+    if comparison.num_rows:
+        table.insert(1, ["test rows", "", *(str(comparison.num_rows[task]) for task in tasks), *[""] * 7])
+    if comparison.base:
+        share = normalised(comparison.base, comparison.experts, comparison.higher_is_better)
+        of_experts = "" if share is None else f"{100 * share:.1f}"
+        table.append(["the base", "", *shown(comparison.base), of_experts, "", "", "", "", ""])
     for row in comparison.rows:
         scores = [f"{factor * score:.{digits}f}" for score in (*(row.tasks[task] for task in tasks), row.average)]
         alphas = " / ".join(f"{alpha:g}" for alpha in row.alphas.values()) or "–"

@@ -1,7 +1,7 @@
 """Chooses α: the merged updates are added to the base at several scales; no weight is merged again."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, isnan
 from typing import Any, Optional
@@ -18,16 +18,23 @@ from ..planning import MergeOptions, MergePlan
 from .updates import MergedUpdates
 
 
-COARSE = [round(0.1 + 0.3 * i, 1) for i in range(10)]  # 0.1, 0.4, …, 2.8
+COARSE, FINE, LARGEST = 0.3, 0.1, 3.0
 
 
-FINE = 0.1
+def coarse_grid(largest: float = LARGEST) -> list[float]:
+    """Return 0.1, 0.4, 0.7, … up to a largest α."""
+    return [round(FINE + COARSE * i, 1) for i in range(int((largest - FINE) / COARSE + 1e-6) + 1)]
 
 
 def search_alpha(
-    score: Callable[[float], float], progress: Callable = iter, *, default: float = 1.0, rows: Optional[int] = None
+    score: Callable[[float], float],
+    progress: Callable = iter,
+    *,
+    default: float = 1.0,
+    rows: Optional[int] = None,
+    largest: float = LARGEST,
 ) -> tuple[float, dict[float, float]]:
-    """Search the best α among 0.1, 0.2, …, 3.0: by steps of 0.3 first, and of 0.1 around the best of those.
+    """Search the best α among 0.1, 0.2, …, `largest`: by steps of 0.3 first, and of 0.1 around the best of those.
 
     On a few hundred rows a score is uncertain by more than neighbouring values of α differ. If the score is the share
     of `rows` rows that are right, the result is the α nearest to the default whose score is within one standard error
@@ -38,6 +45,7 @@ def search_alpha(
         score: returns the score of an α; higher is better. NaN counts as the worst.
         default: the method's default α.
         rows: number of rows that the score is a share of, if it is one.
+        largest: largest α, 0.1 or more; see `MergeMethod.largest_alpha`.
 
     Returns α, and the scores by α.
 
@@ -49,11 +57,12 @@ def search_alpha(
     def number(alpha: float) -> float:
         return -inf if isnan(value := score(alpha)) else value
 
-    for alpha in progress(COARSE):
+    coarse = coarse_grid(largest)
+    for alpha in progress(coarse):
         scores[alpha] = number(alpha)
-    middle = max(COARSE, key=lambda alpha: (scores[alpha], -alpha))
+    middle = max(coarse, key=lambda alpha: (scores[alpha], -alpha))
     for alpha in (round(middle + step * FINE, 1) for step in range(-2, 3)):
-        if 0 < alpha <= 3 and alpha not in scores:
+        if 0 < alpha <= largest and alpha not in scores:
             scores[alpha] = number(alpha)
     best = max(scores.values())
     if best == -inf:
@@ -142,6 +151,38 @@ def _number(score: Any) -> float:
         raise HfEsmError(f"score_fn returned {score!r:.80}. It must return a number; higher is better.") from None
 
 
+@dataclass(frozen=True)
+class TaskScore:
+    """Scores of one task, on the labelled rows that α was chosen on or by the caller's function.
+
+    Attributes:
+        merged: score of the merged model, without routed experts.
+        base: score of the base with the head that the task keeps for itself.
+        expert: score of the task's expert; None if the caller's function scores the merged model as a whole.
+        metric: name of the metric, or `"score_fn"`.
+        rows: number of rows; None for the caller's function.
+        higher_is_better: False for errors, such as perplexity.
+    """
+
+    merged: float
+    base: float
+    expert: Optional[float]
+    metric: str
+    rows: Optional[int]
+    higher_is_better: bool
+
+    @property
+    def below_base(self) -> bool:
+        """Whether the merged model is worse than the base, or its score is NaN."""
+        better, worse = (self.merged, self.base) if self.higher_is_better else (self.base, self.merged)
+        return not better >= worse
+
+    def __str__(self) -> str:
+        expert = "" if self.expert is None else f", expert {self.expert:.4g}"
+        rows = "" if self.rows is None else f"; {self.rows} rows"
+        return f"{self.merged:.4g} (base {self.base:.4g}{expert}{rows})"
+
+
 class LabelScore:
     """Scores merged models on labelled rows, or by the caller's function.
 
@@ -157,7 +198,7 @@ class LabelScore:
         accelerator: Accelerator,
         options: MergeOptions,
     ):
-        self.models = CandidateModels(plan, accelerator.device, whole=callable(score_fn))
+        self.plan, self.models = plan, CandidateModels(plan, accelerator.device, whole=callable(score_fn))
         self.labelled, self.score_fn, self.batch_size = labelled, score_fn, options.batch_size
         self.metric = resolve_metric(options.metric)
         share = score_fn is None and self.metric.is_share
@@ -165,9 +206,40 @@ class LabelScore:
 
     def score(self, updates: MergedUpdates, alpha: float, by_kind: Mapping[str, float]) -> float:
         """Return the mean score over all tasks at a scale, and other scales for some kinds of weights."""
-        self.models.set_weights(partial(updates.weight, alpha=alpha, by_kind=by_kind))
-        scores = score_candidates(self.models, self.labelled, self.score_fn, self.metric, self.batch_size)
+        scores = self._scores(partial(updates.weight, alpha=alpha, by_kind=by_kind))
         return sum(scores.values()) / len(scores)
+
+    def compare(self, weight: Callable[[str], torch.Tensor]) -> dict[str, TaskScore]:
+        """Return the scores of a merged model by task, with those of the base and of each task's expert.
+
+        Args:
+            weight: returns the merged model's weights by canonical name.
+        """
+        merged, base = self._scores(weight), self._scores(self.plan.base.tensor)
+        tasks = [task for task in self.plan.experts if task in merged]
+        experts = {task: self._scores(self.plan.experts[task].tensor, task)[task] for task in tasks}
+        higher, name = self.score_fn is not None or self.metric.higher_is_better, self.metric.name
+        sign = 1 if higher else -1
+        return {
+            task: TaskScore(
+                merged=sign * merged[task],
+                base=sign * base[task],
+                expert=sign * experts[task] if task in experts else None,
+                metric=name if self.score_fn is None else "score_fn",
+                rows=len(self.labelled[task].labels) if self.score_fn is None else None,
+                higher_is_better=higher,
+            )
+            for task in merged
+        }
+
+    def _scores(self, weight: Callable[[str], torch.Tensor], task: Optional[str] = None) -> dict[str, float]:
+        """Return the scores of a model, higher is better, of all tasks or of one."""
+        self.models.set_weights(weight)
+        labelled, score_fn = self.labelled, self.score_fn
+        if task is not None:
+            labelled = {task: labelled[task]} if score_fn is None else labelled
+            score_fn = {task: score_fn[task]} if score_fn is not None else None
+        return score_candidates(self.models, labelled, score_fn, self.metric, self.batch_size)
 
 
 def read_validation(

@@ -58,6 +58,7 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
         overrides=list(map(str, plan.overrides)),
         choice=result.choice,
         agreement=result.agreement,
+        scores=result.scores,
         refined=bool(result.refined),
         kept_adapter=(folder / REFINED_FOLDER).is_dir(),
         licences=sorted(set(plan.licences.values()) - {"not stated"}),

@@ -14,7 +14,7 @@ from ..architecture import writes
 from ..methods import EssentialMerge, MergeMethod, RegMean
 from ..planning import MergeOptions, MergePlan
 from ..utils import gather, together
-from .alpha import LabelScore, search_alpha
+from .alpha import COARSE, FINE, LARGEST, LabelScore, TaskScore, search_alpha
 from .expert_statistics import Inputs
 from .gates import RefinedWeights
 from .judging import Judge, TaskAgreement
@@ -22,12 +22,11 @@ from .spans import Span
 from .updates import MergedUpdates, WeightReport
 
 
-STEP, FINE, LARGEST = 0.3, 0.1, 3.0  # of the search of α
 ROUNDS = 2  # of the search by kind of weight
 
 
-# Returns the best α of a score, from where the search starts, and the scores by α.
-Search = Callable[[Callable[[float], float], float], tuple[float, dict[float, float]]]
+# Returns the best α of a score, from where the search starts and as far as it may go, and the scores by α.
+Search = Callable[[Callable[[float], float], float, float], tuple[float, dict[float, float]]]
 
 
 def default_methods(model: PreTrainedModel) -> list[MergeMethod]:
@@ -56,9 +55,11 @@ class Candidate:
         return self.updates.reports
 
 
-def climb_alpha(score: Callable[[float], float], start: float) -> tuple[float, dict[float, float]]:
-    """Search the α in 0.1, 0.2, …, 3.0 that a smooth score is highest at: uphill from `start` by steps of 0.3, then by
-    steps of 0.1. NaN counts as the worst score.
+def climb_alpha(
+    score: Callable[[float], float], start: float, largest: float = LARGEST
+) -> tuple[float, dict[float, float]]:
+    """Search the α in 0.1, 0.2, …, `largest` that a smooth score is highest at: uphill from `start` by steps of 0.3,
+    then by steps of 0.1. NaN counts as the worst score.
 
     Returns α, and the scores by α.
     """
@@ -66,15 +67,15 @@ def climb_alpha(score: Callable[[float], float], start: float) -> tuple[float, d
 
     def at(alpha: float) -> float:
         alpha = round(alpha, 1)
-        if not FINE <= alpha <= LARGEST:
+        if not FINE <= alpha <= largest:
             return -inf
         if alpha not in scores:
             value = score(alpha)
             scores[alpha] = -inf if isnan(value) else value
         return scores[alpha]
 
-    best = round(min(max(start, FINE), LARGEST), 1)
-    for step in (STEP, FINE):
+    best = round(min(max(start, FINE), largest), 1)
+    for step in (COARSE, FINE):
         while True:
             nearest = max((best, best - step, best + step), key=at)
             if nearest == best:
@@ -98,6 +99,7 @@ class Chosen:
         judge: measures agreement, if there are samples for it.
         rival: the mean of the updates, which the written model is never below in agreement, if methods are chosen.
         agreement: of the written model with every expert, by task; on one process alone until it is shared.
+        scores_by_task: scores on the labelled rows, or by the caller's function, if these chose α.
         refined: the loss on the samples that are held back by step, if the model was refined.
         gated: the gates, if the model was refined.
     """
@@ -112,6 +114,7 @@ class Chosen:
     judge: Optional[Judge] = None
     rival: Optional[Candidate] = None
     agreement: dict[str, TaskAgreement] = field(default_factory=dict)
+    scores_by_task: dict[str, TaskScore] = field(default_factory=dict)
     refined: dict[int, float] = field(default_factory=dict)
     gated: Optional[RefinedWeights] = None
 
@@ -129,9 +132,16 @@ class Chosen:
         return core + span.basis.T @ self.gated.factors[name].update(self.gated.gates[name]).cpu().double()
 
     def warnings(self) -> list[str]:
-        """Return warnings of tasks, and of all tasks together, on which the base agrees more with the experts."""
+        """Return warnings of tasks on which the base scores higher, or agrees more with the expert, and of all tasks
+        together.
+        """
         worse = [task for task, found in self.agreement.items() if not found.merged >= found.base]  # NaN, too
-        warnings = [f"'{task}': the merged model agrees less with the expert than the base does." for task in worse]
+        warnings = [
+            f"'{task}': the merged model scores less than its base: {score.metric} {score}."
+            for task, score in self.scores_by_task.items()
+            if score.below_base
+        ]
+        warnings += [f"'{task}': the merged model agrees less with the expert than the base does." for task in worse]
         if worse and not sum(found.merged - found.base for found in self.agreement.values()) >= 0:
             models = "every merged model does; the best of these" if self.rival else "the merged model does, which"
             warnings.append(
@@ -197,7 +207,7 @@ class _Found:
     def same_as(self, other: "_Found") -> bool:
         """Return whether two choices differ by less than a coarse step of the search."""
         pairs = [(self.alpha, other.alpha), *((self.by_kind[k], other.by_kind[k]) for k in self.by_kind)]
-        return self.index == other.index and all(abs(one - two) < STEP / 2 for one, two in pairs)
+        return self.index == other.index and all(abs(one - two) < COARSE / 2 for one, two in pairs)
 
     @property
     def scales(self) -> str:
@@ -218,14 +228,15 @@ def _best_scales(
     """Return the best α of a candidate, or the best of one kind of weights after the other; a rival keeps its own."""
     alpha, by_kind = (candidate.method.default_alpha, {}) if rival else _given_scale(candidate.method, options)
     scores: dict[float, float] = {}
+    largest = candidate.method.largest_alpha
     if not rival and options.alpha in (None, "auto"):
-        alpha, scores = search(lambda alpha: scorer.score(candidate.updates, alpha, by_kind), alpha)
+        alpha, scores = search(lambda alpha: scorer.score(candidate.updates, alpha, by_kind), alpha, largest)
     for kind in [kind for kind in by_kind if options.alpha_by_kind[kind] == "auto"] * ROUNDS:
 
         def score_of_kind(own: float, kind: str = kind) -> float:
             return scorer.score(candidate.updates, alpha, {**by_kind, kind: own})
 
-        by_kind[kind], _ = search(score_of_kind, by_kind[kind])
+        by_kind[kind], _ = search(score_of_kind, by_kind[kind], largest)
     score = scores[alpha] if scores else scorer.score(candidate.updates, alpha, by_kind)
     return _Found(index, alpha, by_kind, score, scores)
 
@@ -257,8 +268,8 @@ def _by_labels(
 ) -> _Found:
     """Choose the candidate and its α with the best score on labelled rows, or by the caller's function."""
 
-    def search(score: Callable[[float], float], start: float) -> tuple[float, dict[float, float]]:
-        return search_alpha(score, progress, default=start, rows=labels.rows)
+    def search(score: Callable[[float], float], start: float, largest: float) -> tuple[float, dict[float, float]]:
+        return search_alpha(score, progress, default=start, rows=labels.rows, largest=largest)
 
     best = max(_all_scales(candidates, labels, options, search), key=lambda found: found.score)
     note = "by " + ("labelled rows" if labels.score_fn is None else "the given function")

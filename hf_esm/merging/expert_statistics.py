@@ -9,9 +9,10 @@ from typing import Any, Optional
 
 from accelerate import Accelerator
 
+from ..architecture import reads_prompts
 from ..calibration import ActivationStatistics, Reading, calibrate_checkpoint, pool_inputs
 from ..checkpoints import STATISTICS_FILE, ExpertLoader, ModelSource
-from ..data import Sample, encode, is_samples_file, read_rows, sample_fingerprint
+from ..data import Sample, encode, is_samples_file, prompts_of, read_rows, sample_fingerprint
 from ..errors import HfEsmError
 from ..metrics import ExpertAnswers, LabelledSamples
 from ..planning import MergeData, MergeOptions, MergePlan, calibrated_widths, counted_rows
@@ -46,7 +47,7 @@ class Needs:
 
     Attributes:
         statistics: activation statistics of every expert.
-        samples: the samples themselves, of every expert, to learn a mask on.
+        samples: the samples themselves, of every expert, all of them, to learn a mask on.
         features: the pooled features of the base, which a router is made from.
         agreement: whether samples are set apart for agreement: `"halves"`, even if half of a few samples is left for
             statistics; `"rest"`, only those that statistics do not take; `""`, none.
@@ -104,11 +105,15 @@ def gather_statistics(
         if rows is None or (existing is not None and not needs.agreement and not needs.samples):
             continue
         title = f"calibration of '{task}'"
-        chosen = read_rows(rows, title, options if needs.agreement else _for_statistics(options))
-        encoded = encode(chosen, processors[task], expert.config, title, options)
+        several = needs.agreement or needs.samples
+        chosen = read_rows(rows, title, options if several else _for_statistics(options))
+        prompts = needs.samples and reads_prompts(expert.skeleton)
+        encoded = encode(chosen, processors[task], expert.config, title, options, with_targets=prompts)
+        encoded = prompts_of(encoded, title) if prompts else encoded
         learned, apart = encoded, []
         if needs.agreement:
-            learned, apart = _set_apart(encoded, existing, options, needs.agreement)
+            most = len(encoded) if needs.samples else STATISTICS_SAMPLES
+            learned, apart = _set_apart(encoded, existing, options, needs.agreement, most)
         if existing is None or needs.samples:
             gathered.samples[task] = learned
         if apart and task in wanted:
@@ -127,10 +132,14 @@ def _for_statistics(options: MergeOptions) -> MergeOptions:
 
 
 def _set_apart(
-    samples: list[Sample], statistics: Optional[ActivationStatistics], options: MergeOptions, how: str
+    samples: list[Sample],
+    statistics: Optional[ActivationStatistics],
+    options: MergeOptions,
+    how: str,
+    most: int = STATISTICS_SAMPLES,
 ) -> tuple[list[Sample], list[Sample]]:
-    """Return samples for statistics and others for agreement, drawn by seed whatever their order is; where there are
-    statistics, all that these were not taken from are for agreement.
+    """Return samples for statistics, `most` by default, and others for agreement, drawn by seed whatever their order
+    is; where there are statistics, all that these were not taken from are for agreement.
 
     A least-squares merge fits the samples of its statistics: on those it agrees more than it does elsewhere.
     """
@@ -138,7 +147,7 @@ def _set_apart(
     if statistics is None:
         count = options.statistics_samples
         if count is None:
-            count = min(STATISTICS_SAMPLES, (len(samples) + 1) // 2 if how == "halves" else len(samples))
+            count = min(most, (len(samples) + 1) // 2 if how == "halves" else len(samples))
         count = count or len(samples)
         drawn = sorted(samples, key=lambda sample: fingerprint([options.seed, sample_fingerprint(sample)]))
         learned, apart = drawn[:count], drawn[count:]

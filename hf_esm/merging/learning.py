@@ -7,13 +7,15 @@ from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import reduce, send_to_device
+from accelerate.utils import reduce
 from torch import Tensor
 
-from ..architecture import to_matrices
-from ..data import Sample, collate
+from ..architecture import to_matrices, writes
+from ..calibration import with_first_decoder_input
+from ..data import Sample, batch_for
 from ..errors import HfEsmError
-from ..methods import LearnedMask, Stack, buffer_stack, final_mask, mean_update, relaxed_mask
+from ..methods import LearnedMask, Stack, buffer_stack, mean_update, relaxed_mask, rescaled
+from ..metrics import batches_of
 from ..planning import MergePlan
 from .alpha import CandidateModels
 from .saved_state import SavedState
@@ -37,15 +39,15 @@ def learn_mask(
     Every process takes its share of the tasks; gradients are summed over processes.
 
     Args:
-        samples: unlabelled samples by task.
-        batch_size: samples per task and step.
+        samples: unlabelled samples by task; of models that write on after what they read, prompts.
+        batch_size: samples that run together, which changes memory alone; the method says how many a step takes.
         seed: of the batches and of the mask's noise. Each step has a seed of its own, so that a resumed run learns the
             same.
         folder: where the state is saved every hundred steps. If it holds the state of an interrupted run, that run is
             resumed.
 
     Raises:
-        HfEsmError: if a task's expert is not a classifier.
+        HfEsmError: if a task's expert neither classifies samples nor writes.
     """
     method = plan.method
     learner = _Learner(plan, samples, accelerator, batch_size, seed)
@@ -72,6 +74,7 @@ class _Learner:
         updates: `[T, …]` by the same names, float32; `[1, …]`, the sum over tasks, if coefficients are not learned.
         logits: of the mask, by the same names.
         coefficients: `[T]` or `[1]` by the same names; one tensor under all names, unless they are per weight.
+        adapted: the same after the step that precedes a step of the mask; empty if coefficients are not learned.
     """
 
     def __init__(
@@ -83,12 +86,15 @@ class _Learner:
         seed: int,
     ):
         self.plan, self.method = plan, plan.method
-        self.samples = {task: plan.in_merged_tokens(task, rows) for task, rows in samples.items()}
         self.accelerator, self.batch_size, self.seed = accelerator, batch_size, seed
         self.tasks = list(plan.experts)
         self.tasks_here = self.tasks[accelerator.process_index :: accelerator.num_processes]
         candidates = CandidateModels(plan, accelerator.device)
         self.models = candidates.by_task
+        self.samples = {
+            task: with_first_decoder_input(self.models[task], plan.in_merged_tokens(task, rows))
+            for task, rows in samples.items()
+        }
         self._average_buffers(candidates.body)
         self.body = {
             name: weight
@@ -100,10 +106,14 @@ class _Learner:
         for name in self.body:
             self._read(name)
         self.coefficients = self._initial_coefficients()
-        self.optimizers = {
-            "mask": torch.optim.Adam(list(self.logits.values()), lr=self.method.learning_rate),
-            "coefficient": torch.optim.Adam(self.distinct(self.coefficients), lr=self.method.coefficient_rate),
-        }
+        self.optimizers = {"mask": torch.optim.Adam(list(self.logits.values()), lr=self.method.learning_rate)}
+        self.adapted: dict[str, Tensor] = {}
+        if self.method.adapts:
+            self.adapted = self._initial_coefficients()
+            self.optimizers |= {
+                "inner": torch.optim.Adam(self.distinct(self.adapted), lr=self.method.inner_rate),
+                "coefficient": torch.optim.Adam(self.distinct(self.coefficients), lr=self.method.coefficient_rate),
+            }
 
     def _average_buffers(self, body: Mapping[str, Tensor]) -> None:
         """Set the buffers of the shared body, which have no gradient, to the experts' average."""
@@ -151,36 +161,35 @@ class _Learner:
         return SavedState(path, tensors, self.optimizers, self.accelerator)
 
     def mask_step(self, step: int) -> None:
-        """Take one step of the mask; before it, one step of fresh coefficients, if they are learned."""
-        coefficients, batches = self.coefficients, self._batches(step)
+        """Take one step of the mask; before it, one step of the coefficients from their start, if they are learned."""
+        coefficients = self.coefficients
         if self.method.adapts:
-            coefficients = self._adapted_coefficients(step, batches)
+            self._adapt(step)
+            coefficients = self.adapted
         self._combine(self._relaxed_masks(step), coefficients)
-        self._differentiate(batches)
+        self._differentiate(self._chosen(step))
         for name, uniform in self._noise(step):
             logits = self.logits[name].requires_grad_(True)
             mask = relaxed_mask(logits, uniform, self.method.temperature)
-            combined = torch.tensordot(coefficients[name], self.updates[name], dims=1)
+            combined = torch.tensordot(self._used(coefficients[name]), self.updates[name], dims=1)
             (gradient,) = torch.autograd.grad(mask, logits, self.body[name].grad * combined)
             logits.requires_grad_(False)
             logits.grad = gradient
         self.optimizers["mask"].step()
 
-    def _adapted_coefficients(self, step: int, batches: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return the coefficients after one step of a new Adam from their start, under the step's mask."""
-        start = {id(tensor): tensor.clone() for tensor in self.distinct(self.coefficients)}
-        adapted = {name: start[id(tensor)] for name, tensor in self.coefficients.items()}
-        self._combine(self._relaxed_masks(step), adapted)
-        self._differentiate(batches)
-        optimizer = torch.optim.Adam(list(start.values()), lr=self.method.coefficient_rate)
-        self._put_coefficient_gradients(self._relaxed_masks(step), adapted)
-        optimizer.step()
-        return adapted
+    def _adapt(self, step: int) -> None:
+        """Take one step of the coefficients from their start, under the step's mask."""
+        for adapted, start in zip(self.distinct(self.adapted), self.distinct(self.coefficients), strict=True):
+            adapted.copy_(start)
+        self._combine(self._relaxed_masks(step), self.adapted)
+        self._differentiate(self._chosen(step, "inner"))
+        self._put_coefficient_gradients(self._relaxed_masks(step), self.adapted)
+        self.optimizers["inner"].step()
 
     def coefficient_step(self, step: int) -> None:
         """Take one step of the coefficients under the final mask."""
         self._combine(self._final_masks(), self.coefficients)
-        self._differentiate(self._batches(step))
+        self._differentiate(self._chosen(step))
         self._put_coefficient_gradients(self._final_masks(), self.coefficients)
         self.optimizers["coefficient"].step()
 
@@ -195,13 +204,19 @@ class _Learner:
             yield name, relaxed_mask(self.logits[name], uniform, self.method.temperature)
 
     def _final_masks(self) -> Iterable[tuple[str, Tensor]]:
-        return ((name, final_mask(logits, self.method.expected_mask)) for name, logits in self.logits.items())
+        if self.method.mask == "relaxed":
+            return self._relaxed_masks(self.method.steps)  # with noise that no step of learning had
+        return ((name, rescaled(logits.sigmoid())) for name, logits in self.logits.items())
+
+    def _used(self, coefficients: Tensor) -> Tensor:
+        """Return coefficients as they multiply the updates: in [0, 1], if they are learned."""
+        return coefficients.clamp(0, 1) if self.method.adapts else coefficients
 
     @torch.no_grad()
     def _combine(self, masks: Iterable[tuple[str, Tensor]], coefficients: Mapping[str, Tensor]) -> None:
         """Write `W0 + mask ∘ Σ λ_t Δ_t` into the shared body."""
         for name, mask in masks:
-            combined = torch.tensordot(coefficients[name], self.updates[name], dims=1)
+            combined = torch.tensordot(self._used(coefficients[name]), self.updates[name], dims=1)
             self.body[name].copy_(self.base[name] + mask * combined)
 
     @torch.no_grad()
@@ -213,46 +228,61 @@ class _Learner:
             tensor.grad = torch.zeros_like(tensor)
         for name, mask in masks:
             along_updates = (self.updates[name] * (self.body[name].grad * mask)).flatten(1).sum(1)
-            coefficients[name].grad += along_updates
+            free = coefficients[name] == self._used(coefficients[name])
+            coefficients[name].grad += along_updates * free
 
-    def _batches(self, step: int) -> dict[str, dict[str, Tensor]]:
-        """Return the step's batch of each task of this process."""
-        batches = {}
+    def _chosen(self, step: int, stage: str = "") -> dict[str, list[Sample]]:
+        """Return the samples that a step takes of each task of this process."""
+        chosen = {}
         for task in self.tasks_here:
             samples = self.samples[task]
-            chosen = random.Random(f"{self.seed}/{step}/{task}").sample(samples, min(self.batch_size, len(samples)))
-            batches[task] = send_to_device(collate(chosen, self.models[task].config), self.accelerator.device)
-        return batches
+            count = min(self.method.batch_size, len(samples))
+            chosen[task] = random.Random(f"{self.seed}/{step}/{task}{stage}").sample(samples, count)
+        return chosen
 
-    def _differentiate(self, batches: Mapping[str, dict[str, Tensor]]) -> None:
+    def _differentiate(self, chosen: Mapping[str, list[Sample]]) -> None:
         """Set the gradients of the body's parameters to those of the entropies, summed over tasks and processes."""
         for parameter in self.body.values():
             parameter.grad = torch.zeros_like(parameter)
-        for task, batch in batches.items():
-            entropy(self.models[task], batch, task).backward()
+        for task, samples in chosen.items():
+            model = self.models[task]
+            kind = "tokens" if writes(model) else ""
+            for group in batches_of(model, kind, samples, self.batch_size):
+                together = entropies(model, [samples[i] for i in group], task)
+                (together.sum() / len(samples)).backward()
         if self.accelerator.num_processes > 1:
             for parameter in self.body.values():
                 parameter.grad = reduce(parameter.grad, "sum")
 
     def learned(self) -> LearnedMask:
+        self.optimizers.clear()  # their state is larger than the masks, which are made now
         names, linear = self.plan.base.names, self.plan.base.linear
         return LearnedMask(
-            {names[name]: to_matrices(tensor.cpu(), linear.get(name)) for name, tensor in self.logits.items()},
-            {names[name]: tensor.cpu().expand(len(self.tasks)) for name, tensor in self.coefficients.items()},
+            {names[name]: to_matrices(mask.cpu(), linear.get(name)) for name, mask in self._final_masks()},
+            {names[n]: self._used(value).cpu().expand(len(self.tasks)) for n, value in self.coefficients.items()},
         )
 
 
-def entropy(model: Any, batch: Mapping[str, Tensor], task: str) -> Tensor:
-    """Return the mean softmax entropy of a classifier's answers.
+def entropies(model: Any, samples: list[Sample], task: str) -> Tensor:
+    """Return the softmax entropy of a model's answer to each sample, `[n]`: of its classes, or of the first token that
+    it writes.
+
+    Args:
+        samples: unbatched, unpadded inputs; of an encoder-decoder with one token to decode.
 
     Raises:
-        HfEsmError: if the model is not a classifier of two labels or more.
+        HfEsmError: if the model neither writes nor is a classifier of two labels or more.
     """
+    batch = batch_for(samples, model)
     logits = getattr(model(**batch), "logits", None)
+    if logits is not None and writes(model):
+        read = ["decoder_input_ids"] if model.config.is_encoder_decoder else ["input_ids", "inputs_embeds"]
+        lengths = [next(len(sample[name]) for name in read if name in sample) for sample in samples]
+        logits = logits[torch.arange(len(samples)), torch.tensor(lengths) - 1]
     if logits is None or logits.dim() != 2 or logits.shape[1] < 2:
         raise HfEsmError(
-            f"'{task}': a {type(model).__name__} is not a classifier of several labels. The Concrete methods learn "
-            "from how sure classifiers are; choose another method."
+            f"'{task}': a {type(model).__name__} neither writes nor is a classifier of several labels. The Concrete "
+            "methods learn from how sure such models are; choose another method."
         )
     log_probabilities = logits.log_softmax(-1)
-    return -(log_probabilities.exp() * log_probabilities).sum(-1).mean()
+    return -(log_probabilities.exp() * log_probabilities).sum(-1)

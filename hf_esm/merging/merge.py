@@ -69,8 +69,8 @@ def merge_models(
 
     Args:
         base: checkpoint that the experts were tuned from: a Hub id (`"me/model"`, `"me/model@revision"`), a folder,
-            `{"path": …, "revision": …, "subfolder": …}`, or a live `PreTrainedModel` or `PeftModel`. None for the one
-            that all experts that are adapters name.
+            `{"path": …, "revision": …, "subfolder": …}`, or a live `PreTrainedModel`, `PeftModel` or
+            `SentenceTransformer`. None for the one that all experts that are adapters name.
         experts: models by task name, each given like the base, or as the folder or id of a PEFT adapter, as a live
             `PeftModel`, or as `{"path": …, "task": …}` for one task of a routed model. Or a list of folders and ids,
             whose last part names the task.
@@ -126,7 +126,7 @@ def merge_models(
         max_shard_size: size of the largest file of weights: `"5GB"`, or a number of bytes.
         num_samples: number of samples per task, chosen at random if there are more; 0 takes all. Where agreement
             chooses or refines, 32 of them (of fewer than 64, half) are for statistics, the others for agreement.
-            Without agreement, at most 32 are used.
+            Without agreement, at most 32 are used, but for a mask that is learned on samples: all of them.
         statistics_samples: number of samples per task that statistics are taken from, if it is to be another.
         seed: seed of that choice, and of what a method learns.
         max_length: number of tokens that a text is cut to; by default what the model takes, at most 512.
@@ -186,6 +186,7 @@ def merge_models(
         candidates = run.merge_weights(inputs)
         chosen = run.choose(inputs, candidates)
         chosen = run.refine(inputs, chosen)
+        chosen = run.score(inputs, chosen)
         result = run.result_of(chosen)
         run.write(result, inputs, chosen)
         run.add_experts(inputs, chosen)

@@ -201,6 +201,7 @@ def _write_report(result: MergeResult) -> None:
         "alpha_scores": result.alpha_scores,
         "chosen_by": result.chosen_by,
         "choice": result.choice,
+        "scores": {task: asdict(score) for task, score in result.scores.items()},
         "agreement": {task: asdict(found) for task, found in result.agreement.items()},
         "refined": result.refined,
         "seconds": {stage: round(value, 3) for stage, value in result.seconds.items()},

@@ -169,7 +169,8 @@ class PlannedRun(Session):
         vocabulary, voice, warnings = self._plan_tokens(sources, opened, checkpoints)
         if vocabulary is not None:
             opened, checkpoints = vocabulary.base, dict(vocabulary.experts)
-        method = (self.named or default_methods(opened.skeleton)[0]).for_model(reads_prompts(opened.skeleton))
+        method = self.named or default_methods(opened.skeleton)[0]
+        method = method.for_model(reads_prompts(opened.skeleton), writes(opened.skeleton))
         if method.decides:
             for checkpoint in (opened, *checkpoints.values()):
                 check_separable(checkpoint.skeleton)
@@ -184,8 +185,13 @@ class PlannedRun(Session):
             overrides=resolve_overrides(self.options.overrides, experts),
             scaled_kinds=self.options.alpha_by_kind,
         )
-        if method.routes and not any(is_routable(n, opened.linear.get(n)) for n in plan.heads.shared):
-            raise HfEsmError(f"{opened.title} has no linear maps to route experts on. Merge it by another method.")
+        routable = [opened.names[n] for n in plan.heads.shared if is_routable(n, opened.linear.get(n))]
+        if method.routes and not any(map(method.routes_on, routable)):
+            named = " that the method's `targets` name" if routable else ""
+            raise HfEsmError(
+                f"{opened.title} has no linear maps to route experts on{named}. Merge it by another method, such as "
+                f"{'esm++' if routable else 'esm'!r}."
+            )
         plan.vocabulary, plan.voice = vocabulary, voice
         plan.warnings += warnings
         return sources, plan

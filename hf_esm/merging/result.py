@@ -11,6 +11,7 @@ from ..checkpoints import load_task_model
 from ..hub import push_folder
 from ..planning import MergePlan
 from ..routing import RoutedModel
+from .alpha import TaskScore
 from .judging import TaskAgreement
 from .updates import WeightReport
 
@@ -33,6 +34,8 @@ class MergeResult:
         choice: the same as one line, with the numbers; empty for a default.
         agreement: by task, agreement of the merged model and of the base with the expert, on samples that neither
             statistics nor gates were made from; empty if there were none.
+        scores: by task, or as `"merged"`, the score of the merged model, of the base and of the expert on the rows
+            that chose α; empty if labels did not choose it.
         refined: divergence from the experts by step of refining, as a share of the base's; empty if not refined.
     """
 
@@ -46,6 +49,7 @@ class MergeResult:
     chosen_by: str = "default"
     choice: str = ""
     agreement: dict[str, TaskAgreement] = field(default_factory=dict)
+    scores: dict[str, TaskScore] = field(default_factory=dict)
     refined: dict[int, float] = field(default_factory=dict)
     alpha_by_kind: dict[str, float] = field(default_factory=dict)
     _temporary: Any = field(default=None)
@@ -112,6 +116,9 @@ class MergeResult:
         if self.refined:
             first, last = self.refined[0], min(self.refined.values())
             lines.append(f"  refined  divergence from the experts {first:.3f} → {last:.3f} of the base's")
+        if self.scores:
+            metric = next(iter(self.scores.values())).metric
+            lines.append(f"  {metric:8} " + ", ".join(f"{task} {score}" for task, score in self.scores.items()))
         if self.agreement:
             shown = ", ".join(
                 f"{task} {found.merged:.2f}" + (f" (base {found.base:.2f})" if found.base else "")

@@ -18,7 +18,7 @@ from ..data import Sample
 from ..planning import MergeOptions, MergePlan
 from ..routing import RoutedExperts, expert_factors
 from ..utils import fast_products, together
-from .weights import Worker
+from .weights import Worker, merge_units
 
 
 def write_experts(
@@ -74,37 +74,59 @@ def decompose_experts(
     Returns `A [T, r, d_in]`, `B [T, d_out, r]` and, if there are statistics, `P [T, d_in]` of every map, named `A/`,
     `B/` and `P/` and the module's name.
     """
-    base, tensors = plan.base, {}
-    routable = [name for name in plan.heads.shared if is_routable(name, base.linear.get(name))]
-    if plan.method.needs_statistics:
-        routable = [name for name in routable if all(name in known for known in statistics.values())]
-    for name in progress(worker.share(routable)):
-        weight, module = merged(name).float(), _module(plan, name)
-        factors = [_expert_factors(plan, task, name, weight, statistics, worker.device) for task in plan.experts]
-        tensors[f"A/{module}"], tensors[f"B/{module}"] = (torch.stack(part) for part in zip(*factors, strict=True))
-        if plan.method.needs_statistics:
-            means = [statistics[task][name].to(worker.device).mean for task in plan.experts]
-            tensors[f"P/{module}"] = torch.stack([normalize(mean, dim=0).cpu() for mean in means])
+    tensors: dict[str, Tensor] = {}
+    for unit in progress(worker.share(_routed_units(plan, statistics))):
+        merged_weights = [merged(name).float() for name in unit]
+        of_tasks = [_expert_factors(plan, t, unit, merged_weights, statistics, worker.device) for t in plan.experts]
+        means = [statistics[task][unit[0]].mean.cpu() for task in plan.experts if plan.method.needs_statistics]
+        for name, factors in zip(unit, zip(*of_tasks, strict=True), strict=True):
+            module = _module(plan, name)
+            tensors[f"A/{module}"], tensors[f"B/{module}"] = (torch.stack(p) for p in zip(*factors, strict=True))
+            if means:
+                tensors[f"P/{module}"] = torch.stack([normalize(mean, dim=0) for mean in means])
     return tensors
+
+
+def _routed_units(plan: MergePlan, statistics: Mapping[str, ActivationStatistics]) -> list[list[str]]:
+    """Return the linear maps that get experts: singly, or several that the method treats as one (q, k and v)."""
+    method, base = plan.method, plan.base
+
+    def routed(name: str) -> bool:
+        known = not method.needs_statistics or all(name in of_task for of_task in statistics.values())
+        return known and is_routable(name, base.linear.get(name)) and method.routes_on(base.names[name])
+
+    units = [[name for name in unit if routed(name)] for unit in merge_units(plan, statistics)]
+    return [unit for unit in units if unit]
 
 
 def _expert_factors(
     plan: MergePlan,
     task: str,
-    name: str,
-    merged: Tensor,
+    unit: list[str],
+    merged: list[Tensor],
     statistics: Mapping[str, ActivationStatistics],
     device: Optional[torch.device],
-) -> tuple[Tensor, Tensor]:
-    """Return `A [r, d_in]` and `B [d_out, r]` of one task's expert of a linear map."""
-    method, expert, linear = plan.method, plan.experts[task], plan.base.linear[name]
-    (residual,) = to_matrices(expert.residual(name, merged).to(device), linear)
+) -> list[tuple[Tensor, Tensor]]:
+    """Return `A [r, d_in]` and `B [d_out, r]` of one task's expert of each linear map of a unit.
+
+    Several maps are decomposed as one, stacked along the output, and share `A`.
+    """
+    method, expert, base = plan.method, plan.experts[task], plan.base
+
+    def stacked(parts: list[Tensor]) -> Tensor:
+        return torch.cat(
+            [to_matrices(part.to(device), base.linear[n])[0] for n, part in zip(unit, parts, strict=True)]
+        )
+
+    residual = stacked([expert.residual(n, weight) for n, weight in zip(unit, merged, strict=True)])
     update = None
     if method.directions == "update":
-        (update,) = to_matrices(expert.update(name, plan.base.tensor(name)).to(device), linear)
-    inputs = statistics[task][name].to(device) if method.needs_statistics else None
+        update = stacked([expert.update(name, base.tensor(name)) for name in unit])
+    inputs = statistics[task][unit[0]].to(device) if method.needs_statistics else None
     rank = method.expert_rank(residual.shape, len(plan.experts))
-    return expert_factors(residual, inputs, rank, method.tolerance, update)
+    a, b = expert_factors(residual, inputs, rank, method.tolerance, update)
+    heights = [to_matrices(weight, base.linear[n])[0].shape[0] for n, weight in zip(unit, merged, strict=True)]
+    return [(a, part.contiguous()) for part in b.split(heights)]
 
 
 def _module(plan: MergePlan, name: str) -> str:

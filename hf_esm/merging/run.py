@@ -27,7 +27,7 @@ from ..planning import (
 )
 from ..utils import Work, bytes_of, gather, main_first, publish_folder, together
 from ..version import __version__
-from .alpha import read_validation
+from .alpha import LabelScore, read_validation
 from .choice import Candidate, Chosen, choose
 from .expert_statistics import (
     Inputs,
@@ -240,6 +240,20 @@ class MergeRun(PlannedRun):
                 folder=self.scratch,
                 progress=self.progress,
             )
+        return chosen
+
+    def score(self, inputs: Inputs, chosen: Chosen) -> Chosen:
+        """Score the chosen model, the base and the experts, if labels or the caller's function chose α; warn of tasks
+        on which the base is better.
+        """
+        if chosen.by == "labels":
+            scores = None
+            with self.stage("scoring"):
+                if self.accelerator.is_main_process:
+                    score_fn, plan = self.data.score_fn, self.plan
+                    labels = LabelScore(plan, inputs.labelled, score_fn, self.accelerator, self.options)
+                    scores = labels.compare(chosen.weight)
+            chosen = replace(chosen, scores_by_task=gather(self.accelerator, scores)[0])
         self.warn(*chosen.warnings())
         return chosen
 
@@ -262,6 +276,7 @@ class MergeRun(PlannedRun):
             chosen_by=chosen.by,
             choice=chosen.note,
             agreement=chosen.agreement,
+            scores=chosen.scores_by_task,
             refined=chosen.refined,
         )
 

@@ -5,12 +5,13 @@ write a `MergeMethod` with `merge(stack) -> Merged` and register it under a name
 """
 
 from .averaging import Mean, TaskArithmetic
-from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic, LearnedMask, final_mask, relaxed_mask
+from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic, LearnedMask, relaxed_mask, rescaled
 from .embeddings import merge_counted_embedding, merge_embedding
-from .essential import EssentialMerge, RoutedMerge, fuse_with_singular_values, share_subtracted
+from .essential import EssentialMerge, fuse_with_singular_values, share_subtracted
 from .isotropic import IsoC, IsoCTS
 from .registry import METHODS, describe_method, register_method, resolve_method
 from .regression import RegMean
+from .routed import RoutedMerge
 from .singular_vectors import TSVC, TSVM
 from .sparse import DARE, TIES, magnitude_threshold
 from .stack import InputStatistics, Merged, MergeMethod, Stack, WholeUpdates, buffer_stack, mean_update, weights_cancel
@@ -39,7 +40,6 @@ __all__ = [
     "WholeUpdates",
     "buffer_stack",
     "describe_method",
-    "final_mask",
     "fuse_with_singular_values",
     "magnitude_threshold",
     "mean_update",
@@ -47,6 +47,7 @@ __all__ = [
     "merge_embedding",
     "register_method",
     "relaxed_mask",
+    "rescaled",
     "resolve_method",
     "share_subtracted",
     "weights_cancel",

@@ -1,8 +1,8 @@
 """Concrete subspace learning (arXiv 2312.06173): task arithmetic and AdaMerging (2310.02575) under a learned mask."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar, Optional
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Optional
 
 import torch
 from torch import Tensor
@@ -12,19 +12,14 @@ from .stack import Merged, MergeMethod, Stack, WholeUpdates, mean_update
 
 
 def rescaled(mask: Tensor) -> Tensor:
-    """Scale the mask of one weight to mean 1; a mask of zeros stays zero."""
+    """Scale the mask of one parameter to mean 1."""
     return mask / mask.mean().clamp_min(torch.finfo(mask.dtype).tiny)
 
 
 def relaxed_mask(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """`σ((log u − log(1 − u) + logit) / τ)`, scaled to mean 1: a differentiable sample of a binary mask."""
-    uniform = uniform.clamp(1e-6, 1 - 1e-6)
+    uniform = uniform.clamp(torch.finfo(uniform.dtype).eps, 1 - torch.finfo(uniform.dtype).eps)
     return rescaled(torch.sigmoid((uniform.log() - (1 - uniform).log() + logits) / temperature))
-
-
-def final_mask(logits: Tensor, expected: bool) -> Tensor:
-    """`logits > 0`, or the expectation `σ(logits)`, scaled to mean 1."""
-    return rescaled(torch.sigmoid(logits) if expected else (logits > 0).float())
 
 
 @dataclass
@@ -32,46 +27,72 @@ class LearnedMask:
     """A mask over all weights, and the coefficients of the updates.
 
     Attributes:
-        logits: logits of the mask by the parameter's name in the base model: a list with one tensor per matrix that
-            the parameter holds, or with one of the parameter's shape.
+        masks: by the parameter's name in the base model: a list with one tensor per matrix that the parameter holds,
+            or with one of the parameter's shape. The mean over the parameter is 1.
         coefficients: `[T]` by the same names.
     """
 
-    logits: Mapping[str, list[Tensor]]
+    masks: Mapping[str, list[Tensor]]
     coefficients: Mapping[str, Tensor]
 
     def of(self, name: str, part: int = 0) -> Optional[tuple[Tensor, Tensor]]:
-        """Return logits and coefficients of one matrix or parameter, or None if none were learned."""
-        return (self.logits[name][part], self.coefficients[name]) if name in self.logits else None
+        """Return mask and coefficients of one matrix or parameter, or None if none were learned."""
+        return (self.masks[name][part], self.coefficients[name]) if name in self.masks else None
 
 
 @dataclass
 class ConcreteTaskArithmetic(MergeMethod):
-    """Task arithmetic under a mask over all weights, learned so that the heads are sure of unlabelled samples.
+    """Task arithmetic under a mask over all weights, learned so that the models are sure of unlabelled samples.
 
     The mask has one logit per weight, shared by all tasks. Adam minimises the sum of the tasks' mean softmax
-    entropies, one batch of calibration samples per task and step. Classifiers only. Memory while learning: seven
-    bodies in float32 (base, merged, its gradient, the summed updates, logits and Adam's two moments), and all heads.
+    entropies, one batch of calibration samples per task and step: of a classifier's answer, or of the first token that
+    a model that writes answers a prompt with. Memory while learning: seven bodies in float32 (base, merged, its
+    gradient, the summed updates, logits and Adam's two moments), and all heads.
+
+    Deviations from the published code: the merge ends with the mask's expectation `σ(logit)`, which needs no seed, and
+    which without a step gives task arithmetic (`mask: relaxed` is the published end, one more draw, here by seed).
+    Samples are the caller's, where the paper takes the whole test split. Every step draws its batches anew. No dropout
+    while learning.
     """
 
     name: ClassVar[str] = "concrete-task-arithmetic"
     needs_samples: ClassVar[bool] = True
     counts_embeddings: ClassVar[bool] = False  # the mask was learned on the sum of their updates
-    adapts: ClassVar[bool] = False  # whether coefficients are learned; the next three say how
+    gone: ClassVar[Mapping[str, str]] = {
+        "expected_mask": "Leave it out: the mask's expectation is the default; `mask: relaxed` is the published draw."
+    }
+    of_classifiers: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-3, "batch_size": 16}  # CLIP's
+    of_writers: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-4, "batch_size": 8}  # Flan-T5's
+    adapts: ClassVar[bool] = False  # whether coefficients are learned
     layer_wise: ClassVar[bool] = False
-    coefficient_steps: ClassVar[int] = 0
-    coefficient_rate: ClassVar[float] = 1.0
     learned: ClassVar[Optional[LearnedMask]] = None  # set on the instance by `prepare`
 
-    coefficient: float = field(
-        default=0.3, metadata={"help": "of every update; if coefficients are learned, their start"}
+    coefficient: float = field(default=0.3, metadata={"help": "of every update"})
+    steps: int = field(default=2000, metadata={"help": "steps of learning the mask", "least": 0})
+    learning_rate: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "of the mask's logits (Adam); by default 0.0001 for models that write, else 0.001",
+            "above": 0,
+        },
     )
-    steps: int = field(default=2000, metadata={"help": "steps of learning the mask", "least": 1})
-    learning_rate: float = field(default=1e-3, metadata={"help": "of the mask's logits (Adam)", "above": 0})
+    batch_size: Optional[int] = field(
+        default=None,
+        metadata={"help": "samples per task and step; by default 8 for models that write, else 16", "least": 1},
+    )
     temperature: float = field(default=0.5, metadata={"help": "of the relaxed mask", "above": 0})
-    expected_mask: bool = field(
-        default=False, metadata={"help": "end with the mask's expectation instead of logits > 0"}
+    mask: str = field(
+        default="expected",
+        metadata={
+            "help": "what the learned logits end in: expected, σ(logit); relaxed, one more relaxed draw, as published",
+            "choices": ("expected", "relaxed"),
+        },
     )
+
+    def for_model(self, reads_prompts: bool, writes: bool = False) -> "ConcreteTaskArithmetic":
+        """Return the method with the published rates and batch size of the kind of model, where none are set."""
+        published = self.of_writers if writes else self.of_classifiers
+        return replace(self, **{name: value for name, value in published.items() if getattr(self, name) is None})
 
     def bodies_to_learn(self, tasks: int) -> int:
         return 6 + tasks if self.adapts else 7
@@ -87,26 +108,55 @@ class ConcreteTaskArithmetic(MergeMethod):
         learned = self.learned.of(stack.name, stack.part)
         if learned is None:  # a buffer, which has no gradient
             return mean_update(stack, scaled=True)
-        logits, coefficients = learned
-        mask = final_mask(logits, self.expected_mask).to(stack.updates[0].device)
+        mask, coefficients = learned
         merged = sum(c * update for c, update in zip(coefficients.tolist(), stack.weighted, strict=True))
-        return Merged(merged * mask, self.name)
+        return Merged(merged * mask.to(stack.updates[0].device), self.name)
 
 
 @dataclass
 class ConcreteAdaMerging(ConcreteTaskArithmetic):
-    """Concrete task arithmetic with learned coefficients, per task, or per task and weight.
+    """Concrete task arithmetic with learned coefficients in [0, 1], per task, or per task and weight.
 
     While the mask is learned, each of its steps is preceded by one step of Adam that the coefficients take from their
-    start. The gradient of the mask is taken at the coefficients after that step, which is not differentiated. Then the
-    mask is fixed, and the coefficients are learned. Memory while learning: six bodies in float32, and one per task.
+    start, on samples of its own, with the moments of the steps before. The gradient of the mask is taken at the
+    coefficients after that step, which is not differentiated. Then the mask is fixed, and the coefficients are learned
+    from their start. Memory while learning: six bodies in float32, and one per task.
+
+    Deviations from the published code, besides those of `ConcreteTaskArithmetic`: the inner step's gradient is taken
+    at the start, where the published loops still hold the model of the step before. Where the two published codes
+    differ: both gradients of a step see one mask, which is drawn once more before the coefficients are learned, as in
+    fusion_bench; coefficients beyond [0, 1] count as 0 or 1, as in subspace_fusion.
     """
 
     name: ClassVar[str] = "concrete-adamerging"
     adapts: ClassVar[bool] = True
+    of_classifiers: ClassVar[Mapping[str, Any]] = {
+        **ConcreteTaskArithmetic.of_classifiers,
+        "inner_rate": 1.0,
+        "coefficient_rate": 1e-3,
+    }
+    of_writers: ClassVar[Mapping[str, Any]] = {
+        **ConcreteTaskArithmetic.of_writers,
+        "inner_rate": 0.1,
+        "coefficient_rate": 1e-4,
+    }
 
+    coefficient: float = field(default=0.3, metadata={"help": "start of every coefficient", "least": 0, "most": 1})
     layer_wise: bool = field(default=True, metadata={"help": "a coefficient per task and weight, not per task"})
+    inner_rate: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "of the coefficients' step before each step of the mask (Adam); by default 0.1 for models that "
+            "write, else 1",
+            "above": 0,
+        },
+    )
     coefficient_steps: int = field(default=1000, metadata={"help": "steps of learning the coefficients", "least": 0})
-    coefficient_rate: float = field(
-        default=1e-3, metadata={"help": "learning rate of the coefficients (Adam)", "above": 0}
+    coefficient_rate: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "of the coefficients under the fixed mask (Adam); by default 0.0001 for models that write, else "
+            "0.001",
+            "above": 0,
+        },
     )

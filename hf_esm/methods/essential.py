@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Optional
+from dataclasses import dataclass, field
+from typing import ClassVar, Optional
 
 import torch
 from torch import Tensor
 
 from ..linalg import essential_subspace, norm, polar_factor, truncated_svd, working_dtype
+from .published import ROBERTA, VIT
 from .singular_vectors import TOLERANCE, merge_singular_vectors
 from .stack import InputStatistics, Merged, MergeMethod, Stack, mean_update
 
@@ -106,22 +107,39 @@ class EssentialMerge(MergeMethod):
     scale_all: bool = field(
         default=False, metadata={"help": "let alpha multiply every parameter's update, not only linear maps"}
     )
+    scale_fallback: bool = field(
+        default=True,
+        metadata={"help": "let alpha multiply linear maps that are merged by TSV-M, which the ViT code does not"},
+    )
+    base_biases: bool = field(
+        default=False, metadata={"help": "leave biases at the base's, as the RoBERTa code does, instead of the mean"}
+    )
+    all_columns: bool = field(
+        default=False,
+        metadata={
+            "help": "take the means of the weighting and the orthogonalisation over all ⌊d_out/T⌋ directions of a "
+            "task, those without energy included, as published, instead of over those that there are"
+        },
+    )
+    largest_alpha: float = field(
+        default=3.0, metadata={"help": "how far alpha: auto searches; published: RoBERTa 5, ViT 3", "least": 0.1}
+    )
 
     @classmethod
     def roberta(cls) -> "EssentialMerge":
-        """Return the settings of the published RoBERTa code."""
-        return cls(**_PUBLISHED, keep_fallback_scale=True)
+        """Return the settings of the published RoBERTa code.
+
+        Biases are the base's: the published evaluation on GLUE runs the merged weights with the biases of each expert.
+        """
+        return cls(**ROBERTA)
 
     @classmethod
     def vit(cls) -> "EssentialMerge":
-        """Return the settings of the published ViT code: the stacked q, k, v and both MLP matrices are calibrated."""
-        return cls(
-            **_PUBLISHED | {"factor": 2.0},
-            task_exponent=2.0,
-            dimension_exponent=2.0,
-            uncalibrated=(r"(^|\.)(o_proj|out_proj|attention\.output\.dense|attn\.c_proj|attention\.dense)\.weight$",),
-            stack_shared_inputs=True,
-        )
+        """Return the settings of the published ViT code: the stacked q, k, v and both MLP matrices are calibrated.
+
+        α multiplies these alone.
+        """
+        return cls(**VIT)
 
     @property
     def stacks_shared_inputs(self) -> bool:
@@ -134,16 +152,17 @@ class EssentialMerge(MergeMethod):
         return not self.published_embeddings
 
     def merge(self, stack: Stack) -> Merged:
+        if self.base_biases and stack.name.endswith("bias") and not stack.is_linear:
+            return Merged(torch.zeros_like(stack.updates[0]), "base", scaled=False)
         if not stack.is_matrix:
             return mean_update(stack, scaled=self.scale_all)
-        scaled = self.scale_all or stack.is_linear
         if not stack.is_calibrated or any(re.search(pattern, stack.name) for pattern in self.uncalibrated):
             merged = merge_singular_vectors(
                 stack.updates, self.keep_fallback_scale, self.tolerance, weights=stack.weights
             )
-            return Merged(merged.float(), "tsv-m", scaled)
+            return Merged(merged.float(), "tsv-m", self.scale_all or (stack.is_linear and self.scale_fallback))
         merged, energy_kept = self.merge_calibrated(stack.updates, stack.statistics, stack.weights)
-        return Merged(merged.float(), "esm", scaled, {"energy_kept": energy_kept})
+        return Merged(merged.float(), "esm", info={"energy_kept": energy_kept})
 
     def merge_calibrated(
         self, updates: list[Tensor], statistics: list[InputStatistics], weights: Optional[Sequence[float]] = None
@@ -160,8 +179,11 @@ class EssentialMerge(MergeMethod):
         directions, coordinates, energy_kept = self._essential_components(updates, statistics, norms)
         if not sum(basis.shape[1] for basis in directions):  # no expert changes the outputs of this map
             return torch.zeros_like(updates[0], dtype=dtype), energy_kept
-        fuse = _fuse_keeping_values if self.keep_singular_values else _fuse
-        left, right, ranks = fuse(directions, coordinates, self.tolerance)
+        if self.keep_singular_values:
+            left, right, ranks = _fuse_keeping_values(directions, coordinates, self.tolerance)
+        else:
+            columns = len(updates) * self._rank(updates) if self.all_columns else 0
+            left, right, ranks = _fuse(directions, coordinates, self.tolerance, columns)
         merged, matched = left @ right, torch.tensor(1.0)
         if self.match_norm and merged.any():
             matched = norms.norm() / norm(merged)
@@ -175,159 +197,46 @@ class EssentialMerge(MergeMethod):
             merged = torch.sub(merged, total, alpha=float(share))
         return merged, energy_kept
 
+    def _rank(self, updates: list[Tensor]) -> int:
+        """Return the number of directions that each task may have."""
+        side = min(updates[0].shape) if self.keep_singular_values else updates[0].shape[0]
+        return max(int(side * self.rank_share) // len(updates), 1)
+
     def _essential_components(
         self, updates: list[Tensor], statistics: list[InputStatistics], norms: Tensor
     ) -> tuple[list[Tensor], list[Tensor], list[float]]:
         """Return per task `E [d_out, r]`, `C [r, d_in]`, weighted and scaled, and the share of energy they keep."""
-        dtype = working_dtype(self.tolerance)
-        side = min(updates[0].shape) if self.keep_singular_values else updates[0].shape[0]
-        rank = max(int(side * self.rank_share) // len(updates), 1)
+        dtype, rank = working_dtype(self.tolerance), self._rank(updates)
         task_scales = _relative(norms, self.task_exponent)
         directions, coordinates, energy_kept = [], [], []
         for update, inputs, task_scale in zip(updates, statistics, task_scales, strict=True):
             subspace = essential_subspace(inputs.factor, update, rank, self.shrinkage, self.tolerance)
             energy_kept.append(subspace.energy_kept)
-            weights = _relative(_relative(subspace.squares, self.gamma), 1.0)
+            squares, count = subspace.squares, len(subspace.squares)
+            if self.all_columns:
+                squares = torch.cat([squares, squares.new_zeros(rank - count)])
+            weights = _relative(_relative(squares, self.gamma), 1.0)[:count]
             directions.append((subspace.directions * weights).to(dtype))
             coordinates.append((directions[-1] * task_scale).T @ update.to(dtype))
         column_scales = _relative(torch.cat(coordinates).norm(dim=0), self.dimension_exponent)
         return directions, [rows * column_scales for rows in coordinates], energy_kept
 
 
-@dataclass
-class RoutedMerge(EssentialMerge):
-    """ESM++: the static ESM model with an expert per task and linear map, and a router (arXiv 2606.19164).
-
-    The settings are those of ESM, for the static model, and the following. In addition to the published router there
-    is a router that decides once per sample and adds the experts of the likeliest tasks, each weighted by how likely
-    its task is. With that router, an expert's directions are those of the expert's update: within them the routed
-    model answers as the expert does, outside of them as the merged model, so that an expert of the wrong task does a
-    quarter of the harm. The published directions, those of what the merged model lacks (`residual`), are as good or
-    better if the task is known.
-
-    Tasks of language models differ so much that a router finds nearly all of them before the first block. There it
-    decides before that block, and the directions are the published ones.
-    """
-
-    name: ClassVar[str] = "esm++"
-
-    rank: int = field(
-        default=32, metadata={"help": "rank of each expert, per linear map; published: 8 and 32", "least": 1}
-    )
-    static_method: str = field(
-        default="auto",
-        metadata={
-            "help": "what the static model is merged by: own, ESM with the settings above; auto, on models that write "
-            "what method=auto chooses there, otherwise own; or one of the methods that it chooses from",
-            "choices": ("auto", "own", "esm", "regmean", "mean"),
-        },
-    )
-    router: str = field(
-        default="discriminant",
-        metadata={
-            "help": "how experts are chosen: discriminant, once per sample; prototype, per layer, as published; "
-            "oracle, by the caller alone; static, by the caller if at all",
-            "choices": ("discriminant", "prototype", "oracle", "static"),
-        },
-    )
-    depth: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "share of the blocks that run before the discriminant router decides; by default 0 for language "
-            "models, else 1/3",
-            "least": 0,
-            "most": 1,
-        },
-    )
-    top_k: int = field(
-        default=2,
-        metadata={"help": "experts that the discriminant router adds to a sample at most", "least": 1},
-    )
-    mixing_temperature: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "temperature of the weights that experts are added with, over that of the probabilities; by "
-            "default 1 for language models, else 2",
-            "above": 0,
-        },
-    )
-    confidence: float = field(
-        default=0.85,
-        metadata={"help": "probability from which on a sample's task counts as found", "least": 0, "most": 1},
-    )
-    expert_directions: str = field(
-        default="",
-        metadata={
-            "help": "what an expert approximates: update, the expert's whole update; residual, what the merged model "
-            "lacks of it, as published; by default, update for the discriminant router except on language models, "
-            "else residual",
-            "choices": ("update", "residual", ""),
-        },
-    )
-    router_features: str = field(
-        default="merged",
-        metadata={
-            "help": "whose features the router is made from: merged (one more pass), or base (no data needed)",
-            "choices": ("merged", "base"),
-        },
-    )
-
-    def for_model(self, reads_prompts: bool) -> "RoutedMerge":
-        """Return the method with values for `depth`, `mixing_temperature` and `expert_directions`."""
-        depth, temperature = (0.0, 1.0) if reads_prompts else (1 / 3, 2.0)
-        directions = "update" if self.needs_features and not reads_prompts else "residual"
-        return replace(
-            self,
-            depth=depth if self.depth is None else self.depth,
-            mixing_temperature=temperature if self.mixing_temperature is None else self.mixing_temperature,
-            expert_directions=self.expert_directions or directions,
-        )
-
-    @property
-    def directions(self) -> str:
-        """`expert_directions`; see `for_model`."""
-        return self.expert_directions
-
-    @property
-    def needs_merged_features(self) -> bool:
-        """Whether the router is made from features of the merged model, not from the base's."""
-        return self.router_features == "merged"
-
-    @property
-    def router_settings(self) -> dict[str, Any]:
-        """`top_k`, `mixing_temperature` and `confidence` of the discriminant router."""
-        return {name: getattr(self, name) for name in ("top_k", "mixing_temperature", "confidence")}
-
-    def expert_rank(self, shape: torch.Size, tasks: int) -> int:
-        """Return the rank of one expert of a map `[d_out, d_in]`."""
-        return min(self.rank, *shape)
-
-
-# The settings that both published codes have in common.
-_PUBLISHED = {
-    "gamma": 0.15,
-    "layer_exponent": 2.0,
-    "factor": 1.0,
-    "rank_share": 1.0,
-    "sum_subtracted": 0.0,
-    "shrinkage": 0.0,
-    "keep_singular_values": False,
-    "match_norm": False,
-    "tolerance": 0.0,
-    "published_embeddings": True,
-    "scale_all": True,
-}
-
-
-def _fuse(directions: list[Tensor], coordinates: list[Tensor], tolerance: float) -> tuple[Tensor, Tensor, list[int]]:
+def _fuse(
+    directions: list[Tensor], coordinates: list[Tensor], tolerance: float, columns: int
+) -> tuple[Tensor, Tensor, list[int]]:
     """The published fusion: `polar(E)` and `polar(C)`, times the means of both stacks' singular values.
+
+    Args:
+        columns: number of columns of `E`, if it is more than there are: the others count as zeros in the means.
 
     Returns both factors, whose product is the merged update, and how many rows of the second belong to each task.
     """
-    (left, left_mean), (right, right_mean) = (
-        polar_factor(torch.cat(directions, dim=1), tolerance),
-        polar_factor(torch.cat(coordinates), tolerance),
-    )
+    e, c = torch.cat(directions, dim=1), torch.cat(coordinates)
+    columns = max(columns, len(c))
+    (left, left_mean), (right, right_mean) = polar_factor(e, tolerance), polar_factor(c, tolerance)
+    left_mean *= min(e.shape) / min(len(e), columns)
+    right_mean *= min(c.shape) / min(columns, c.shape[1])
     return left * (left_mean * right_mean), right, [len(rows) for rows in coordinates]
 
 

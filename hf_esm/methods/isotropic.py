@@ -10,36 +10,50 @@ from ..linalg import polar_factor, truncated_svd
 from .stack import Merged, MergeMethod, Stack, mean_update
 
 
-def merge_isotropic(updates: list[Tensor]) -> Tensor:
+RANK = {
+    "help": "what means and shares of directions are over: numerical, the directions that the sum of the updates has; "
+    "published, all min(d), so that updates of low rank, as those of LoRA experts, nearly vanish",
+    "choices": ("numerical", "published"),
+}
+
+
+def merge_isotropic(updates: list[Tensor], rank: str = "numerical") -> Tensor:
     """Iso-C of one matrix: the sum of `T` updates `[d_out, d_in]`, with each singular value set to the mean of all.
+
+    Args:
+        rank: what the mean is over, `"numerical"` or `"published"`; see `RANK`.
 
     Returns the merged update, float64. Directions in which the sum is numerically zero stay zero.
     """
-    polar, mean = polar_factor(torch.stack(updates).double().sum(0))
-    return polar * mean
+    side = min(updates[0].shape)
+    left, values, right = truncated_svd(torch.stack(updates).double().sum(0), side)
+    return (left @ right) * (values.sum() / _counted(values, side, rank))
 
 
-def merge_isotropic_with_tasks(updates: list[Tensor], common_space_fraction: float) -> Tensor:
+def merge_isotropic_with_tasks(updates: list[Tensor], common_space_fraction: float, rank: str = "numerical") -> Tensor:
     """Iso-CTS of one matrix: leading singular triplets of the sum, and of each update outside their column space.
 
     All triplets are orthogonalised together and get one singular value, the mean of all.
 
     Args:
         updates: `T` updates `[d_out, d_in]`.
-        common_space_fraction: share of the `min(d)` directions that is taken from the sum. The number of the remaining
+        common_space_fraction: share of the directions that is taken from the sum. The number of the remaining
             directions is rounded to the nearest multiple of `T` that fits.
+        rank: what the share and the mean are over, `"numerical"` or `"published"`; see `RANK`.
 
     Returns the merged update, float64.
     """
-    side, tasks = min(updates[0].shape), len(updates)
+    tasks = len(updates)
+    left, values, right = truncated_svd(torch.stack(updates).double().sum(0), min(updates[0].shape))
+    side = _counted(values, min(updates[0].shape), rank)
     per_task = round((side - int(common_space_fraction * side)) / tasks)
     while per_task * tasks > side:
         per_task -= 1
-    common = truncated_svd(torch.stack(updates).double().sum(0), side - per_task * tasks)
-    basis = common[0]
+    shared = side - per_task * tasks
+    triplets = [(left[:, :shared], values[:shared], right[:shared])]
+    basis = triplets[0][0]
     outside = [update.double() - basis @ (basis.T @ update.double()) for update in updates]
     scale = max(float(update.norm()) for update in updates)
-    triplets = [common]
     triplets += [truncated_svd(rest, per_task) for rest in outside if per_task and float(rest.norm()) > 1e-6 * scale]
     values = torch.cat([s for _, s, _ in triplets])
     if not len(values):
@@ -49,23 +63,36 @@ def merge_isotropic_with_tasks(updates: list[Tensor], common_space_fraction: flo
     return (left @ right) * (values.sum() / side)
 
 
+def _counted(values: Tensor, side: int, rank: str) -> int:
+    """Return the number of directions of a matrix: of its nonzero singular values, at least 1, or of all."""
+    return max(len(values), 1) if rank == "numerical" else side
+
+
 @dataclass
 class IsoC(MergeMethod):
-    """Iso-C: every matrix by the sum of the updates with equal singular values, everything else averaged."""
+    """Iso-C: every matrix by the sum of the updates with equal singular values, everything else averaged.
+
+    `rank="published"` is the published form; on updates of full rank both are the same.
+    """
 
     name: ClassVar[str] = "iso-c"
     default_alpha: ClassVar[float] = 1.5  # the middle of what is good on validation rows of eight text tasks
     keeps_span: ClassVar[bool] = True
 
+    rank: str = field(default="numerical", metadata=RANK)
+
     def merge(self, stack: Stack) -> Merged:
         if not stack.is_matrix:
             return mean_update(stack, scaled=True)
-        return Merged(merge_isotropic(stack.weighted).float(), self.name)
+        return Merged(merge_isotropic(stack.weighted, self.rank).float(), self.name)
 
 
 @dataclass
 class IsoCTS(MergeMethod):
-    """Iso-CTS: Iso-C with directions of each single task in addition to the common ones; everything else averaged."""
+    """Iso-CTS: Iso-C with directions of each single task in addition to the common ones; everything else averaged.
+
+    `rank="published"` is the published form; on updates of full rank both are the same.
+    """
 
     name: ClassVar[str] = "iso-cts"
     default_alpha: ClassVar[float] = 2.0  # as above; the papers tune it
@@ -79,9 +106,10 @@ class IsoCTS(MergeMethod):
             "most": 1,
         },
     )
+    rank: str = field(default="numerical", metadata=RANK)
 
     def merge(self, stack: Stack) -> Merged:
         if not stack.is_matrix:
             return mean_update(stack, scaled=True)
-        merged = merge_isotropic_with_tasks(stack.weighted, self.common_space_fraction)
+        merged = merge_isotropic_with_tasks(stack.weighted, self.common_space_fraction, self.rank)
         return Merged(merged.float(), self.name)

@@ -10,12 +10,13 @@ from logging import getLogger
 from typing import Any, Optional
 
 from ..errors import HfEsmError
-from ..utils import check_known
+from ..utils import check_known, number_fields
 from .averaging import Mean, TaskArithmetic
 from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic
-from .essential import EssentialMerge, RoutedMerge
+from .essential import EssentialMerge
 from .isotropic import IsoC, IsoCTS
 from .regression import RegMean
+from .routed import RoutedMerge
 from .singular_vectors import TSVC, TSVM
 from .sparse import DARE, TIES
 from .stack import MergeMethod
@@ -88,6 +89,8 @@ METHODS = MethodRegistry(
         "esm-roberta": EssentialMerge.roberta,
         "esm-vit": EssentialMerge.vit,
         "esm++": RoutedMerge,
+        "esm++-roberta": RoutedMerge.roberta,
+        "esm++-vit": RoutedMerge.vit,
     }
 )
 
@@ -165,9 +168,12 @@ def resolve_method(method: str | Mapping[str, Any] | MergeMethod) -> MergeMethod
         raise HfEsmError(
             f"Method {name!r}: its factory made {made!r:.80}, which is not a MergeMethod whose name is registered."
         )
+    if dropped := [setting for setting in settings if setting in made.gone]:
+        raise HfEsmError(f"Method {name!r} has no setting {dropped[0]!r} any more. {made.gone[dropped[0]]}")
     check_known(settings, [setting.name for setting in fields(made)], "setting", f"Method {name!r}")
+    numbers = number_fields(made)
     for setting, value in settings.items():
-        if isinstance(getattr(made, setting), float) and isinstance(value, str):  # YAML reads 1e-3 as a string
+        if setting in numbers and isinstance(value, str):  # YAML reads 1e-3 as a string
             with suppress(ValueError):
                 settings[setting] = float(value)
     return replace(made, **settings)

@@ -1,9 +1,10 @@
 """The interface of a merge method: what it receives (`Stack`), what it returns (`Merged`), and what it declares."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -139,6 +140,7 @@ class MergeMethod:
         name: the method's name in messages and recipes; `register_method` sets it on a class that has none.
         default_alpha: scale of the merged update, where the caller sets none.
         tunable: whether α changes the merged model.
+        largest_alpha: how far α is searched.
         needs_statistics: whether linear maps are merged with activation statistics.
         needs_samples: whether `prepare` learns on the calibration samples themselves.
         layer_exponent: exponent of the scale between layers of one type, `(‖Δ_M‖ / mean ‖Δ_M‖)^layer_exponent`; 0 for
@@ -158,11 +160,13 @@ class MergeMethod:
             `"update"`, the update itself.
         needs_merged_features: whether the router is made from features of the merged model, not from the base's.
         depth: share of the blocks that run before a router of features decides.
+        gone: settings of earlier versions, with a sentence that says what to do instead.
     """
 
     name: ClassVar[str] = ""
     default_alpha: ClassVar[float] = 1.0
     tunable: ClassVar[bool] = True
+    largest_alpha: ClassVar[float] = 3.0
     needs_statistics: ClassVar[bool] = False
     needs_samples: ClassVar[bool] = False
     layer_exponent: ClassVar[float] = 0.0
@@ -176,6 +180,7 @@ class MergeMethod:
     directions: ClassVar[str] = "residual"
     needs_merged_features: ClassVar[bool] = False
     depth: ClassVar[Optional[float]] = None
+    gone: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __post_init__(self) -> None:
         """Check the types and ranges of the settings.
@@ -223,6 +228,10 @@ class MergeMethod:
         """`top_k`, `mixing_temperature` and `confidence` of a router of features."""
         return {}
 
+    def routes_on(self, name: str) -> bool:
+        """Return whether a linear map, by the name of its weight in the base, gets experts; by default, all do."""
+        return True
+
     def with_rank(self, rank: int) -> "MergeMethod":
         """Return a copy whose experts have this rank.
 
@@ -240,11 +249,12 @@ class MergeMethod:
         known = "static_method" in {setting.name for setting in fields(self)}
         return replace(self, static_method=name) if known else self
 
-    def for_model(self, reads_prompts: bool) -> "MergeMethod":
+    def for_model(self, reads_prompts: bool, writes: bool = False) -> "MergeMethod":
         """Return the method with values for settings whose defaults differ by the kind of model; by default, itself.
 
         Args:
             reads_prompts: whether the models write on after the text that they read.
+            writes: whether the models write, with an encoder or without.
         """
         return self
 

@@ -78,6 +78,7 @@ class Scores:
     Attributes:
         model: score of the model by task; accuracy is in [0, 1].
         expert: score of each task's expert.
+        base: score of the base on each task, with the task's head.
         routing: for a routed model, share of the task's samples whose likeliest task it is.
         metric: name of the metric.
         higher_is_better: False for errors, such as perplexity.
@@ -86,6 +87,7 @@ class Scores:
 
     model: dict[str, float]
     expert: dict[str, float]
+    base: dict[str, float] = field(default_factory=dict)
     routing: dict[str, float] = field(default_factory=dict)
     metric: str = ACCURACY.name
     higher_is_better: bool = True
@@ -103,6 +105,17 @@ class Scores:
         """
         return normalised(self.model, self.expert, self.higher_is_better)
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """Number of rows by task."""
+        return {task: len(outcome.labels) for task, outcome in self.outcomes.items()}
+
+    @property
+    def below_base(self) -> list[str]:
+        """Tasks on which the model is worse than the base, or has no score."""
+        sign = 1 if self.higher_is_better else -1
+        return [task for task, base in self.base.items() if not sign * self.model[task] >= sign * base]
+
     def shown(self, score: Optional[float]) -> str:
         """A score as tables show it, accuracy in percent."""
         if score is None:
@@ -114,6 +127,8 @@ class Scores:
             "metric": self.metric,
             "model": self.model,
             "expert": self.expert,
+            "base": self.base,
+            "rows": self.rows,
             "average": self.average,
             "normalised": self.normalised,
             **({"routing": self.routing} if self.routing else {}),
@@ -121,8 +136,11 @@ class Scores:
 
     def __str__(self) -> str:
         table = [["task", f"{self.metric:>8}"], *([task, self.shown(score)] for task, score in self.model.items())]
-        if self.expert:
-            table = _joined(table, ["expert", *(self.shown(self.expert.get(task)) for task in self.model)])
+        for name, others in (("base", self.base), ("expert", self.expert)):
+            if others:
+                table = _joined(table, [name, *(self.shown(others.get(task)) for task in self.model)])
+        if self.rows:
+            table = _joined(table, ["rows", *(str(self.rows.get(task, "")) for task in self.model)])
         if self.routing:
             shares = [f"{100 * self.routing[task]:.1f}" if task in self.routing else "" for task in self.model]
             table = _joined(table, ["task found", *shares])
@@ -130,6 +148,8 @@ class Scores:
         lines = plain_table([*table, average + [""] * (len(table[0]) - 2)])
         if self.normalised is not None:
             lines[-1] += f"  ({100 * self.normalised:.1f} % of the experts)"
+        if self.below_base:
+            lines.append(f"worse than the base: {', '.join(self.below_base)}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:

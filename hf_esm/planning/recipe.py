@@ -68,6 +68,8 @@ def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[s
 
 def _missing_settings(method: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a recipe written by a merge lacks because they are younger, as they were then."""
+    if method.get("name") in ("iso-c", "iso-cts"):
+        return {"rank": "published"}
     return {"published_embeddings": True} if "sum_subtracted" in method else {}
 
 

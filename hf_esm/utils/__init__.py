@@ -5,7 +5,15 @@ Comes in: plain values and functions. Goes out: the same work shared over proces
 errors in one sentence.
 """
 
-from .arguments import check_fields, check_known, closest_name, did_you_mean, finite_number, from_arguments
+from .arguments import (
+    check_fields,
+    check_known,
+    closest_name,
+    did_you_mean,
+    finite_number,
+    from_arguments,
+    number_fields,
+)
 from .devices import algebra_device, fast_products, reserve, roomy
 from .distributed import default_accelerator, gather, main_first, together
 from .fingerprints import code_identity, data_identity, files_identity, fingerprint, processor_identity
@@ -40,6 +48,7 @@ __all__ = [
     "main_first",
     "markdown_table",
     "new_folder",
+    "number_fields",
     "plain_hub_errors",
     "plain_table",
     "processor_identity",

@@ -4,7 +4,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from math import isfinite
@@ -109,16 +109,26 @@ def check_fields(options: Any, where: str = "") -> None:
     Raises:
         HfEsmError: names the field, what it takes, and the value.
     """
+    for field, types_ in _typed_fields(options):
+        value = getattr(options, field.name)
+        if not _fits(value, types_, field.metadata):
+            start = f"{where}: {field.name}" if where else f"`{field.name}`"
+            raise HfEsmError(f"{start} must be {_describe(types_, field, value)}, not {value!r}.")
+
+
+def number_fields(options: Any) -> set[str]:
+    """Return the names of a dataclass's fields that may hold a float."""
+    return {field.name for field, types_ in _typed_fields(options) if float in types_}
+
+
+def _typed_fields(options: Any) -> Iterator[tuple[Field, list[Any]]]:
+    """Yield the fields of a dataclass, and the types that each may have; none if any may."""
     try:
         hints = typing.get_type_hints(type(options))
     except (NameError, TypeError):  # annotations that are imported for type checkers alone
         hints = {}
     for field in fields(options):
-        value = getattr(options, field.name)
-        types_ = _types_of(hints.get(field.name), field)
-        if not _fits(value, types_, field.metadata):
-            start = f"{where}: {field.name}" if where else f"`{field.name}`"
-            raise HfEsmError(f"{start} must be {_describe(types_, field, value)}, not {value!r}.")
+        yield field, _types_of(hints.get(field.name), field)
 
 
 def _types_of(annotation: Any, field: Field) -> list[Any]:

@@ -151,7 +151,7 @@ def test_a_second_run_does_only_what_is_new(arguments, compared, monkeypatch):
     assert more.as_dict()["rows"][:6] == found.as_dict()["rows"]
     test = {**arguments["test"], "b": arguments["test"]["b"][:-1]}
     compare(**{**arguments, "test": test}, methods=["mean"], output_dir=folder)
-    assert made == ["tsv-m", "tsv-m", "regmean", "regmean", "mean"]
+    assert made == ["tsv-m", "tsv-m", "regmean", "regmean", "mean", "mean"]  # of the base, and of the method
 
 
 def test_alpha_is_chosen_by_one_rule(arguments, tmp_path):

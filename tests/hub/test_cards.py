@@ -57,7 +57,7 @@ def test_later_scores_replace_earlier_ones_and_data_of_the_hub_are_named(merged)
         update_card(merged.output_dir, Scores({"a": value}, {}), data)
     card = ModelCard.load(merged.output_dir / "README.md")
     assert card.text.count("## Results") == card.text.count("## Limits") == 1
-    assert "| a | 25.0 |  |" in card.text
+    assert "| a | 25.0 |" in card.text
     (entry,) = card.data.eval_results
     assert (entry.dataset_type, entry.dataset_config, entry.dataset_split) == ("glue", "sst2", "validation")
     assert entry.metric_value == 0.25

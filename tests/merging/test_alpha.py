@@ -1,10 +1,13 @@
 """The choice of α: found where the scores peak, and not led astray by what a few rows cannot tell."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from hf_esm import HfEsmError, merge_models
 from hf_esm.merging.alpha import search_alpha
+from hf_esm.merging.choice import climb_alpha
 from support.architectures import ARCHITECTURES
 from support.helpers import perturbed, reloaded
 
@@ -31,6 +34,30 @@ def test_a_default_beyond_the_peak_is_left_downwards():
 @pytest.mark.parametrize(("score", "expected"), [(lambda a: a, 3.0), (lambda a: -a, 0.1), (lambda a: 0.5, 1.0)])
 def test_the_ends_of_the_range_and_ties(score, expected):
     assert search_alpha(score)[0] == expected
+
+
+@pytest.mark.parametrize("largest", [0.1, 1.0, 3.0, 5.0])
+def test_the_search_goes_as_far_as_the_method_says(largest):
+    for search in (search_alpha, partial(climb_alpha, start=1.0)):
+        assert search(lambda alpha: alpha, largest=largest)[0] == largest
+        best, scores = search(lambda alpha: -abs(alpha - 0.8 * largest), largest=largest)
+        assert best == pytest.approx(0.8 * largest, abs=0.1) and max(scores) <= largest
+
+
+def test_a_merge_searches_alpha_as_far_as_its_method_says(tmp_path):
+    base = ARCHITECTURES["bert"].build(num_hidden_layers=1)
+    experts, calibration = {}, {}
+    for seed, task in enumerate("ab"):
+        experts[task] = perturbed(base, 0.05, seed)
+        calibration[task] = ARCHITECTURES["bert"].samples(seed)
+    largest = {}
+    for method in ("esm", "esm-roberta"):
+        scores = dict.fromkeys(
+            experts, lambda model: float(model.encoder.layer[0].output.dense.weight.detach().norm())
+        )
+        options = {"calibration": calibration, "alpha": "auto", "score_fn": scores, "progress": False}
+        largest[method] = merge_models(base, experts, method=method, **options).alpha
+    assert largest == {"esm": 3.0, "esm-roberta": 5.0}
 
 
 def test_a_score_that_is_no_number_is_no_best_and_nothing_but_such_is_refused():

@@ -188,7 +188,12 @@ def torch_threads(count):
         torch.set_num_threads(before)
 
 
-def expected_weights(settings, base, experts, inputs, alpha, stacked, calibrated, scale_all, exponent, keep_scale):
+RULES = {"stacked": False, "keep_scale": False, "alpha_on": LINEAR, "exponent": 0.0, "base_biases": False}
+
+
+def expected_weights(
+    settings, base, experts, inputs, alpha, stacked, calibrated, alpha_on, exponent, keep_scale, base_biases
+):
     """The same by the formulas."""
     deltas = {
         name: [e.tensors[name].double() - weight.double() for e in experts.values()]
@@ -197,6 +202,8 @@ def expected_weights(settings, base, experts, inputs, alpha, stacked, calibrated
     }
     x = {name: [found[name] for found in inputs.values()] for name in [*QKV, *UP, GATE]} if calibrated else {}
     merged = {name: reference.merge_weight(deltas[name], None, keep_scale) for name in (EMBEDDING, BIAS, LOGIT)}
+    if base_biases:
+        merged[BIAS] = torch.zeros(14, dtype=torch.float64)
     slices = [[delta[i] for delta in deltas[EXPERTS]] for i in range(2)]
     merged[EXPERTS] = torch.stack([reference.tsv_m(found, keep_scale) for found in slices])
     for name in UP:
@@ -215,15 +222,19 @@ def expected_weights(settings, base, experts, inputs, alpha, stacked, calibrated
     scales = dict.fromkeys(merged, 1.0)
     for names in (QKV[0::3], QKV[1::3], QKV[2::3], UP):
         scales |= dict(zip(names, reference.layer_scales([norms[name] for name in names], exponent)))
-    alphas = {name: alpha if scale_all or name in LINEAR else 1.0 for name in merged}
+    alpha_on = {*merged} if alpha_on == "all" else x if alpha_on == "calibrated" else alpha_on
+    alphas = {name: alpha if name in alpha_on else 1.0 for name in merged}
     weights = {n: reference.recombine(base.tensors[n], merged[n], alphas[n], scales[n]) for n in merged}
     return weights, norms
 
 
 METHODS = {  # method: what it says of the formulas
     "default": (EssentialMerge(), {}),
-    "roberta": (EssentialMerge.roberta(), {"keep_scale": True, "scale_all": True, "exponent": 2.0}),
-    "vit": (EssentialMerge.vit(), {"stacked": True, "scale_all": True, "exponent": 2.0}),
+    "roberta": (
+        EssentialMerge.roberta(),
+        {"keep_scale": True, "alpha_on": "all", "exponent": 2.0, "base_biases": True},
+    ),
+    "vit": (EssentialMerge.vit(), {"stacked": True, "alpha_on": "calibrated", "exponent": 2.0}),
 }
 
 
@@ -234,7 +245,7 @@ METHODS = {  # method: what it says of the formulas
 @pytest.mark.parametrize(("world_size", "threads"), [(1, 1), (3, 1), (1, 3)])
 def test_merged_weights_are_the_formulas(seed, method, rules, dtype, calibrated, world_size, threads, tmp_path):
     base, experts, inputs = small_models(seed, dtype)
-    rules = {"stacked": False, "keep_scale": False, "scale_all": False, "exponent": 0.0} | rules
+    rules = RULES | rules
     settings = {
         name: getattr(method, name)
         for name in signature(reference.esm).parameters.keys() - {"deltas", "inputs", "weights"}
@@ -266,7 +277,7 @@ def test_what_no_expert_changes_stays_the_bases_and_is_not_merged(seed, method, 
     for expert in experts.values():
         expert.tensors |= {name: base.tensors[name].clone() for name in frozen}
     experts["a"].tensors[UP[1]] = base.tensors[UP[1]].clone()  # others change it
-    rules = {"stacked": False, "keep_scale": False, "scale_all": False, "exponent": 0.0} | rules
+    rules = RULES | rules
     settings = {
         name: getattr(method, name)
         for name in signature(reference.esm).parameters.keys() - {"deltas", "inputs", "weights"}

@@ -1,6 +1,6 @@
 """Merge methods against the literal float64 formulas, on all kinds of shapes and degenerate inputs."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -84,12 +84,32 @@ def test_tsv_m_is_the_formula(seed, shape, keep_scale):
     assert (merged.how, merged.update.dtype) == ("tsv-m", torch.float32)
 
 
+def low_rank(deltas):
+    """LoRA experts: updates of rank 2, 1, 2, 1, …"""
+    factors = [(delta[:, : 1 + t % 2], delta[: 1 + t % 2]) for t, delta in enumerate(deltas, 1)]
+    return [b @ a for b, a in factors]
+
+
+MANY_EXPERTS = {  # tokens, d_out, d_in, tasks
+    f"{shape}-{tasks}": (*sizes, tasks)
+    for tasks in (2, 3, 4, 8)
+    for shape, sizes in {
+        "tall": (90, 64, 16),
+        "wide": (90, 16, 64),
+        "square": (90, 24, 24),
+        "few": (7, 40, 20),
+    }.items()
+}
+
+
 ISO = {  # merge of a stack, the formula
     "iso-c": (IsoC(), reference.iso_c),
     "iso-cts": (IsoCTS(), reference.iso_cts),
     "iso-cts-own": (IsoCTS(0.0), lambda deltas: reference.iso_cts(deltas, 0.0)),
     "iso-cts-half": (IsoCTS(0.5), lambda deltas: reference.iso_cts(deltas, 0.5)),
     "iso-cts-common": (IsoCTS(1.0), lambda deltas: reference.iso_cts(deltas, 1.0)),
+    "iso-c-published": (IsoC(rank="published"), lambda deltas: reference.iso_c(deltas, published=True)),
+    "iso-cts-published": (IsoCTS(rank="published"), lambda deltas: reference.iso_cts(deltas, published=True)),
 }
 iso = pytest.mark.parametrize(("method", "formula"), ISO.values(), ids=ISO)
 
@@ -103,6 +123,40 @@ def test_isotropic_merging_is_the_formula(seed, shape, method, formula):
     assert relative_error(merged.update, formula(deltas)) < 1e-4
     assert (merged.how, merged.update.dtype) == (method.name, torch.float32)
     assert method.merge(stack([delta[0] for delta in deltas])).how == "mean"
+
+
+@seeds
+@iso
+@pytest.mark.parametrize("shape", MANY_EXPERTS.values(), ids=MANY_EXPERTS)
+def test_isotropic_merging_of_lora_experts_is_the_formula(seed, method, formula, shape):
+    updates = low_rank(random_problem(seed, shape)[0])
+    assert relative_error(method.merge(stack(updates)).update, formula(updates)) < 1e-4
+
+
+@seeds
+@shapes
+@pytest.mark.parametrize("method", [IsoC, IsoCTS])
+def test_both_ranks_are_one_where_updates_have_full_rank(seed, shape, method):
+    deltas, _ = random_problem(seed, shape)
+    found, published = (method(rank=rank).merge(stack(deltas)).update for rank in ("numerical", "published"))
+    assert torch.equal(found, published)
+    lora = low_rank(deltas)
+    if sum(1 + t % 2 for t in range(1, len(deltas) + 1)) < min(shape[1:3]):  # the sum of their ranks
+        found, published = (method(rank=rank).merge(stack(lora)).update for rank in ("numerical", "published"))
+        assert float(found.norm()) > 1.2 * float(published.norm())
+
+
+@seeds
+@pytest.mark.parametrize("method", [IsoC(), IsoCTS()], ids=lambda method: method.name)
+def test_isotropic_merging_keeps_what_lora_experts_learned(seed, method):
+    """The gain along an expert's own update, `⟨Δ_M, Δ_t⟩ / ‖Δ_t‖²`: 0.85 or more, by the published form 0.12."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = [torch.randn(2, 256, 8, generator=generator) for _ in range(4)]
+    updates = [b @ a.T for b, a in factors]
+    for rank, least, most in (("numerical", 0.82, 1.02), ("published", 0.1, 0.14)):
+        merged = replace(method, rank=rank).merge(stack(updates)).update
+        gains = [float((merged * update).sum() / update.square().sum()) for update in updates]
+        assert least < sum(gains) / 4 < most
 
 
 @seeds
@@ -179,12 +233,6 @@ def test_sum_and_mean_are_taken_of_parameters_of_any_shape(seed, size):
             merged = method.merge(stack(deltas))
             assert relative_error(merged.update, reference.merge_weight(deltas)) < 1e-6
             assert merged.how == "mean"
-
-
-def low_rank(deltas):
-    """LoRA experts: updates of rank 2, 1, 2, 1, …"""
-    factors = [(delta[:, : 1 + t % 2], delta[: 1 + t % 2]) for t, delta in enumerate(deltas, 1)]
-    return [b @ a for b, a in factors]
 
 
 DEGENERATE = {  # what becomes of ordinary updates and inputs
@@ -308,9 +356,14 @@ PRESETS = {
         "tolerance": 0.001,
         "published_embeddings": False,
         "scale_all": False,
+        "scale_fallback": True,
+        "base_biases": False,
+        "all_columns": False,
+        "largest_alpha": 3.0,
     },
 }
-# Steps 3 and 8 only; both polar factors of the TSV-M fallback keep their scale; α multiplies everything.
+# Steps 3 and 8 only; both polar factors of the TSV-M fallback keep their scale; α multiplies everything but biases,
+# which are the base's.
 PRESETS["esm-roberta"] = (
     PRESETS["esm"]
     | PUBLISHED
@@ -319,10 +372,12 @@ PRESETS["esm-roberta"] = (
         "keep_fallback_scale": True,
         "published_embeddings": True,
         "scale_all": True,
+        "base_biases": True,
+        "largest_alpha": 5.0,
         "tolerance": 0.0,
     }
 )
-# Steps 3, 4 and 8, factor 2, q, k and v as one weight; α multiplies everything.
+# Steps 3, 4 and 8, factor 2, q, k and v as one weight; α multiplies calibrated maps alone.
 PRESETS["esm-vit"] = (
     PRESETS["esm"]
     | PUBLISHED
@@ -333,7 +388,7 @@ PRESETS["esm-vit"] = (
         "factor": 2.0,
         "stack_shared_inputs": True,
         "published_embeddings": True,
-        "scale_all": True,
+        "scale_fallback": False,
         "tolerance": 0.0,
     }
 )
@@ -348,25 +403,105 @@ def test_presets_are_the_published_settings(name):
     assert METHODS[name]() == presets[name]
 
 
-@pytest.mark.parametrize(
-    ("name", "rule"),
-    [
-        ("vision_model.encoder.layers.3.self_attn.out_proj.weight", "tsv-m"),
-        ("vit.encoder.layer.3.attention.output.dense.weight", "tsv-m"),
-        ("vit.layers.3.attention.o_proj.weight", "tsv-m"),
-        ("vision_model.encoder.layers.3.self_attn.q_proj.weight", "esm"),
-        ("vision_model.encoder.layers.3.mlp.fc1.weight", "esm"),
-        ("vision_model.encoder.layers.3.mlp.fc2.weight", "esm"),
-        ("vit.encoder.layer.3.attention.attention.query.weight", "esm"),
-        ("vit.encoder.layer.3.intermediate.dense.weight", "esm"),
-        ("vit.encoder.layer.3.output.dense.weight", "esm"),
-    ],
-)
-def test_the_vit_preset_calibrates_qkv_and_the_mlp_alone(name, rule):
+# Weights of many families of Transformers that lead out of an attention, or from a tower to both towers' space.
+OUTPUTS = [
+    "vision_model.encoder.layers.3.self_attn.out_proj",
+    "vit.encoder.layer.3.attention.output.dense",
+    "vit.layers.3.attention.o_proj",
+    "transformer.layer.3.attention.out_lin",
+    "attentions.3.out_lin",
+    "layers.3.attn.Wo",
+    "encoder.block.3.layer.0.SelfAttention.o",
+    "decoder.block.3.layer.1.EncDecAttention.o",
+    "encoder.block.3.layer.0.LocalSelfAttention.o",
+    "h.3.self_attention.dense",
+    "layers.3.self_attn.dense",
+    "gpt_neox.layers.3.attention.dense",
+    "h.3.attn.c_proj",
+    "h.3.crossattention.c_proj",
+    "encoder.layer.3.crossattention.output.dense",
+    "encoder.layer.3.attention.attn.o",
+    "visual.blocks.3.attn.proj",
+    "stages.0.blocks.3.window_attn.proj",
+    "vision_model.encoder.layers.3.self_attn.projection",
+    "encoder.layer.3.attention.projection_layer",
+    "encoder.layers.3.self_attn.linear_out",
+    "encoder.layers.3.cross_attn_image_to_token.out_proj",
+    "encoder.layers.3.self_attn.o_proj.linear",
+    "encoder.layers.3.self_attn.output",
+    "encoder.layers.3.encoder_attn.output_proj",
+    "blocks.3.0.attention.post_proj",
+    "visual_projection",
+    "text_projection",
+]
+# Weights that the ViT code calibrates: maps that read queries, keys and values, and both of an MLP.
+CALIBRATED = [
+    "vision_model.encoder.layers.3.self_attn.q_proj",
+    "vision_model.encoder.layers.3.mlp.fc1",
+    "vision_model.encoder.layers.3.mlp.fc2",
+    "vit.encoder.layer.3.attention.attention.query",
+    "vit.encoder.layer.3.intermediate.dense",
+    "vit.encoder.layer.3.output.dense",
+    "encoder.layer.3.attention.self.value",
+    "transformer.layer.3.attention.q_lin",
+    "transformer.layer.3.ffn.lin2",
+    "layers.3.attn.Wqkv",
+    "layers.3.mlp.Wo",
+    "encoder.block.3.layer.1.DenseReluDense.wo",
+    "h.3.attn.c_attn",
+    "h.3.mlp.c_proj",
+    "h.3.mlp.dense_4h_to_h",
+    "visual.blocks.3.attn.qkv",
+    "layers.3.post_attention_layernorm.mlp.fc2",
+    "layers.3.mlp.out_proj",
+]
+
+
+@pytest.mark.parametrize(("name", "rule"), [(n, "tsv-m") for n in OUTPUTS] + [(n, "esm") for n in CALIBRATED])
+def test_the_vit_preset_calibrates_and_scales_qkv_and_the_mlp_alone(name, rule):
     deltas, inputs = random_problem(0, (40, 18, 15, 3))
-    problem = stack(deltas, [exact(x) for x in inputs], name)
-    assert EssentialMerge.vit().merge(problem).how == rule
-    assert EssentialMerge.roberta().merge(problem).how == "esm"
+    problem = stack(deltas, [exact(x) for x in inputs], f"{name}.weight")
+    merged = EssentialMerge.vit().merge(problem)
+    assert (merged.how, merged.scaled) == (rule, rule == "esm")
+    merged = EssentialMerge.roberta().merge(problem)
+    assert (merged.how, merged.scaled) == ("esm", True)
+
+
+@seeds
+@pytest.mark.parametrize("shape", MANY_EXPERTS.values(), ids=MANY_EXPERTS)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["esm-roberta", "esm-vit"])
+def test_presets_are_the_published_code_with_any_number_of_experts(seed, shape, lora, name):
+    """Whose means run over all ⌊d_out/T⌋ directions of a task, also where most have no energy."""
+    deltas, inputs = random_problem(seed, shape)
+    if lora:
+        deltas = low_rank(deltas)
+    exponents = {"task_exponent": 2.0, "dimension_exponent": 2.0, "factor": 2.0} if name == "esm-vit" else {}
+    expected = reference.esm_published(deltas, inputs, **exponents)
+    found = METHODS[name]().merge(stack(deltas, [exact(x) for x in inputs])).update
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(reference.esm(deltas, inputs, **PUBLISHED | exponents), expected) < 1e-8
+
+
+def test_directions_without_energy_count_only_in_the_presets():
+    """On tall maps of two and three experts they take half, and a quarter, of the norm."""
+    for tasks, share in ((2, 0.5), (3, 0.75)):
+        deltas, inputs = random_problem(tasks, (200, 120, 30, tasks))
+        problem = stack(deltas, [exact(x) for x in inputs])
+        preset = EssentialMerge.roberta().merge(problem).update
+        existing = replace(EssentialMerge.roberta(), all_columns=False).merge(problem).update
+        assert float(existing.norm() / preset.norm()) == pytest.approx(share, abs=0.03)
+        assert relative_error(existing / existing.norm(), preset / preset.norm()) < 1e-5
+    assert not EssentialMerge().all_columns
+
+
+@pytest.mark.parametrize("size", [(18,), (4, 18)])
+def test_the_roberta_preset_leaves_biases_at_the_bases(size):
+    deltas = [torch.ones(size), torch.ones(size)]
+    for name, how in (("layer.0.dense.bias", "base"), ("layer.0.norm.weight", "tsv-m" if len(size) == 2 else "mean")):
+        merged = EssentialMerge.roberta().merge(stack(deltas, name=name, is_linear=False))
+        assert (merged.how, bool(merged.update.any())) == (how, how != "base")
+    assert EssentialMerge.vit().merge(stack(deltas, name="layer.0.dense.bias", is_linear=False)).update.any()
 
 
 @pytest.mark.parametrize("name", UNLEARNED)
@@ -382,6 +517,7 @@ def test_a_described_method_is_resolved_to_the_same_merge(name):
 
 def test_numbers_that_yaml_takes_for_text_are_numbers():
     assert resolve_method({"name": "esm", "tolerance": "1e-3"}).tolerance == 1e-3
+    assert resolve_method({"name": "esm++", "depth": "1e-1"}).depth == 0.1  # no number by default
     for wrong in ("a little", "nan"):
         with pytest.raises(HfEsmError, match="tolerance must be"):
             resolve_method({"name": "esm", "tolerance": wrong})

@@ -209,8 +209,13 @@ def test_capabilities_are_those_of_the_settings():
         True, True, True,
     )  # fmt: skip
     assert (routed["oracle"].routes, routed["oracle"].decides, routed["oracle"].needs_features) == (True, False, False)
-    assert [name for name in METHODS if resolve_method(name).routes] == ["tsv-c", "esm++"]
-    assert [name for name in METHODS if resolve_method(name).stacks_shared_inputs] == ["esm-vit"]
+    assert [name for name in METHODS if resolve_method(name).routes] == [
+        "tsv-c",
+        "esm++",
+        "esm++-roberta",
+        "esm++-vit",
+    ]
+    assert [name for name in METHODS if resolve_method(name).stacks_shared_inputs] == ["esm-vit", "esm++-vit"]
     assert resolve_method("tsv-c").with_rank(3).rank == 3
     for name in ("esm", "median"):
         with pytest.raises(HfEsmError, match=f"Method '{name}' has no experts, so no rank"):

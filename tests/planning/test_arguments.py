@@ -20,8 +20,9 @@ from transformers import AutoModel, DistilBertConfig, DistilBertModel
 
 from hf_esm import ActivationStatistics, HfEsmError, calibrate, load_recipe, load_task_model, merge_models
 from hf_esm.checkpoints.layout import RECIPE_FILE
-from hf_esm.methods.essential import EssentialMerge, RoutedMerge
+from hf_esm.methods.essential import EssentialMerge
 from hf_esm.methods.registry import resolve_method
+from hf_esm.methods.routed import RoutedMerge
 from hf_esm.methods.sparse import TIES
 from hf_esm.methods.stack import InputStatistics
 from hf_esm.planning import MergeOptions

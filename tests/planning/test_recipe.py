@@ -307,3 +307,12 @@ def test_a_recipe_that_a_merge_wrote_before_embeddings_were_counted_repeats_that
     assert load_recipe(path)["method"]["published_embeddings"] is False
     path.write_text(written.replace("hf_esm_version: 0.1.0\n", ""), encoding="utf-8")  # written by hand
     assert "published_embeddings" not in load_recipe(path)["method"]
+
+
+@pytest.mark.parametrize("name", ["iso-c", "iso-cts"])
+def test_a_recipe_that_an_isotropic_merge_wrote_before_it_counted_directions_repeats_that_merge(tmp_path, name):
+    path, written = tmp_path / "recipe.yaml", MODELS + f"hf_esm_version: 0.1.0\nmethod: {{name: {name}}}\n"
+    path.write_text(written, encoding="utf-8")
+    assert load_recipe(path)["method"] == {"name": name, "rank": "published"}
+    path.write_text(written.replace("hf_esm_version: 0.1.0\n", ""), encoding="utf-8")
+    assert load_recipe(path)["method"] == {"name": name}

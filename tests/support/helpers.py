@@ -207,6 +207,7 @@ class Rules:
         layer_exponent: see `reference.layer_scales`.
         uncalibrated: regular expression of linear maps that are treated as other matrices.
         sisters: names of the maps that are merged as one weight.
+        biases: rule for biases.
         alpha: what every update is multiplied by, but for embeddings.
         counted: whether embeddings are merged by token counts.
     """
@@ -214,6 +215,7 @@ class Rules:
     esm: Optional[dict[str, Any]] = None
     matrix: Callable = reference.tsv_m
     rest: Callable = reference.mean
+    biases: Callable = reference.mean
     layer_exponent: float = 0.0
     uncalibrated: str = "^$"
     sisters: tuple[str, ...] = ()
@@ -229,15 +231,22 @@ PUBLISHED = {
     "factor": 1.0,
     "rank_share": 1.0,
     "sum_subtracted": 0.0,
+    "all_columns": True,
 }
 RULES = {
     "esm": Rules(esm={}),
     "tsv-m": Rules(),
     "mean": Rules(matrix=reference.mean),
-    "task-arithmetic": Rules(matrix=reference.task_arithmetic, rest=reference.task_arithmetic, alpha=0.3),
+    "task-arithmetic": Rules(
+        matrix=reference.task_arithmetic,
+        rest=reference.task_arithmetic,
+        biases=reference.task_arithmetic,
+        alpha=0.3,
+    ),
     "esm-roberta": Rules(
         esm=PUBLISHED,
         matrix=lambda deltas: reference.tsv_m(deltas, keep_scale=True),
+        biases=lambda deltas: torch.zeros_like(deltas[0]),  # those of the base
         layer_exponent=2.0,
         counted=False,
     ),
@@ -313,6 +322,8 @@ def expected_updates(  # noqa: C901 - every rule of every method in one place, a
             merged = reference.counted_embedding(deltas, known) if by_counts else reference.mean(deltas)
             updates[name] = merged / rules.alpha  # α scales no embedding
             continue
+        elif name.endswith("bias"):
+            merged = rules.biases(deltas)
         elif weight.dim() == 2:
             merged = rules.matrix(deltas)
         elif stacked:

@@ -9,6 +9,8 @@ Merging for Multi-Task Learning* (arXiv 2606.19164), *Task Singular Vectors* (ar
 (Iso-C and Iso-CTS, arXiv 2502.04959), TIES (arXiv 2306.01708), DARE (arXiv 2311.03099), RegMean (arXiv 2212.09849).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -71,6 +73,7 @@ def esm(
     match_norm: bool = True,
     rank_share: float = 0.75,
     sum_subtracted: float = 0.13,
+    all_columns: bool = False,
     weights: list[float] | None = None,
 ) -> Tensor:
     """ESM of one weight, before the scale between layers and α: the merged update `Δ_M [d_out, d_in]`.
@@ -89,6 +92,8 @@ def esm(
       `Δ_M = factor · polar([E_t P_t]) diag(S) polar([Q_t])`.
     - `match_norm`: `Δ_M` is scaled to the norm `√(Σ ‖Δ_t‖²_F)` (before `factor`).
     - `rank_share`: `r` is that share of it, rounded down before dividing by T: `⌊⌊share · d⌋ / T⌋`.
+    - not `all_columns`: a task has no more columns than its output shift has energy. With it, all r of them, as in the
+      published code; those without energy get weight 0 in 3 and are zero (with γ = 0 they would be arbitrary).
     - `sum_subtracted`: that multiple of `Σ Δ_t`, its norm cut to `√(Σ ‖Δ_t‖²_F)`, is taken off in the end.
     - `weights` of the tasks: after 6, task t's rows of `C_ortho` (of `polar([Q_t])`) times `weights[t]`, after the
       factor of `match_norm` is known; the sum is `Σ w_t Δ_t`.
@@ -100,6 +105,13 @@ def esm(
     directions, coordinates, weights_of_rows = [], [], []
     for delta, x, task_scale, weight in zip(deltas, inputs, task_scales, weights):
         e, eigenvalues, c = esd(shrink(x, shrinkage), delta, r)
+        if all_columns:
+            empty = r - len(eigenvalues)
+            e = torch.cat([e, e.new_zeros(len(e), empty)], dim=1)
+            eigenvalues, c = (
+                torch.cat([eigenvalues, e.new_zeros(empty)]),
+                torch.cat([c, c.new_zeros(empty, c.shape[1])]),
+            )
         if len(eigenvalues) == 0:  # this task does not change what the map puts out
             continue
         w = relative_power(eigenvalues, gamma)
@@ -107,7 +119,7 @@ def esm(
         directions.append(e * w)
         coordinates.append(c * w[:, None] * task_scale)
         weights_of_rows.append(weight)
-    if not directions:
+    if not any(e.any() for e in directions):
         return torch.zeros(deltas[0].shape, dtype=torch.float64)
     columns = relative_power(torch.cat(coordinates).norm(dim=0), dimension_exponent)
     coordinates = [c * columns for c in coordinates]
@@ -138,6 +150,36 @@ def esm(
     return merged - sum_subtracted * total
 
 
+def esm_published(
+    deltas: list[Tensor],
+    inputs: list[Tensor],
+    gamma: float = 0.15,
+    task_exponent: float = 0.0,
+    dimension_exponent: float = 0.0,
+    factor: float = 1.0,
+) -> Tensor:
+    """ESM of one weight as the published code writes it down: a whole orthonormal `V [d_out, d_out]` per task, its
+    first `⌊d_out / T⌋` columns, and means over all of them; eigenvalues below a relative cutoff are zero. γ is not
+    0."""
+    d_out, tasks = deltas[0].shape[0], len(deltas)
+    r = max(d_out // tasks, 1)
+    norms = torch.stack([delta.double().norm() for delta in deltas])
+    columns, rows = [], []
+    for delta, x, scale in zip(deltas, inputs, (norms / norms.mean()) ** task_exponent):
+        _, s, vh = torch.linalg.svd(x.double() @ delta.double().T, full_matrices=True)
+        eigenvalues = torch.zeros(d_out, dtype=torch.float64)
+        eigenvalues[: numerical_rank(s)] = s[: numerical_rank(s)] ** 2 / max(len(x) - 1, 1)
+        e, eigenvalues = vh.T[:, :r], eigenvalues[:r]
+        w = (eigenvalues / eigenvalues.mean()) ** gamma
+        w = w / w.mean()
+        columns.append(e * w)
+        rows.append((e * w).T @ delta.double() * scale)
+    e, c = torch.cat(columns, dim=1), torch.cat(rows)
+    of_inputs = c.norm(dim=0)
+    (e, e_mean), (c, c_mean) = polar(e), polar(c * (of_inputs / of_inputs.mean()) ** dimension_exponent)
+    return factor * (e * e_mean) @ (c * c_mean)
+
+
 def esm_stacked(deltas: list[list[Tensor]], inputs: list[Tensor], **settings: float) -> list[Tensor]:
     """ESM of several maps of one input (q, k, v) as one weight: `deltas[t]` are task t's updates, stacked along the
     output, merged, and split again."""
@@ -165,13 +207,77 @@ def tsv_m(deltas: list[Tensor], keep_scale: bool = False, weights: list[float] |
 
 
 def rescaled(mask: Tensor) -> Tensor:
-    """A mask divided by its mean; zeros where it is zero."""
-    return mask / mask.mean() if mask.mean() > 0 else mask
+    """A mask divided by its mean."""
+    return mask / mask.mean()
 
 
 def relaxed_mask(logits: Tensor, uniform: Tensor, temperature: float = 0.5) -> Tensor:
     """Concrete's `m = σ((log u − log(1−u) + logit)/τ)`, rescaled to mean 1 (arXiv 2312.06173)."""
     return rescaled(torch.sigmoid((torch.log(uniform) - torch.log(1 - uniform) + logits) / temperature))
+
+
+def concrete(
+    base: dict[str, Tensor],
+    updates: dict[str, list[Tensor]],
+    entropy: Callable[[dict[str, Tensor]], Tensor],
+    uniform: Callable[[int], dict[str, Tensor]],
+    *,
+    steps: int,
+    learning_rate: float,
+    mask: str,
+    coefficient: float = 0.3,
+    groups: str = "",
+    inner_rate: float = 1.0,
+    coefficient_steps: int = 0,
+    coefficient_rate: float = 1e-3,
+) -> dict[str, Tensor]:
+    """The published loop: logits from 0 under Adam; of AdaMerging one step of the coefficients, clamped to [0, 1],
+    from their start before each, and then their own steps under the final mask.
+
+    Args:
+        entropy: `Σ_t` mean entropy of the tasks' models, as a function of the merged weights.
+        uniform: `u` of a step; of step `steps` that of the final draw (`mask="relaxed"`, else σ(logit)).
+        groups: of coefficients: none that are learned, or one per `"task"` or per task and `"layer"`.
+    """
+    logits = {name: torch.zeros_like(weight).requires_grad_(True) for name, weight in base.items()}
+    count = len(next(iter(updates.values())))
+
+    def start() -> dict[str, Tensor]:
+        whole = torch.full((count,), coefficient, dtype=torch.float64).requires_grad_(bool(groups))
+        return {n: whole.detach().clone().requires_grad_(True) if groups == "layer" else whole for n in base}
+
+    def merged(masks: dict[str, Tensor], coefficients: dict[str, Tensor]) -> dict[str, Tensor]:
+        used = {name: c.clamp(0, 1) if groups else c for name, c in coefficients.items()}
+        return {n: w + sum(c * (masks[n] * u) for c, u in zip(used[n], updates[n])) for n, w in base.items()}
+
+    def distinct(coefficients: dict[str, Tensor]) -> list[Tensor]:
+        return list({id(c): c for c in coefficients.values()}.values())
+
+    outer, inner = torch.optim.Adam(list(logits.values()), lr=learning_rate), start()
+    inner_adam = torch.optim.Adam(distinct(inner), lr=inner_rate) if groups else None
+    for step in range(steps):
+        u = uniform(step)
+        if inner_adam is not None:
+            for c in distinct(inner):
+                c.data.fill_(coefficient)
+            inner_adam.zero_grad()
+            fixed = {name: relaxed_mask(logits[name], u[name]).detach() for name in base}
+            entropy(merged(fixed, inner)).backward()
+            inner_adam.step()
+        outer.zero_grad()
+        masks = {name: relaxed_mask(logits[name], u[name]) for name in base}
+        entropy(merged(masks, {name: c.detach() for name, c in inner.items()})).backward()
+        outer.step()
+    u, coefficients = uniform(steps), start()
+    last = {n: relaxed_mask(x, u[n]) if mask == "relaxed" else rescaled(x.sigmoid()) for n, x in logits.items()}
+    last = {name: m.detach() for name, m in last.items()}
+    if groups:
+        adam = torch.optim.Adam(distinct(coefficients), lr=coefficient_rate)
+        for _ in range(coefficient_steps):
+            adam.zero_grad()
+            entropy(merged(last, coefficients)).backward()
+            adam.step()
+    return {name: weight.detach() for name, weight in merged(last, coefficients).items()}
 
 
 def sti(deltas: list[Tensor]) -> float:
@@ -274,20 +380,22 @@ def regmean(
     return weighted @ torch.linalg.pinv(total, rtol=CUTOFF**2, hermitian=True)
 
 
-def iso_c(deltas: list[Tensor]) -> Tensor:
-    """SVD of `Σ Δ_t`, every singular value replaced by the mean of all; zero ones stay zero."""
-    polar_of_sum, mean_value = polar(sum(delta.double() for delta in deltas))
-    return polar_of_sum * mean_value
+def iso_c(deltas: list[Tensor], published: bool = False) -> Tensor:
+    """SVD of `Σ Δ_t`, every singular value replaced by the mean of all; zero ones stay zero, and count in the mean
+    only where `published`."""
+    u, s, vh = svd(sum(delta.double() for delta in deltas))
+    r = numerical_rank(s)
+    return u[:, :r] @ vh[:r] * s[:r].sum() / (len(s) if published else max(r, 1))
 
 
-def iso_cts(deltas: list[Tensor], common_space_fraction: float = 0.8) -> Tensor:
+def iso_cts(deltas: list[Tensor], common_space_fraction: float = 0.8, published: bool = False) -> Tensor:
     """The top `k_c` triplets of the sum; the top `(m − k_c) / T` of each `Δ_t − U_c U_cᵀ Δ_t`; stacked, both sides
-    orthogonalised, every singular value their mean over `m = min(d)`. `k_c = ⌊fraction · m⌋`, adjusted so that the
-    rest is the nearest multiple of T that there is room for."""
-    side, tasks = min(deltas[0].shape), len(deltas)
+    orthogonalised, every singular value their mean over `m`. `k_c = ⌊fraction · m⌋`, adjusted so that the rest is the
+    nearest multiple of T that there is room for. `m` is the numerical rank of the sum; `min(d)` where `published`."""
+    u, s, vh = svd(sum(delta.double() for delta in deltas))
+    side, tasks = len(s) if published else max(numerical_rank(s), 1), len(deltas)
     own = round((side - int(common_space_fraction * side)) / tasks)
     own = min(own, side // tasks)
-    u, s, vh = svd(sum(delta.double() for delta in deltas))
     common = min(side - own * tasks, numerical_rank(s))
     parts = [(u[:, :common], s[:common], vh[:common])]
     for delta in deltas:
