@@ -13,6 +13,8 @@ from .heads import attach_head, load_base_with_head, load_task_model, save_head
 from .layout import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    BASE_WEIGHTS,
+    BODY_WEIGHTS,
     CALIBRATION_FOLDER,
     CARD_FILE,
     CHAT_TEMPLATE,
@@ -34,7 +36,7 @@ from .live_embedders import copy_of_embedder
 from .loading import ExpertLoader
 from .lora_export import rank_settings, write_adapter, write_lora_adapter
 from .modules import SentenceModules, common_settings, read_modules
-from .parts import DerivedCheckpoint
+from .parts import DerivedCheckpoint, write_body
 from .processors import differing_processors, find_processors, first_processor, load_processor
 from .repositories import whole_folder
 from .shards import ShardedWriter
@@ -56,6 +58,8 @@ from .vocabulary import GivenRows, InVocabulary, TokenRows, has_token_embeddings
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "BASE_WEIGHTS",
+    "BODY_WEIGHTS",
     "CALIBRATION_FOLDER",
     "CARD_FILE",
     "CHAT_TEMPLATE",
@@ -116,6 +120,7 @@ __all__ = [
     "token_rows",
     "whole_folder",
     "write_adapter",
+    "write_body",
     "write_lora_adapter",
     "write_plan",
     "written_config",

@@ -19,9 +19,9 @@ from ..utils import check_known
 from .base import Checkpoint, quiet_loading, quiet_peft
 from .conversion import written_config
 from .embedding import with_modules
-from .layout import ADAPTER_CONFIG, CONFIG_FILE, HEAD_WEIGHTS, HEADS_FOLDER
+from .layout import ADAPTER_CONFIG, BODY_WEIGHTS, CONFIG_FILE, HEAD_WEIGHTS, HEADS_FOLDER
 from .repositories import whole_folder
-from .sources import Access, ModelSource, resolve_class
+from .sources import Access, ModelSource, open_checkpoint, resolve_class
 
 
 def save_head(folder: Path, task: str, expert: Checkpoint, names: list[str]) -> None:
@@ -57,7 +57,7 @@ def load_task_model(
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load the merged body with the head of one task: an ordinary `…ForSequenceClassification`, or whatever class the
-    expert has.
+    expert has. Of a model of compressed experts (`tsv-c`), the compressed expert of the task.
 
     Args:
         model: folder or Hub id that `merge_models` wrote.
@@ -88,9 +88,8 @@ def load_task_model(
         return attach_head(_load_adapted(folder, token, kwargs), folder, task)
     head_folder = folder / HEADS_FOLDER / task
     trusted = bool(kwargs.get("trust_remote_code"))
-    config, model_class = resolve_class(
-        ModelSource(f"head of '{task}'", folder=head_folder, access=Access(trust_remote_code=trusted))
-    )
+    access = Access(trust_remote_code=trusted)
+    config, model_class = resolve_class(ModelSource(f"head of '{task}'", folder=head_folder, access=access))
     # The head's config states the dtype of the expert, not that of the merged body.
     config.dtype = AutoConfig.from_pretrained(folder, trust_remote_code=trusted).dtype
     head = _load_head(head_folder)
@@ -112,6 +111,14 @@ def load_task_model(
         raise HfEsmError(
             f"{head_folder / HEAD_WEIGHTS}: {model_class.__name__} has no place for {unknown[:3]}. Merge again."
         )
+    if (head_folder / BODY_WEIGHTS).is_file():
+        if any(weight.is_meta for weight in loaded.state_dict().values()):
+            raise HfEsmError(
+                f"{model}: this device_map offloads weights of a compressed expert, which must be on a device. Give a "
+                "map that keeps all of them there: device_map={'': 0}."
+            )
+        source = ModelSource(f"'{task}' of {model}", folder=folder, access=access, task=task)
+        open_checkpoint(source).put_on(loaded)
     return with_modules(loaded.eval(), folder)
 
 

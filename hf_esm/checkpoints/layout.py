@@ -34,6 +34,11 @@ REPORT_FILE = "merge_report.json"
 HEADS_FOLDER = "heads"
 HEAD_WEIGHTS = "head.safetensors"
 
+# Of compressed experts, in the folder of each task: its own biases, norms and convolutions, and factors of updates
+# that no routed expert holds; and beside these folders the base's weights that the factors are updates of:
+BODY_WEIGHTS = "body.safetensors"
+BASE_WEIGHTS = "base.safetensors"
+
 # Samples that the caller passed in memory, which the recipe names:
 CALIBRATION_FOLDER = "calibration"
 

@@ -1,19 +1,20 @@
 """Checkpoints made of another one: a task of a routed model, and a fine-tune of one part of a base."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from peft import PeftConfig
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architecture import body_prefix, canonical_names, from_matrices, ties, to_matrices, towers, untie
 from ..utils import check_known
 from .base import Checkpoint, build_skeleton
-from .layout import ADAPTER_WEIGHTS, HEAD_WEIGHTS, HEADS_FOLDER, ROUTED_FOLDER
+from .layout import ADAPTER_WEIGHTS, BASE_WEIGHTS, BODY_WEIGHTS, HEAD_WEIGHTS, HEADS_FOLDER, ROUTED_FOLDER
 from .written import load_written
 
 
@@ -48,7 +49,8 @@ class DerivedCheckpoint(Checkpoint):
 class RoutedTask(DerivedCheckpoint):
     """One task of a routed model: the static model, the factors of the task's expert over it, and the task's head.
 
-    Weights are `W_M + B_t A_t`. The update over the base of another merge is `W_M + B_t A_t − W0`.
+    Weights are `W_M + B_t A_t`. A compressed expert has other weights of its own, too (see `write_body`). The update
+    over the base of another merge is `W_M + B_t A_t − W0`.
 
     Attributes:
         base: the static model, as a model of the task's class reads it.
@@ -82,6 +84,8 @@ class RoutedTask(DerivedCheckpoint):
         config, model_class = task_class(head) if head.is_dir() else (static.config, type(static.skeleton))
         self.base = static.seen_as(model_class, config)
         self._head = load_file(head / HEAD_WEIGHTS) if (head / HEAD_WEIGHTS).is_file() else {}
+        self._body = load_file(head / BODY_WEIGHTS) if (head / BODY_WEIGHTS).is_file() else {}
+        self._bases = folder / HEADS_FOLDER / BASE_WEIGHTS
         self.skeleton = build_skeleton(model_class, config, [*self._head, *self.base.names.values()])
         self._factors = _factors(folder, static, tasks.index(task))
         expected = canonical_names(self.skeleton)
@@ -112,13 +116,57 @@ class RoutedTask(DerivedCheckpoint):
         """Return a weight, not rounded to its dtype."""
         if self._of_head(name):
             return self._head[self.names[name]]
-        weight, factors = self.base.tensor(name), self._factors.get(name)
-        if factors is None:
-            return weight
-        linear = self.base.linear[name]
-        return from_matrices(
-            [matrix.float() + factors[1] @ factors[0] for matrix in to_matrices(weight, linear)], linear
-        )
+        live, linear = self.names[name], self.base.linear.get(name)
+        if live in self._body:
+            return self._body[live]
+        if f"{live}/A" in self._body:
+            with safe_open(self._bases, "pt") as file:
+                weight = file.get_tensor(name)
+            factors = [self._body[f"{live}/{factor}"] for factor in "AB"]
+        elif name in self._factors:
+            weight, factors = self.base.tensor(name), [factor[None] for factor in self._factors[name]]
+        else:
+            return self.base.tensor(name)
+        matrices = zip(to_matrices(weight, linear), *factors, strict=True)
+        return from_matrices([matrix.float() + b @ a for matrix, a, b in matrices], linear)
+
+
+def write_body(
+    folder: Path,
+    task: str,
+    expert: Checkpoint,
+    base: Checkpoint,
+    names: Iterable[str],
+    compress: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> None:
+    """Write the weights of a task's body that no routed expert holds, beside its head: matrices as factors `A` and `B`
+    of their updates over the base, all others (biases, norms, convolutions) as they are.
+
+    Args:
+        folder: folder of the merged model.
+        task: task of the expert.
+        expert: the expert.
+        base: the base that its updates are over. Weights that the folder holds for other tasks come first.
+        names: canonical names of the weights.
+        compress: returns `A [r, d_in]` and `B [d_out, r]` of an update `[d_out, d_in]`.
+    """
+    body: dict[str, Tensor] = {}
+    bases: dict[str, Tensor] = {}
+    path = folder / HEADS_FOLDER / BASE_WEIGHTS
+    known = load_file(path) if path.is_file() else {}
+    for name in names:
+        linear, live = base.linear.get(name), expert.names[name]
+        weight = known[name] if name in known else base.tensor(name)
+        update = expert.residual(name, weight)
+        if name not in base.trained or (linear is None and update.dim() != 2):
+            body[live] = (weight.float() + update).to(weight.dtype)
+            continue
+        factors = [compress(matrix) for matrix in to_matrices(update, linear)]
+        body[f"{live}/A"], body[f"{live}/B"] = (torch.stack(part) for part in zip(*factors, strict=True))
+        bases[name] = weight.contiguous()
+    if bases.keys() - known.keys():
+        save_file(known | bases, path, {"format": "pt"})
+    save_file({name: t.contiguous() for name, t in body.items()}, folder / HEADS_FOLDER / task / BODY_WEIGHTS)
 
 
 def _factors(folder: Path, static: Checkpoint, index: int) -> dict[str, tuple[Tensor, Tensor]]:

@@ -213,7 +213,7 @@ def describe_rules(inputs: Inputs, seeds: Sequence[int]) -> list[str]:
                 "of the values whose score on the validation rows is within one standard error of the best, the one "
                 "nearest to the method's default"
             )
-        alpha = f"α, among 0.1, 0.2 … 3.0: {chosen}; the same rule for every method."
+        alpha = f"α, among 0.1, 0.2 … 3.0 (or a method's `largest_alpha`): {chosen}; the same rule for every method."
     return [
         alpha,
         f"Measured on {rows} per task. Intervals hold 95 % of {DRAWS} draws of test rows, the same for all methods.",

@@ -13,6 +13,7 @@ from typing import Any, Optional
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoints import (
+    BODY_WEIGHTS,
     HEADS_FOLDER,
     ROUTED_FOLDER,
     Access,
@@ -76,7 +77,8 @@ def evaluate(
             library, a function of predictions and references, or a `Metric`.
         processor: tokenizer or processor, if the folders of the models hold none.
         route: for a routed model, `"routed"`, `"oracle"` (each task's expert for its rows, as always without a
-            router), or `"static"` (no expert).
+            router), or `"static"` (no expert). The compressed experts of `tsv-c` are scored as `load_task_model` loads
+            them by `"routed"`, and over their one shared body by `"oracle"`.
         batch_size: number of samples per batch.
         num_samples: number of rows per task, chosen at random if there are more; 0 takes all.
         seed: seed of that choice.
@@ -171,7 +173,8 @@ class Measurement:
             route: see `evaluate`.
         """
         processor = self._processor_in(folder)
-        if (folder / ROUTED_FOLDER).is_dir():
+        compressed = any((folder / HEADS_FOLDER).glob(f"*/{BODY_WEIGHTS}"))
+        if (folder / ROUTED_FOLDER).is_dir() and not (compressed and route == "routed"):
             return self._routed_outcomes(folder, route, processor)
         has_heads = (folder / HEADS_FOLDER).is_dir()
         outcomes = {}

@@ -54,6 +54,7 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
         decides=plan.method.decides,
         predicts=all("classification" in pipeline_of(type(e.skeleton).__name__) for e in plan.experts.values()),
         keeps_features=plan.method.needs_features,
+        keeps_bodies=plan.method.keeps_bodies,
         alpha=result.scales,
         overrides=list(map(str, plan.overrides)),
         choice=result.choice,

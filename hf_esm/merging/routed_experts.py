@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from ..architecture import is_routable, to_matrices
 from ..calibration import ActivationStatistics, pooled_inputs
-from ..checkpoints import ROUTED_FOLDER, quiet_loading
+from ..checkpoints import ROUTED_FOLDER, quiet_loading, write_body
 from ..data import Sample
 from ..planning import MergeOptions, MergePlan
-from ..routing import RoutedExperts, expert_factors
+from ..routing import RoutedExperts, expert_factors, unrouted
 from ..utils import fast_products, together
 from .weights import Worker, merge_units
 
@@ -60,6 +60,22 @@ def write_experts(
                     experts.shift = _rename(plan, _shift_features(features, model, read, accelerator, options))
                 experts.features = {task: _rename(plan, rows) for task, rows in features.items()}
             experts.save(folder / ROUTED_FOLDER, model)
+            if plan.method.keeps_bodies:
+                _write_bodies(folder, plan, worker.device)
+
+
+def _write_bodies(folder: Path, plan: MergePlan, device: Optional[torch.device]) -> None:
+    """Write what each task keeps of its body beside its head: what no routed expert holds."""
+    method, base = plan.method, plan.base
+
+    def compress(update: Tensor) -> tuple[Tensor, Tensor]:
+        rank = method.expert_rank(update.shape, len(plan.experts))
+        return expert_factors(update.to(device), None, rank, method.tolerance)
+
+    changed = [name for name in plan.heads.shared if name not in plan.unchanged and base.dtype(name).is_floating_point]
+    names = unrouted(changed, base)
+    for task, expert in plan.experts.items():
+        write_body(folder, task, expert, base, names, compress)
 
 
 def decompose_experts(

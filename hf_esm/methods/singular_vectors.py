@@ -81,12 +81,14 @@ class TSVC(MergeMethod):
     """TSV-C: every expert compressed to the leading singular triplets of its updates, as an adapter of the base.
 
     The outcome is a model with routed experts and without a router: the caller names the task. Linear maps are the
-    base's; everything else is averaged.
+    base's. Each task keeps its own biases, norms and convolutions, and its compressed embeddings, beside its head,
+    where `load_task_model` finds them. A routed model has one body for all tasks, in which these are averaged.
     """
 
     name: ClassVar[str] = "tsv-c"
     tunable: ClassVar[bool] = False
     router: ClassVar[str] = "static"
+    keeps_bodies: ClassVar[bool] = True
 
     rank: int = field(
         default=0, metadata={"help": "triplets kept per expert and linear map; 0: min(d) / T", "least": 0}

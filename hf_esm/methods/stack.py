@@ -163,6 +163,8 @@ class MergeMethod:
             `"update"`, the update itself.
         needs_merged_features: whether the router is made from features of the merged model, not from the base's.
         depth: share of the blocks that run before a router of features decides.
+        keeps_bodies: whether each task keeps what no routed expert holds: biases, norms and convolutions, and
+            compressed updates of embeddings.
         gone: settings of earlier versions, with a sentence that says what to do instead.
     """
 
@@ -182,6 +184,7 @@ class MergeMethod:
     directions: ClassVar[str] = "residual"
     needs_merged_features: ClassVar[bool] = False
     depth: ClassVar[Optional[float]] = None
+    keeps_bodies: ClassVar[bool] = False
     gone: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __post_init__(self) -> None:

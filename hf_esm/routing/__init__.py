@@ -4,7 +4,7 @@ Comes in: the folder that a merge wrote. Goes out: a `RoutedModel`, which genera
 exports its experts, and gains or loses one expert.
 """
 
-from .experts import RoutedExperts, expert_factors
+from .experts import RoutedExperts, expert_factors, unrouted
 from .explanations import Explanation, Prediction
 from .model import RoutedModel
 from .pipeline import RoutedPipeline
@@ -17,4 +17,5 @@ __all__ = [
     "RoutedModel",
     "RoutedPipeline",
     "expert_factors",
+    "unrouted",
 ]

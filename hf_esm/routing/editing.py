@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from ..architecture import to_matrices
 from ..calibration import ActivationStatistics
 from ..checkpoints import (
+    BASE_WEIGHTS,
+    BODY_WEIGHTS,
     CARD_FILE,
     HASHES_FILE,
     HEAD_WEIGHTS,
@@ -28,14 +31,15 @@ from ..checkpoints import (
     open_checkpoint,
     resolve_source,
     save_head,
+    write_body,
 )
 from ..errors import HfEsmError
 from ..hub import write_hashes
-from ..methods import RoutedMerge
+from ..methods import RoutedMerge, resolve_method
 from ..planning import MergePlan, calibrated_widths, check_values, load_recipe, name_experts, plan_merge
 from ..tuners.routed import RoutedExpertsConfig
 from ..utils import check_known, publish_folder, staging_folder
-from .experts import RoutedExperts, expert_factors, load_experts
+from .experts import RoutedExperts, expert_factors, load_experts, unrouted
 
 
 logger = logging.getLogger(__name__)
@@ -91,9 +95,32 @@ def add_expert(
         config,
         experts,
         output,
-        lambda staging: save_head(staging, task, expert, plan.heads.by_task[task]),
+        lambda staging: _add_head(staging, task, expert, merged, plan),
         note,
     )
+
+
+def _add_head(staging: Path, task: str, expert: Checkpoint, merged: Checkpoint, plan: MergePlan) -> None:
+    """Write the head of a task, and its body if the other tasks have one, of the rank that the recipe gives."""
+    save_head(staging, task, expert, plan.heads.by_task[task])
+    heads = staging / HEADS_FOLDER
+    if not any(heads.glob(f"*/{BODY_WEIGHTS}")):
+        return
+    known = set(safe_open(heads / BASE_WEIGHTS, "pt").keys()) if (heads / BASE_WEIGHTS).is_file() else set()
+    floating = [name for name in plan.heads.shared if merged.dtype(name).is_floating_point]
+    names = [
+        name
+        for name in unrouted(floating, merged)
+        if name in known or expert.residual(name, merged.tensor(name)).any()  # else the static model's is right
+    ]
+
+    recipe = load_recipe(staging / RECIPE_FILE)
+    method = resolve_method(recipe["method"])
+
+    def compress(update: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return expert_factors(update, None, method.expert_rank(update.shape, len(recipe["experts"])))
+
+    write_body(staging, task, expert, merged, names, compress)
 
 
 def _open_expert(spec: ExpertSpec) -> tuple[ModelSource, Checkpoint, Optional[Checkpoint]]:

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -14,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..architecture import towers
-from ..checkpoints import ROUTED_FOLDER, ROUTER_FEATURES, rank_settings, write_adapter
+from ..architecture import SENTENCE_MODULES, is_routable, towers
+from ..checkpoints import ROUTED_FOLDER, ROUTER_FEATURES, Checkpoint, rank_settings, write_adapter
 from ..linalg import essential_subspace, truncated_svd
 from ..methods import InputStatistics
 from ..tuners.routed import RoutedExpertsConfig, fingerprint
@@ -54,6 +55,12 @@ def expert_factors(
     count = directions.shape[1]
     a[:count], b[:, :count] = directions.T @ residual.to(directions.dtype), directions
     return a, b
+
+
+def unrouted(names: Iterable[str], base: Checkpoint) -> list[str]:
+    """Return the weights of a body to which no routed expert can be added, without dense modules after the model."""
+    routable = {name for name in names if is_routable(name, base.linear.get(name))}
+    return [name for name in names if name not in routable and not name.startswith(f"{SENTENCE_MODULES}.")]
 
 
 @dataclass
