@@ -5,14 +5,18 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Optional
+from types import NoneType
+from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer, ImageProcessingMixin
 
 from ..architecture import without_labels
-from .layout import CONFIG_FILE
+from ..data import UnreadProcessor
+from ..errors import DamagedFileError, HfEsmError
+from .layout import CHAT_TEMPLATE, CONFIG_FILE
 from .modules import transformer_path, transformer_settings
 from .sources import ModelSource
 
@@ -22,42 +26,99 @@ logger = logging.getLogger(__name__)
 # A model's type may ask for a processor of several parts, of which the folder holds one.
 _KINDS = (AutoProcessor, AutoTokenizer, AutoImageProcessor, AutoFeatureExtractor)
 
-# Files that show that somebody saved a processor or a tokenizer.
-_PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+# Files of processors and tokenizers, and those that hold a tokenizer's vocabulary.
+_PREPARING = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
+_TEMPLATES = (CHAT_TEMPLATE, "chat_template.json", "tokenizer_config.json")
+_SETTINGS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", "sentencepiece.bpe.model")
+_FILES = (*_PREPARING, *_VOCABULARIES, *_TEMPLATES, *_SETTINGS)
 
 _PROCESSOR_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py")
+
+_AGAIN = "Copy or download it again."
 
 
 def load_processor(folder: str | os.PathLike, trust_remote_code: bool = False) -> Any:
     """Load the processor, tokenizer, image processor or feature extractor in a folder; return None if there is none.
 
-    A library that only a part of the processor needs (Pillow for images, say) need not be installed: the parts that
-    can do without are loaded, and a warning names the library. The length that a Sentence Transformers model cuts
-    texts to is that of its tokenizer.
+    A processor that needs a library that is not installed, or code that is not trusted, is an `UnreadProcessor`, which
+    raises where rows are encoded. Of a processor of several parts, those that can do without are loaded, and a warning
+    names the library. The length that a Sentence Transformers model cuts texts to is that of its tokenizer.
+
+    Raises:
+        DamagedFileError: if files are there that cannot be read.
     """
     folder = Path(folder) / transformer_path(Path(folder))
-    lacking: Optional[ImportError] = None
-    for kind in _KINDS:
-        try:
-            processor = kind.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except ImportError as error:
-            lacking = lacking or error
-            continue
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if _is_saved(processor, folder):
-            break
-    else:
-        processor = None
-    saved = _PROCESSOR_CONFIGS if processor is not None else (*_PROCESSOR_CONFIGS, _TOKENIZER_CONFIG)
-    if lacking is not None and any((folder / name).is_file() for name in saved):
+    present = [name for name in _FILES if (folder / name).is_file()]
+    for name in present:
+        _check_json(folder / name)
+    processor, failed = _first_of_kinds(folder, trust_remote_code)
+    lacking = next((error for error in failed.values() if _is_lacking(error)), None)
+    if lacking is not None and present:
         reason = " ".join(str(lacking).split()).partition(" Please note")[0]
-        logger.warning("%s: its processor, or a part of it, is left out: %s", folder, reason)
+        if processor is None:
+            return UnreadProcessor(folder, tuple(present), reason)
+        if any(name in _PREPARING for name in present):
+            logger.warning("%s: a part of its processor is left out: %s", folder, reason)
+    _check_read(processor, folder, present, failed)
+    _check_template(processor, folder)
     tokenizer, length = getattr(processor, "tokenizer", processor), transformer_settings(folder).get("max_seq_length")
     if length and hasattr(tokenizer, "model_max_length"):
         tokenizer.model_max_length = length
     return processor
+
+
+def _first_of_kinds(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[type, Exception]]:
+    """Return the first processor that can be loaded, and why the kinds before it could not."""
+    failed: dict[type, Exception] = {}
+    for kind in _KINDS:
+        try:
+            processor = kind.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception as error:  # each library that reads files has errors of its own
+            failed[kind] = error
+            continue
+        if _is_saved(processor, folder):
+            return processor, failed
+    return None, failed
+
+
+def _is_lacking(error: Exception) -> bool:
+    """Return whether a processor could not be loaded for want of a library, or of trust in its code."""
+    return isinstance(error, ImportError) or "trust_remote_code" in str(error)
+
+
+def _check_json(path: Path) -> None:
+    if path.suffix != ".json":
+        return
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is damaged ({error}). {_AGAIN}") from None
+
+
+def _check_read(processor: Any, folder: Path, present: Iterable[str], failed: Mapping[type, Exception]) -> None:
+    """Raise an error if the files of a tokenizer, or of another processor, are there, and none was made of them."""
+    has_tokenizer = hasattr(getattr(processor, "tokenizer", processor), "get_vocab")
+    read = {AutoTokenizer: has_tokenizer, AutoImageProcessor: processor is not None}
+    for kind, files in ((AutoTokenizer, _VOCABULARIES), (AutoImageProcessor, _PREPARING)):
+        unread = [name for name in present if name in files]
+        if unread and not read[kind] and kind in failed and not _is_lacking(failed[kind]):
+            reason = f"{type(failed[kind]).__name__}: {' '.join(str(failed[kind]).split())}"
+            raise DamagedFileError(f"{folder / unread[0]} cannot be read ({reason}). {_AGAIN}")
+
+
+def _check_template(processor: Any, folder: Path) -> None:
+    """Raise an error if a chat template cannot be read; it may refuse a conversation for other reasons."""
+    if getattr(processor, "chat_template", None) and hasattr(processor, "apply_chat_template"):
+        try:
+            processor.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+        except TemplateSyntaxError as error:
+            name = next(name for name in _TEMPLATES if (folder / name).is_file())
+            raise DamagedFileError(
+                f"{folder / name}: the chat template cannot be read (line {error.lineno}: {error.message}). {_AGAIN}"
+            ) from None
+        except Exception:  # such as a conversation that the template does not take
+            logger.debug("%s: its chat template refuses an empty turn", folder)
 
 
 def _is_saved(processor: Any, folder: Path) -> bool:
@@ -69,8 +130,9 @@ def _is_saved(processor: Any, folder: Path) -> bool:
 
 def find_processors(
     sources: dict[str, ModelSource], processor: Any = None, trust_remote_code: bool = False
-) -> dict[str, Any]:
-    """Return the processor of each expert, and under `"base"` the one of the merged model.
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the processor of each expert, and under `"base"` the one of the merged model; and a warning for each
+    model that lacks one and gets another's.
 
     Args:
         sources: the models, by task, and the base.
@@ -78,7 +140,10 @@ def find_processors(
         trust_remote_code: run code that comes with a processor.
 
     Models whose folders hold equal files share one processor. A model without a processor gets the first of the
-    others'; without any, None.
+    others', an adapter without a warning; without any, None.
+
+    Raises:
+        HfEsmError: if the files of a processor are damaged, or of some models alone the tokenizer cannot be read.
     """
     read: dict[Any, Any] = {}
     processors = {}
@@ -87,8 +152,19 @@ def find_processors(
         if key not in read:
             read[key] = processor or first_processor([source], trust_remote_code)
         processors[name] = read[key]
-    first = next((processor for processor in processors.values() if processor is not None), None)
-    return {name: first if processor is None else processor for name, processor in processors.items()}
+    of_others = {n: p for n, p in processors.items() if not isinstance(p, (UnreadProcessor, NoneType))}
+    giver, first = next(iter(of_others.items()), ("", None))
+    for name, unread in processors.items():
+        if isinstance(unread, UnreadProcessor) and first is not None and set(unread.files) & set(_VOCABULARIES):
+            raise HfEsmError(f"{sources[name].title}: its tokenizer cannot be read: {unread.reason}")
+    lacking = [name for name, own in processors.items() if own is None and not sources[name].is_adapter]
+    warnings = [
+        f"{sources[name].title}: there is no tokenizer or processor in its folder, so that of {sources[giver].title} "
+        "serves for it."
+        for name in lacking
+        if first is not None
+    ]
+    return {name: first if own is None else own for name, own in processors.items()}, warnings
 
 
 def _processor_files(source: ModelSource) -> Any:

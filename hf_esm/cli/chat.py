@@ -12,6 +12,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, TextStreamer, set_seed
 
 from ..checkpoints import ROUTED_FOLDER, Access, load_processor, resolve_class, resolve_source, whole_folder
+from ..data import UnreadProcessor
 from ..errors import HfEsmError
 from ..routing import RoutedModel
 from ..utils import check_known
@@ -135,6 +136,8 @@ def _open(arguments: argparse.Namespace) -> _Chat:
             "`hf-esm predict` gives the labels of a routed classifier."
         )
     processor = load_processor(folder, trust)
+    if isinstance(processor, UnreadProcessor):
+        raise HfEsmError(f"{title}: its tokenizer cannot be read: {processor.reason}")
     if not hasattr(_tokenizer(processor), "chat_template"):
         raise HfEsmError(f"{title}: no tokenizer in {folder}. Copy that of the base there.")
     routed = None

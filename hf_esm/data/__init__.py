@@ -9,6 +9,7 @@ from .options import RunOptions, SampleOptions
 from .rows import DataSpec, read_rows
 from .samples import (
     Sample,
+    UnreadProcessor,
     encode,
     is_samples_file,
     is_words,
@@ -26,6 +27,7 @@ __all__ = [
     "RunOptions",
     "Sample",
     "SampleOptions",
+    "UnreadProcessor",
     "batch_for",
     "batch_indices",
     "collate",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,26 @@ Sample = dict[str, Tensor]
 # The format of a file of samples. Its name is older than the word "samples".
 FORMAT = "hf_esm.proxies"
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class UnreadProcessor:
+    """Stands for a processor that needs a library that is not installed, or code that is not trusted.
+
+    Attributes:
+        folder: folder of its files.
+        files: names of these files.
+        reason: what it needs, in words.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    reason: str
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copy the files as they are."""
+        for name in self.files:
+            shutil.copy2(self.folder / name, Path(folder) / name)
 
 
 def encode(
@@ -194,6 +215,8 @@ class _RowEncoder:
         text, image = fields.get("text"), fields.get("image")
         if image is not None and not is_vision_available():
             raise HfEsmError(f"{title} holds an image, and reading images needs Pillow: pip install pillow")
+        if isinstance(self.processor, UnreadProcessor):
+            raise HfEsmError(f"{title}: the model's processor cannot be read: {self.processor.reason}")
         if self.processor is None:
             raise HfEsmError(
                 f"{title}: there is no tokenizer or processor beside the model to encode it with. Save one into the "

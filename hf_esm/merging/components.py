@@ -154,7 +154,8 @@ def _read(
     base = open_checkpoint(sources["base"])
     experts = {_TASK: open_checkpoint(sources[_TASK], base)}
     plan = plan_merge(base, experts, EssentialMerge(), heads=options.heads, sources=sources)
-    processors = find_processors(sources, processor, options.trust_remote_code)
+    processors, notes = find_processors(sources, processor, options.trust_remote_code)
+    plan.warnings += notes
     gathered = gather_statistics(plan, sources, MergeData({_TASK: calibration}), processors, options)
     check_values(plan)
     return plan, gathered.statistics[_TASK], gathered.samples.get(_TASK, [])

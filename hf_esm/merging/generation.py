@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from ..checkpoints import GENERATION_CONFIG, ModelSource
+from ..errors import DamagedFileError
 from ..planning import BASE, MergePlan, tokenizer_of
 
 
@@ -44,8 +45,13 @@ def _settings_of(source: ModelSource, base: ModelSource) -> GenerationConfig:
     """Return the generation settings of a model; those of the base for an adapter without any."""
     if source.model is not None:
         return getattr(source.model, "generation_config", None) or GenerationConfig()
-    if (source.folder / GENERATION_CONFIG).is_file():
-        return GenerationConfig.from_pretrained(source.folder)
+    if (path := source.folder / GENERATION_CONFIG).is_file():
+        try:
+            return GenerationConfig.from_pretrained(source.folder)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise DamagedFileError(
+                f"{source.title}: {path} cannot be read ({' '.join(str(error).split())}). Copy or download it again."
+            ) from None
     if source.is_adapter:
         return _settings_of(base, base)
     # Older models keep them in config.json.

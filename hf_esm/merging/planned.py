@@ -19,6 +19,7 @@ from ..checkpoints import (
 from ..errors import HfEsmError
 from ..methods import MergeMethod, resolve_method
 from ..planning import (
+    BASE,
     MergeData,
     MergeOptions,
     MergePlan,
@@ -27,7 +28,10 @@ from ..planning import (
     check_disk,
     check_low_rank,
     check_memory,
+    check_trained,
     choose_voice,
+    endless_turns,
+    merged_processor,
     plan_merge,
     plan_vocabulary,
     refining_bytes,
@@ -41,6 +45,7 @@ from ..tuners.routed import check_separable
 from ..utils import bytes_of, main_first, readable
 from .choice import default_methods
 from .expert_statistics import Needs
+from .generation import merged_generation
 from .session import Session
 
 
@@ -92,7 +97,7 @@ class PlannedRun(Session):
     @property
     def in_factors(self) -> bool:
         """Whether the merge is done inside the span of the experts' factors; see `spans.Span`."""
-        return self.options.output == "lora"
+        return self.options.output == "lora" and all(method.commutes for method in self.methods)
 
     # Before any long work.
 
@@ -194,17 +199,24 @@ class PlannedRun(Session):
             )
         plan.vocabulary, plan.voice = vocabulary, voice
         plan.warnings += warnings
+        if self.options.output == "model":  # a merge of adapters into one need not read the base
+            plan.warnings += check_trained(opened, checkpoints, plan.heads.shared)
+        if opened.skeleton.can_generate():  # now, since its files may be damaged
+            processor = merged_processor(self.processors, self.tokenizer, voice)
+            generation = merged_generation(plan, sources, {**self.processors, BASE: processor})
+            plan.warnings += endless_turns(processor, generation.eos_token_id)
         return sources, plan
 
     def _plan_tokens(
         self, sources: dict[str, ModelSource], base: Checkpoint, experts: Mapping[str, Checkpoint]
     ) -> tuple[Optional[Vocabulary], str, list[str]]:
         """Read the tokenizers; return the merged model's vocabulary, the model whose template it has, and warnings."""
-        self.processors = find_processors(sources, self.data.processor, self.options.trust_remote_code)
+        self.processors, lacking = find_processors(sources, self.data.processor, self.options.trust_remote_code)
         settings = resolve_tokenizer(self.options.tokenizer, experts)
         tokenizers = {name: tokenizer_of(processor) for name, processor in self.processors.items()}
         vocabulary, self.tokenizer, warnings = plan_vocabulary(base, experts, tokenizers, settings)
-        return vocabulary, choose_voice(self.processors, settings.source, self.options.chat_template), warnings
+        voice = choose_voice(self.processors, settings.source, self.options.chat_template)
+        return vocabulary, voice, [*lacking, *warnings]
 
     def dry_plan(self) -> MergePlan:
         """Return the plan, with warnings of all that would stop the merge or waste its time."""

@@ -4,8 +4,9 @@ Comes in: the caller's arguments, or a recipe. Goes out: a checked `MergePlan`, 
 """
 
 from .arguments import MergeData, check_arguments, check_replaceable, name_experts, task_weights
-from .chat import choose_voice, merged_processor, tokenizer_of
+from .chat import choose_voice, endless_turns, merged_processor, tokenizer_of
 from .checks import check_disk, check_factors, check_memory, check_values
+from .kinship import check_trained
 from .low_rank import check_low_rank
 from .options import MergeOptions, torch_dtype
 from .overrides import Override, Rule, resolve_overrides
@@ -35,9 +36,11 @@ __all__ = [
     "check_low_rank",
     "check_memory",
     "check_replaceable",
+    "check_trained",
     "check_values",
     "choose_voice",
     "counted_rows",
+    "endless_turns",
     "load_recipe",
     "merge_bytes",
     "merged_processor",

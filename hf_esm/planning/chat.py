@@ -1,6 +1,7 @@
 """Whose chat template and special tokens a merged model has."""
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -90,3 +91,43 @@ def merged_processor(processors: Mapping[str, Any], tokenizer: Any, voice: str) 
     processor.tokenizer = merged
     processor.chat_template = template
     return processor
+
+
+_TURNS = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+
+
+# What looks like a token, and not like text: <|im_end|>, </s>, [/INST].
+_MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+
+
+def endless_turns(processor: Any, ends: int | list[int] | None) -> list[str]:
+    """Return a warning if the mark that ends an answer in the chat template does not end generation: because it is not
+    a token, so that it is written in pieces, or not one of the tokens that generation ends at.
+
+    Args:
+        processor: of the merged model.
+        ends: the tokens that generation ends at.
+    """
+    tokenizer = tokenizer_of(processor)
+    if tokenizer is None or not _template_of(processor):
+        return []
+    try:
+        text = processor.apply_chat_template(_TURNS, tokenize=False)
+    except Exception:  # a template may refuse any conversation, and says so when one is held
+        return []
+    mark = _MARK.match(text.rpartition("Answer")[2].strip())
+    if mark is None:
+        return []
+    token, ids = mark.group(), tokenizer.get_vocab()
+    if token not in ids:
+        return [
+            f"The chat template ends an answer with {token!r}, which is not a token of the merged model, so that its "
+            "answers would not end. Choose the tokens of a model that has it, by `tokenizer`, or another "
+            "`chat_template`."
+        ]
+    if ids[token] not in (ends if isinstance(ends, list) else [ends]):
+        return [
+            f"The chat template ends an answer with {token!r}, at which generation does not end. Add its id, "
+            f"{ids[token]}, to `eos_token_id` in the generation_config.json of the model whose template it is."
+        ]
+    return []

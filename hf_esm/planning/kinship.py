@@ -32,7 +32,7 @@ def check_related(base: Checkpoint, experts: Mapping[str, Checkpoint], shared: I
     """Compare a fixed sample of matrices of every expert with those of the base.
 
     Models whose weights were not downloaded are not compared. The updates of an adapter say nothing of the model that
-    it was trained on; of adapters, the matrices that they hold in full are compared, or else the base is looked at.
+    it was trained on: of adapters, the matrices that they hold in full are compared; see also `check_trained`.
 
     Args:
         base: checkpoint of the base.
@@ -40,17 +40,16 @@ def check_related(base: Checkpoint, experts: Mapping[str, Checkpoint], shared: I
         shared: canonical names of the weights that are merged.
 
     Returns:
-        Warnings: of experts that are far from the base, and of a base without trained weights under adapters.
+        A warning for each expert that is far from the base.
 
     Raises:
         IncompatibleError: if experts are no fine-tunes of the base.
     """
     names = [name for name in shared if base.dtype(name).is_floating_point]
-    warnings, strangers, unseen = [], {}, []
+    warnings, strangers = [], {}
     for expert in experts.values():
         measured = _measure(base, expert, names)
         if measured is None:
-            unseen += [expert] if isinstance(expert.stored, AdapterCheckpoint) else []
             continue
         cosine, size = measured
         if cosine < _UNRELATED:
@@ -68,12 +67,27 @@ def check_related(base: Checkpoint, experts: Mapping[str, Checkpoint], shared: I
             "those of the base, in the median, where fine-tunes have one near 1. Pass the checkpoint that it was "
             "tuned from, with its weights loaded."
         )
-    if unseen and _is_new(base, names):
-        warnings.append(
-            f"{base.title}: each of its norms and biases holds one number throughout, as in a model that was never "
-            f"trained, so that {unseen[0].title} would change random weights. Were the weights of the base loaded?"
-        )
     return warnings
+
+
+def check_trained(base: Checkpoint, experts: Mapping[str, Checkpoint], shared: Iterable[str]) -> list[str]:
+    """Return a warning if some experts are adapters, and the base looks as if it had never been trained: all of its
+    norms and biases, of a fixed sample, are constant.
+    """
+    adapters = [expert for expert in experts.values() if isinstance(expert.stored, AdapterCheckpoint)]
+    vectors = _sampled([name for name in shared if len(base.shape(name)) == 1 and name in base.trained])
+    if not adapters or not vectors:
+        return []
+    try:
+        constant = all((weight == weight[0]).all() for weight in map(base.tensor, vectors))
+    except NotDownloadedError:
+        return []
+    if not constant:
+        return []
+    return [
+        f"{base.title}: each of its norms and biases holds one number throughout, as in a model that was never "
+        f"trained, so that {adapters[0].title} would change random weights. Were the weights of the base loaded?"
+    ]
 
 
 def _measure(base: Checkpoint, expert: Checkpoint, names: Iterable[str]) -> Optional[tuple[float, float]]:
@@ -114,12 +128,3 @@ def _sampled(names: list[str]) -> list[str]:
 def _numbers(weight: Tensor) -> Tensor:
     """Return the first numbers of a weight, in float32."""
     return weight.reshape(-1)[:_NUMBERS].float()
-
-
-def _is_new(base: Checkpoint, names: Iterable[str]) -> bool:
-    """Return whether all norms and biases of the base are constant, as at the start of a training."""
-    vectors = _sampled([name for name in names if len(base.shape(name)) == 1 and name in base.trained])
-    try:
-        return bool(vectors) and all((weight == weight[0]).all() for weight in map(base.tensor, vectors))
-    except NotDownloadedError:
-        return False

@@ -258,7 +258,7 @@ def test_a_files_own_arguments_reach_datasets(tmp_path):
     (tmp_path / "semicolons.csv").write_text("text;label\nso so;1\n")
     named = {"path": str(tmp_path / "semicolons.csv"), "delimiter": ";"}
     assert read_rows(named, "data", SampleOptions()) == [{"text": "so so", "label": 1}]
-    with pytest.raises(HfEsmError, match=r"data: .*data\.jsonl cannot be read"):
+    with pytest.raises(HfEsmError, match=r"data: there is no key 'delimeter' for .*data\.jsonl"):
         read_rows({"path": path, "delimeter": ";"}, "data", SampleOptions())
 
 
@@ -457,7 +457,8 @@ def test_a_tokenizer_that_stands_beside_several_models_is_read_once(tmp_path):
     names = ("base", "a", "b", "cased", "typed", "deep")
     sources = {name: ModelSource(title=name, folder=tmp_path / name) for name in names if name != "base"}
     sources["base"] = ModelSource(title="base", folder=shutil.copytree(tmp_path / "a", tmp_path / "base"))
-    found = find_processors(sources, None)
+    found, warnings = find_processors(sources, None)
+    assert warnings == []
     assert found["a"] is found["b"] is found["base"]
     assert len({id(found[name]) for name in ("a", "cased", "typed", "deep")}) == 4
     assert found["cased"].pad_token == "[X]" != found["a"].pad_token
@@ -484,7 +485,7 @@ def test_a_model_without_a_tokenizer_is_not_given_an_empty_one(models):
     assert not list(merged.output_dir.glob("*token*"))
 
 
-def test_a_dry_run_says_what_a_merge_would_be_and_reads_no_weight(models, tmp_path, monkeypatch):
+def test_a_dry_run_says_what_a_merge_would_be_and_reads_a_few_matrices(models, tmp_path, monkeypatch):
     shutil.copytree(models.folder, tmp_path, dirs_exist_ok=True)
     for place, licence in {"base": "apache-2.0", "left": "mit"}.items():
         (tmp_path / place / "README.md").write_text(f"---\nlicense: {licence}\n---\n# A model\n")
@@ -492,22 +493,26 @@ def test_a_dry_run_says_what_a_merge_would_be_and_reads_no_weight(models, tmp_pa
     adapted.save_pretrained(tmp_path / "lora")
     before = snapshot(tmp_path)
 
-    def refuse(*_):
-        pytest.fail("a weight was read")
+    read = set()
 
-    class Headers:
-        """A safetensors file whose values cannot be read."""
+    def refuse(*_):
+        pytest.fail("all weights are read")
+
+    class Noted:
+        """A safetensors file that notes which of its tensors are read."""
 
         def __init__(self, *arguments):
             self.file = safetensors.safe_open(*arguments)
             self.keys, self.get_slice, self.metadata = self.file.keys, self.file.get_slice, self.file.metadata
 
-        get_tensor = refuse
+        def get_tensor(self, key):
+            read.add(key.removeprefix("bert."))
+            return self.file.get_tensor(key)
 
-    monkeypatch.setattr("hf_esm.checkpoints.stored.safe_open", Headers)
+    monkeypatch.setattr("hf_esm.checkpoints.stored.safe_open", Noted)
     for checkpoint in (FolderCheckpoint, LiveCheckpoint):
-        monkeypatch.setattr(checkpoint, "tensor", refuse)
         monkeypatch.setattr(checkpoint, "load_model", refuse)
+    monkeypatch.setattr("hf_esm.merging.run.check_values", refuse)
     live = BERT.build()
     experts = {"left": tmp_path / "left", "right": tmp_path / "right", "lora": tmp_path / "lora", "live": live}
     plan = merge_models(tmp_path / "base", experts, output_dir=str(tmp_path / "merged"), dry_run=True)
@@ -517,6 +522,10 @@ def test_a_dry_run_says_what_a_merge_would_be_and_reads_no_weight(models, tmp_pa
     parts += ["licences   base: apache-2.0; left: mit; right: not stated", "LoRA adapter", "live model", "3 labels"]
     parts += ["disk", "memory", "time", "the licences differ (apache-2.0, mit)"]
     assert [part for part in parts if part not in text] == [], text
+    vectors = {name for name in read if name.endswith("LayerNorm.weight")}  # of the base, because of the adapter
+    biases = {name for name in read if name.endswith("bias")}
+    assert 0 < len(vectors | biases) <= 16 and 0 < len(read - vectors - biases) <= 16
+    assert not any("embeddings.weight" in name for name in read)
     assert snapshot(tmp_path) == before
     stored = (tmp_path / "base" / "model.safetensors").stat().st_size
     assert 0.8 * stored < plan.output_bytes < stored
@@ -532,7 +541,7 @@ def test_a_dry_run_says_what_a_merge_would_be_and_reads_no_weight(models, tmp_pa
         text = str(merge_models(tmp_path / "base", experts, method="esm++", **given | {"max_memory": size}))
         for what in ("`alpha='auto'`", "esm++"):
             assert (f"{what}: holds the whole merged model" in text) == says, text
-    with pytest.raises(pytest.fail.Exception, match="a weight was read"):
+    with pytest.raises(pytest.fail.Exception, match="all weights are read"):
         merge_models(tmp_path / "base", experts, calibration=dict.fromkeys(experts, text_samples(0)), progress=False)
 
 
