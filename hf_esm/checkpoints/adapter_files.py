@@ -27,13 +27,13 @@ UNWRAP = "Save the model inside: `accelerator.unwrap_model(model, keep_torch_com
 LEAVE_OUT = "Leave it out, or merge a LoRA adapter of the same data in its place."
 
 # Initialisations that change the base model's weights, so that the adapter is not an update of the original.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 # Variants of LoRA that are made without the base's weights.
 _VARIANTS = ("use_dora", "velora_config")
 
 # Settings under which a LoRA adapter is more than an update of the base's weights.
-_NO_UPDATE = ("layer_replication", "megatron_config", "use_qalora", "arrow_config")
+_NO_UPDATE = ("layer_replication", "megatron_config", "arrow_config")
 
 # What PEFT writes before the names of the base's modules.
 PEFT_PREFIX = "base_model.model."
@@ -91,11 +91,16 @@ def unusable(title: str, error: Exception) -> HfEsmError:
 
 def _check_lora(config: LoraConfig, title: str) -> None:
     """Raise an error for settings under which a LoRA adapter is more than an update of the base's weights."""
-    initialisation = config.init_lora_weights
-    if isinstance(initialisation, str) and initialisation.lower().startswith(_CHANGES_BASE):
+    initialisation = str(config.init_lora_weights).lower()
+    if initialisation.startswith("loftq"):
         raise HfEsmError(
-            f"{title}: initialised with '{initialisation}', which changes the base's own weights. Save it again with "
-            "`path_initial_model_for_weight_conversion`, which turns it into an ordinary LoRA adapter."
+            f"{title}: initialised with '{initialisation}', over a quantised copy of the base. {LEAVE_OUT}"
+        )
+    if initialisation.startswith(_CHANGES_BASE):
+        raise HfEsmError(
+            f"{title}: initialised with '{initialisation}', which changes the base's own weights. Save it again as an "
+            "ordinary LoRA adapter: `model.save_pretrained(folder, path_initial_model_for_weight_conversion=before)`, "
+            "where `before` is the folder of the adapter as it was before training."
         )
     for setting in _NO_UPDATE:
         if getattr(config, setting, None):
@@ -107,8 +112,9 @@ def _check_lora(config: LoraConfig, title: str) -> None:
 def is_plain_lora(config: PeftConfig) -> bool:
     """Whether the layers of an adapter are those of LoRA, which PEFT makes without the base's weights."""
     variants = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and f.name not in _VARIANTS]
-    initialised = getattr(config, "init_lora_weights", None) == "mica"
-    return config.peft_type == "LORA" and not initialised and not any(getattr(config, name) for name in variants)
+    if config.peft_type != "LORA" or config.init_lora_weights == "mica" or config.use_qalora:
+        return False
+    return not any(getattr(config, name) for name in variants)
 
 
 def read_adapter_tensors(folder: Path, title: str, allow_pickle: bool) -> dict[str, Tensor]:

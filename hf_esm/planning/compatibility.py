@@ -57,11 +57,6 @@ def check_weights(base: Checkpoint, expert: Checkpoint, heads: HeadPlan) -> None
         base_shape, shape = base.shape(name), expert.shape(name)
         if base_shape == shape:
             continue
-        if len(base_shape) == 2 and base_shape[1:] == shape[1:] and base.linear.get(name) is None:
-            raise IncompatibleError(
-                f"{expert.title}: '{expert.names[name]}' has {shape[0]} rows, the base has {base_shape[0]}. If its "
-                "vocabulary was resized, call `model.resize_token_embeddings` to bring both to one size."
-            )
         raise IncompatibleError(
             f"{expert.title}: '{expert.names[name]}' is {tuple(shape)}, in the base it is {tuple(base_shape)}. "
             "Experts must be fine-tunes of this base."

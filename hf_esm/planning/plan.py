@@ -253,7 +253,9 @@ def _warnings_of(expert: Checkpoint, base: Checkpoint, heads: HeadPlan) -> list[
     if tied and not isinstance(expert.stored, AdapterCheckpoint):
         warnings.append(
             f"{expert.title}: {first_names(sorted(tied))} is tied to its embeddings, but the base stores a weight of "
-            "its own, which is not merged. To merge it, untie the expert's weight or tie the base's."
+            "its own, which is not merged. To merge it, save the expert with a weight of its own: "
+            "`model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())`, and "
+            "`model.config.tie_word_embeddings = False`."
         )
     if untied := ties(base.skeleton).keys() & set(expert.names.values()):
         warnings.append(

@@ -158,6 +158,7 @@ VARIANTS = {
     "bdlora": ({"use_bdlora": peft.tuners.lora.config.BdLoraConfig(["q_proj"], ["v_proj"], 2)}, []),
     "mica": ({"init_lora_weights": "mica"}, []),
     "kasa": ({"kasa_config": peft.tuners.lora.config.KasaConfig()}, ["changes the base's own weights", "unload()"]),
+    "quantisation-aware": ({"use_qalora": True, "qalora_group_size": 4}, []),
     "activated": ({"alora_invocation_tokens": [3]}, ["aLoRA does not support", LEAVE_OUT]),
 }
 
@@ -196,7 +197,7 @@ ROWS = {  # settings of LoRA, whether the vocabulary grew, and the rows that the
 def test_rows_of_embeddings_are_read_as_the_adapter_has_them(case, tied, tmp_path):
     settings, grows, rows = ROWS[case]
     if tied and case in ("rows-of-both", "resized-and-saved"):
-        pytest.skip("a tied head has no rows of its own")
+        pytest.skip("the head is untied: see test_tied_weights")
     base = save(LLAMA.build(tie_word_embeddings=tied), tmp_path / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], **settings)

@@ -204,7 +204,7 @@ REFUSED = {
     "other-activation": (instead(lambda: BERT.build(hidden_act="relu")), [RIGHT, "hidden_act (relu, base gelu)"]),
     "adapter-beside-a-model": (
         lambda models: (models.right / "adapter_config.json").write_text("{}") and None,
-        [RIGHT, "PEFT adapter", "Move one of them away"],
+        [RIGHT, "PEFT adapter", "Take a folder without one of them"],
     ),
     "other-shapes": (instead(lambda: BERT.build(hidden_size=32)), [RIGHT, "word_embeddings", "must be fine-tunes"]),
     "deeper": (
@@ -489,7 +489,9 @@ def test_weights_that_float16_does_not_hold_are_refused(models):
         save_file(stored | {name: stored[name] + 1e5}, f"{folder}/model.safetensors", {"format": "pt"})
     says = [BODY_WEIGHT, "too large for float16", "dtype='bfloat16'"]
     assert_refused(models.folder, says, arguments(models, method="mean", dtype="float16"))
-    merge_models(**arguments(models, method="mean", dtype="bfloat16"), progress=False)
+    for dtype in ("bfloat16", "float32"):
+        result = merge_models(**arguments(models, method="mean", dtype=dtype, overwrite=True), progress=False)
+        assert load_file(result.output_dir / "model.safetensors")[name].dtype == getattr(torch, dtype)
 
 
 def test_a_link_that_leads_nowhere_is_not_written_through(models):
