@@ -17,9 +17,10 @@ from ..checkpoints import (
     base_of_adapters,
     first_processor,
     open_checkpoint,
+    prompt_before,
     resolve_source,
 )
-from ..data import DataSpec, RunOptions, Sample, encode, read_rows
+from ..data import DataSpec, RunOptions, Sample, encode, read_rows, with_prompt
 from ..errors import HfEsmError
 from ..utils import default_accelerator, together
 from .collection import collect_statistics, pooled_inputs
@@ -100,6 +101,7 @@ def calibrate(
     expert = open_checkpoint(sources[0], opened_base)
     accelerator = accelerator or default_accelerator()
     processor = processor or first_processor(sources, trust_remote_code)
+    processor = with_prompt(processor, prompt_before(expert.skeleton))
     samples = encode(read_rows(data, "data", options), processor, expert.config, "data", options)
     title = expert.source or "model"
     with TemporaryDirectory() as folder:

@@ -37,6 +37,7 @@ from .loading import ExpertLoader
 from .lora_export import rank_settings, write_adapter, write_lora_adapter
 from .modules import SentenceModules, common_settings, read_modules
 from .parts import DerivedCheckpoint, write_body
+from .pooling import prompt_before
 from .processors import differing_processors, find_processors, first_processor, load_processor
 from .repositories import whole_folder
 from .shards import ShardedWriter
@@ -106,6 +107,7 @@ __all__ = [
     "model_identity",
     "open_checkpoint",
     "output_dtype",
+    "prompt_before",
     "quiet_loading",
     "quiet_peft",
     "rank_settings",

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForTextEncoding, PretrainedConfig, PreTrainedModel
 
 from ..architecture import SENTENCE_MODULES
+from ..data import Prompt
 from ..errors import DamagedFileError, HfEsmError
 from .layout import CONFIG_FILE, MODULES_FILE, PICKLED_WEIGHTS, SENTENCE_SETTINGS, TRANSFORMER_SETTINGS, WEIGHTS_FILE
 from .pooling import EMBEDDING, KINDS, SentenceHead, activation_of, names_of, pooling_modes
@@ -47,6 +48,11 @@ class SentenceModules:
         task = self.transformer.get("transformer_task", "feature-extraction")
         return _kind(self.entries[0]) == "Transformer" and task == "feature-extraction"
 
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt that `SentenceTransformer.encode` puts before texts by default."""
+        return _prompt_of(self.settings, [config for _, kind, config in self._parts() if kind == "Pooling"])
+
     def encoder_class(self, config: PretrainedConfig, model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
         """Return the class that the library loads the Transformer as; `model_class` is the one that its config
         names.
@@ -70,7 +76,7 @@ class SentenceModules:
                 with torch.device("meta"):
                     modules[name] = KINDS[kind](config)
             complete &= kind in KINDS
-        head = SentenceHead(modules, output if complete else "", feature, complete)
+        head = SentenceHead(modules, output if complete else "", feature, complete, self.prompt)
         tensors = {name.removeprefix(f"{SENTENCE_MODULES}."): tensor for name, tensor in self.tensors.items()}
         head.load_state_dict(tensors, assign=True)
         return head.requires_grad_(False).eval()
@@ -154,6 +160,17 @@ def transformer_settings(folder: Path) -> dict[str, Any]:
     return next(filter(None, (_read_json(folder / name) for name in TRANSFORMER_SETTINGS)), {})
 
 
+def prompt_in(folder: Path) -> Prompt:
+    """Return the prompt that a model in a folder reads before texts by default."""
+    pooling = [entry["path"] for entry in _entries(folder) if _kind(entry) == "Pooling"]
+    configs = [_read_json(folder / path / CONFIG_FILE) or {} for path in pooling]
+    return _prompt_of(_read_json(folder / SENTENCE_SETTINGS) or {}, configs)
+
+
+def _prompt_of(settings: Mapping[str, Any], poolings: Iterable[Mapping[str, Any]]) -> Prompt:
+    return Prompt(_default_prompt(settings), all(config.get("include_prompt", True) for config in poolings))
+
+
 def module_paths(folder: Path) -> list[str]:
     """Return the subfolders of all modules but the Transformer."""
     return [entry["path"] for entry in _entries(folder)[1:] if entry["path"]]
@@ -217,7 +234,22 @@ def common_settings(
         values = [value for value in found if value is not None]
         if settings.get(key) is None and values and all(value == values[0] for value in values):
             settings[key] = values[0]
-    return {**settings, "prompts": prompts}, warnings
+    if settings.get("default_prompt_name") not in prompts:  # the library would not load it
+        settings["default_prompt_name"] = None
+    settings["prompts"] = prompts
+    for task, modules in experts.items():
+        own, merged = _default_prompt(modules.settings), _default_prompt(settings)
+        if own != merged:
+            warnings.append(
+                f"'{task}': it reads texts after the prompt {own!r}, the merged model by default after {merged!r}. "
+                f"Its samples are read with its own, as the merged model reads texts by `encode(…, prompt={own!r})`."
+            )
+    return settings, warnings
+
+
+def _default_prompt(settings: Mapping[str, Any]) -> str:
+    """Return the prompt that is put before texts by default; empty if there is none."""
+    return (settings.get("prompts") or {}).get(settings.get("default_prompt_name")) or ""
 
 
 def _entries(folder: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from ..architecture import SENTENCE_MODULES
+from ..data import PROMPT_MASK, Prompt
 
 
 EMBEDDING = "sentence_embedding"
@@ -31,22 +32,25 @@ def pooling_modes(settings: Mapping[str, Any]) -> tuple[str, ...]:
     return (modes,) if isinstance(modes, str) else tuple(modes)
 
 
-def pool(tokens: Tensor, mask: Tensor, modes: tuple[str, ...]) -> Tensor:
+def pool(tokens: Tensor, mask: Tensor, modes: tuple[str, ...], prompt: Optional[Tensor] = None) -> Tensor:
     """Return one vector per text, `[B, len(modes) d]`.
 
     Args:
         tokens: `[B, L, d]`.
         mask: `[B, L]`, 0 for padding.
         modes: as `pooling_modes` returns them.
+        prompt: `[B, L]`, 1 for tokens that are left out; places of the others count from the first real token.
 
     Raises:
         KeyError: for a mode that is not known.
     """
+    start = mask.int().argmax(1)
+    mask = mask if prompt is None else mask * (1 - prompt).to(mask.dtype)
     precise = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     real, rows = mask.to(precise.dtype)[..., None], torch.arange(len(tokens), device=tokens.device)
     places = torch.arange(1, mask.shape[1] + 1, device=tokens.device)
     first = mask.int().argmax(1)
-    weights = real * (places - first[:, None])[..., None]
+    weights = real * (places - start[:, None])[..., None]
     total, count = (precise * real).sum(1), real.sum(1).clamp_min(1e-9)
     pooled = {
         "cls": lambda: precise[rows, first],
@@ -60,14 +64,16 @@ def pool(tokens: Tensor, mask: Tensor, modes: tuple[str, ...]) -> Tensor:
 
 
 class Pooling(nn.Module):
-    """Pools the tokens' vectors. Prompts are pooled with the text."""
+    """Pools the tokens' vectors, prompts with the text unless the settings leave them out."""
 
     def __init__(self, settings: Mapping[str, Any]):
         super().__init__()
         self.modes = pooling_modes(settings)
+        self.include_prompt = settings.get("include_prompt", True)
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {EMBEDDING: pool(features["token_embeddings"], features["attention_mask"], self.modes)}
+        prompt = None if self.include_prompt else features.get(PROMPT_MASK)
+        return {EMBEDDING: pool(features["token_embeddings"], features["attention_mask"], self.modes, prompt)}
 
 
 class Dense(nn.Module):
@@ -134,11 +140,17 @@ class SentenceHead(nn.Module):
         output: name of the Transformer's output that is read.
         feature: name that the modules know it by.
         complete: whether all modules are known, so that embeddings can be computed.
+        default_prompt: what is put before texts by default.
+        prompt: `[B, L]`, 1 for tokens of the prompts in the batch that the model reads; None without any.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], output: str, feature: str, complete: bool):
+    def __init__(
+        self, modules: Mapping[str, nn.Module], output: str, feature: str, complete: bool, default_prompt: Prompt
+    ):
         super().__init__()
+        self.default_prompt = default_prompt
         self.output, self.feature, self.complete = output, feature, complete
+        self.prompt: Optional[Tensor] = None
         for name, module in modules.items():
             self.add_module(name, module)
 
@@ -148,9 +160,17 @@ class SentenceHead(nn.Module):
         if mask is None or mask.shape != hidden.shape[:2]:
             mask = hidden.new_ones(hidden.shape[:2], dtype=torch.int64)
         features = {self.feature: hidden, "attention_mask": mask}
+        if self.prompt is not None:
+            features[PROMPT_MASK] = self.prompt.to(hidden.device)
         for module in self.children():
             features |= module(features)
         return features.get(EMBEDDING)
+
+
+def prompt_before(model: PreTrainedModel) -> Prompt:
+    """Return what a model, or a skeleton, reads before texts by default."""
+    head = getattr(model, SENTENCE_MODULES, None)
+    return Prompt() if head is None else head.default_prompt
 
 
 def attach(model: PreTrainedModel, head: SentenceHead) -> PreTrainedModel:
@@ -158,11 +178,27 @@ def attach(model: PreTrainedModel, head: SentenceHead) -> PreTrainedModel:
     models that share their parts with it stay as they are.
     """
     model.add_module(SENTENCE_MODULES, head)
-    for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+    for hooks in _HOOKS:
         setattr(model, hooks, OrderedDict(getattr(model, hooks)))
+    model.register_forward_pre_hook(_take_prompt, with_kwargs=True)
     if head.complete:
         model.register_forward_hook(_embed, with_kwargs=True)
     return model
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def _take_prompt(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Keep the places of prompts for the modules: the Transformer does not read them."""
+    getattr(model, SENTENCE_MODULES).prompt = kwargs.pop(PROMPT_MASK, None)
+    return args, kwargs
 
 
 def _embed(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

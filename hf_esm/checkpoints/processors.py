@@ -14,10 +14,10 @@ from jinja2 import TemplateSyntaxError
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer, ImageProcessingMixin
 
 from ..architecture import without_labels
-from ..data import UnreadProcessor
+from ..data import UnreadProcessor, with_prompt
 from ..errors import DamagedFileError, HfEsmError
 from .layout import CHAT_TEMPLATE, CONFIG_FILE
-from .modules import transformer_path, transformer_settings
+from .modules import prompt_in, transformer_path, transformer_settings
 from .sources import ModelSource
 
 
@@ -43,11 +43,13 @@ def load_processor(folder: str | os.PathLike, trust_remote_code: bool = False) -
 
     A processor that needs a library that is not installed, or code that is not trusted, is an `UnreadProcessor`, which
     raises where rows are encoded. Of a processor of several parts, those that can do without are loaded, and a warning
-    names the library. The length that a Sentence Transformers model cuts texts to is that of its tokenizer.
+    names the library. The length that a Sentence Transformers model cuts texts to is that of its tokenizer, and
+    `encode` puts its default prompt before them.
 
     Raises:
         DamagedFileError: if files are there that cannot be read.
     """
+    prompt = prompt_in(Path(folder))
     folder = Path(folder) / transformer_path(Path(folder))
     present = [name for name in _FILES if (folder / name).is_file()]
     for name in present:
@@ -65,7 +67,7 @@ def load_processor(folder: str | os.PathLike, trust_remote_code: bool = False) -
     tokenizer, length = getattr(processor, "tokenizer", processor), transformer_settings(folder).get("max_seq_length")
     if length and hasattr(tokenizer, "model_max_length"):
         tokenizer.model_max_length = length
-    return processor
+    return with_prompt(processor, prompt)
 
 
 def _first_of_kinds(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[type, Exception]]:

@@ -6,6 +6,7 @@ input each), and batches on a model's device.
 
 from .batches import batch_for, batch_indices, collate, reads_singly, to_generate_from
 from .options import RunOptions, SampleOptions
+from .prompts import PROMPT_MASK, Prompt, default_prompt_of, with_prompt
 from .rows import DataSpec, read_rows
 from .samples import (
     Sample,
@@ -23,7 +24,9 @@ from .samples import (
 
 
 __all__ = [
+    "PROMPT_MASK",
     "DataSpec",
+    "Prompt",
     "RunOptions",
     "Sample",
     "SampleOptions",
@@ -31,6 +34,7 @@ __all__ = [
     "batch_for",
     "batch_indices",
     "collate",
+    "default_prompt_of",
     "encode",
     "is_samples_file",
     "is_words",
@@ -43,4 +47,5 @@ __all__ = [
     "save_samples",
     "text_config",
     "to_generate_from",
+    "with_prompt",
 ]

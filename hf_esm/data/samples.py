@@ -18,6 +18,7 @@ from transformers.utils import is_vision_available
 
 from ..errors import HfEsmError
 from .options import COLUMNS, SampleOptions
+from .prompts import PROMPT_MASK, count_prompt_tokens, default_prompt_of, prompted
 
 
 # Columns of a row that are model inputs already.
@@ -231,15 +232,19 @@ class _RowEncoder:
             raise HfEsmError(f"{title}: an image of mode {image.mode!r} has more than 8 bits. Convert it to mode 'L'.")
 
     def _text(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        words = is_words(fields["text"])
+        words, prompt = is_words(fields["text"]), default_prompt_of(self.processor)
+        limit = text_limit(self._tokenizer, self.config, self.options)
         encoded = self._tokenizer(
-            fields["text"],
+            prompted(fields["text"], prompt),
             fields.get("text_pair"),
             truncation=True,
-            max_length=text_limit(self._tokenizer, self.config, self.options),
+            max_length=limit,
             is_split_into_words=words,
         )
         inputs = dict(encoded)
+        if prompt.text and not prompt.pooled:
+            count = count_prompt_tokens(self._tokenizer, prompt, limit)
+            inputs[PROMPT_MASK] = [int(i < count) for i in range(len(encoded.input_ids))]
         if words and self.with_targets and "label" in fields:
             inputs["labels"] = _labels_of_tokens(encoded.word_ids(), fields["label"])
         if self.with_contexts and "text_pair" in fields:

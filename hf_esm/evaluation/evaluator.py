@@ -10,7 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Optional
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..checkpoints import (
     BODY_WEIGHTS,
@@ -26,11 +26,12 @@ from ..checkpoints import (
     load_processor,
     load_task_model,
     open_checkpoint,
+    prompt_before,
     resolve_class,
     resolve_source,
     whole_folder,
 )
-from ..data import DataSpec, SampleOptions
+from ..data import DataSpec, SampleOptions, with_prompt
 from ..errors import HfEsmError
 from ..metrics import LabelledSamples, Metric, MetricSpec, Outcome, Scores, load_labelled, resolve_metric, run
 from ..routing import RoutedModel
@@ -233,17 +234,18 @@ class Measurement:
             with routed.route(forced) if forced else nullcontext():
                 outcomes[task] = self._outcome(routed.task_model(task), task, processor)
             if not forced:
-                rows = self._rows(task, processor, routed.task_model(task).config)
+                rows = self._rows(task, processor, routed.task_model(task))
                 explanations = routed.explain(rows.samples, self.batch_size)
                 outcomes[task].routed_to = [explanation.likeliest for explanation in explanations]
         return outcomes
 
     def _outcome(self, model: PreTrainedModel, task: str, processor: Any) -> Outcome:
-        rows = self._rows(task, processor, model.config)
+        rows = self._rows(task, processor, model)
         return run(model.to(default_accelerator().device), rows, self.metric, self.batch_size)
 
-    def _rows(self, task: str, processor: Any, config: PretrainedConfig) -> LabelledSamples:
-        return load_labelled(self.data[task], processor, config, f"data of '{task}'", self.options, self.metric)
+    def _rows(self, task: str, processor: Any, model: PreTrainedModel) -> LabelledSamples:
+        processor = with_prompt(processor, prompt_before(model))
+        return load_labelled(self.data[task], processor, model.config, f"data of '{task}'", self.options, self.metric)
 
     def _processor_in(self, folder: Path) -> Any:
         return self.processor or load_processor(folder, self.access.trust_remote_code)

@@ -14,8 +14,10 @@ from ..checkpoints import (
     ModelSpec,
     find_processors,
     open_checkpoint,
+    prompt_before,
     resolve_models,
 )
+from ..data import with_prompt
 from ..errors import HfEsmError
 from ..methods import MergeMethod, resolve_method
 from ..planning import (
@@ -197,6 +199,8 @@ class PlannedRun(Session):
                 f"{opened.title} has no linear maps to route experts on{named}. Merge it by another method, such as "
                 f"{'esm++' if routable else 'esm'!r}."
             )
+        for name, model in {"base": plan.base, **plan.experts}.items():
+            self.processors[name] = with_prompt(self.processors[name], prompt_before(model.skeleton))
         plan.vocabulary, plan.voice = vocabulary, voice
         plan.warnings += warnings
         if self.options.output == "model":  # a merge of adapters into one need not read the base

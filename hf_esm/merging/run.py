@@ -13,7 +13,7 @@ from ..checkpoints import (
     differing_processors,
     model_identity,
 )
-from ..data import Sample
+from ..data import Sample, default_prompt_of, with_prompt
 from ..errors import HfEsmError
 from ..hub import write_hashes
 from ..methods import Mean, MergeMethod, describe_method, weights_cancel
@@ -73,7 +73,11 @@ class MergeRun(PlannedRun):
             factors = sum(factor_bytes(plan.experts[task], rows, shared=True) for task, rows in to_calibrate.items())
             check_disk(plan, self.output, factors, options.statistics_dir, options.resume_dir)
         processors = {**processors, "base": merged_processor(processors, self.tokenizer, plan.voice)}
-        read_by = dict.fromkeys(processors, processors["base"]) if plan.vocabulary else processors
+        read_by = processors
+        if plan.vocabulary:
+            read_by = {
+                name: with_prompt(processors["base"], default_prompt_of(own)) for name, own in processors.items()
+            }
         labelled = read_validation(plan, data.validation, read_by, options) if self.searched else {}
         return Inputs(processors, gathered.statistics, gathered.samples, gathered.agreement_samples, labelled)
 

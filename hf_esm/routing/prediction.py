@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..architecture import towers
-from ..data import SampleOptions, batch_for, encode, read_rows
+from ..data import PROMPT_MASK, SampleOptions, batch_for, encode, read_rows
 from ..errors import HfEsmError
 from ..metrics import batches_of
 from ..tuners.routed import Decision, Named, decide, route, routing_state
@@ -137,5 +137,7 @@ def _batches(
     model = routed.model.get_base_model()
     settings = SampleOptions(**{"num_samples": 0, **options})
     samples = encode(rows, routed.processor, model.config, "inputs", settings, with_targets)
+    for sample in samples:
+        sample.pop(PROMPT_MASK, None)  # what pooling leaves out, the router reads
     for indices in batches_of(model, "classes", samples, batch_size):
         yield indices, batch_for([samples[i] for i in indices], model)
