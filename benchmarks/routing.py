@@ -2,8 +2,9 @@
 
     python benchmarks/routing.py FOLDER [--samples 32 128] [--ranks 8 32] [--json results.json]
 
-benchmarks/suite.py describes FOLDER. As there, rows, samples and α are chosen from the validation split (α for the
-static model, once per number of samples). The test rows (400 per task, one fixed draw; all with `--num-test 0`) are
+benchmarks/suite.py describes FOLDER. As there, rows, samples and α are chosen from the validation split (α for each
+static model, once per number of samples). The routed models of the published code, over that code's static models, are
+`esm++-roberta` and `esm++-vit`. The test rows (400 per task, one fixed draw; all with `--num-test 0`) are
 read after every choice. Accuracies are normalised by the experts', mean over tasks:
 
     heads named       the router chooses the expert, the caller names the head
@@ -38,13 +39,21 @@ from hf_esm.metrics import LabelledSamples, load_labelled
 from hf_esm.metrics.outputs import classes_of
 
 
-# Name, the model that features are of, what the experts' directions are of.
-ROUTERS = (
-    ("discriminant", "merged", "update"),
-    ("discriminant", "merged", "residual"),
-    ("discriminant", "base", "update"),
-    ("prototype", "merged", "residual"),
-)
+# By title: of the router, the model that features are of, and what the experts' directions are of, or as published.
+ROUTERS = {
+    f"{router}, {features}, {directions}": {
+        "name": "esm++",
+        "router": router,
+        "router_features": features,
+        "expert_directions": directions,
+    }
+    for router, features, directions in (
+        ("discriminant", "merged", "update"),
+        ("discriminant", "merged", "residual"),
+        ("discriminant", "base", "update"),
+        ("prototype", "merged", "residual"),
+    )
+} | {f"{name}, as published": {"name": name} for name in ("esm++-roberta", "esm++-vit")}
 
 
 def main() -> None:
@@ -77,46 +86,42 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for count in args.samples:
-            alpha, statistics = None, Path(scratch) / f"statistics-{count}"
+            statistics = Path(scratch) / f"statistics-{count}"
+            alphas: dict[str, float] = {}  # by the method of the static model
             for rank in args.ranks:
-                for router, features, directions in ROUTERS:
-                    known = statistics.is_dir()
+                for title, method in ROUTERS.items():
+                    known, alpha = statistics.is_dir(), alphas.get(method["name"])
                     merged = merge_models(
                         args.folder / "base",
                         experts,
-                        method={
-                            "name": "esm++",
-                            "router": router,
-                            "router_features": features,
-                            "expert_directions": directions,
-                        },
+                        method=method,
                         rank=rank,
                         # Statistics hold no samples: the router's features on the merged model need them again.
-                        calibration=statistics if known and features == "base" else samples,
+                        calibration=statistics if known and "discriminant, merged" not in title else samples,
                         statistics_dir=None if known else str(statistics),
                         validation=validation if alpha is None else None,
                         alpha="auto" if alpha is None else alpha,
                         num_samples=count,
                         seed=args.seed,
                         max_length=96,
-                        output_dir=str(Path(scratch) / f"{count}-{rank}-{router}-{features}-{directions}"),
+                        output_dir=str(Path(scratch) / f"{count}-{rank}-{title.replace(', ', '-')}"),
                         progress=False,
                     )
-                    alpha = merged.alpha
+                    alpha = alphas[method["name"]] = merged.alpha
                     model = merged.load_routed()
-                    title = f"{router}, {features}, {directions}"
-                    if router == "discriminant" and features == "merged":
-                        if directions == "update":
+                    if "prototype" not in title and "base" not in title:
+                        if "update" in title or "published" in title:
                             static = score(model, test, "static")
                             if rank == args.ranks[0]:
-                                report(results, (count, alpha, 0, "static"), static, static, expert_accuracy)
+                                of = f"static of {method['name']}"
+                                report(results, (count, alpha, 0, of), static, static, expert_accuracy)
                         oracle = score(model, test, "oracle")
-                        setting = (count, alpha, rank, f"oracle, {directions}")
+                        setting = (count, alpha, rank, f"oracle, {title}")
                         report(results, setting, oracle, static, expert_accuracy)
                     setting = (count, alpha, rank, title)
                     row = report(results, setting, score(model, test), static, expert_accuracy)
                     row |= routes(model, test, expert_accuracy)
-                    if (router, features, rank) == ("discriminant", "merged", args.ranks[0]):
+                    if title.startswith("discriminant, merged") and rank == args.ranks[0]:
                         row["foreign"] = foreign(model, test, Path(scratch) / f"without-{title}-{count}", static)
                     print(row, flush=True)
     print("\n" + markdown(results))
