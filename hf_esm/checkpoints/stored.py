@@ -59,6 +59,7 @@ class FolderCheckpoint(Checkpoint):
         if self._quantiser is not None:
             self.quantised, config = quantisation_name(self._quantiser), dense_config(config)
         self._open_as(model_class, config)
+        self._unwrap(model_class, config)
         for key in self._weights.unscaled:
             raise HfEsmError(
                 f"{self.title}: '{key}' is stored as {self.files.headers[key][1]}, without scales that Transformers "
@@ -98,6 +99,16 @@ class FolderCheckpoint(Checkpoint):
         one, other = (self._read(weights.group_of(live))[live] for live in (name, source))
         dtype = torch.promote_types(one.dtype, other.dtype)
         return not torch.equal(one.to(dtype), other.to(dtype))
+
+    def _unwrap(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> None:
+        """Read names without what training wrappers put into them, if the model then lacks fewer weights."""
+        wrapped, missing = self.files, self.missing
+        if missing and (unwrapped := wrapped.unwrapped()) is not None:
+            self.files = unwrapped
+            self._open_as(model_class, config)
+            if len(self.missing) >= len(missing):
+                self.files = wrapped
+                self._open_as(model_class, config)
 
     def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> "FolderCheckpoint":
         view = copy.copy(self)
@@ -149,12 +160,17 @@ class FolderCheckpoint(Checkpoint):
 
     def load_model_as(self, model_class: type, config: PretrainedConfig, **placement: Any) -> PreTrainedModel:
         options = {**self._load_options, **placement}
-        if self.quantised:
+        if self.quantised or not self.files.as_saved:
             return (load_written if placement else load_read)(self.seen_as(model_class, config), **options)
         with quiet_loading():
             return model_class.from_pretrained(
                 self.folder, config=config, dtype="auto", ignore_mismatched_sizes=True, **options
             ).eval()
+
+
+# What training wrappers put into the names of weights: anywhere, and before all names.
+_WRAPPERS = r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+_WRAPPING_PREFIXES = ("module.", "base_model.model.")
 
 
 class NotDownloadedError(RuntimeError):
@@ -168,6 +184,7 @@ class TensorFiles:
         headers: `(shape, dtype)` of every tensor by its name.
         read: returns the values of a tensor by its name.
         headers_only: whether `read` can return none, as the files were not downloaded.
+        as_saved: whether Transformers loads the files as they are.
     """
 
     def __init__(
@@ -175,8 +192,23 @@ class TensorFiles:
         headers: dict[str, tuple[tuple[int, ...], torch.dtype]],
         read: Callable[[str], Tensor],
         headers_only: bool = False,
+        as_saved: bool = True,
     ):
-        self.headers, self.read, self.headers_only = headers, read, headers_only
+        self.headers, self.read, self.headers_only, self.as_saved = headers, read, headers_only, as_saved
+
+    def unwrapped(self) -> Optional["TensorFiles"]:
+        """Return the tensors by their names without what training wrappers put into them: `torch.compile` and FSDP
+        anywhere, DDP and PEFT before all names. None if there is nothing like that, or two names become one.
+        """
+        names = {key: re.sub(_WRAPPERS, r"\1", key) for key in self.headers}
+        for prefix in _WRAPPING_PREFIXES:
+            if all(name.startswith(prefix) for name in names.values()):
+                names = {key: name.removeprefix(prefix) for key, name in names.items()}
+        stored = {name: key for key, name in names.items()}
+        if len(stored) < len(names) or stored.keys() == self.headers.keys():
+            return None
+        headers = {name: self.headers[key] for name, key in stored.items()}
+        return TensorFiles(headers, lambda name: self.read(stored[name]), self.headers_only, as_saved=False)
 
     def meta(self, key: str) -> Tensor:
         """Return a tensor on the meta device."""
@@ -193,7 +225,9 @@ class TensorFiles:
         paths = _safetensors_paths(folder, title)
         if not paths:
             return cls._open_pickle(folder, title, allow_pickle)
-        headers, file_of = {}, {}
+        headers, file_of, as_saved = {}, {}, True
+        if (index := folder / f"{WEIGHTS_FILE}.index.json").is_file():
+            as_saved = "metadata" in json.loads(index.read_text(encoding="utf-8"))
         for path in paths:
             try:
                 file = safe_open(path, "pt")
@@ -205,12 +239,17 @@ class TensorFiles:
                 header = file.get_slice(key)
                 headers[key] = (tuple(header.get_shape()), stored_dtype(header.get_dtype(), key, title))
                 file_of[key] = file
-        return cls(headers, lambda key: file_of[key].get_tensor(key))
+        return cls(headers, lambda key: file_of[key].get_tensor(key), as_saved=as_saved)
 
     @classmethod
     def _open_pickle(cls, folder: Path, title: str, allow_pickle: bool) -> "TensorFiles":
         paths = sorted(folder.glob("pytorch_model*.bin"))
         if not paths:
+            if shards := sorted(folder.glob("model-*-of-*.safetensors")):
+                raise DamagedFileError(
+                    f"{title}: {folder} has {len(shards)} shards without their {WEIGHTS_FILE}.index.json. Copy or "
+                    "download that, too."
+                )
             raise HfEsmError(f"{title}: no {WEIGHTS_FILE} in {folder}. Is it a folder written by `save_pretrained`?")
         if not allow_pickle:
             raise HfEsmError(
@@ -235,7 +274,7 @@ def _safetensors_paths(folder: Path, title: str) -> list[Path]:
     if index.is_file():
         try:
             return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise DamagedFileError(f"{title}: {index} is damaged ({error}). Copy or download it again.") from None
     return [folder / WEIGHTS_FILE] if (folder / WEIGHTS_FILE).is_file() else []
 

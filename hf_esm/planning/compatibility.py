@@ -15,9 +15,10 @@ from .heads import HeadPlan
 def check_complete(checkpoint: Checkpoint, missing: list[str]) -> None:
     """Raise an error if weights are missing from a model's files."""
     if missing:
+        instead = f", and hold {first_names(checkpoint.extra)} instead" if checkpoint.extra else ""
         raise HfEsmError(
             f"{checkpoint.title}: its files lack {first_names(missing)}, which its "
-            f"{type(checkpoint.skeleton).__name__} needs. Save the model again with `save_pretrained`."
+            f"{type(checkpoint.skeleton).__name__} needs{instead}. Save the model again with `save_pretrained`."
         )
 
 
