@@ -1,9 +1,9 @@
-"""Time the merge of eight LoRA adapters of rank 16 of one layer by `mean` to one of rank 64, from factors to factors.
+"""Time the merge of eight LoRA adapters of rank 16 of one layer to one of rank 64, from factors to factors.
 
     python benchmarks/lora_output.py [width]
 
-In the plain norm, and in that of the statistics of 2,048 tokens per expert. For comparison, the same by a dense update
-and its SVD (float32), which is what the factors save.
+By `mean` in the plain norm, and by several methods in the norm of the statistics of 2,048 tokens per expert. For
+comparison, `mean` by a dense update and its SVD (float32), which is what the factors save.
 """
 
 import sys
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from hf_esm.checkpoints import Checkpoint
 from hf_esm.merging.spans import best_factors, span_of
-from hf_esm.methods import Mean, Stack
+from hf_esm.methods import InputStatistics, Stack, resolve_method
 
 
+METHODS = ("mean", "tsv-m", "iso-c", "esm")  # RegMean inverts a matrix of the layer's width: minutes, and no factors
 EXPERTS, RANK, WRITTEN, TOKENS = 8, 16, 64, 2048
 
 
@@ -50,10 +51,14 @@ def measure(width: int) -> None:
     ]
     experts = {str(task): Factors(a, b) for task, (a, b) in enumerate(pairs)}
     inputs = [torch.randn(TOKENS, width, generator=draw) for _ in range(EXPERTS)]
+    statistics = [InputStatistics(factor, factor.mean(0), TOKENS) for factor in inputs]
 
-    def merge(known: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def merge(method: str, known: list[Tensor]) -> tuple[Tensor, Tensor]:
         span = span_of(experts, "layer")
-        left, a, _ = best_factors(Mean().merge(Stack("layer", "layer", span.cores)).update, WRITTEN, known)
+        stack = Stack(
+            "layer", "layer", span.cores, is_linear=True, statistics=statistics if known else [], num_outputs=width
+        )
+        left, a, _ = best_factors(resolve_method(method).merge(stack).update, WRITTEN, known)
         return span.basis @ left, a
 
     def merge_densely() -> Tensor:
@@ -63,9 +68,10 @@ def measure(width: int) -> None:
     print(
         f"{EXPERTS} adapters of rank {RANK}, {width} x {width}, {torch.get_num_threads()} threads: to rank {WRITTEN}"
     )
-    print(f"  plain norm   {seconds(lambda: merge([])):.2f} s")
-    print(f"  statistics   {seconds(lambda: merge(inputs)):.2f} s")
-    print(f"  dense SVD    {seconds(merge_densely):.2f} s")
+    print(f"  mean, plain norm  {seconds(lambda: merge('mean', [])):6.2f} s")
+    for method in METHODS:
+        print(f"  {method:17} {seconds(lambda method=method: merge(method, inputs)):6.2f} s")
+    print(f"  mean, dense SVD   {seconds(merge_densely):6.2f} s")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class PlannedRun(Session):
     @property
     def in_factors(self) -> bool:
         """Whether the merge is done inside the span of the experts' factors; see `spans.Span`."""
-        return self.options.output == "lora" and all(method.commutes for method in self.methods)
+        return self.options.output == "lora"
 
     # Before any long work.
 

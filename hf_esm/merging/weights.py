@@ -210,9 +210,13 @@ class UnitMerger:
         """Return the shape of a weight's merged update, as it is written."""
         return self.plan.base.shape(name)
 
+    def elements(self, unit: list[str]) -> int:
+        """Return the number of elements of a unit's merged update, as it is written."""
+        return sum(math.prod(self.shape(name)) for name in unit)
+
     def job(self, unit: list[str]) -> Job:
         """Return the job that merges a unit, whose result is the update and the report of each weight by name."""
-        elements, experts = _elements(self.plan, unit), len(self.plan.experts)
+        elements, experts = self.elements(unit), len(self.plan.experts)
         return Job(
             read=partial(self.read, unit),
             compute=partial(self.merge, unit),
@@ -231,7 +235,7 @@ class UnitMerger:
     def merge(self, unit: list[str], updates: list[list[Tensor]]) -> dict[str, tuple[Tensor, WeightReport]]:
         """Return the merged update and the report of each weight of a unit, by name."""
         base, linear = self.plan.base, self.plan.base.linear.get(unit[0])
-        device = roomy(self.worker.device, merge_bytes(_elements(self.plan, unit), len(self.plan.experts)))
+        device = roomy(self.worker.device, merge_bytes(self.elements(unit), len(self.plan.experts)))
         matrices = {
             task: _matrices(weights, linear, device)
             for task, weights in zip(self.plan.experts, zip(*updates, strict=True), strict=True)
@@ -324,6 +328,13 @@ class FactorMerger(UnitMerger):
     def read(self, unit: list[str]) -> list[list[Tensor]]:
         experts, linear = self.plan.experts, self.plan.base.linear
         return [[from_matrices([core], linear[name]) for core in span_of(experts, name).cores] for name in unit]
+
+    def _stacks(
+        self, unit: list[str], matrices: Mapping[str, list[Tensor]], device: Optional[torch.device]
+    ) -> Iterator[Stack]:
+        base = self.plan.base
+        rows = sum(base.shape(name)[1 if base.linear[name].transposed else 0] for name in unit)
+        return (replace(stack, num_outputs=rows) for stack in super()._stacks(unit, matrices, device))
 
 
 def _matrices(weights: Sequence[Tensor], linear: Any, device: Optional[torch.device]) -> list[Tensor]:

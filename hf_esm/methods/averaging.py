@@ -17,7 +17,6 @@ class Mean(MergeMethod):
     name: ClassVar[str] = "mean"
     tunable: ClassVar[bool] = False
     keeps_span: ClassVar[bool] = True
-    commutes: ClassVar[bool] = True
 
     def merge(self, stack: Stack) -> Merged:
         return mean_update(stack, scaled=True)
@@ -38,7 +37,6 @@ class TaskArithmetic(MergeMethod):
     name: ClassVar[str] = "task-arithmetic"
     default_alpha: ClassVar[float] = 0.3
     keeps_span: ClassVar[bool] = True
-    commutes: ClassVar[bool] = True
 
     def merge(self, stack: Stack) -> Merged:
         return Merged(torch.stack(stack.weighted).sum(0), "sum")

@@ -158,32 +158,38 @@ class EssentialMerge(MergeMethod):
             return mean_update(stack, scaled=self.scale_all)
         if not stack.is_calibrated or any(re.search(pattern, stack.name) for pattern in self.uncalibrated):
             merged = merge_singular_vectors(
-                stack.updates, self.keep_fallback_scale, self.tolerance, weights=stack.weights
+                stack.updates, self.keep_fallback_scale, self.tolerance, stack.weights, stack.num_outputs
             )
             return Merged(merged.float(), "tsv-m", self.scale_all or (stack.is_linear and self.scale_fallback))
-        merged, energy_kept = self.merge_calibrated(stack.updates, stack.statistics, stack.weights)
+        merged, energy_kept = self.merge_calibrated(stack.updates, stack.statistics, stack.weights, stack.num_outputs)
         return Merged(merged.float(), "esm", info={"energy_kept": energy_kept})
 
     def merge_calibrated(
-        self, updates: list[Tensor], statistics: list[InputStatistics], weights: Optional[Sequence[float]] = None
+        self,
+        updates: list[Tensor],
+        statistics: list[InputStatistics],
+        weights: Optional[Sequence[float]] = None,
+        num_outputs: Optional[int] = None,
     ) -> tuple[Tensor, list[float]]:
         """Merge one calibrated weight.
 
         A task's weight multiplies its rows of the orthogonalised coordinates, and its update in the sum that is
-        subtracted; both norms that the result is matched to are those without weights.
+        subtracted; both norms that the result is matched to are those without weights. `num_outputs`: see `Stack`.
 
         Returns the merged update `[d_out, d_in]`, float64, or float32 with a tolerance; and the energy kept per task.
         """
         norms, dtype = torch.stack([norm(update) for update in updates]), working_dtype(self.tolerance)
         weights = weights or [1.0] * len(updates)
-        directions, coordinates, energy_kept = self._essential_components(updates, statistics, norms)
+        rows = num_outputs or len(updates[0])
+        rank = self._rank(rows, updates[0].shape[1], len(updates))
+        directions, coordinates, energy_kept = self._essential_components(updates, statistics, norms, rank)
         if not sum(basis.shape[1] for basis in directions):  # no expert changes the outputs of this map
             return torch.zeros_like(updates[0], dtype=dtype), energy_kept
         if self.keep_singular_values:
             left, right, ranks = _fuse_keeping_values(directions, coordinates, self.tolerance)
         else:
-            columns = len(updates) * self._rank(updates) if self.all_columns else 0
-            left, right, ranks = _fuse(directions, coordinates, self.tolerance, columns)
+            columns = len(updates) * rank if self.all_columns else 0
+            left, right, ranks = _fuse(directions, coordinates, self.tolerance, rows, columns)
         merged, matched = left @ right, torch.tensor(1.0)
         if self.match_norm and merged.any():
             matched = norms.norm() / norm(merged)
@@ -197,16 +203,20 @@ class EssentialMerge(MergeMethod):
             merged = torch.sub(merged, total, alpha=float(share))
         return merged, energy_kept
 
-    def _rank(self, updates: list[Tensor]) -> int:
+    def _rank(self, outputs: int, inputs: int, tasks: int) -> int:
         """Return the number of directions that each task may have."""
-        side = min(updates[0].shape) if self.keep_singular_values else updates[0].shape[0]
-        return max(int(side * self.rank_share) // len(updates), 1)
+        side = min(outputs, inputs) if self.keep_singular_values else outputs
+        return max(int(side * self.rank_share) // tasks, 1)
 
     def _essential_components(
-        self, updates: list[Tensor], statistics: list[InputStatistics], norms: Tensor
+        self, updates: list[Tensor], statistics: list[InputStatistics], norms: Tensor, rank: int
     ) -> tuple[list[Tensor], list[Tensor], list[float]]:
-        """Return per task `E [d_out, r]`, `C [r, d_in]`, weighted and scaled, and the share of energy they keep."""
-        dtype, rank = working_dtype(self.tolerance), self._rank(updates)
+        """Return per task `E [d_out, r]`, `C [r, d_in]`, weighted and scaled, and the share of energy they keep.
+
+        Args:
+            rank: largest `r`.
+        """
+        dtype = working_dtype(self.tolerance)
         task_scales = _relative(norms, self.task_exponent)
         directions, coordinates, energy_kept = [], [], []
         for update, inputs, task_scale in zip(updates, statistics, task_scales, strict=True):
@@ -223,11 +233,12 @@ class EssentialMerge(MergeMethod):
 
 
 def _fuse(
-    directions: list[Tensor], coordinates: list[Tensor], tolerance: float, columns: int
+    directions: list[Tensor], coordinates: list[Tensor], tolerance: float, rows: int, columns: int
 ) -> tuple[Tensor, Tensor, list[int]]:
     """The published fusion: `polar(E)` and `polar(C)`, times the means of both stacks' singular values.
 
     Args:
+        rows: `d_out`, if `E` stands in a basis of fewer rows.
         columns: number of columns of `E`, if it is more than there are: the others count as zeros in the means.
 
     Returns both factors, whose product is the merged update, and how many rows of the second belong to each task.
@@ -235,7 +246,7 @@ def _fuse(
     e, c = torch.cat(directions, dim=1), torch.cat(coordinates)
     columns = max(columns, len(c))
     (left, left_mean), (right, right_mean) = polar_factor(e, tolerance), polar_factor(c, tolerance)
-    left_mean *= min(e.shape) / min(len(e), columns)
+    left_mean *= min(e.shape) / min(rows, columns)
     right_mean *= min(c.shape) / min(columns, c.shape[1])
     return left * (left_mean * right_mean), right, [len(rows) for rows in coordinates]
 

@@ -1,7 +1,7 @@
 """Isotropic merging (*No Task Left Behind*, arXiv 2502.04959): merged updates whose singular values are all equal."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Optional
 
 import torch
 from torch import Tensor
@@ -17,20 +17,22 @@ RANK = {
 }
 
 
-def merge_isotropic(updates: list[Tensor], rank: str = "numerical") -> Tensor:
+def merge_isotropic(updates: list[Tensor], rank: str = "numerical", num_outputs: Optional[int] = None) -> Tensor:
     """Iso-C of one matrix: the sum of `T` updates `[d_out, d_in]`, with each singular value set to the mean of all.
 
     Args:
         rank: what the mean is over, `"numerical"` or `"published"`; see `RANK`.
+        num_outputs: see `Stack`.
 
     Returns the merged update, float64. Directions in which the sum is numerically zero stay zero.
     """
-    side = min(updates[0].shape)
-    left, values, right = truncated_svd(torch.stack(updates).double().sum(0), side)
-    return (left @ right) * (values.sum() / _counted(values, side, rank))
+    left, values, right = truncated_svd(torch.stack(updates).double().sum(0), min(updates[0].shape))
+    return (left @ right) * (values.sum() / _counted(values, updates[0], num_outputs, rank))
 
 
-def merge_isotropic_with_tasks(updates: list[Tensor], common_space_fraction: float, rank: str = "numerical") -> Tensor:
+def merge_isotropic_with_tasks(
+    updates: list[Tensor], common_space_fraction: float, rank: str = "numerical", num_outputs: Optional[int] = None
+) -> Tensor:
     """Iso-CTS of one matrix: leading singular triplets of the sum, and of each update outside their column space.
 
     All triplets are orthogonalised together and get one singular value, the mean of all.
@@ -40,12 +42,13 @@ def merge_isotropic_with_tasks(updates: list[Tensor], common_space_fraction: flo
         common_space_fraction: share of the directions that is taken from the sum. The number of the remaining
             directions is rounded to the nearest multiple of `T` that fits.
         rank: what the share and the mean are over, `"numerical"` or `"published"`; see `RANK`.
+        num_outputs: see `Stack`.
 
     Returns the merged update, float64.
     """
     tasks = len(updates)
     left, values, right = truncated_svd(torch.stack(updates).double().sum(0), min(updates[0].shape))
-    side = _counted(values, min(updates[0].shape), rank)
+    side = _counted(values, updates[0], num_outputs, rank)
     per_task = round((side - int(common_space_fraction * side)) / tasks)
     while per_task * tasks > side:
         per_task -= 1
@@ -63,9 +66,10 @@ def merge_isotropic_with_tasks(updates: list[Tensor], common_space_fraction: flo
     return (left @ right) * (values.sum() / side)
 
 
-def _counted(values: Tensor, side: int, rank: str) -> int:
+def _counted(values: Tensor, matrix: Tensor, num_outputs: Optional[int], rank: str) -> int:
     """Return the number of directions of a matrix: of its nonzero singular values, at least 1, or of all."""
-    return max(len(values), 1) if rank == "numerical" else side
+    rows, columns = matrix.shape
+    return max(len(values), 1) if rank == "numerical" else min(num_outputs or rows, columns)
 
 
 @dataclass
@@ -84,7 +88,7 @@ class IsoC(MergeMethod):
     def merge(self, stack: Stack) -> Merged:
         if not stack.is_matrix:
             return mean_update(stack, scaled=True)
-        return Merged(merge_isotropic(stack.weighted, self.rank).float(), self.name)
+        return Merged(merge_isotropic(stack.weighted, self.rank, stack.num_outputs).float(), self.name)
 
 
 @dataclass
@@ -111,5 +115,5 @@ class IsoCTS(MergeMethod):
     def merge(self, stack: Stack) -> Merged:
         if not stack.is_matrix:
             return mean_update(stack, scaled=True)
-        merged = merge_isotropic_with_tasks(stack.weighted, self.common_space_fraction, self.rank)
+        merged = merge_isotropic_with_tasks(stack.weighted, self.common_space_fraction, self.rank, stack.num_outputs)
         return Merged(merged.float(), self.name)

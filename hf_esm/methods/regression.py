@@ -59,7 +59,6 @@ class RegMean(MergeMethod):
     name: ClassVar[str] = "regmean"
     needs_statistics: ClassVar[bool] = True
     keeps_span: ClassVar[bool] = True
-    commutes: ClassVar[bool] = True
 
     off_diagonal: float = field(
         default=0.9,

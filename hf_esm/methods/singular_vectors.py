@@ -27,6 +27,7 @@ def merge_singular_vectors(
     keep_scale: bool = False,
     tolerance: float = 0.0,
     weights: Optional[Sequence[float]] = None,
+    num_outputs: Optional[int] = None,
 ) -> Tensor:
     """TSV-M of one matrix: the leading `⌊min(d)/T⌋` triplets of each update, orthogonalised across tasks, and summed.
 
@@ -36,10 +37,12 @@ def merge_singular_vectors(
             code does.
         tolerance: see `linalg.truncated_svd`.
         weights: of the tasks, which multiply the singular values of their triplets; 1 by default.
+        num_outputs: see `Stack`.
 
     Returns the merged update, float64. Tasks whose update is zero contribute nothing.
     """
-    rank = max(min(updates[0].shape) // len(updates), 1)
+    rows, columns = updates[0].shape
+    rank = max(min(num_outputs or rows, columns) // len(updates), 1)
     weighted = zip(updates, weights or [1.0] * len(updates), strict=True)
     triplets = [(*truncated_svd(update, rank, tolerance), weight) for update, weight in weighted if update.any()]
     if not triplets:
@@ -67,7 +70,9 @@ class TSVM(MergeMethod):
     def merge(self, stack: Stack) -> Merged:
         if not stack.is_matrix:
             return mean_update(stack, scaled=True)
-        merged = merge_singular_vectors(stack.updates, tolerance=self.tolerance, weights=stack.weights)
+        merged = merge_singular_vectors(
+            stack.updates, tolerance=self.tolerance, weights=stack.weights, num_outputs=stack.num_outputs
+        )
         return Merged(merged.float(), self.name)
 
 

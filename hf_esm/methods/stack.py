@@ -51,6 +51,8 @@ class Stack:
         thresholds: per expert, a magnitude that `MergeMethod.prepare` returned: of TIES, the smallest that is kept.
         depth: index of the block that holds the weight, and the number of blocks; None outside of blocks.
         weights: per expert, the caller's weight of its task; 1 by default, negative to negate a task.
+        num_outputs: `d_out` of the map, if `updates` hold the updates in a basis of `s ≤ d_out` columns, `[s, d_in]`;
+            see `MergeMethod.keeps_span`.
         read_base: reads `base`; called at most once.
     """
 
@@ -66,6 +68,7 @@ class Stack:
     thresholds: list[float] = field(default_factory=list)
     depth: Optional[tuple[int, int]] = None
     weights: list[float] = field(default_factory=list)
+    num_outputs: Optional[int] = None
     read_base: Optional[Callable[[], Tensor]] = None
 
     def __post_init__(self) -> None:
@@ -149,9 +152,9 @@ class MergeMethod:
             precision that the hardware multiplies fastest.
         counts_embeddings: whether embeddings are merged by token counts (`merge_embedding`) instead of by `merge`.
         stacks_shared_inputs: whether linear maps that read one tensor (q, k and v) are merged as one weight.
-        keeps_span: whether the columns of a merged matrix are combinations of those of the experts' updates, so that
-            low-rank updates give a low-rank merged update.
-        commutes: whether the merge of updates `Q K_t`, with `Q` of orthonormal columns, is `Q` times that of `K_t`.
+        keeps_span: whether the merge of updates `Q K_t` of a matrix, with `Q [d_out, s]` of orthonormal columns, is
+            `Q` times that of the `K_t` (with `Stack.num_outputs` set to `d_out`), so that low-rank updates give a
+            low-rank merged update. LoRA adapters are then merged in the span of their factors.
         router: the router (see `RoutedExpertsConfig`), if the method routes: an expert per task is written into the
             folder of the merged model. Empty by default. The attributes below are read only if it is set.
         static_method: what the static model beside routed experts is merged by: `"own"`, this method's `merge`, the
@@ -176,7 +179,6 @@ class MergeMethod:
     counts_embeddings: ClassVar[bool] = True
     stacks_shared_inputs: ClassVar[bool] = False
     keeps_span: ClassVar[bool] = False
-    commutes: ClassVar[bool] = False
     router: ClassVar[str] = ""
     static_method: ClassVar[str] = "own"
     directions: ClassVar[str] = "residual"

@@ -37,8 +37,8 @@ def check_low_rank(
         raise HfEsmError("`output='lora'` folds the gates of `refine` into the adapter. Leave `keep_adapter` out.")
     if plan.vocabulary is not None:
         raise HfEsmError(
-            "`output='lora'`: experts bring tokens or rows that the base lacks, which a LoRA adapter cannot hold. "
-            f"{_REMEDY}, or take the base's tokens: `tokenizer='base'`."
+            "`output='lora'`: experts bring tokens, or rows of single tokens, which a merged LoRA adapter does not "
+            f"hold. {_REMEDY}."
         )
     for expert in plan.experts.values():
         if not isinstance(expert.stored, AdapterCheckpoint):
@@ -59,5 +59,4 @@ def check_low_rank(
             written += 4 * min(sum(ranks), rank or math.inf) * sum(plan.base.shape(name))
             scratch += 4 * sum(ranks) * sum(plan.base.shape(name))
     plan.output, plan.output_bytes = "adapter", written
-    if all(method.commutes for method in methods):
-        plan.scratch_bytes = scratch
+    plan.scratch_bytes = scratch

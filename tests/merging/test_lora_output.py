@@ -66,8 +66,8 @@ def test_without_a_rank_the_adapter_over_the_base_is_the_whole_merged_model(mode
     folder = tmp_path / "adapter"
     adapter = merge(models, method=method, refine=refine, overrides=overrides, output="lora", output_dir=folder)
     expected, base = logits(whole.load_model()), AutoModelForCausalLM.from_pretrained(models / "base")
-    assert relative_error(logits(adapter.load_model()), expected) < 1e-5
-    assert relative_error(logits(PeftModel.from_pretrained(base, str(folder))), expected) < 1e-5
+    assert relative_error(logits(adapter.load_model()), expected) < 5e-5
+    assert relative_error(logits(PeftModel.from_pretrained(base, str(folder))), expected) < 5e-5
     assert relative_error(logits(AutoModelForCausalLM.from_pretrained(models / "base")), expected) > 1e-2
     merged = [report for report in adapter.weights if report.how != "unchanged"]
     assert merged and all((report.rank, report.rank_error) == (sum(RANKS.values()), 0) for report in merged)
@@ -133,7 +133,7 @@ def test_directions_that_no_input_tells_apart_come_by_their_size():
     assert error == 0
 
 
-@pytest.mark.parametrize("method", ["mean", "task-arithmetic", "regmean"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "auto"])
 def test_a_merge_in_factors_reads_no_weight_of_the_base(models, method, tmp_path, monkeypatch):
     statistics = tmp_path / "statistics"
     merge(models, method="regmean", statistics_dir=statistics)
@@ -181,6 +181,8 @@ REFUSED = {
     "bias": ({"bias": "lora_only"}, {}, ["biases", "'law'"]),
     "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, {}, ["embed_tokens", "Leave `output` out"]),
     "saved": ({"modules_to_save": ["norm"]}, {}, ["norm", "'law'"]),
+    "rows": ({"trainable_token_indices": [5, 9]}, {}, ["rows of single tokens", "Leave `output` out"]),
+    "gates": ({}, {"refine": {"keep_adapter": True}, "calibration": CALIBRATION}, ["keep_adapter", "output"]),
     "ties": ({}, {"method": "ties"}, ["ties", "task-arithmetic", "iso-c"]),
     "override": ({}, {"overrides": [{"match": "q_proj", "method": "dare"}]}, ["dare", "regmean"]),
     "routed": ({}, {"method": "tsv-c"}, ["tsv-c", "esm"]),

@@ -479,7 +479,7 @@ def test_presets_are_the_published_code_with_any_number_of_experts(seed, shape, 
     exponents = {"task_exponent": 2.0, "dimension_exponent": 2.0, "factor": 2.0} if name == "esm-vit" else {}
     expected = reference.esm_published(deltas, inputs, **exponents)
     found = METHODS[name]().merge(stack(deltas, [exact(x) for x in inputs])).update
-    assert relative_error(found, expected) < 1e-5
+    assert relative_error(found, expected) < 1e-4
     assert relative_error(reference.esm(deltas, inputs, **PUBLISHED | exponents), expected) < 1e-8
 
 
