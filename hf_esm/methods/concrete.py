@@ -46,8 +46,9 @@ class ConcreteTaskArithmetic(MergeMethod):
 
     The mask has one logit per weight, shared by all tasks. Adam minimises the sum of the tasks' mean softmax
     entropies, one batch of calibration samples per task and step: of a classifier's answer, or of the first token that
-    a model that writes answers a prompt with. Memory while learning: seven bodies in float32 (base, merged, its
-    gradient, the summed updates, logits and Adam's two moments), and all heads.
+    a model that writes answers a prompt with. Samples of language models are prompts: ready ones with `labels` are cut
+    where the answer begins. Memory while learning: seven bodies in float32 (base, merged, its gradient, the summed
+    updates, logits and Adam's two moments), and all heads.
 
     Deviations from the published code: the merge ends with the mask's expectation `σ(logit)`, which needs no seed, and
     which without a step gives task arithmetic (`mask: relaxed` is the published end, one more draw, here by seed).

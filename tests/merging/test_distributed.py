@@ -73,7 +73,7 @@ def folder(tmp_path_factory):
         "shards": arguments(folder, calibration=None, method="tsv-m", max_shard_size="20KB"),
         "routed": arguments(folder, method={"name": "esm++", "rank": 4}),
         "learned": arguments(
-            folder, method={"name": "concrete-adamerging", "steps": 3, "inner_rate": 0.1, "coefficient_steps": 20}
+            folder, method={"name": "concrete-adamerging", "steps": 3, "inner_rate": 0.001, "coefficient_steps": 20}
         ),
     }
     language = language_arguments(folder / "language", refine={"components": 4, "steps": 12})

@@ -24,6 +24,7 @@ def test_the_ends_of_the_uniform_numbers_give_a_finite_mask_and_gradient():
     mask = relaxed_mask(logits, torch.tensor([0.0, 0.25, 0.5, 1.0]), 0.5)
     (mask * torch.arange(4.0)).sum().backward()
     assert mask.isfinite().all() and logits.grad.isfinite().all() and mask[0] < mask[1] < mask[2] < mask[3]
+    assert float(relaxed_mask(torch.zeros(1), torch.zeros(1), 0.5)) == 1  # a parameter of one weight
 
 
 @seeds
