@@ -131,9 +131,21 @@ def _check_heads(plan: MergePlan) -> None:
 
 
 def _check_finite(tensor: torch.Tensor, checkpoint: Checkpoint, name: str) -> None:
+    """Raise an error unless a weight, or its update, is finite, and so is its norm in float32, if it is trained: every
+    method takes products of weights. Buffers may hold the least number there is, as masks do.
+    """
+    if not tensor.is_floating_point() or _norm(tensor).isfinite():
+        return
+    weight = f"{checkpoint.title}: weight '{checkpoint.names[name]}' holds"
     # A sum is finite only if all its terms are, and costs less than a look at every term.
-    if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():
+    if not tensor.sum(dtype=torch.float64).isfinite():
+        raise HfEsmError(f"{weight} NaN or infinite values. Save or download the model again.")
+    if name in checkpoint.trained:
         raise HfEsmError(
-            f"{checkpoint.title}: weight '{checkpoint.names[name]}' holds NaN or infinite values. Save or "
-            "download the model again."
+            f"{weight} numbers up to {float(tensor.abs().max()):.3g}, whose squares float32 does not hold; they "
+            "cannot be weights. Save or download the model again."
         )
+
+
+def _norm(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(tensor.float() if tensor.dtype is torch.float64 else tensor, dtype=torch.float32)

@@ -69,6 +69,7 @@ def test_a_wrapped_model_is_run_and_merged_as_the_model(which, tmp_path):
 REFUSED = {
     "some names alone": (lambda key: key if "norm" in key else f"module.{key}", "and hold 'module."),
     "of another trainer": (lambda key: f"engine.{key}", "and hold 'engine."),
+    "compiled, of another trainer": (lambda key: f"engine._orig_mod.{key}", "and hold 'engine._orig_mod."),
     "with LoRA in it": (
         lambda key: "base_model.model." + key.replace("q_proj.", "q_proj.base_layer."),
         "q_proj.base_layer.weight'",
@@ -85,6 +86,19 @@ def test_names_that_are_no_wrappers_are_refused_with_some_of_them(change, says, 
     with pytest.raises(HfEsmError, match=r"expert 'task' .*: its files lack .*, and hold .* instead\. Save") as caught:
         merge_models(tmp_path / "base", {"task": tmp_path / "task"}, method="mean", dry_run=True)
     assert says in str(caught.value) and len(str(caught.value)) < 700 and "\n" not in str(caught.value)
+
+
+def test_a_name_with_and_without_a_wrapper_is_not_taken_for_one(tmp_path):
+    """Nothing tells which of the two is the weight."""
+    base = LLAMA.build()
+    for name, model in (("base", base), ("task", perturbed(base, 0.02, 1))):
+        save(model, tmp_path / name)
+    renamed(tmp_path / "task", WRAPPERS["torch.compile"])
+    path = tmp_path / "task" / "model.safetensors"
+    stored = load_file(path)
+    save_file({**stored, "model.norm.weight": 2 * stored["_orig_mod.model.norm.weight"]}, path, {"format": "pt"})
+    with pytest.raises(HfEsmError, match=r"expert 'task' .*: its files lack .*, and hold '_orig_mod\."):
+        merge_models(tmp_path / "base", {"task": tmp_path / "task"}, method="mean", dry_run=True)
 
 
 def test_an_index_without_metadata_is_enough(tmp_path):

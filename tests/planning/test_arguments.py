@@ -27,6 +27,7 @@ from hf_esm.methods.sparse import TIES
 from hf_esm.methods.stack import InputStatistics
 from hf_esm.planning import MergeOptions
 from hf_esm.utils.resume import WORK_FOLDER as WORK
+from support.architectures import ARCHITECTURES
 from support.helpers import perturbed, save, stored_tensors, text_samples
 from support.processes import run_script
 from support.tiny import BERT, SENTENCES, assert_refused, forbid_calibration, save_models, save_tokenizer, snapshot
@@ -222,6 +223,27 @@ REFUSED = {
     "nan-in-head": (
         tensors("right", holding("classifier.weight", float("nan"))),
         [RIGHT, "classifier.weight", "again"],
+    ),
+    "too-large": (tensors("right", holding(WEIGHT, 3e38)), [RIGHT, WEIGHT, "up to 3e+38", "cannot be weights"]),
+    "too-large-in-base": (tensors("base", holding(BODY_WEIGHT, -1e25)), ["base (", BODY_WEIGHT, "up to 1e+25"]),
+    "too-large-in-head": (
+        tensors("right", holding("classifier.weight", 1e38)),
+        [RIGHT, "classifier.weight", "cannot be weights"],
+    ),
+    "too-large-in-float64": (
+        tensors("right", lambda stored: stored.update({WEIGHT: stored[WEIGHT].double().fill_(1e200)})),
+        [RIGHT, WEIGHT, "up to 1e+200"],
+    ),
+    **{
+        f"stored-as-{dtype}": (
+            tensors("right", lambda stored, dtype=dtype: stored.update({WEIGHT: stored[WEIGHT].to(dtype)})),
+            [RIGHT, WEIGHT, f"is stored as {dtype}", "Merge the checkpoint"],
+        )
+        for dtype in (torch.int32, torch.bool, torch.uint8)
+    },
+    "stored-as-complex": (
+        tensors("right", lambda stored: stored.update({WEIGHT: stored[WEIGHT].to(torch.complex64)})),
+        [RIGHT, WEIGHT, "is stored as C64", "another dtype"],
     ),
     "equals-the-base": (
         lambda models: {"experts": {"left": models.left, "right": models.base}},
@@ -478,8 +500,23 @@ def test_an_unknown_argument_is_a_type_error(models):
 
 
 def test_activations_that_overflow_name_the_expert(models):
-    tensors("right", lambda stored: stored[WEIGHT.replace("output", "attention.output")].fill_(1e38))(models)
-    assert_refused(models.folder, [RIGHT, BODY_WEIGHT.replace("output", "intermediate"), "float32"], arguments(models))
+    block = WEIGHT.removesuffix("output.dense.weight")
+    names = ("bert.embeddings.LayerNorm.weight", f"{block}attention.self.value.weight")
+    for name in (*names, f"{block}attention.output.dense.weight"):  # each is a weight, and their product is too large
+        tensors("right", lambda stored, name=name: stored[name].fill_(1e14))(models)
+    read = BODY_WEIGHT.replace("output", "intermediate")
+    says = [RIGHT, str(models.right), "on its samples", read, "NaN or infinite", "float32"]
+    assert_refused(models.folder, says, arguments(models))
+
+
+def test_buffers_may_hold_the_largest_numbers(tmp_path):
+    """As masks do."""
+    base = ARCHITECTURES["resnet"].build()
+    for seed, name in enumerate(("base", "left")):
+        model = perturbed(base, 0.02 * seed, seed)
+        next(buffer for key, buffer in model.named_buffers() if "running_mean" in key).fill_(-3e38)
+        save(model, tmp_path / name)
+    merge_models(tmp_path / "base", {"left": tmp_path / "left"}, method="mean", progress=False)
 
 
 def test_weights_that_float16_does_not_hold_are_refused(models):
@@ -650,9 +687,3 @@ def test_a_killed_merge_leaves_nothing_under_the_outputs_name(models):
     assert {path.name for path in old.iterdir()} == {"old.txt", RECIPE_FILE}
     merge_models(**given, progress=False)
     assert Path(given["output_dir"], "model.safetensors").is_file()
-
-
-def test_an_expert_that_overflows_on_its_samples_is_named(models):
-    tensors("right", lambda stored: stored["bert.encoder.layer.0.intermediate.dense.weight"].fill_(3e38))(models)
-    says = [str(models.right), "on its samples", BODY_WEIGHT, "NaN or infinite", "float32"]
-    assert_refused(models.folder, says, arguments(models))
