@@ -226,11 +226,14 @@ def _apart(model: PreTrainedModel, name: str, source: str) -> bool:
 def untie(model: PreTrainedModel, names: Iterable[str]) -> None:
     """Give every tied weight among `names` a parameter of its own in `model`, with the value that it shares."""
     declared = getattr(model, "all_tied_weights_keys", None) or {}
-    for name in set(names) & ties(model).keys():
+    # Resizing ties again what the config ties, and does not declare it.
+    known, apart = declared | model.get_expanded_tied_weights_keys(all_submodels=True), set(names)
+    for name in apart & known.keys():
         owner, _, leaf = name.rpartition(".")
-        weight = model.get_parameter(name)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(weight.detach().clone(), weight.requires_grad))
-        del declared[name]
+        weight = model.get_parameter_or_buffer(name)
+        if weight is model.get_parameter_or_buffer(known[name]):
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(weight.detach().clone(), weight.requires_grad))
+        declared.pop(name, None)
 
 
 def canonical_names(model: PreTrainedModel) -> dict[str, str]:

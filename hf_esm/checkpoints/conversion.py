@@ -42,14 +42,13 @@ class OutputGroup:
 def written_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """Return a copy of a checkpoint's config, which says that the embeddings are not tied if no weights are.
 
-    Transformers 5 compares the stored weights, but older versions and inference servers believe the config. Some
-    configs, as T5's, cannot say it.
+    Transformers 5 compares the stored weights, but older versions and inference servers believe the config. A config
+    that ties other weights too, as T5's, cannot say it.
     """
     model = checkpoint.skeleton
     config = copy.deepcopy(model.config)
     if getattr(config, "tie_word_embeddings", False) and model._tied_weights_keys and not ties(model):
         config.tie_word_embeddings = False
-        config.tie_word_embeddings = type(config).from_dict(config.to_dict()).tie_word_embeddings
     return config
 
 

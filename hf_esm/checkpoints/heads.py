@@ -170,7 +170,6 @@ def attach_head(model: PreTrainedModel, folder: Path, task: str) -> PreTrainedMo
     config, head = AutoConfig.from_pretrained(head_folder), _load_head(head_folder)
     with torch.device("meta"):
         fresh = getattr(transformers, config.architectures[0])(config)
-    untie(fresh, head)
     if type(fresh) is type(model):
         attached = _graft(model, fresh, list(head))
         settings = {name: value for name, value in vars(fresh).items() if not name.startswith("_")}

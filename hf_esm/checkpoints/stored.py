@@ -112,7 +112,7 @@ class FolderCheckpoint(Checkpoint):
 
     def seen_as(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> "FolderCheckpoint":
         view = copy.copy(self)
-        for cached in ("linear", "embeddings", "trained"):
+        for cached in ("linear", "trained"):
             view.__dict__.pop(cached, None)
         view._open_as(model_class, config)
         for name in view._weights.misfits:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hf_esm import load_task_model, merge_models
 from hf_esm.checkpoints import ExpertLoader
 from hf_esm.checkpoints.sources import Access, open_checkpoint, resolve_source
+from hf_esm.merging.alpha import CandidateModels
 from support.architectures import ARCHITECTURES
 from support.helpers import Architecture, perturbed, save, stored_tensors, text_samples, train, untied
 from support.problems import relative_error
@@ -254,3 +255,37 @@ def test_adapters_that_tie_differently_are_not_put_on_one_loaded_model(tmp_path)
     loader = ExpertLoader()
     for name in ("head", "saved embeddings", "neither", "head"):
         assert relative_error(logits(loader.load(found[name])), trained[name]) < 1e-5
+
+
+def test_models_that_are_scored_have_the_heads_of_their_tasks(tmp_path):
+    """Around one shared body, whose embeddings the head of a task does not touch."""
+    base = TIED_LLAMA.build()
+    save(base, tmp_path / "base")
+    apart = save_apart(perturbed(base, 0.1, 1), tmp_path / "a", 1)
+    save(perturbed(base, 0.1, 2), tmp_path / "b")
+    plan = merge_models(tmp_path / "base", {"a": apart, "b": tmp_path / "b"}, method="mean", dry_run=True)
+    models = CandidateModels(plan, torch.device("cpu")).by_task
+    for task, head in {"a": stored_tensors(Path(apart))[HEAD], "b": base.lm_head.weight}.items():
+        assert torch.equal(models[task].lm_head.weight, head)
+        assert torch.equal(models[task].get_input_embeddings().weight, base.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_head_that_the_file_holds_follows_an_added_token(family, tmp_path):
+    base = FAMILIES[family].build()
+    rows = base.get_input_embeddings().weight.shape[0]
+    folder = save_apart(base, tmp_path / "base", 0)
+    more = load(folder)
+    more.config.tie_word_embeddings = False  # resizing would tie what the config ties
+    more.resize_token_embeddings(rows + 2, mean_resizing=False)
+    expert = save(perturbed(more, 0.1, 1), tmp_path / "x")
+    plan = merge_models(folder, {"x": expert}, method="mean", dry_run=True)
+    head = stored_tensors(Path(folder))[HEAD]
+    for model in (plan.base.load_model(), plan.base.load_model_as(type(base), plan.base.config)):
+        assert torch.equal(model.lm_head.weight[:rows], head)
+        assert not torch.equal(model.lm_head.weight[:rows], model.get_input_embeddings().weight[:rows])
+    merge_models(folder, {"x": expert}, method="mean", output_dir=tmp_path / "out", progress=False)
+    found, own = stored_tensors(tmp_path / "out"), stored_tensors(Path(expert))
+    assert found[HEAD].shape == own[HEAD].shape == (rows + 2, head.shape[1])
+    assert torch.allclose(found[HEAD], own[HEAD], atol=1e-6)
+    assert load(tmp_path / "out").lm_head.weight.shape == own[HEAD].shape
