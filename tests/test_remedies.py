@@ -280,6 +280,7 @@ REMEDIES = {  # what is called, and the names of the tests that call it
     "columns={'label': …}": "test_a_words_label_is_that_of_its_first_token",
     "dtype='bfloat16'": FLOATS,
     "dtype='float32'": FLOATS,
+    "encode(…, prompt={})": "test_every_expert_is_read_with_its_own_prompt_and_differences_are_warned_of",
     "essential_components(…, as_lora=True)": "test_components_for_several_adapters_in_a_batch_are_written_as_lora",
     "gates=True": "test_trains_the_gates_alone_and_comes_back_from_its_folder",
     "heads=[…]": "test_modules_that_are_named_stay_with_their_tasks",
