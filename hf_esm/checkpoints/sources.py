@@ -214,7 +214,7 @@ def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> Mo
         snapshot(title, repo_id, revision, access.token, ["*"], joined(subfolder, path))
     place, is_adapter = joined(subfolder, inside), (folder / inside / ADAPTER_CONFIG).is_file()
     on_hub = files_on_hub(title, repo_id, revision, access.token, place) if is_adapter else ()
-    return ModelSource(title, None, folder / inside, repo_id, revision, access, inside, subfolder, task, on_hub)
+    return ModelSource(title, None, folder / inside, repo_id, revision, access, inside, subfolder, task, on_hub=on_hub)
 
 
 # Keys of a model's mapping besides `path`, all of them texts.
