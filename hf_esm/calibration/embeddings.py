@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..architecture import canonical_names, ties
+from ..utils import Hook, hooked
 
 
 class RowHooks:
@@ -42,7 +43,7 @@ class RowHooks:
         readings: Counter[str] = Counter()
         modes: list[_RowReader] = []
 
-        def enter(module: nn.Module, args: tuple) -> None:
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             weight = self._weight_of[module]
 
             def read(rows: Tensor) -> None:
@@ -55,13 +56,14 @@ class RowHooks:
         def leave(module: nn.Module, args: tuple, output: Any) -> None:
             modes.pop().__exit__(None, None, None)
 
-        handles = [module.register_forward_pre_hook(enter) for module in self._weight_of]
-        handles += [module.register_forward_hook(leave, always_call=True) for module in self._weight_of]
+        hooks = [Hook(module, enter, before=True) for module in self._weight_of]
+        hooks += [Hook(module, leave, before=False) for module in self._weight_of]
         try:
-            yield
+            with hooked(hooks):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
+            while modes:  # an interrupt, which is no `Exception`, calls no hook
+                modes.pop().__exit__(None, None, None)
 
 
 class _RowReader(TorchFunctionMode):

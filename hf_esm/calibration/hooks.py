@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architecture import canonical_names, linear_maps
+from ..utils import Hook, hooked
 from .embeddings import RowHooks
 from .mixtures import mixtures_of
 
@@ -56,16 +57,13 @@ class InputHooks:
 
             return read
 
-        handles = [
-            module.register_forward_pre_hook(reader(self._weight_of[name]), with_kwargs=True)
+        hooks = [
+            Hook(module, reader(self._weight_of[name]), before=True)
             for name, module in self.model.named_modules()
             if name in self._weight_of
         ]
-        try:
+        with hooked(hooks):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def input_rows(inputs: Tensor, mask: Optional[Tensor] = None) -> Tensor:

@@ -110,7 +110,8 @@ def take(decision: Decision, rows: list[int]) -> Decision:
     """The decision on some samples of a batch."""
     weights = None if decision.route.weights is None else decision.route.weights[rows]
     distance = None if decision.distance is None else decision.distance[rows]
-    return Decision(Route(decision.route.experts[rows], weights), decision.probabilities[rows], distance)
+    route = Route(decision.route.experts[rows], weights)
+    return Decision(route, decision.probabilities[rows], distance, decision.before)
 
 
 def probabilities(logits: Tensor, config: PretrainedConfig) -> Tensor:

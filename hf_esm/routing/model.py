@@ -33,8 +33,8 @@ from ..utils import check_known
 from .editing import ExpertSpec, add_expert, remove_expert
 from .explanations import Explanation, Prediction
 from .prediction import explain, predict
-from .prompts import prompt_route
-from .saving import export_experts, save_copy, trained_tensors
+from .prompts import compile_with_routes, prompt_route, request
+from .saving import export_experts, save_model, trained_tensors
 from .sentences import sentence_transformer
 
 
@@ -124,16 +124,42 @@ class RoutedModel:
             f"router: {self.config.router}; {self.dtype}, {self.device})"
         )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+    def __call__(
+        self,
+        *args: Any,
+        tasks: Optional[str | Sequence[str]] = None,
+        prompt_length: Optional[int | Sequence[int]] = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model as any Transformers model.
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        Args:
+            args, kwargs: inputs of the model.
+            tasks: the task of all samples, or of each, as for `route`.
+            prompt_length: number of tokens of all prompts, or of each, padding not counted. The router reads these
+                alone, where prompt and answer are run together without labels.
+        """
+        with request(self, tasks, prompt_length):
+            return self.model(*args, **kwargs)
+
+    def generate(
+        self,
+        *args: Any,
+        tasks: Optional[str | Sequence[str]] = None,
+        prompt_length: Optional[int | Sequence[int]] = None,
+        **kwargs: Any,
+    ) -> Any:
         """Generate as the static model does; the prompt decides the route.
 
         With assisted decoding, prompt lookup or prefilling in chunks, the first pass does not read exactly the prompt;
-        without a cache, every pass reads more. Then a discriminant router reads the prompt in a separate pass before.
+        without a cache, every pass reads more. Then the router reads the prompt in a separate pass before.
+
+        Args:
+            args, kwargs: arguments of Transformers' `generate`.
+            tasks: the task of all prompts, or of each, as for `route`.
+            prompt_length: number of tokens that the router reads of all prompts, or of each; by default all.
         """
-        with prompt_route(self, args, kwargs):
+        with request(self, tasks, prompt_length), prompt_route(self, args, kwargs):
             return self.model.generate(*args, **kwargs)
 
     def predict(
@@ -142,6 +168,7 @@ class RoutedModel:
         tasks: Optional[str | Sequence[str]] = None,
         *,
         batch_size: int = 32,
+        prompt_length: Optional[int] = None,
         **options: Any,
     ) -> list[Prediction]:
         """Predict the task and the label of each input.
@@ -153,12 +180,14 @@ class RoutedModel:
                 mapping of columns, such as a tokenizer's batch.
             tasks: the task of all inputs, or of each. Its expert is added in all layers.
             batch_size: maximal number of inputs in a forward pass.
+            prompt_length: number of tokens of each input that the router reads; by default all.
             options: fields of `SampleOptions`, such as `max_length`.
 
         Raises:
             HfEsmError: if a task is unknown, or its head does not give one class per sample.
         """
-        return predict(self, inputs, tasks, batch_size, options)
+        with request(self, None, prompt_length):
+            return predict(self, inputs, tasks, batch_size, options)
 
     def explain(
         self, inputs: Iterable[Any] | Mapping[str, Any], batch_size: int = 32, **options: Any
@@ -176,8 +205,8 @@ class RoutedModel:
     def route(self, tasks: str | Sequence[str] | Route) -> AbstractContextManager[None]:
         """Within `with model.route(…)`, samples get the named experts instead of those that the router chooses.
 
-        The route holds in the thread that opens it. A thread that is started inside, such as that of a streamer, has
-        to open its own.
+        The route belongs to the request: it holds in this thread and asyncio task, and in those that asyncio starts
+        inside. A thread that is started by hand, such as that of a streamer, has none: pass `tasks` there.
 
         Args:
             tasks: one task for all samples, one task per sample, `"static"` for no expert, or a `Route`.
@@ -205,6 +234,7 @@ class RoutedModel:
             model = attach_head(self.model.get_base_model(), self.folder, task).train(training)
             model.register_forward_pre_hook(partial(_check_one_head, task, self.model), with_kwargs=True)
             model.save_pretrained = partial(_refuse_saving, task)
+            model.compile = partial(compile_with_routes, model, routing_state(self.model))
             self._task_models[task] = model
         return self._task_models[task]
 
@@ -257,17 +287,17 @@ class RoutedModel:
         return self.model.get_base_model().dtype
 
     def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
-        """Write the whole model, with experts and heads in their present state, to a folder.
+        """Write the whole model to a folder: experts, heads, tokenizer and settings of generation as they are now.
 
         Args:
             folder: appears when it is complete.
             overwrite: whether a folder that a merge wrote may be replaced.
 
         Raises:
-            HfEsmError: if the folder exists, and is not to be replaced.
+            HfEsmError: if the folder exists, and is not to be replaced; if weights of the static model were changed.
         """
-        folder = Path(folder).expanduser()
-        save_copy(self.folder, folder, self._trained(), overwrite)
+        folder, static = Path(folder).expanduser(), self.model.get_base_model()
+        save_model(self._source, self.folder, static, self.processor, self._trained(), folder, overwrite)
         return folder
 
     def push_to_hub(

@@ -1,16 +1,17 @@
 """Predictions of a routed model and explanations of its routes, in batches."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..architecture import towers
 from ..data import PROMPT_MASK, SampleOptions, batch_for, encode, read_rows
 from ..errors import HfEsmError
 from ..metrics import batches_of
-from ..tuners.routed import Decision, Named, decide, route, routing_state
+from ..tuners.routed import Decision, Decisions, Named, decide, route, routing_state
 from ..utils import check_known
 from .explanations import Explanation, Prediction, explanation, is_sure, probabilities, take, vote
 
@@ -40,7 +41,8 @@ def predict(
     predictions: list[Optional[Prediction]] = [None] * len(rows)
     for indices, batch in _batches(routed, rows, batch_size, options):
         if named is None:
-            decision, names = vote(routed.config, decide(routed.model, batch))
+            with evaluating(routed.model):
+                decision, names = vote(routed.config, decide(routed.model, batch))
         else:
             decision, names = None, [named[i] for i in indices]
         for task in dict.fromkeys(names):
@@ -65,7 +67,8 @@ def _labels(
     model = routed.task_model(task)
     if model.can_generate():
         raise HfEsmError(f"{task!r} has no class per sample: its model generates text. Call `generate`.")
-    with route(routed.model, task if decision is None else take(decision, rows)):
+    decisions = decision and Decisions({routed.model.active_adapter: take(decision, rows)})
+    with evaluating(model), route(routed.model, decisions or task):
         logits = getattr(model(**batch), "logits", None)
     if logits is None or logits.dim() != 2:
         raise HfEsmError(f"{task!r} has no class per sample; run `task_model({task!r})` yourself.")
@@ -81,7 +84,8 @@ def explain(routed: "RoutedModel", inputs: Any, batch_size: int, options: Mappin
     explanations: list[Optional[Explanation]] = [None] * len(rows)
     generates = routed.model.get_base_model().can_generate()  # then labels mark the end of the prompt
     for indices, batch in _batches(routed, rows, batch_size, options, with_targets=generates):
-        records = decide(routed.model, batch)
+        with evaluating(routed.model):
+            records = decide(routed.model, batch)
         if not records:
             raise HfEsmError(
                 f"explain: the router does not read {', '.join(batch)}, which pass no linear map with experts."
@@ -89,6 +93,18 @@ def explain(routed: "RoutedModel", inputs: Any, batch_size: int, options: Mappin
         for row, i in enumerate(indices):
             explanations[i] = explanation(routed.config, records, row)
     return explanations
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Turn dropout off inside the block, and set every module back to its mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _list_rows(inputs: Any) -> list[Any]:
@@ -102,7 +118,7 @@ def _list_rows(inputs: Any) -> list[Any]:
 
 def _named_tasks(routed: "RoutedModel", tasks: Optional[str | Sequence[str]], count: int) -> Optional[list[str]]:
     """The task of each input, as `predict` or the route around it names them; None where the router decides."""
-    forced = routing_state(routed.model).local.forced
+    forced = routing_state(routed.model).route.get()
     if tasks is None and isinstance(forced, Named):
         tasks = forced.names
         if "static" in ([tasks] if isinstance(tasks, str) else tasks):
@@ -118,7 +134,7 @@ def _named_tasks(routed: "RoutedModel", tasks: Optional[str | Sequence[str]], co
 
 def _check_router(routed: "RoutedModel", call: str) -> None:
     """Refuse a call that needs the decision of the router."""
-    if routing_state(routed.model).local.forced is not None:
+    if routing_state(routed.model).route.get() is not None:
         raise HfEsmError(f"{call} asks the router, but a route is given. Call it outside of `route`.")
     if not routed.model.has_active_enabled_adapter:
         raise HfEsmError(f"{call}: the experts are disabled, and the router with them. Enable the adapter.")

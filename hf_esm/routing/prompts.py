@@ -1,21 +1,55 @@
-"""Routes of `generate`: the prompt decides, also where the first pass reads something else."""
+"""The route of a request; in `generate`, the prompt decides, also where the first pass reads something else."""
 
 import inspect
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..errors import HfEsmError
-from ..tuners.routed import ONE_PER_SAMPLE, Named, decide, route, routing_state
-from .explanations import vote
+from ..tuners.routed import (
+    ONE_PER_SAMPLE,
+    Decisions,
+    Named,
+    RoutingState,
+    decide,
+    prompt_length,
+    route,
+    routing_state,
+)
 
 
 if TYPE_CHECKING:
     from .model import RoutedModel
+
+
+@contextmanager
+def request(
+    routed: "RoutedModel", tasks: Optional[str | Sequence[str]], length: Optional[int | Sequence[int]]
+) -> Iterator[None]:
+    """Context of one call of a routed model: its route, if tasks are named, and the length of its prompts."""
+    with ExitStack() as stack:
+        routing_state(routed.model).load()
+        if tasks is not None:
+            stack.enter_context(route(routed.model, tasks))
+        if length is not None:
+            stack.enter_context(prompt_length(routed.model, length))
+        yield
+
+
+def compile_with_routes(model: PreTrainedModel, state: RoutingState, *args: Any, **kwargs: Any) -> None:
+    """Compile a task's model as `torch.nn.Module.compile` does; each call loads the route of its request before."""
+    nn.Module.compile(model, *args, **kwargs)
+    compiled = model._compiled_call_impl
+
+    def run(*inputs: Any, **named: Any) -> Any:
+        state.load()
+        return compiled(*inputs, **named)
+
+    model._compiled_call_impl = run
 
 
 def prompt_route(
@@ -33,12 +67,12 @@ def prompt_route(
         HfEsmError: if the route around the call names another number of tasks than there are prompts, or padding
             cannot be told from tokens.
     """
-    base, forced = routed.model.get_base_model(), routing_state(routed.model).local.forced
+    base, forced = routed.model.get_base_model(), routing_state(routed.model).route.get()
     inputs = _prompt_inputs(base, args, kwargs)
     size = next((len(value) for value in inputs.values() if value.dim()), None)
     if isinstance(forced, Named) and not isinstance(forced.names, str) and size not in (None, len(forced.names)):
         raise HfEsmError(f"{len(forced.names)} tasks are named for {size} samples. {ONE_PER_SAMPLE}")
-    decides = routed.model.has_active_enabled_adapter and routed.config.router == "discriminant" and forced is None
+    decides = routed.model.has_active_enabled_adapter and routed.config.decides and forced is None
     # The first pass of an encoder always reads the prompt and nothing else.
     if not decides or not inputs or base.config.is_encoder_decoder:
         return nullcontext()
@@ -48,8 +82,9 @@ def prompt_route(
     if size > 1 and "input_ids" in inputs and "attention_mask" not in inputs:
         raise HfEsmError("generate: pass attention_mask, too, so that the router can tell padding from tokens.")
     with torch.no_grad():
-        decision, _ = vote(routed.config, decide(routed.model, inputs))
-    return route(routed.model, decision)
+        records = decide(routed.model, inputs)
+    once = routed.config.router == "discriminant"
+    return route(routed.model, Decisions({a if once else (a, module): found for a, module, found in records}))
 
 
 def _prompt_inputs(base: PreTrainedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

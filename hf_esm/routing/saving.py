@@ -2,17 +2,30 @@
 
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..checkpoints import HEAD_WEIGHTS, HEADS_FOLDER, ROUTED_FOLDER, ModelSource, write_lora_adapter
+from ..checkpoints import (
+    GENERATION_CONFIG,
+    HEAD_WEIGHTS,
+    HEADS_FOLDER,
+    ROUTED_FOLDER,
+    ModelSource,
+    load_processor,
+    open_checkpoint,
+    write_lora_adapter,
+)
+from ..errors import HfEsmError
 from ..hub import write_hashes
 from ..planning import check_replaceable
 from ..utils import new_folder, publish_folder, staging_folder
@@ -34,14 +47,85 @@ def trained_tensors(
     return trained
 
 
-def save_copy(folder: Path, output: Path, trained: Mapping[str, dict[str, Tensor]], overwrite: bool) -> None:
-    """Copy a model's folder to `output`, with the tensors of `trained_tensors` in place of those in their files."""
+def check_static(source: ModelSource, static: PreTrainedModel) -> None:
+    """Raise an error if a weight of the static model is not what its folder holds: experts belong to these weights.
+
+    Args:
+        source: the folder of the model.
+        static: the static model in memory, with its adapters.
+    """
+    stored = open_checkpoint(replace(source, repo_id=None, title=str(source.root)))
+    state = {name.replace(".base_layer.", "."): tensor for name, tensor in static.state_dict().items()}
+    for name, live in stored.names.items():
+        expected = stored.tensor(name).to(state[live].dtype)
+        if expected.shape != state[live].shape or not torch.equal(expected, state[live].cpu()):
+            raise HfEsmError(
+                f"'{live}' of the static model was changed since it was loaded, and the experts belong to the model "
+                "that it was. Load the model again, and train experts and heads alone: both are saved."
+            )
+
+
+def changed_settings(folder: Path, static: PreTrainedModel, processor: Any, into: Path) -> list[Path]:
+    """Write the settings of generation and the tokenizer or processor to `into`, if they differ from what `folder`
+    holds.
+
+    Returns the written files.
+
+    Raises:
+        HfEsmError: if the tokenizer has tokens that the model has no embeddings for.
+    """
+    if static.can_generate():
+        stored = GenerationConfig.from_model_config(static.config)
+        if (folder / GENERATION_CONFIG).is_file():
+            stored = GenerationConfig.from_pretrained(folder)
+        if static.generation_config.to_diff_dict() != stored.to_diff_dict():
+            static.generation_config.save_pretrained(into)
+    if processor is not None:
+        written = []
+        for name, one in (("stored", load_processor(folder)), ("own", processor)):
+            if one is not None:
+                one.save_pretrained(into / name)
+            written.append({path.name: path.read_bytes() for path in (into / name).glob("*")})
+        if written[0] != written[1]:
+            tokens = len(processor) if hasattr(processor, "__len__") else 0
+            rows = getattr(static.get_input_embeddings(), "num_embeddings", tokens)
+            if tokens > rows:
+                raise HfEsmError(
+                    f"The tokenizer has {tokens} tokens, and the model has embeddings of {rows}. Add tokens to "
+                    "an expert, and merge again."
+                )
+            for path in (into / "own").glob("*"):
+                shutil.move(path, into / path.name)
+        for name in ("stored", "own"):
+            shutil.rmtree(into / name, ignore_errors=True)
+    return sorted(into.iterdir())
+
+
+def save_model(
+    source: ModelSource,
+    folder: Path,
+    static: PreTrainedModel,
+    processor: Any,
+    trained: Mapping[str, dict[str, Tensor]],
+    output: Path,
+    overwrite: bool,
+) -> None:
+    """Copy a model's folder to `output`, with the tensors of `trained_tensors` and the files of `changed_settings` in
+    place of those that it has.
+
+    Raises:
+        HfEsmError: if `output` cannot be replaced; see `check_static` and `changed_settings`.
+    """
     check_replaceable(output, overwrite)
-    with staging_folder(output) as staging:
+    check_static(source, static)
+    with TemporaryDirectory() as written, staging_folder(output) as staging:
+        settings = changed_settings(folder, static, processor, Path(written))
         shutil.copytree(folder, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
-        if trained:
-            for path, tensors in trained.items():
-                save_file(tensors, staging / path, {"format": "pt"})
+        for path, tensors in trained.items():
+            save_file(tensors, staging / path, {"format": "pt"})
+        for path in settings:
+            shutil.copy(path, staging / path.name)
+        if trained or settings:
             write_hashes(staging)
         publish_folder(staging, output, overwrite)
 

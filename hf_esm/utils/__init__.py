@@ -1,5 +1,5 @@
-"""Tools that know nothing of models: processes, devices, folders, resumable work, fingerprints, checks of arguments,
-errors of the Hub, tables, sizes.
+"""Tools that know nothing of models: processes, devices, folders, resumable work, hooks, fingerprints, checks of
+arguments, errors of the Hub, tables, sizes.
 
 Comes in: plain values and functions. Goes out: the same work shared over processes, written atomically or resumed, and
 errors in one sentence.
@@ -18,6 +18,7 @@ from .devices import algebra_device, fast_products, reserve, roomy
 from .distributed import default_accelerator, gather, main_first, together
 from .fingerprints import code_identity, data_identity, files_identity, fingerprint, processor_identity
 from .folders import atomic_file, new_folder, publish_folder, staging_folder
+from .hooks import Hook, hooked, remove_hooks
 from .hub_errors import plain_hub_errors
 from .resume import WORK_FOLDER, Work
 from .sentences import first_names, reason_of
@@ -27,6 +28,7 @@ from .tables import markdown_table, plain_table
 
 __all__ = [
     "WORK_FOLDER",
+    "Hook",
     "Work",
     "algebra_device",
     "atomic_file",
@@ -45,6 +47,7 @@ __all__ = [
     "first_names",
     "from_arguments",
     "gather",
+    "hooked",
     "main_first",
     "markdown_table",
     "new_folder",
@@ -55,6 +58,7 @@ __all__ = [
     "publish_folder",
     "readable",
     "reason_of",
+    "remove_hooks",
     "reserve",
     "roomy",
     "staging_folder",

@@ -3,6 +3,7 @@
 import copy
 import random
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_esm.tuners.routed import Decision, Route
+from hf_esm.tuners.routed import Decisions, Route
 from hf_esm.tuners.routed.layer import add_by_expert, grouping_pays
 from hf_esm.tuners.routed.model import decide, route, routing_state
 from support.routed import (
@@ -86,13 +87,23 @@ def test_given_routes_hold_whatever_the_router_says(cases, kind, router, way):
 
 
 @routers
-def test_a_decision_given_back_is_followed(cases, router):
+def test_decisions_that_are_given_back_are_followed(cases, router):
     case = cases["bert"]
     model = loaded(case, router)
-    decision = Decision(Route(torch.tensor([2] * len(case.samples))), torch.zeros(len(case.samples), 3))
-    with route(model, decision):
-        _, decisions = recorded(model, **case.batch)
-    assert decisions and all(found is decision for found in decisions.values())
+    expected, made = recorded(model, **case.batch)
+    decisions = {
+        adapter if router == "discriminant" else (adapter, at): found for (adapter, at), found in made.items()
+    }
+    other = {name: value.flip(1) if name == "input_ids" else value for name, value in case.batch.items()}
+    with route(model, Decisions(decisions)):
+        output, again = recorded(model, **case.batch)
+        recorded(model, **other)
+    assert torch.equal(output[0], expected[0]) and not again
+    elsewhere = {
+        key: replace(found, route=Route(torch.full_like(found.route.experts, 2))) for key, found in decisions.items()
+    }
+    with route(model, Decisions(elsewhere)):
+        assert not torch.allclose(recorded(model, **case.batch)[0][0], expected[0], atol=1e-3)
 
 
 def test_given_routes_hold_for_beams(cases):

@@ -2,24 +2,27 @@
 
 from ..registration import HfEsmPeftType, register
 from .config import RoutedExpertsConfig
-from .frames import check_separable
+from .frames import RoutingState, check_separable
 from .layer import RoutedExpertsLayer, RoutedExpertsLinear
-from .model import RoutedExpertsModel, decide, fingerprint, recording, route, routing_state
-from .routes import ONE_PER_SAMPLE, Decision, Named, Route
+from .model import RoutedExpertsModel, decide, fingerprint, prompt_length, recording, route, routing_state
+from .routes import ONE_PER_SAMPLE, Decision, Decisions, Named, Route
 
 
 __all__ = [
     "ONE_PER_SAMPLE",
     "Decision",
+    "Decisions",
     "Named",
     "Route",
     "RoutedExpertsConfig",
     "RoutedExpertsLayer",
     "RoutedExpertsLinear",
     "RoutedExpertsModel",
+    "RoutingState",
     "check_separable",
     "decide",
     "fingerprint",
+    "prompt_length",
     "recording",
     "route",
     "routing_state",

@@ -10,8 +10,9 @@ separate samples, and decide separately.
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Optional
 
@@ -21,9 +22,11 @@ from transformers import PreTrainedModel
 
 from ...architecture import towers
 from ...errors import HfEsmError
+from ...utils import remove_hooks
 from .capturing import capture_once
 from .checkpointing import keep_routes
-from .routes import Decision
+from .padding import mask_of_padding
+from .routes import Decision, Decisions
 
 
 # Attribute of a cache, or of an encoder's output, with the decisions between the passes of one generation.
@@ -89,16 +92,41 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
         self.towers: dict[str, Frame] = {}  # of towers that have run, for the projections behind them
-        self.forced: Any = None
+        self.forced: Any = None  # the route of the request that runs
+        self.prompt_length: Any = None
         self.deciding = False
         self.records: Optional[list[tuple[str, str, Decision]]] = None
 
 
 class RoutingState:
-    """State that the hooks of one model share with its routed layers. Each thread has its own; copies start empty."""
+    """State that the hooks of one model share with its routed layers; copies start empty.
+
+    A route, and a prompt's length, belong to a request: they are context variables, which asyncio tasks and
+    `asyncio.to_thread` inherit and threads started by hand do not. Compiled code cannot read a context variable, so
+    that `load` copies them into `local`, which each thread has for itself, before the model runs.
+    """
 
     def __init__(self) -> None:
         self.local = _Local()
+        self.route: ContextVar[Any] = ContextVar("hf_esm_route", default=None)
+        self.prompt_length: ContextVar[Any] = ContextVar("hf_esm_prompt_length", default=None)
+
+    def load(self) -> None:
+        """Copy what belongs to the request into this thread's state; compiled code keeps what was copied before it."""
+        if not torch.compiler.is_compiling():
+            self.local.forced, self.local.prompt_length = self.route.get(), self.prompt_length.get()
+
+    @contextmanager
+    def request(self, variable: ContextVar[Any], value: Any) -> Iterator[None]:
+        """Set a context variable for the request inside the block."""
+        before = variable.get()
+        variable.set(value)
+        self.load()
+        try:
+            yield
+        finally:
+            variable.set(before)  # not by the token: a generator may be closed in another context
+            self.load()
 
     def __reduce__(self) -> Any:
         return RoutingState, ()
@@ -147,6 +175,9 @@ class OpenFrame:
         frames = self.state.local.frames
         if self.outermost:
             frames.clear()  # an interrupted pass leaves its frames
+        if not frames:
+            _check_replica(model)
+            self.state.load()
         if not torch.compiler.is_compiling():
             if not frames and model.training and torch.is_grad_enabled():
                 keep_routes(model, self.state.hold)
@@ -161,6 +192,8 @@ class OpenFrame:
             inputs.get("encoder_hidden_states"),
             cache=cache,
         )
+        if frame.mask is None and not torch.compiler.is_compiling():
+            frame.mask = mask_of_padding(model.config, inputs.get("input_ids"))
         if frame.mask is not None and hasattr(model, "_get_feature_vector_attention_mask"):
             frame.mask = SoundMask(frame.mask, model)
         if parent is not None and (cache is None or parent.cache is cache or parent.cache is None):
@@ -168,7 +201,13 @@ class OpenFrame:
             frame.evidence, frame.prompt, frame.read = parent.evidence, parent.prompt, parent.read
         else:
             _resume_decisions(frame, inputs, cache)
-            if self.answers:
+            local = self.state.local
+            if isinstance(local.forced, Decisions):
+                frame.decisions.update(local.forced.by_key)
+                frame.decoding = True
+            elif local.prompt_length is not None:
+                frame.prompt = _prompt_of_length(inputs, local.prompt_length)
+            elif self.answers:
                 frame.prompt = _prompt(inputs)
         frames.append(frame)
 
@@ -228,6 +267,36 @@ def _prompt(inputs: Mapping[str, Any]) -> Optional[Tensor]:
     if labels is None or tokens is None or labels.shape != tokens.shape[:2]:
         return None
     return (labels == -100).cumprod(1).bool()
+
+
+def _prompt_of_length(inputs: Mapping[str, Any], length: int | Sequence[int] | Tensor) -> Optional[Tensor]:
+    """Mask of the first tokens of each sample, padding not counted, `[B, n]`.
+
+    Args:
+        length: number of tokens of all prompts, or of each.
+    """
+    tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        return None
+    samples, count = tokens.shape[:2]
+    lengths = torch.as_tensor(length, device=tokens.device).reshape(-1, 1)
+    if len(lengths) > 1:
+        if samples % len(lengths):
+            raise HfEsmError(f"prompt_length names {len(lengths)} prompts, and there are {samples}. Give one each.")
+        lengths = lengths.repeat_interleave(samples // len(lengths), dim=0)
+    told_apart = isinstance(mask, Tensor) and mask.shape == (samples, count)
+    real = mask.bool() if told_apart else torch.ones(samples, count, dtype=torch.bool, device=tokens.device)
+    return real & (real.cumsum(1) <= lengths)
+
+
+def _check_replica(model: nn.Module) -> None:
+    """Refuse a replica of `torch.nn.DataParallel`, whose threads have no routes."""
+    if getattr(model, "_is_replica", False):
+        raise HfEsmError(
+            "torch.nn.DataParallel runs copies of the model in threads of its own, where no route holds. Start a "
+            "process per GPU: `accelerate launch`."
+        )
 
 
 class CloseFrame:
@@ -300,13 +369,4 @@ def install(model: nn.Module, state: RoutingState) -> None:
 def uninstall(model: nn.Module) -> None:
     """Remove the hooks that `install` added."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(hook, (OpenFrame, CloseFrame)):
-                    for table in (
-                        hooks,
-                        module._forward_pre_hooks_with_kwargs,
-                        module._forward_hooks_with_kwargs,
-                        module._forward_hooks_always_called,
-                    ):
-                        table.pop(key, None)
+        remove_hooks(module, lambda hook: isinstance(hook, (OpenFrame, CloseFrame)))

@@ -1,6 +1,7 @@
 """A linear map with the low-rank experts of all tasks on it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -14,6 +15,7 @@ from .frames import Frame, RoutingState
 from .pooling import pool, sample_rows
 from .routes import (
     Decision,
+    Decisions,
     Named,
     Route,
     discriminate,
@@ -125,6 +127,8 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         if self.disable_adapters:
             return result
         frame = self._frame()
+        if frame is None:
+            self.state.load()
         if frame is None and self.state.local.forced is None:
             raise HfEsmError(
                 f"{self.name} was run outside of its model's forward pass, so that there is no route. Call the model, "
@@ -180,7 +184,7 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
     def _route(self, adapter: str, frame: Frame, rows: Tensor, x: Tensor) -> Optional[Route]:
         """The route of an adapter's experts in this module; None if no expert is added."""
         config, forced = self.configs[adapter], self.state.local.forced
-        if forced is not None and not isinstance(forced, Decision):
+        if forced is not None and not isinstance(forced, Decisions):
             repeats = frame.cache is not None or frame.encoder_states is not None
             return forced_route(forced, config.tasks, rows.shape[0], rows.device, repeats)
         if config.router == "oracle":
@@ -190,23 +194,22 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         key = adapter if config.router == "discriminant" else (adapter, self.name)
         if key not in frame.decisions and not frame.decoding:
             self._decide(key, adapter, frame, rows, x)
-        if config.router == "discriminant" and forced is None:
+        if config.router == "discriminant":
             self._check_encoder_decided(adapter, frame)
-        return frame.decisions[key].route if key in frame.decisions else None
+        decision = frame.decisions.get(key)
+        return None if decision is None or self.name in decision.before else decision.route
 
     def _decide(self, key: Any, adapter: str, frame: Frame, rows: Tensor, x: Tensor) -> None:
         """Take this module's part in the decision, and record the decision if it is made here."""
         config, local = self.configs[adapter], self.state.local
-        if local.forced is not None:
-            if config.router == "prototype" or adapter in self.routed_experts_classes:
-                frame.decisions[key] = local.forced
-        else:
-            # Half precision would change routes, and no gradient passes through a choice.
-            with torch.autocast(rows.device.type, enabled=False), torch.no_grad():
-                if config.router == "prototype":
-                    frame.decisions[key] = self._compare(adapter, frame, rows, x)
-                elif adapter in self.routed_experts_projection:
-                    self._read(adapter, frame, rows, x)
+        # Half precision would change routes, and no gradient passes through a choice.
+        with torch.autocast(rows.device.type, enabled=False), torch.no_grad():
+            if config.router == "prototype":
+                frame.decisions[key] = self._compare(adapter, frame, rows, x)
+            elif adapter in self.routed_experts_projection:
+                self._read(adapter, frame, rows, x)
+        if key in frame.decisions:
+            frame.decisions[key] = replace(frame.decisions[key], before=frozenset(frame.read - {self.name}))
         if key in frame.decisions and local.records is not None:
             local.records.append((adapter, self.name, frame.decisions[key]))
             if local.deciding and config.router == "discriminant":

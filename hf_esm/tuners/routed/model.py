@@ -18,7 +18,7 @@ from ..base import AdapterModel, check_linear
 from .config import RoutedExpertsConfig
 from .frames import RoutingState, check_separable, inseparable, install, uninstall
 from .layer import NOT_MERGEABLE, Decided, RoutedExpertsLayer, RoutedExpertsLinear
-from .routes import Decision, Named, Route
+from .routes import Decision, Decisions, Named, Route
 
 
 logger = logging.getLogger(__name__)
@@ -143,12 +143,13 @@ def _state_of(model: nn.Module) -> RoutingState:
 
 
 @contextmanager
-def route(model: nn.Module, tasks: str | Sequence[str] | Route | Decision) -> Iterator[None]:
-    """Within this context, samples of this thread get the named experts.
+def route(model: nn.Module, tasks: str | Sequence[str] | Route | Decisions) -> Iterator[None]:
+    """Within this context, samples get the named experts: in this thread and asyncio task, and in those that asyncio
+    starts inside (`create_task`, `to_thread`), but not in a thread that is started by hand.
 
     Args:
         model: a model with a routed adapter.
-        tasks: one task for all samples, one task per sample, a `Route`, a `Decision` of a discriminant router, or
+        tasks: one task for all samples, one task per sample, a `Route`, the router's `Decisions` on a prompt, or
             `"static"` for no expert. One task for all samples is also added to inputs that do not come from samples,
             such as DeBERTa's relative positions.
 
@@ -157,12 +158,24 @@ def route(model: nn.Module, tasks: str | Sequence[str] | Route | Decision) -> It
             the forward pass, if there is not one task per sample.
     """
     state = _state_of(model)
-    forced = tasks if isinstance(tasks, (Route, Decision)) else _named(model, tasks)
-    before, state.local.forced = state.local.forced, forced
-    try:
+    forced = tasks if isinstance(tasks, (Route, Decisions)) else _named(model, tasks)
+    with state.request(state.route, forced):
         yield
-    finally:
-        state.local.forced = before
+
+
+@contextmanager
+def prompt_length(model: nn.Module, length: Optional[int | Sequence[int]]) -> Iterator[None]:
+    """Within this context, the router reads the first `length` tokens of each sample, padding not counted.
+
+    For callers that run prompt and answer together without labels, which otherwise tell where a prompt ends.
+
+    Args:
+        model: a model with a routed adapter.
+        length: number of tokens of all prompts, or of each; None for whole inputs.
+    """
+    state = _state_of(model)
+    with state.request(state.prompt_length, length):
+        yield
 
 
 def _named(model: nn.Module, tasks: str | Sequence[str]) -> Named:
@@ -185,13 +198,18 @@ def _named(model: nn.Module, tasks: str | Sequence[str]) -> Named:
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[list[tuple[str, str, Decision]]]:
-    """Within this context, list the decisions of this thread: adapter, module that decided, decision."""
-    state = _state_of(model)
-    before, state.local.records = state.local.records, []
+    """Within this context, list the decisions of this thread: adapter, module that decided, decision.
+
+    A recording around it lists them, too, afterwards.
+    """
+    state, records = _state_of(model), []
+    before, state.local.records = state.local.records, records
     try:
-        yield state.local.records
+        yield records
     finally:
         state.local.records = before
+        if before is not None:
+            before.extend(records)
 
 
 def decide(model: nn.Module, inputs: Mapping[str, Any]) -> list[tuple[str, str, Decision]]:

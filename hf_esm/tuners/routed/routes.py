@@ -48,11 +48,24 @@ class Decision:
         probabilities: of the tasks, `[B, T]`; a prototype router gives cosines.
         distance: distance of each sample from all tasks, `[B]`, as a multiple of the router's `threshold`. Above 1, a
             sample counts as belonging to none of the tasks. None if the router has no threshold.
+        before: names of the modules that ran before the decision. They add no expert, neither to the input that was
+            decided on nor to any later one.
     """
 
     route: Route
     probabilities: Tensor
     distance: Optional[Tensor] = None
+    before: frozenset[str] = frozenset()
+
+
+class Decisions(NamedTuple):
+    """Decisions that were made on a prompt, for passes that read something else.
+
+    Attributes:
+        by_key: by adapter, or by adapter and module; see `Frame.decisions`.
+    """
+
+    by_key: dict[Any, Decision]
 
 
 class Named(NamedTuple):
