@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from hf_esm import RoutedModel, merge_models
-from hf_esm.tuners.routed import decide, route
+from hf_esm.tuners.routed import Decisions, decide, route
 from support.routed_toys import task_texts, tuned
 from support.tiny import GPT2, save_tokenizer
 
@@ -143,9 +143,9 @@ def test_losses_of_a_routed_model_are_those_of_its_prompts_routes(suite, tmp_pat
         for row in rows:
             scored = len(suite.tokenizer(row["label"]).input_ids) + 1
             prompt = torch.tensor([suite.tokenizer(row["text"], add_special_tokens=False).input_ids[:20]])
-            ((_, _, decision),) = decide(model.model, {"input_ids": prompt})
+            ((adapter, _, decision),) = decide(model.model, {"input_ids": prompt})
             assert decision.route.weights.any()
-            with route(model.model, decision):
+            with route(model.model, Decisions({adapter: decision})):
                 expected += literal_loss(suite, model.model, [row]) * scored
             tokens += scored
         found = loss_per_token(model.model, suite.tokenizer, rows, max_length=20)

@@ -204,7 +204,7 @@ class PlannedRun(Session):
         plan.vocabulary, plan.voice = vocabulary, voice
         plan.warnings += warnings
         if self.options.output == "model":  # a merge of adapters into one need not read the base
-            plan.warnings += check_trained(opened, checkpoints, plan.heads.shared)
+            plan.warnings += check_trained(plan.base, plan.experts, plan.heads.shared)
         if opened.skeleton.can_generate():  # now, since its files may be damaged
             processor = merged_processor(self.processors, self.tokenizer, voice)
             generation = merged_generation(plan, sources, {**self.processors, BASE: processor})

@@ -257,9 +257,9 @@ def test_evaluate_prints_and_writes_accuracies_beside_the_experts(models, merged
     command = ["evaluate", merged, *named("data", data)]
     assert run(*command, *named("expert", {task: models / task for task in data}), "--json", tmp_path / "s.json") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "task     accuracy  expert",
-        f"a        {100 * accuracy['a']:8.1f}    66.7",
-        f"b        {100 * accuracy['b']:8.1f}    66.7",
+        "task     accuracy  expert  rows",
+        f"a        {100 * accuracy['a']:8.1f}    66.7    12",
+        f"b        {100 * accuracy['b']:8.1f}    66.7    12",
         f"average  {100 * average:8.1f}  ({100 * normalised:.1f} % of the experts)",
     ]
     scores = json.loads((tmp_path / "s.json").read_text())
@@ -267,6 +267,8 @@ def test_evaluate_prints_and_writes_accuracies_beside_the_experts(models, merged
         "metric": "accuracy",
         "model": pytest.approx(accuracy),
         "expert": pytest.approx(expert),
+        "base": {},
+        "rows": {"a": 12, "b": 12},
         "average": pytest.approx(average),
         "normalised": pytest.approx(normalised),
     }
@@ -296,7 +298,7 @@ def test_evaluate_takes_a_lora_expert_and_a_plain_classifier(models, tmp_path, c
     assert run("evaluate", models / "c", *data) == 0
     found = classes(AutoModelForSequenceClassification.from_pretrained(models / "c"), tokenizer, rows)
     share = sum(label == row["label"] for label, row in zip(found, rows)) / len(rows)
-    assert capsys.readouterr().out.splitlines()[1].split() == ["c", f"{100 * share:.1f}"]
+    assert capsys.readouterr().out.splitlines()[1].split() == ["c", f"{100 * share:.1f}", "6"]
 
 
 def test_experts_are_scored_with_their_own_tokenizer_over_the_base_that_is_given(models, tmp_path, capsys):

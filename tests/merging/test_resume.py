@@ -65,7 +65,7 @@ def test_an_interrupted_merge_goes_on(models, whole, tmp_path, monkeypatch, stag
     collect, merge = expert_statistics.calibrate_checkpoint, EssentialMerge.merge
     monkeypatch.setattr(
         "hf_esm.merging.expert_statistics.calibrate_checkpoint",
-        lambda *args: calibrated.append(args[5]) or collect(*args),
+        lambda *args, **named: calibrated.append(args[5]) or collect(*args, **named),
     )
     monkeypatch.setattr(EssentialMerge, "merge", lambda self, stack: merged.append(stack.name) or merge(self, stack))
     merge_models(**given(models), **options)

@@ -65,7 +65,7 @@ def test_weights_of_one_are_no_weights_and_are_not_recorded(models, tmp_path, me
     base, plain, other = (stored_tensors(folder) for folder in (models.base, tmp_path / "plain", tmp_path / "other"))
     changed = {name for name in plain if not torch.equal(plain[name], base[name])}
     same_as_plain = [plain[name].numel() for name in changed if torch.equal(plain[name], other[name])]
-    assert len(changed) >= 15
+    assert len(changed) >= (12 if "roberta" in method else 15)  # whose biases are the base's
     # Of a short vector, these methods may drop all that one expert changed.
     assert same_as_plain == [] or (method in ("ties", "dare") and max(same_as_plain) < 50)
     assert "weights" not in yaml.safe_load((tmp_path / "ones" / RECIPE_FILE).read_text())

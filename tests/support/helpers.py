@@ -207,7 +207,7 @@ class Rules:
         layer_exponent: see `reference.layer_scales`.
         uncalibrated: regular expression of linear maps that are treated as other matrices.
         sisters: names of the maps that are merged as one weight.
-        biases: rule for biases.
+        biases: rule for biases, if they have one of their own.
         alpha: what every update is multiplied by, but for embeddings.
         counted: whether embeddings are merged by token counts.
     """
@@ -215,7 +215,7 @@ class Rules:
     esm: Optional[dict[str, Any]] = None
     matrix: Callable = reference.tsv_m
     rest: Callable = reference.mean
-    biases: Callable = reference.mean
+    biases: Optional[Callable] = None
     layer_exponent: float = 0.0
     uncalibrated: str = "^$"
     sisters: tuple[str, ...] = ()
@@ -240,7 +240,6 @@ RULES = {
     "task-arithmetic": Rules(
         matrix=reference.task_arithmetic,
         rest=reference.task_arithmetic,
-        biases=reference.task_arithmetic,
         alpha=0.3,
     ),
     "esm-roberta": Rules(
@@ -322,7 +321,7 @@ def expected_updates(  # noqa: C901 - every rule of every method in one place, a
             merged = reference.counted_embedding(deltas, known) if by_counts else reference.mean(deltas)
             updates[name] = merged / rules.alpha  # α scales no embedding
             continue
-        elif name.endswith("bias"):
+        elif rules.biases and name.endswith("bias"):
             merged = rules.biases(deltas)
         elif weight.dim() == 2:
             merged = rules.matrix(deltas)
