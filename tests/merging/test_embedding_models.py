@@ -383,6 +383,14 @@ def test_a_routed_model_embeds_inside_the_library(three, routed, tmp_path):
         embedder.save(str(tmp_path / "saved"))
 
 
+def test_a_saved_copy_of_a_routed_model_embeds_the_same(routed, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    copy = RoutedModel.from_pretrained(routed).save_pretrained(tmp_path / "copy")
+    assert {path.relative_to(copy) for path in copy.rglob("*")} == {p.relative_to(routed) for p in routed.rglob("*")}
+    first, second = (RoutedModel.from_pretrained(folder).sentence_transformer() for folder in (routed, copy))
+    assert torch.equal(*(torch.tensor(model.encode(TEXTS)) for model in (first, second)))
+
+
 def test_a_model_of_a_task_embeds_too(routed, three):
     model, static = RoutedModel.from_pretrained(routed), load_task_model(routed, "one")
     inputs = model.processor(TEXTS, padding=True, return_tensors="pt")
