@@ -136,7 +136,7 @@ def save_model(
 def export_experts(
     folder: Path, static: PreTrainedModel, source: ModelSource, output: Path, tasks: Iterable[str]
 ) -> dict[str, Path]:
-    """Write experts of the model in `folder` as LoRA adapters over the static model, to `output/TASK`.
+    """Write experts of the model in `folder` as LoRA adapters over the static model, to `output/TASK`: all, or none.
 
     Args:
         source: names the base model of the adapters, if it is on the Hub; else `folder` is.
@@ -146,15 +146,16 @@ def export_experts(
     tasks = list(dict.fromkeys(tasks))
     for task in tasks:
         new_folder(output / task)
-    adapters = {}
-    for task in tasks:
-        index = experts.tasks.index(task)
-        adapters[task] = write_lora_adapter(
-            output / task,
-            {module: (a[index], b[index]) for module, (a, b) in experts.factors.items()},
-            source.repo_id or str(folder.absolute()),
-            base_revision=source.revision,
-            fan_in_fan_out=transposed,
-            base_class=type(static),
-        )
-    return adapters
+    with staging_folder(output) as staging:
+        for task in tasks:
+            index = experts.tasks.index(task)
+            write_lora_adapter(
+                staging / task,
+                {module: (a[index], b[index]) for module, (a, b) in experts.factors.items()},
+                source.repo_id or str(folder.absolute()),
+                base_revision=source.revision,
+                fan_in_fan_out=transposed,
+                base_class=type(static),
+            )
+        output.mkdir(parents=True, exist_ok=True)
+        return {task: (staging / task).rename(output / task) for task in tasks}
