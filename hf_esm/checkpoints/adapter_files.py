@@ -132,7 +132,8 @@ def read_adapter_tensors(folder: Path, title: str, allow_pickle: bool) -> dict[s
                 "again as safetensors, or pass `allow_pickle=True` if you trust it."
             )
     try:
-        tensors = load_peft_weights(str(folder), device="cpu")
+        # Sorted: safetensors lists names in random order, and messages name the first.
+        tensors = dict(sorted(load_peft_weights(str(folder), device="cpu").items()))
     except (SafetensorError, OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise HfEsmError(
             f"{title}: the adapter's weights cannot be read ({reason_of(error)}). Copy or download them again."
