@@ -235,7 +235,7 @@ class TensorFiles:
                 raise HfEsmError(
                     f"{title}: {path} cannot be read ({error}); it is missing or cut short. Copy or download it again."
                 ) from None
-            for key in file.keys():
+            for key in sorted(file.keys()):
                 header = file.get_slice(key)
                 headers[key] = (tuple(header.get_shape()), stored_dtype(header.get_dtype(), key, title))
                 file_of[key] = file
