@@ -19,7 +19,7 @@ from .expert_statistics import Inputs
 from .gates import RefinedWeights
 from .judging import Judge, TaskAgreement
 from .spans import Span
-from .updates import MergedUpdates, WeightReport
+from .updates import FactoredUpdates, MergedUpdates, WeightReport
 
 
 ROUNDS = 2  # of the search by kind of weight
@@ -126,7 +126,8 @@ class Chosen:
     def core(self, name: str, span: Span) -> Tensor:
         """Return the update of a linear map that is written, in the basis of a span, `[s, d_in]` float64."""
         updates = self.candidate.updates
-        core = updates.core(name, span) * updates.reports[name].scale(self.alpha, self.by_kind)
+        assert isinstance(updates, FactoredUpdates)  # as in every merge that is written as one adapter
+        core = updates.core(name) * updates.reports[name].scale(self.alpha, self.by_kind)
         if self.gated is None or name not in self.gated.factors:
             return core
         return core + span.basis.T @ self.gated.factors[name].update(self.gated.gates[name]).cpu().double()

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..architecture import from_matrices, to_matrices
 from ..checkpoints import Checkpoint
 from ..planning import MergePlan
-from .spans import Span, span_of
+from .spans import span_of
 
 
 @dataclass
@@ -89,11 +89,6 @@ class MergedUpdates:
         """Return the unscaled merged update, float32, as the weight is stored; None if nothing was merged."""
         return self._files[name].get_tensor(name) if name in self._files else None
 
-    def core(self, name: str, span: Span) -> Tensor:
-        """Return the unscaled merged update in the basis of a span, `[s, d_in]` float64."""
-        (update,) = to_matrices(self.update(name), self.base.linear[name])
-        return span.basis.T @ update.double()
-
 
 class FactoredUpdates(MergedUpdates):
     """Merged updates on disk as `K [s, d_in]` in the bases of the experts' factors."""
@@ -110,6 +105,7 @@ class FactoredUpdates(MergedUpdates):
         (core,) = to_matrices(core, linear)
         return from_matrices([(span.basis @ core.double()).float()], linear)
 
-    def core(self, name: str, span: Span) -> Tensor:
+    def core(self, name: str) -> Tensor:
+        """Return the unscaled merged update in the basis of the experts' factors, `[s, d_in]` float64."""
         (core,) = to_matrices(super().update(name), self.base.linear[name])
         return core.double()
