@@ -5,6 +5,7 @@ are read one at a time; and back to disk: sharded safetensors, heads, LoRA adapt
 """
 
 from .adapter_files import read_adapter_tensors
+from .adapter_settings import check_routed, read_routed_settings, read_settings
 from .adapters import AdapterCheckpoint
 from .base import Checkpoint, LiveCheckpoint, quiet_loading, quiet_peft
 from .conversion import output_dtype, to_stored, write_plan, written_config
@@ -52,7 +53,7 @@ from .sources import (
     resolve_models,
     resolve_source,
 )
-from .stored import FolderCheckpoint, NotDownloadedError
+from .stored import FolderCheckpoint, NotDownloadedError, weight_files
 from .vocabulary import GivenRows, InVocabulary, TokenRows, has_token_embeddings, token_embedding, token_rows
 
 
@@ -95,6 +96,7 @@ __all__ = [
     "TokenRows",
     "attach_head",
     "base_of_adapters",
+    "check_routed",
     "common_settings",
     "copy_of_embedder",
     "differing_processors",
@@ -113,6 +115,8 @@ __all__ = [
     "rank_settings",
     "read_adapter_tensors",
     "read_modules",
+    "read_routed_settings",
+    "read_settings",
     "resolve_class",
     "resolve_models",
     "resolve_source",
@@ -120,6 +124,7 @@ __all__ = [
     "to_stored",
     "token_embedding",
     "token_rows",
+    "weight_files",
     "whole_folder",
     "write_adapter",
     "write_body",

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import HfEsmError
 from ..utils import reason_of
+from .adapter_settings import read_settings
 from .base import Checkpoint, build_skeleton
 from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .parts import PartOfBase, parts_of
@@ -54,10 +55,7 @@ def read_adapter_config(folder: Path, title: str) -> PeftConfig:
     Raises:
         HfEsmError: if they cannot be read, or if such an adapter cannot be merged into the base's weights.
     """
-    try:
-        config = PeftConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, ImportError) as error:
-        raise unusable(title, error) from None
+    config = read_settings(folder, title)
     for name in ("base_model_name_or_path", "revision"):
         if not isinstance(getattr(config, name), (str, type(None))):
             raise HfEsmError(
@@ -79,14 +77,6 @@ def read_adapter_config(folder: Path, title: str) -> PeftConfig:
     if isinstance(config, LoraConfig):
         _check_lora(config, title)
     return config
-
-
-def unusable(title: str, error: Exception) -> HfEsmError:
-    """Return the error about an adapter's settings that PEFT cannot use."""
-    return HfEsmError(
-        f"{title}: its {ADAPTER_CONFIG} cannot be used: {reason_of(error)}. Correct it, or upgrade peft if a newer "
-        "version wrote it."
-    )
 
 
 def _check_lora(config: LoraConfig, title: str) -> None:

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 
 from ..errors import HfEsmError
 from ..utils import first_names, reason_of
-from .adapter_files import MERGE_REMEDY, PEFT_PREFIX, UNWRAP, is_plain_lora, live_name, unusable
+from .adapter_files import MERGE_REMEDY, PEFT_PREFIX, UNWRAP, is_plain_lora, live_name
+from .adapter_settings import unusable
 from .base import quiet_peft
 from .parts import parts_of
 from .vocabulary import has_token_embeddings, token_rows

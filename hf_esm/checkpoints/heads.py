@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 import transformers
 from accelerate.hooks import add_hook_to_module
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
@@ -16,12 +16,14 @@ from transformers import AutoConfig, PreTrainedModel
 from ..architecture import body_prefix, untie
 from ..errors import HfEsmError
 from ..utils import check_known
+from .adapter_settings import read_settings
 from .base import Checkpoint, quiet_loading, quiet_peft
 from .conversion import written_config
 from .embedding import with_modules
 from .layout import ADAPTER_CONFIG, BODY_WEIGHTS, CONFIG_FILE, HEAD_WEIGHTS, HEADS_FOLDER
 from .repositories import whole_folder
 from .sources import Access, ModelSource, open_checkpoint, resolve_class
+from .stored import weight_files
 
 
 def save_head(folder: Path, task: str, expert: Checkpoint, names: list[str]) -> None:
@@ -54,6 +56,7 @@ def load_task_model(
     *,
     revision: Optional[str] = None,
     token: Optional[str | bool] = None,
+    allow_pickle: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load the merged body with the head of one task: an ordinary `…ForSequenceClassification`, or whatever class the
@@ -64,6 +67,7 @@ def load_task_model(
         task: name of the task.
         revision: branch, tag or commit on the Hub.
         token: access token for the Hub; by default the one that `hf auth login` stored.
+        allow_pickle: read a body in `.bin` files, which can run code when they are read.
         kwargs: arguments of the class's `from_pretrained` (`dtype`, `device_map`, `trust_remote_code`, …). The dtype
             is by default that of the merged body.
 
@@ -86,9 +90,10 @@ def load_task_model(
     check_known([task], tasks, "task", str(model))
     if (folder / ADAPTER_CONFIG).is_file():
         return attach_head(_load_adapted(folder, token, kwargs), folder, task)
+    weight_files(folder, str(model), allow_pickle)
     head_folder = folder / HEADS_FOLDER / task
     trusted = bool(kwargs.get("trust_remote_code"))
-    access = Access(trust_remote_code=trusted)
+    access = Access(allow_pickle=allow_pickle, trust_remote_code=trusted)
     config, model_class = resolve_class(ModelSource(f"head of '{task}'", folder=head_folder, access=access))
     # The head's config states the dtype of the expert, not that of the merged body.
     config.dtype = AutoConfig.from_pretrained(folder, trust_remote_code=trusted).dtype
@@ -145,7 +150,7 @@ def load_base_with_head(base: Checkpoint, folder: Path, task: str, trust_remote_
 
 def _load_adapted(folder: Path, token: Optional[str | bool], kwargs: dict[str, Any]) -> PreTrainedModel:
     """Load the base of a merged adapter, with the adapter merged into its weights."""
-    adapter = PeftConfig.from_pretrained(str(folder))
+    adapter = read_settings(folder, str(folder))
     model_class = getattr(transformers, adapter.auto_mapping["base_model_class"])
     base = model_class.from_pretrained(
         adapter.base_model_name_or_path, revision=adapter.revision, token=token, **kwargs
@@ -167,7 +172,7 @@ def attach_head(model: PreTrainedModel, folder: Path, task: str) -> PreTrainedMo
         HfEsmError: if weights are missing from both the merged model and the head.
     """
     head_folder = folder / HEADS_FOLDER / task
-    config, head = AutoConfig.from_pretrained(head_folder), _load_head(head_folder)
+    config, head = AutoConfig.from_pretrained(head_folder, trust_remote_code=False), _load_head(head_folder)
     with torch.device("meta"):
         fresh = getattr(transformers, config.architectures[0])(config)
     if type(fresh) is type(model):

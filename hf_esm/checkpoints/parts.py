@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from peft import PeftConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -13,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architecture import body_prefix, canonical_names, from_matrices, ties, to_matrices, towers, untie
 from ..utils import check_known
+from .adapter_settings import read_routed_settings
 from .base import Checkpoint, build_skeleton
 from .layout import ADAPTER_WEIGHTS, BASE_WEIGHTS, BODY_WEIGHTS, HEAD_WEIGHTS, HEADS_FOLDER, ROUTED_FOLDER
 from .written import load_written
@@ -78,7 +78,7 @@ class RoutedTask(DerivedCheckpoint):
             HfEsmError: if the model has no such task.
         """
         self.folder, self.title = folder, title
-        tasks = PeftConfig.from_pretrained(str(folder / ROUTED_FOLDER)).tasks
+        tasks = read_routed_settings(folder, title).tasks
         check_known([task], tasks, "task", title)
         head = folder / HEADS_FOLDER / task
         config, model_class = task_class(head) if head.is_dir() else (static.config, type(static.skeleton))

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architecture import ties, untie
 from ..errors import DamagedFileError, HfEsmError
+from ..utils import AGAIN, is_file, reading, stays_inside
 from .base import Checkpoint, build_skeleton, quiet_loading
 from .conversion import StoredWeights
-from .layout import CONFIG_FILE, WEIGHTS_FILE
+from .layout import CONFIG_FILE, PICKLED_WEIGHTS, WEIGHTS_FILE
 from .quantised import ACTIVATION_SCALES, dense_config, dense_dtype, dequantiser, quantisation_name
 from .shards import DTYPE_CODES
 from .written import load_read, load_written
@@ -170,6 +170,7 @@ class FolderCheckpoint(Checkpoint):
 
 # What training wrappers put into the names of weights: anywhere, and before all names.
 _WRAPPERS = r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+_INDEX = f"{WEIGHTS_FILE}.index.json"
 _WRAPPING_PREFIXES = ("module.", "base_model.model.")
 
 
@@ -222,12 +223,11 @@ class TensorFiles:
         Raises:
             HfEsmError: if there are no such files, or a file cannot be read.
         """
-        paths = _safetensors_paths(folder, title)
-        if not paths:
-            return cls._open_pickle(folder, title, allow_pickle)
-        headers, file_of, as_saved = {}, {}, True
-        if (index := folder / f"{WEIGHTS_FILE}.index.json").is_file():
-            as_saved = "metadata" in json.loads(index.read_text(encoding="utf-8"))
+        paths = weight_files(folder, title, allow_pickle)
+        if paths[0].suffix == ".bin":
+            return cls._open_pickle(paths, title)
+        headers, file_of = {}, {}
+        as_saved = not is_file(folder / _INDEX) or "metadata" in _read_index(folder / _INDEX, title)
         for path in paths:
             try:
                 file = safe_open(path, "pt")
@@ -242,41 +242,59 @@ class TensorFiles:
         return cls(headers, lambda key: file_of[key].get_tensor(key), as_saved=as_saved)
 
     @classmethod
-    def _open_pickle(cls, folder: Path, title: str, allow_pickle: bool) -> "TensorFiles":
-        paths = sorted(folder.glob("pytorch_model*.bin"))
-        if not paths:
-            if shards := sorted(folder.glob("model-*-of-*.safetensors")):
-                raise DamagedFileError(
-                    f"{title}: {folder} has {len(shards)} shards without their {WEIGHTS_FILE}.index.json. Copy or "
-                    "download that, too."
-                )
-            raise HfEsmError(f"{title}: no {WEIGHTS_FILE} in {folder}. Is it a folder written by `save_pretrained`?")
-        if not allow_pickle:
-            raise HfEsmError(
-                f"{title}: {folder} has pickle weights only ({paths[0].name}), which can run code when they are read. "
-                "Save the model again as safetensors, or pass `allow_pickle=True` if you trust it."
-            )
+    def _open_pickle(cls, paths: list[Path], title: str) -> "TensorFiles":
         state: dict[str, Tensor] = {}
         for path in paths:
-            try:
-                state.update(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                reason = str(error).splitlines()[0]
-                raise DamagedFileError(
-                    f"{title}: {path} cannot be read ({reason}). Save or download it again."
-                ) from None
+            with reading(f"{title}: {path}", "Save or download it again."):
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                state |= {str(key): value.detach() for key, value in loaded.items()}
         return cls({key: (tuple(value.shape), value.dtype) for key, value in state.items()}, state.__getitem__)
 
 
-def _safetensors_paths(folder: Path, title: str) -> list[Path]:
-    """Return the files of a model's weights in a folder; none if they are not safetensors."""
-    index = folder / f"{WEIGHTS_FILE}.index.json"
-    if index.is_file():
-        try:
-            return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise DamagedFileError(f"{title}: {index} is damaged ({error}). Copy or download it again.") from None
-    return [folder / WEIGHTS_FILE] if (folder / WEIGHTS_FILE).is_file() else []
+def weight_files(folder: Path, title: str, allow_pickle: bool = False) -> list[Path]:
+    """Return the files of a model's weights in a folder: safetensors files, or, if allowed, pickle files.
+
+    Raises:
+        HfEsmError: if there are none, an index names a file outside of the folder, or there are pickle files only,
+            which are not allowed.
+    """
+    for index in (_INDEX, f"{PICKLED_WEIGHTS}.index.json"):
+        if is_file(folder / index) and (paths := _indexed(folder, index, title)) and index == _INDEX:
+            return paths
+    if is_file(folder / WEIGHTS_FILE):
+        return [folder / WEIGHTS_FILE]
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if not pickled:
+        if shards := sorted(folder.glob("model-*-of-*.safetensors")):
+            raise DamagedFileError(
+                f"{title}: {folder} has {len(shards)} shards without their {_INDEX}. Copy or download that, too."
+            )
+        raise HfEsmError(f"{title}: no {WEIGHTS_FILE} in {folder}. Is it a folder written by `save_pretrained`?")
+    if not allow_pickle:
+        raise HfEsmError(
+            f"{title}: {folder} has pickle weights only ({pickled[0].name}), which can run code when they are read. "
+            "Save the model again as safetensors, or pass `allow_pickle=True` if you trust it."
+        )
+    return pickled
+
+
+def _read_index(path: Path, title: str) -> dict[str, Any]:
+    with reading(f"{title}: {path}"):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _indexed(folder: Path, index: str, title: str) -> list[Path]:
+    """Return the files that an index names."""
+    files = _read_index(folder / index, title).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise DamagedFileError(f"{title}: {folder / index} is damaged (it names no files). {AGAIN}")
+    names = sorted(set(files.values()))
+    if outside := [name for name in names if not stays_inside(name)]:
+        raise HfEsmError(
+            f"{title}: {folder / index} names {outside[0]!r}, which is not in the model's folder. Do not use this "
+            "model."
+        )
+    return [folder / name for name in names]
 
 
 def stored_dtype(code: str, key: str, title: str) -> torch.dtype:

@@ -15,11 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--statistics", help="statistics of the expert (default: the file in the expert's folder)")
     parser.add_argument("--base", help="the base of the expert (default: the base that the model's recipe names)")
     parser.add_argument("-o", "--output", required=True, help="folder to write the larger model to")
-    add_trust_flags(parser, pickle=False)
+    add_trust_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     ((task, expert),) = pairs([arguments.expert], "--expert").items()
-    model = RoutedModel.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model = RoutedModel.from_pretrained(
+        arguments.model, allow_pickle=arguments.allow_pickle, trust_remote_code=arguments.trust_remote_code
+    )
     larger = model.add_expert(task, expert, arguments.statistics, output_dir=arguments.output, base=arguments.base)
     say(f"{larger.folder}: {', '.join(larger.tasks)}")

@@ -11,7 +11,15 @@ from typing import Any, Optional
 from accelerate import PartialState
 from transformers import PreTrainedModel, TextStreamer, set_seed
 
-from ..checkpoints import ROUTED_FOLDER, Access, load_processor, resolve_class, resolve_source, whole_folder
+from ..checkpoints import (
+    ROUTED_FOLDER,
+    Access,
+    load_processor,
+    resolve_class,
+    resolve_source,
+    weight_files,
+    whole_folder,
+)
 from ..data import UnreadProcessor
 from ..errors import HfEsmError
 from ..routing import RoutedModel
@@ -31,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=count, help=f"length of an answer (default: the model's, or {LENGTH})"
     )
     parser.add_argument("--seed", type=int, help="seed of sampling, if the model's settings sample")
-    add_trust_flags(parser, pickle=False)
+    add_trust_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -127,7 +135,7 @@ def _open(arguments: argparse.Namespace) -> _Chat:
     Raises:
         HfEsmError: if the model does not write or has no tokenizer, or the task does not fit it.
     """
-    title, trust = arguments.model, arguments.trust_remote_code
+    title, trust, pickle = arguments.model, arguments.trust_remote_code, arguments.allow_pickle
     folder = whole_folder(title, title)
     config, model_class = resolve_class(resolve_source(str(folder), title, Access(trust_remote_code=trust)))
     if not model_class.can_generate():
@@ -142,12 +150,14 @@ def _open(arguments: argparse.Namespace) -> _Chat:
         raise HfEsmError(f"{title}: no tokenizer in {folder}. Copy that of the base there.")
     routed = None
     if (folder / ROUTED_FOLDER).is_dir():
-        routed = RoutedModel.from_pretrained(folder, trust_remote_code=trust).to(PartialState().device)
+        routed = RoutedModel.from_pretrained(folder, allow_pickle=pickle, trust_remote_code=trust)
+        routed = routed.to(PartialState().device)
         _check_task(routed, title, arguments.task)
         model = routed.model.get_base_model()
     elif arguments.task is not None:
         raise HfEsmError(f"{title}: `task` names a routed expert, and this model has none. Leave it out.")
     else:
+        weight_files(folder, title, pickle)
         model = model_class.from_pretrained(folder, config=config).eval().to(PartialState().device)
     settings = model.generation_config
     settings.max_new_tokens = arguments.max_new_tokens or settings.max_new_tokens or LENGTH

@@ -29,7 +29,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of the routed model")
     parser.add_argument("data", help="inputs: JSON lines, JSON, CSV, Parquet or text")
     parser.add_argument("--batch-size", type=count, default=32, help="inputs per batch (default: 32)")
-    add_trust_flags(parser, pickle=False)
+    add_trust_flags(parser)
     add_flags(parser, SampleOptions, num_samples=0)
 
 
@@ -37,5 +37,7 @@ def routed_inputs(arguments: argparse.Namespace) -> tuple[RoutedModel, list[Any]
     """The model, its input rows, and the options by which it reads all of them."""
     options = {"num_samples": 0, **options_of(arguments, SampleOptions)}
     rows = read_rows(arguments.data, "inputs", SampleOptions(**options))
-    model = RoutedModel.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model = RoutedModel.from_pretrained(
+        arguments.model, allow_pickle=arguments.allow_pickle, trust_remote_code=arguments.trust_remote_code
+    )
     return model, rows, {**options, "num_samples": 0}

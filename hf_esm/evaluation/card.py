@@ -74,7 +74,7 @@ def _dataset_id(rows: Any) -> str:
 
 def _model_class(folder: Path, task: str) -> str:
     head = folder / HEADS_FOLDER / task
-    config = AutoConfig.from_pretrained(head if head.is_dir() else folder)
+    config = AutoConfig.from_pretrained(head if head.is_dir() else folder, trust_remote_code=False)
     return (config.architectures or [""])[0]
 
 

@@ -224,7 +224,8 @@ class Measurement:
         return {task: self._outcome(model, task, processor) for task, model in zip(self.data, models, strict=True)}
 
     def _routed_outcomes(self, folder: Path, route: str, processor: Any) -> dict[str, Outcome]:
-        routed = RoutedModel.from_pretrained(folder, trust_remote_code=self.access.trust_remote_code)
+        allowed = {"allow_pickle": self.access.allow_pickle, "trust_remote_code": self.access.trust_remote_code}
+        routed = RoutedModel.from_pretrained(folder, **allowed)
         routed = routed.to(default_accelerator().device)
         if route == "routed" and not routed.config.decides:
             route = "oracle"
@@ -252,7 +253,7 @@ class Measurement:
 
     def _with_head(self, folder: Path, task: str) -> PreTrainedModel:
         trusted = {"trust_remote_code": True} if self.access.trust_remote_code else {}
-        return load_task_model(folder, task, **trusted)
+        return load_task_model(folder, task, allow_pickle=self.access.allow_pickle, **trusted)
 
 
 def _load_model(spec: ModelSpec, title: str, base: Optional[ModelSpec], access: Access) -> PreTrainedModel:

@@ -4,16 +4,15 @@ Comes in: a merged model's folder and plain values about it. Goes out: its card,
 """
 
 from .cards import pipeline_of, template, with_section
-from .hashes import verify_hashes, write_hashes
-from .push import check_routed, push_folder
+from .hashes import verify_routed, write_hashes
+from .push import push_folder
 
 
 __all__ = [
-    "check_routed",
     "pipeline_of",
     "push_folder",
     "template",
-    "verify_hashes",
+    "verify_routed",
     "with_section",
     "write_hashes",
 ]

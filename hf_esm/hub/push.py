@@ -7,31 +7,20 @@ from typing import Any, Optional
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from peft import PeftConfig
 
 from ..checkpoints import (
-    ADAPTER_CONFIG,
     CALIBRATION_FOLDER,
     HEADS_FOLDER,
     REFINED_FOLDER,
     ROUTED_FOLDER,
     ROUTER_FEATURES,
+    read_routed_settings,
+    read_settings,
 )
 from ..errors import HfEsmError
 from ..utils import plain_hub_errors, staging_folder
 from .cards import write_adapter_card
 from .hashes import read_hashes
-
-
-def check_routed(folder: Path, title: str) -> None:
-    """Refuse a folder without routed experts.
-
-    Args:
-        folder: a model's folder.
-        title: the model, as the user named it.
-    """
-    if not (folder / ROUTED_FOLDER / ADAPTER_CONFIG).is_file():
-        raise HfEsmError(f"{title}: no experts in {ROUTED_FOLDER}/. Use a model of method 'esm++' or 'tsv-c'.")
 
 
 def push_folder(
@@ -62,7 +51,7 @@ def push_folder(
             `base_model` is not the static model of the adapter.
     """
     if base_model is not None:
-        check_routed(folder, str(folder))
+        read_routed_settings(folder, str(folder))
     api = HfApi(token=token)
     with plain_hub_errors(repo_id, again="Push again."):
         if base_model is not None:
@@ -89,7 +78,7 @@ def _stage_adapter(folder: Path, staging: Path, base_model: str) -> None:
     shutil.copytree(
         folder / ROUTED_FOLDER, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(ROUTER_FEATURES)
     )
-    config = PeftConfig.from_pretrained(str(staging))
+    config = read_settings(staging, str(folder))
     config.base_model_name_or_path = base_model
     config.save_pretrained(str(staging))
     model_class = (config.auto_mapping or {}).get("base_model_class", "AutoModel")

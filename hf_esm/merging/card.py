@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..checkpoints import ADAPTER_CONFIG, CARD_FILE, REFINED_FOLDER, Checkpoint, LiveCheckpoint, ModelSource
 from ..hub import pipeline_of, template
 from ..planning import BASE
+from ..utils import markdown_text, plain_text
 from ..version import __version__
 from .result import MergeResult
 
@@ -44,8 +45,10 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
                 "source": _named(expert),
                 "revision": expert.revision,
                 "kind": expert.kind,
-                "licence": plan.licences.get(task, "not stated"),
-                "labels": list(expert.config.id2label.values()) if plan.heads.by_task[task] else [],
+                "licence": markdown_text(plan.licences.get(task, "not stated")),
+                "labels": list(map(markdown_text, expert.config.id2label.values()))
+                if plan.heads.by_task[task]
+                else [],
             }
             for task, expert in plan.experts.items()
         ],
@@ -62,7 +65,7 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
         scores=result.scores,
         refined=bool(result.refined),
         kept_adapter=(folder / REFINED_FOLDER).is_dir(),
-        licences=sorted(set(plan.licences.values()) - {"not stated"}),
+        licences=sorted(map(markdown_text, set(plan.licences.values()) - {"not stated"})),
         model_class=type(plan.base.skeleton).__name__,
         embeds=plan.base.modules is not None and not adapter,
         adapter_rank=max((report.rank or 0 for report in result.weights), default=0),
@@ -78,6 +81,7 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
 
 def _named(model: Checkpoint) -> str:
     """Return the id or folder of a model; for a live model, its class and what it was loaded from."""
+    source = plain_text(model.source).replace("`", "'")  # it is shown as code
     if not isinstance(model.stored, LiveCheckpoint):
-        return model.source or "a live PeftModel"
-    return f"a live {type(model.skeleton).__name__}" + (f", loaded from {model.source}" if model.source else "")
+        return source or "a live PeftModel"
+    return f"a live {type(model.skeleton).__name__}" + (f", loaded from {source}" if source else "")

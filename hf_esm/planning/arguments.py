@@ -1,7 +1,6 @@
 """Checks of the caller's arguments, made before any file is opened."""
 
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,8 @@ from ..checkpoints import CALIBRATION_FOLDER, RECIPE_FILE, ModelSpec
 from ..data import DataSpec
 from ..errors import HfEsmError
 from ..methods import MergeMethod
-from ..utils import WORK_FOLDER, check_known, finite_number
+from ..utils import WORK_FOLDER, check_known, check_task_name, finite_number
 from .options import MergeOptions
-
-
-_LONGEST_NAME = 100  # of a task, whose name is the name of files and folders
-
-
-_RESERVED = ("base", "static", "none")  # as tasks: the base, no expert, none of the tasks
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ def name_experts(experts: Any) -> dict[str, ModelSpec]:
             raise HfEsmError(f"Two experts are named {sorted(repeated)[0]!r}. Give each task a name of its own.")
         experts = dict(pairs)
     for name in experts:
-        _check_task_name(name)
+        check_task_name(name)
     if not experts:
         raise HfEsmError("A merge takes one expert or more; `experts` has none.")
     return dict(experts)
@@ -95,17 +88,6 @@ def task_weights(
             specs[task] = {key: value for key, value in spec.items() if key != "weight"}
     numbers = {task: finite_number(weights.get(task, 1), f"`weights` of {task!r}") for task in experts}
     return specs, numbers if any(number != 1 for number in numbers.values()) else None
-
-
-def _check_task_name(name: Any) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name) or name in _RESERVED:
-        quotes = "" if isinstance(name, str) else " (in YAML, put it in quotes)"
-        raise HfEsmError(
-            f"{name!r} cannot be the name of a task{quotes}: use letters, digits, '.', '_' and '-', and none of "
-            f"{', '.join(_RESERVED)}."
-        )
-    if len(name) > _LONGEST_NAME:
-        raise HfEsmError(f"The task name {name[:20]!r}… has {len(name)} letters; use at most {_LONGEST_NAME}.")
 
 
 def _named(expert: Any) -> tuple[str, Any]:

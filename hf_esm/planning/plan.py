@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Optional
 
 import torch
-import yaml
 from huggingface_hub import ModelCard
 
 from ..architecture import KINDS, matrix_names, ties, width_of
@@ -16,7 +15,7 @@ from ..checkpoints import AdapterCheckpoint, Checkpoint, ModelSource
 from ..data import Sample
 from ..errors import HfEsmError
 from ..methods import MergeMethod
-from ..utils import check_known, first_names, readable
+from ..utils import check_known, first_names, plain_text, readable
 from .compatibility import check_architecture, check_complete, check_weights, differing_settings, part_of
 from .heads import HeadPlan, plan_heads
 from .kinship import check_related
@@ -309,9 +308,9 @@ def _licence(source: ModelSource) -> str:
     try:
         text = source.card()
         licence = ModelCard(text, ignore_metadata_errors=True).data.license if text else None
-    except (yaml.YAMLError, ValueError):  # the README is not a card
+    except Exception:  # the README is not a card; its readers raise what they like
         licence = None
-    return licence.lower() if isinstance(licence, str) else "not stated"
+    return plain_text(licence).lower() if isinstance(licence, str) else "not stated"
 
 
 def _kinds(base: Checkpoint, names: list[str]) -> dict[str, int]:

@@ -38,7 +38,7 @@ from ..hub import write_hashes
 from ..methods import RoutedMerge, resolve_method
 from ..planning import MergePlan, calibrated_widths, check_values, load_recipe, name_experts, plan_merge
 from ..tuners.routed import RoutedExpertsConfig
-from ..utils import check_known, publish_folder, staging_folder
+from ..utils import check_known, markdown_text, plain_text, publish_folder, staging_folder
 from .experts import RoutedExperts, expert_factors, load_experts, unrouted
 
 
@@ -88,7 +88,8 @@ def add_expert(
         module: statistics.pooled[names[module]] + experts.shift.get(module, 0) for module in experts.modules
     }
     revision = f" @ {expert.revision}" if expert.revision else ""
-    note = f"'{task}' was added, from {expert.source or 'a live model'}{revision} (licence: {plan.licences[task]})"
+    source, licence = plain_text(expert.source or "a live model"), markdown_text(plan.licences[task])
+    note = f"'{task}' was added, from {source}{revision} (licence: {licence})"
     return _write(
         folder,
         static,

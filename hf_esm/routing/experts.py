@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,7 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architecture import SENTENCE_MODULES, is_routable, towers
-from ..checkpoints import ROUTED_FOLDER, ROUTER_FEATURES, Checkpoint, rank_settings, write_adapter
+from ..checkpoints import (
+    ROUTED_FOLDER,
+    ROUTER_FEATURES,
+    Checkpoint,
+    rank_settings,
+    read_routed_settings,
+    write_adapter,
+)
 from ..linalg import essential_subspace, truncated_svd
 from ..methods import InputStatistics
 from ..tuners.routed import RoutedExpertsConfig, fingerprint
@@ -155,7 +161,7 @@ class RoutedExperts:
 
 def load_experts(folder: Path) -> RoutedExperts:
     """The experts in a merged model's folder."""
-    config = PeftConfig.from_pretrained(str(folder / ROUTED_FOLDER))
+    config = read_routed_settings(folder, str(folder))
     with safe_open(folder / ROUTED_FOLDER / ROUTER_FEATURES, "pt") as file:
         header = json.loads(file.metadata()["header"])
         modules = header["modules"]

@@ -27,7 +27,7 @@ from ..checkpoints import (
     whole_folder,
 )
 from ..errors import HfEsmError
-from ..hub import check_routed, push_folder, verify_hashes
+from ..hub import push_folder, verify_routed
 from ..tuners.routed import Named, Route, route, routing_state
 from ..utils import check_known
 from .editing import ExpertSpec, add_expert, remove_expert
@@ -84,6 +84,7 @@ class RoutedModel:
         *,
         revision: Optional[str] = None,
         token: Optional[str | bool] = None,
+        allow_pickle: bool = False,
         trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> "RoutedModel":
@@ -93,16 +94,16 @@ class RoutedModel:
             model: folder or Hub id.
             revision: branch, tag or commit.
             token: access token for the Hub.
+            allow_pickle: whether a static model in `.bin` files, which can run code when they are read, may be read.
             trust_remote_code: whether code in the model's repository may run.
             kwargs: passed to the static model's `from_pretrained`: `dtype`, `device_map`, …
 
         Raises:
-            HfEsmError: if the model has no routed experts, or a file differs from its recorded hash.
+            HfEsmError: if the model has no routed experts, or a file differs from its recorded hash or has none.
         """
         folder = whole_folder(model, str(model), revision, token)
         repo_id = None if Path(model).expanduser().is_dir() else str(model).partition("@")[0]
-        check_routed(folder, str(model))
-        verify_hashes(folder, str(model))
+        verify_routed(folder, str(model), allow_pickle)
         source = resolve_source(str(folder), str(model), Access(trust_remote_code=trust_remote_code))
         config, model_class = resolve_class(source)
         static = model_class.from_pretrained(folder, config=config, **kwargs)
@@ -114,7 +115,7 @@ class RoutedModel:
         with quiet_peft():
             adapted = PeftModel.from_pretrained(static, str(folder / ROUTED_FOLDER)).eval()
         source.repo_id, source.revision = repo_id, folder.name if repo_id else None
-        loading = {"trust_remote_code": trust_remote_code, **kwargs}
+        loading = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, **kwargs}
         return cls(adapted, folder, load_processor(folder, trust_remote_code), source, loading)
 
     def __repr__(self) -> str:
@@ -368,7 +369,8 @@ class RoutedModel:
             HfEsmError: if the task exists, the expert or its statistics do not fit, or `output_dir` exists.
         """
         self._refuse_trained("add_expert")
-        access = Access(token, trust_remote_code=self._loading.get("trust_remote_code", False))
+        allowed = {name: self._loading.get(name, False) for name in ("allow_pickle", "trust_remote_code")}
+        access = Access(token, **allowed)
         spec = ExpertSpec(task, expert, statistics, base, access)
         folder = add_expert(self.folder, self.model.get_base_model(), self.config, spec, Path(output_dir))
         return type(self).from_pretrained(folder, **self._loading)

@@ -12,6 +12,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import HfEsmError
+from ..utils import check_task_name
+
+
+def check_tasks(tasks: Any) -> None:
+    """Raise unless the tasks of an adapter are a list of different names, each of which can name a file."""
+    if not isinstance(tasks, (list, tuple)) or not tasks or len(set(map(str, tasks))) < len(tasks):
+        raise HfEsmError(f"`tasks` must be a list of tasks of different names, not {tasks!r}.")
+    for task in tasks:
+        check_task_name(task)
 
 
 def names_to_sets(config: PeftConfig) -> None:

@@ -1,5 +1,5 @@
 """Tools that know nothing of models: processes, devices, folders, resumable work, hooks, fingerprints, checks of
-arguments, errors of the Hub, tables, sizes.
+arguments, errors of the Hub, names of files, tables, sizes.
 
 Comes in: plain values and functions. Goes out: the same work shared over processes, written atomically or resumed, and
 errors in one sentence.
@@ -20,13 +20,16 @@ from .fingerprints import code_identity, data_identity, files_identity, fingerpr
 from .folders import atomic_file, new_folder, publish_folder, staging_folder
 from .hooks import Hook, hooked, remove_hooks
 from .hub_errors import plain_hub_errors
+from .names import check_task_name, stays_inside
+from .readers import AGAIN, is_file, reading
 from .resume import WORK_FOLDER, Work
 from .sentences import first_names, reason_of
 from .sizes import bytes_of, readable
-from .tables import markdown_table, plain_table
+from .tables import markdown_table, markdown_text, plain_table, plain_text
 
 
 __all__ = [
+    "AGAIN",
     "WORK_FOLDER",
     "Hook",
     "Work",
@@ -35,6 +38,7 @@ __all__ = [
     "bytes_of",
     "check_fields",
     "check_known",
+    "check_task_name",
     "closest_name",
     "code_identity",
     "data_identity",
@@ -48,19 +52,24 @@ __all__ = [
     "from_arguments",
     "gather",
     "hooked",
+    "is_file",
     "main_first",
     "markdown_table",
+    "markdown_text",
     "new_folder",
     "number_fields",
     "plain_hub_errors",
     "plain_table",
+    "plain_text",
     "processor_identity",
     "publish_folder",
     "readable",
+    "reading",
     "reason_of",
     "remove_hooks",
     "reserve",
     "roomy",
     "staging_folder",
+    "stays_inside",
     "together",
 ]

@@ -1,6 +1,30 @@
 """Tables of text, for reports and terminals. The first row of each is the head; all rows are equally long."""
 
+import re
 from collections.abc import Sequence
+from typing import Any
+
+
+_LONGEST_CELL = 200
+
+
+def plain_text(text: Any) -> str:
+    """Return a text of a stranger's file in one line that prints as it is, of at most 200 characters."""
+    line = "".join(letter if letter.isprintable() else " " for letter in str(text))
+    line = " ".join(line.split())
+    return line if len(line) <= _LONGEST_CELL else f"{line[: _LONGEST_CELL - 1]}…"
+
+
+def markdown_text(text: Any) -> str:
+    """Return a text of a stranger's file, such as a label, as Markdown shows it and nothing else: neither a link, an
+    image, HTML nor the end of a table's cell.
+
+    Example:
+        >>> from hf_esm.utils import markdown_text
+        >>> markdown_text("not_equivalent | [here](https://example.org)")
+        'not_equivalent \\\\| \\\\[here\\\\](https://example.org)'
+    """
+    return re.sub(r"([\\`*|\[\]<>&#~]|(?<!\w)_|_(?!\w))", r"\\\1", plain_text(text))
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -7,7 +7,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from ...errors import HfEsmError
-from ..base import names_to_sets
+from ..base import check_tasks, names_to_sets
 from ..registration import HfEsmPeftType
 
 
@@ -91,8 +91,8 @@ class EssentialComponentsConfig(PeftConfig):
                 raise HfEsmError(f"Essential components of rank {rank}. Give 1 or more, or leave the module out.")
         if (self.tasks or self.task_ranks) and not self.gates:
             raise HfEsmError("Only gates combine the components of several tasks. Pass `gates=True`, or no `tasks`.")
-        if self.tasks is not None and (not self.tasks or len(set(self.tasks)) < len(self.tasks)):
-            raise HfEsmError(f"`tasks` must be different names, not {self.tasks}.")
+        if self.tasks is not None:
+            check_tasks(self.tasks)
 
     def rank_of(self, module: str) -> int:
         """Return the number of components of a module, by its full name."""

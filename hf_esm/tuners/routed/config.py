@@ -8,7 +8,7 @@ from peft import PeftConfig
 
 from ...errors import HfEsmError
 from ...utils import check_known
-from ..base import names_to_sets
+from ..base import check_tasks, names_to_sets
 from ..registration import HfEsmPeftType
 
 
@@ -106,8 +106,7 @@ class RoutedExpertsConfig(PeftConfig):
                 f"{FORMAT_VERSION}. {'Upgrade hf_esm' if self.format_version > FORMAT_VERSION else 'Merge again'}."
             )
         check_known([self.router], ROUTERS, "router")
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise HfEsmError(f"Routed experts need tasks of different names, not {self.tasks}.")
+        check_tasks(self.tasks)
         if self.router == "discriminant" and not self.readers:
             raise HfEsmError("A discriminant router needs the modules that it reads: readers=[…].")
 

@@ -1,0 +1,58 @@
+"""Names that become names of files and folders: those of tasks, and relative paths that a model's files name."""
+
+import re
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from ..errors import HfEsmError
+
+
+_LONGEST_NAME = 100  # of a task, in letters; many alphabets take 2 or 3 bytes a letter, and a file's name 255 bytes
+_LONGEST_FILE = 200  # in bytes, which leaves room for suffixes
+
+_RESERVED = ("base", "static", "none")  # as tasks: the base, no expert, none of the tasks
+
+# Names that Windows takes for devices, whatever their suffix.
+_DEVICES = re.compile(r"(con|prn|aux|nul|(com|lpt)[\d¹²³])(\..*)?", re.IGNORECASE)
+
+
+def check_task_name(name: Any) -> None:
+    """Raise unless a text can be the name of a task, and so that of files and folders on every system.
+
+    Names from the settings of an adapter or a recipe are checked like those that a caller passes.
+
+    Raises:
+        HfEsmError: says which names can be.
+
+    Example:
+        >>> from hf_esm.utils import check_task_name
+        >>> check_task_name("sst2")
+        >>> check_task_name("../sst2")
+        Traceback (most recent call last):
+        hf_esm.errors.HfEsmError: '../sst2' cannot be the name of a task: use letters, digits, '.', '_' and '-', and \
+none of base, static, none.
+    """
+    letters = isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*", name) and not name.endswith(".")
+    if not letters or name in _RESERVED:
+        quotes = "" if isinstance(name, str) else " (in YAML, put it in quotes)"
+        shown = repr(name) if len(repr(name)) <= _LONGEST_NAME else f"{repr(name)[:_LONGEST_NAME]}…"
+        raise HfEsmError(
+            f"{shown} cannot be the name of a task{quotes}: use letters, digits, '.', '_' and '-', and none of "
+            f"{', '.join(_RESERVED)}."
+        )
+    if _DEVICES.fullmatch(name):
+        raise HfEsmError(
+            f"{name!r} cannot be the name of a task: Windows takes a file of this name for a device. Choose another."
+        )
+    if len(name) > _LONGEST_NAME:
+        raise HfEsmError(f"The task name {name[:20]!r}… has {len(name)} letters; use at most {_LONGEST_NAME}.")
+    if len(name.encode()) > _LONGEST_FILE:
+        raise HfEsmError(f"The task name {name[:20]!r}… has {len(name.encode())} bytes; use at most {_LONGEST_FILE}.")
+
+
+def stays_inside(path: Any) -> bool:
+    """Return whether a relative path, which a file of a model names, is inside the model's folder on every system."""
+    if not isinstance(path, str) or not path or "\0" in path:
+        return False
+    kinds = (PurePosixPath(path), PureWindowsPath(path))
+    return not any(kind.anchor or ".." in kind.parts for kind in kinds)
