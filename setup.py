@@ -54,7 +54,7 @@ setup(
         ],
         "embedding": ["sentence-transformers>=6.2"],
         "quantised": ["bitsandbytes>=0.46.1", "compressed-tensors>=0.15"],
-        "extras": ["evaluate"],
+        "extras": ["evaluate", "onnx", "onnxruntime", "onnxscript"],
         "quality": ["pytest", "ruff", "ty", "typos"],
     },
     entry_points={"console_scripts": ["hf-esm=hf_esm.cli:main"]},

@@ -79,7 +79,7 @@ def main() -> None:
             progress=False,
         )
         routed = RoutedModel.from_pretrained(output)
-        adapters = routed.export_lora(Path(scratch) / "lora")
+        adapters = routed.export_lora(Path(scratch) / "lora", heads=False)
         mixed = PeftModel.from_pretrained(bare(output), str(adapters[tasks[0]]), adapter_name=tasks[0])
         for task in tasks[1:]:
             mixed.load_adapter(str(adapters[task]), adapter_name=task)

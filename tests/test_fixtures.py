@@ -136,7 +136,7 @@ def test_a_routed_adapters_export_of_now_answers_as_its_experts_did(written, exp
     RoutedModel.from_pretrained(written / "routed").export_lora(tmp_path / "lora")
     for task in TASKS:
         model = load_task_model(written / "routed", task)
-        model.base_model.load_adapter(str(tmp_path / "lora" / task))
+        model.load_adapter(str(tmp_path / "lora" / task))
         with torch.no_grad():
             found = {f"routed.{task}": model(**inputs).logits}
         assert_as_written(found, {f"routed.{task}": expected[f"routed.forced.{task}"]}, "routed")

@@ -283,6 +283,7 @@ REMEDIES = {  # what is called, and the names of the tests that call it
     "encode(…, prompt={})": "test_every_expert_is_read_with_its_own_prompt_and_differences_are_warned_of",
     "essential_components(…, as_lora=True)": "test_components_for_several_adapters_in_a_batch_are_written_as_lora",
     "gates=True": "test_trains_the_gates_alone_and_comes_back_from_its_folder",
+    "heads=False": "test_a_head_that_is_no_whole_module_is_not_exported",
     "heads=[…]": "test_modules_that_are_named_stay_with_their_tasks",
     "hf auth login": "test_a_private_model_merges_with_its_owners_token",  # by the token that it stores
     "hf-esm calibrate": "test_statistics_that_calibrate_writes_stand_for_the_data",

@@ -23,6 +23,7 @@ def write_lora_adapter(
     fan_in_fan_out: bool = False,
     base_revision: Optional[str] = None,
     base_class: Optional[type] = None,
+    replaced: Optional[Mapping[str, Mapping[str, Tensor]]] = None,
 ) -> Path:
     """Write updates `Δ = B A` of a model's linear maps as a plain LoRA adapter, which loads without hf_esm.
 
@@ -34,6 +35,8 @@ def write_lora_adapter(
         fan_in_fan_out: whether the maps are `Conv1D`.
         base_revision: commit of that model on the Hub.
         base_class: class of that model, for `AutoPeftModel`.
+        replaced: tensors of modules that the adapter replaces (`modules_to_save`), by the full name of the module and
+            by the tensor's name in it.
 
     Returns:
         The path of the folder.
@@ -51,12 +54,15 @@ def write_lora_adapter(
         target_modules=list(factors),
         bias="none",
         fan_in_fan_out=fan_in_fan_out,
+        modules_to_save=list(replaced) if replaced else None,
         inference_mode=True,
         base_model_name_or_path=base_model_name,
         revision=base_revision,
     )
     tensors = {f"{module}.lora_A.weight": a for module, (a, _) in factors.items()}
     tensors |= {f"{module}.lora_B.weight": b for module, (_, b) in factors.items()}
+    for module, parts in (replaced or {}).items():
+        tensors |= {f"{module}.{name}": tensor for name, tensor in parts.items()}
     return write_adapter(folder, config, tensors, base_class)
 
 

@@ -1,4 +1,4 @@
-"""Write every expert of an ESM++ model as an ordinary LoRA adapter, OUTPUT/TASK, over the static model."""
+"""Write the experts of an ESM++ model as ordinary LoRA adapters over the static model: OUTPUT/TASK, with heads."""
 
 import argparse
 
@@ -12,6 +12,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, help="folder to write the adapters to")
     parser.add_argument("--format", choices=["lora"], default="lora", help="format of the adapters (default: lora)")
     parser.add_argument("--task", action="append", help="export only this task; repeat for more")
+    parser.add_argument(
+        "--no-heads",
+        dest="heads",
+        action="store_false",
+        help="adapters of the static model's class, instead of each task's class with its head",
+    )
+    parser.add_argument(
+        "--base-model", help="Hub id of the static model, which the adapters name as their base (default: MODEL)"
+    )
     add_trust_flags(parser)
 
 
@@ -19,5 +28,8 @@ def run(arguments: argparse.Namespace) -> None:
     model = RoutedModel.from_pretrained(
         arguments.model, allow_pickle=arguments.allow_pickle, trust_remote_code=arguments.trust_remote_code
     )
-    for task, folder in model.export_lora(arguments.output, arguments.task).items():
+    adapters = model.export_lora(
+        arguments.output, arguments.task, heads=arguments.heads, base_model=arguments.base_model
+    )
+    for task, folder in adapters.items():
         say(f"{task}: {folder}")

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -13,13 +12,10 @@ from transformers import PreTrainedModel
 
 from ..calibration import ActivationStatistics
 from ..checkpoints import (
-    CONFIG_FILE,
-    HEADS_FOLDER,
     ROUTED_FOLDER,
     Access,
     ModelSource,
     ModelSpec,
-    attach_head,
     load_processor,
     quiet_peft,
     resolve_class,
@@ -28,14 +24,16 @@ from ..checkpoints import (
 )
 from ..errors import HfEsmError
 from ..hub import push_folder, verify_routed
-from ..tuners.routed import Named, Route, route, routing_state
+from ..tuners.routed import Route, route
 from ..utils import check_known
 from .editing import ExpertSpec, add_expert, remove_expert
 from .explanations import Explanation, Prediction
+from .export import export_experts
 from .prediction import explain, predict
-from .prompts import compile_with_routes, prompt_route, request
-from .saving import export_experts, save_model, trained_tensors
+from .prompts import prompt_route, request
+from .saving import save_model, trained_tensors
 from .sentences import sentence_transformer
+from .task_models import build_task_model
 
 
 if TYPE_CHECKING:
@@ -228,15 +226,8 @@ class RoutedModel:
             HfEsmError: if there is no such task, or the folder has no head for it.
         """
         check_known([task], self.tasks, "expert for")
-        if not (self.folder / HEADS_FOLDER / task / CONFIG_FILE).is_file():
-            raise HfEsmError(f"{self.folder} has no head of {task!r}. Merge again, or download the whole model.")
         if task not in self._task_models:
-            training = self.model.training
-            model = attach_head(self.model.get_base_model(), self.folder, task).train(training)
-            model.register_forward_pre_hook(partial(_check_one_head, task, self.model), with_kwargs=True)
-            model.save_pretrained = partial(_refuse_saving, task)
-            model.compile = partial(compile_with_routes, model, routing_state(self.model))
-            self._task_models[task] = model
+            self._task_models[task] = build_task_model(self.model, self.folder, task)
         return self._task_models[task]
 
     def sentence_transformer(self, **kwargs: Any) -> "SentenceTransformer":
@@ -327,21 +318,35 @@ class RoutedModel:
         self._refuse_trained("push_to_hub")
         return push_folder(self.folder, repo_id, base_model=base_model, private=private, token=token, **kwargs)
 
-    def export_lora(self, folder: str | os.PathLike, tasks: Optional[Iterable[str]] = None) -> dict[str, Path]:
+    def export_lora(
+        self,
+        folder: str | os.PathLike,
+        tasks: Optional[Iterable[str]] = None,
+        *,
+        heads: bool = True,
+        base_model: Optional[str] = None,
+    ) -> dict[str, Path]:
         """Write every expert as an ordinary LoRA adapter over the static model, to `folder/TASK`.
 
-        With the adapter of a task, the static model gives the same output as this model in `with model.route(TASK)`.
+        An adapter belongs to the class of its task, and brings the head along: over the static model, loaded as that
+        class with the task's number of labels, it gives what `task_model(TASK)` gives in `with model.route(TASK)`.
+
+        Args:
+            folder: gets a folder for each task.
+            tasks: tasks to export; by default all.
+            heads: False for adapters that belong to the class of the static model, and bring no head.
+            base_model: Hub id of the static model, which the adapters name as their base; by default the place that
+                this model was loaded from.
 
         Returns the folder of each adapter, by task.
 
         Raises:
-            HfEsmError: if a task is unknown, or a folder exists.
+            HfEsmError: if a task is unknown, a folder exists, or a head is not made of whole modules.
         """
         self._refuse_trained("export_lora")
         tasks = self.tasks if tasks is None else list(tasks)
         check_known(tasks, self.tasks, "expert for")
-        static = self.model.get_base_model()
-        return export_experts(self.folder, static, self._source, Path(folder).expanduser(), tasks)
+        return export_experts(self, Path(folder).expanduser(), tasks, heads, base_model)
 
     def add_expert(
         self,
@@ -397,24 +402,3 @@ class RoutedModel:
                 f"{call}: experts or heads were trained since they were loaded. Call save_pretrained, load the saved "
                 f"model with RoutedModel.from_pretrained, and call its {call}."
             )
-
-
-def _check_one_head(task: str, model: PeftModel, head: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a task's model: refuse a loss over samples of several heads."""
-    forced = routing_state(model).local.forced
-    if kwargs.get("labels") is None or not isinstance(forced, Named) or isinstance(forced.names, str):
-        return
-    if others := sorted(set(forced.names) - {task, "static"}):
-        raise HfEsmError(
-            f"Samples of {others[0]!r} are routed through the head of {task!r}, but a loss needs samples of one head. "
-            "Run the samples of each task through its own `task_model`."
-        )
-
-
-def _refuse_saving(task: str, *args: Any, **kwargs: Any) -> None:
-    """Replaces `save_pretrained` of a task's model, which no `from_pretrained` could load."""
-    raise HfEsmError(
-        f"The model of {task!r} shares the routed body, and cannot be saved by itself. Save the static model with the "
-        f"task's head (`load_task_model(folder, {task!r})`), the task's expert (`export_lora`), or the whole model "
-        "(`RoutedModel.save_pretrained`)."
-    )

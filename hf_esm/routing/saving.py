@@ -1,7 +1,7 @@
-"""A routed model in memory, written to disk: trained experts and heads, and experts as LoRA adapters."""
+"""A routed model in memory, written to disk with the experts and heads that were trained."""
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +13,6 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints import (
     GENERATION_CONFIG,
@@ -23,13 +22,11 @@ from ..checkpoints import (
     ModelSource,
     load_processor,
     open_checkpoint,
-    write_lora_adapter,
 )
 from ..errors import HfEsmError
 from ..hub import write_hashes
 from ..planning import check_replaceable
-from ..utils import new_folder, publish_folder, staging_folder
-from .experts import load_experts
+from ..utils import publish_folder, staging_folder
 
 
 def trained_tensors(
@@ -131,31 +128,3 @@ def save_model(
         if trained or settings:
             write_hashes(staging)
         publish_folder(staging, output, overwrite)
-
-
-def export_experts(
-    folder: Path, static: PreTrainedModel, source: ModelSource, output: Path, tasks: Iterable[str]
-) -> dict[str, Path]:
-    """Write experts of the model in `folder` as LoRA adapters over the static model, to `output/TASK`: all, or none.
-
-    Args:
-        source: names the base model of the adapters, if it is on the Hub; else `folder` is.
-    """
-    experts = load_experts(folder)
-    transposed = any(isinstance(static.get_submodule(m).get_base_layer(), Conv1D) for m in experts.factors)
-    tasks = list(dict.fromkeys(tasks))
-    for task in tasks:
-        new_folder(output / task)
-    with staging_folder(output) as staging:
-        for task in tasks:
-            index = experts.tasks.index(task)
-            write_lora_adapter(
-                staging / task,
-                {module: (a[index], b[index]) for module, (a, b) in experts.factors.items()},
-                source.repo_id or str(folder.absolute()),
-                base_revision=source.revision,
-                fan_in_fan_out=transposed,
-                base_class=type(static),
-            )
-        output.mkdir(parents=True, exist_ok=True)
-        return {task: (staging / task).rename(output / task) for task in tasks}

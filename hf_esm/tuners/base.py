@@ -23,6 +23,14 @@ def check_tasks(tasks: Any) -> None:
         check_task_name(task)
 
 
+def recorded() -> bool:
+    """Whether the code that runs is recorded, by `torch.compile`, `torch.export` or `torch.jit.trace`.
+
+    Then no value of a tensor may be read: it would hold for all inputs.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def names_to_sets(config: PeftConfig) -> None:
     """Turn lists of module names into sets, which is how PEFT looks names up."""
     for name in ("target_modules", "exclude_modules"):
@@ -64,7 +72,7 @@ class AdapterLayer(BaseTunerLayer):
         Raises:
             HfEsmError: if a tensor has not been loaded or contains NaN.
         """
-        if torch.compiler.is_compiling() or adapter in self.known_loaded:
+        if recorded() or adapter in self.known_loaded:
             return
         for name, tensor in self.tensors(adapter):
             if tensor.is_meta or bool(tensor.isnan().any()):

@@ -13,11 +13,11 @@ from typing import Any, Optional
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from peft import AutoPeftModel, PeftModel
+from peft import AutoPeftModel, PeftConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from hf_esm import HfEsmError, RoutedModel, calibrate, evaluate
+from hf_esm import HfEsmError, RoutedModel, calibrate, evaluate, load_task_model
 from hf_esm.cli.main import main
 from hf_esm.hub import push_folder
 from support.hub import ABSENT, TOKEN, process
@@ -406,7 +406,12 @@ def test_export_and_add_write_what_the_api_writes(models, merged, larger, tmp_pa
     status, out, _ = command("export", merged, "-o", tmp_path / "lora", "--task", "b")
     assert (status, out) == (0, f"b: {tmp_path / 'lora' / 'b'}\n")
     assert [path.name for path in (tmp_path / "lora").iterdir()] == ["b"]
-    PeftModel.from_pretrained(AutoModel.from_pretrained(merged), tmp_path / "lora" / "b")
+    flags = ("--no-heads", "--base-model", "me/static")
+    assert command("export", merged, "-o", tmp_path / "named", "--task", "a", *flags)[0] == 0
+    config = PeftConfig.from_pretrained(tmp_path / "named" / "a")
+    assert (config.base_model_name_or_path, config.modules_to_save) == ("me/static", None)
+    PeftModel.from_pretrained(load_task_model(merged, "b"), tmp_path / "lora" / "b")
+    PeftModel.from_pretrained(AutoModel.from_pretrained(merged), tmp_path / "named" / "a")
     status, out, _ = command("add", merged, "--expert", f"c={models / 'c'}", "-o", tmp_path / "larger")
     assert (status, out) == (0, f"{tmp_path / 'larger'}: a, b, c\n")
     assert same(answers(tmp_path / "larger"), answers(larger))

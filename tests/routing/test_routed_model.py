@@ -2,7 +2,6 @@
 `reference`, the static merge, the experts themselves, and PEFT alone.
 """
 
-import json
 import shutil
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -35,7 +34,6 @@ from hf_esm.data.batches import batch_for, collate
 from hf_esm.tuners.routed.model import Uncompiled, recording
 from support.architectures import ARCHITECTURES
 from support.helpers import image_samples, save, token_inputs
-from support.processes import run_script
 from support.routed_toys import (
     EXACT,
     FULL,
@@ -729,39 +727,6 @@ def test_compiled_models_predict_and_explain(merged, routed):
     compiled.model.compile(fullgraph=True, backend="eager")
     assert compiled.predict(MIXED[:4]) == routed.predict(MIXED[:4])
     assert compiled.explain(MIXED[:4]) == routed.explain(MIXED[:4])
-
-
-ALONE = """
-import sys
-sys.modules["hf_esm"] = None  # importing it fails
-import torch
-from peft import AutoPeftModel
-for adapter, batch, output in (case.split(":") for case in sys.argv[1:]):
-    with torch.no_grad():
-        torch.save(AutoPeftModel.from_pretrained(adapter).eval()(torch.load(batch))[0], output)
-"""
-
-
-def test_exported_experts_are_lora_adapters_that_peft_alone_loads(routed, language, tmp_path):
-    cases = []
-    samples = {"bert": encoded(task_texts("b", 6)), "gpt2": task_ids("b", 6)}
-    for name, model in (("bert", routed), ("gpt2", language.routed)):
-        written = model.export_lora(tmp_path / name)
-        assert written == {task: tmp_path / name / task for task in "ab"}
-        batch = samples[name][0]["input_ids"][None]
-        torch.save(batch, tmp_path / f"{name}.ids")
-        with torch.no_grad(), model.route("b"):
-            cases.append((written["b"], tmp_path / f"{name}.ids", tmp_path / f"{name}.out", model(batch)[0]))
-        config = json.loads((written["b"] / "adapter_config.json").read_text())
-        assert (config["peft_type"], config["fan_in_fan_out"]) == ("LORA", name == "gpt2")
-    given = [":".join(map(str, paths)) for *paths, _ in cases]
-    ran = run_script(ALONE, *given)
-    assert ran.returncode == 0, ran.output
-    for *_, output, expected in cases:
-        found = torch.load(output)
-        assert torch.allclose(found, expected, atol=1e-5)
-    with pytest.raises(HfEsmError, match="exists"):
-        routed.export_lora(tmp_path / "bert", ["b"])
 
 
 @torch.no_grad()

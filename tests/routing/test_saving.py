@@ -5,7 +5,6 @@ import torch
 from transformers import GenerationConfig
 
 from hf_esm import HfEsmError, RoutedModel
-from hf_esm.routing import saving
 from support.helpers import save
 from support.routed_toys import encoded, logits, quiet, task_ids, task_texts, tuned
 from support.tiny import GPT2, save_tokenizer, snapshot
@@ -67,25 +66,3 @@ def test_settings_of_generation_are_saved_and_a_half_precision_model_is_the_stor
     copy = routed.save_pretrained(tmp_path / "copy")
     assert GenerationConfig.from_pretrained(copy).temperature == 0.25
     assert RoutedModel.from_pretrained(copy).model.get_base_model().generation_config.temperature == 0.25
-
-
-def test_experts_are_exported_all_or_none(merged, tmp_path, monkeypatch):
-    output = tmp_path / "lora"
-    output.mkdir()
-    routed = RoutedModel.from_pretrained(merged)
-    write = saving.write_lora_adapter
-
-    def full(folder, *args, **options):
-        if folder.name == "b":
-            raise OSError(28, "No space left on device")
-        return write(folder, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(saving, "write_lora_adapter", full)
-        with pytest.raises(OSError, match="No space"):
-            routed.export_lora(output)
-    assert [path.name for path in tmp_path.rglob("*")] == ["lora"]
-    adapters = routed.export_lora(output)
-    assert adapters == {task: output / task for task in "ab"}
-    assert all((path / "adapter_model.safetensors").is_file() for path in adapters.values())
-    assert [path.name for path in tmp_path.iterdir()] == ["lora"]

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from ...architecture import towers
 from ...errors import HfEsmError
 from ...utils import remove_hooks
+from ..base import recorded
 from .capturing import capture_once
 from .checkpointing import keep_routes
 from .padding import mask_of_padding
@@ -192,7 +193,7 @@ class OpenFrame:
             inputs.get("encoder_hidden_states"),
             cache=cache,
         )
-        if frame.mask is None and not torch.compiler.is_compiling():
+        if frame.mask is None and not recorded():
             frame.mask = mask_of_padding(model.config, inputs.get("input_ids"))
         if frame.mask is not None and hasattr(model, "_get_feature_vector_attention_mask"):
             frame.mask = SoundMask(frame.mask, model)

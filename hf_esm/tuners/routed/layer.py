@@ -9,7 +9,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from ...errors import HfEsmError
-from ..base import AdapterLayer
+from ..base import AdapterLayer, recorded
 from .config import RoutedExpertsConfig
 from .frames import Frame, RoutingState
 from .pooling import pool, sample_rows
@@ -258,9 +258,9 @@ def grouping_pays(experts: Tensor, a: Tensor, b: Tensor, tokens: int) -> bool:
     """Whether `add_by_expert` is faster than gathering the factors of each sample's experts.
 
     Gathering copies factors, and `add_by_expert` copies samples: it is faster where samples of few tokens share
-    experts, as in generation. Never while compiling, nor on a GPU, which would have to wait for the CPU.
+    experts, as in generation. Never while code is recorded, nor on a GPU, which would have to wait for the CPU.
     """
-    if tokens >= a.shape[1] or experts.device.type != "cpu" or torch.compiler.is_compiling():
+    if recorded() or tokens >= a.shape[1] or experts.device.type != "cpu":
         return False
     distinct = len(experts.unique())
     return (experts.numel() - distinct) * (a[0].nbytes + b[0].nbytes) > distinct * TURN_BYTES
@@ -286,4 +286,4 @@ def add_by_expert(rows: Tensor, a: Tensor, b: Tensor, experts: Tensor, weights: 
 
 def _listed(part: Tensor) -> Tensor:
     """The experts or weights of a route as `[B, k]`."""
-    return part.reshape(len(part), -1)
+    return part if part.dim() == 2 else part[:, None]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import HfEsmError
+from ..base import recorded
 from .frames import Frame, SoundMask
 
 
@@ -37,7 +38,7 @@ def pool(rows: Tensor, frame: Frame, x: Tensor, module: str) -> Tensor:
     if real is None:
         return rows.mean(1)
     count = real.sum(1, keepdim=True)
-    if not torch.compiler.is_compiling() and not bool(count.all()):
+    if not recorded() and not bool(count.all()):
         raise HfEsmError(f"{module}: a sample has no real token. Leave empty inputs out, or check the attention mask.")
     return torch.einsum("bnd,bn->bd", rows, real.float()) / count
 

@@ -112,7 +112,7 @@ def forced_route(
     route = route.to(device)
     if isinstance(forced, Named) and isinstance(forced.names, str):
         return route.for_batch(batch)
-    if len(route.experts) != batch and not repeats:
+    if route.experts.shape[0] != batch and not repeats:
         raise HfEsmError(f"Routes of {len(route.experts)} samples do not fit a batch of {batch}. {ONE_PER_SAMPLE}")
     return route.for_batch(batch)
 
