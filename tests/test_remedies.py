@@ -281,6 +281,7 @@ REMEDIES = {  # what is called, and the names of the tests that call it
     "dtype='bfloat16'": FLOATS,
     "dtype='float32'": FLOATS,
     "encode(…, prompt={})": "test_every_expert_is_read_with_its_own_prompt_and_differences_are_warned_of",
+    "eval()": "test_a_pass_that_would_train_nothing_is_refused_with_what_trains",
     "essential_components(…, as_lora=True)": "test_components_for_several_adapters_in_a_batch_are_written_as_lora",
     "gates=True": "test_trains_the_gates_alone_and_comes_back_from_its_folder",
     "heads=False": "test_a_head_that_is_no_whole_module_is_not_exported",
@@ -295,6 +296,8 @@ REMEDIES = {  # what is called, and the names of the tests that call it
     "load_task_model(folder, {})": "test_the_model_of_a_task_is_saved_as_the_static_one_with_its_head",
     "merge_and_unload()": "test_an_adapter_that_changes_the_base_is_unloaded_and_merged_as_a_full_model "
     "test_trains_the_gates_alone_and_comes_back_from_its_folder",
+    "method={'name': 'esm++', 'targets': ['layers']}": "test_a_model_without_experts_on_the_output_map_trains_under_a_"
+    "fused_loss",
     "method='esm'": "test_extra_weights_of_the_base_stay",
     "method='esm++'": "test_with_its_expert_of_full_rank_a_task_is_its_expert",
     "method='tsv-m'": "test_what_no_adapter_touches_is_planned_and_left_as_it_is",
@@ -315,6 +318,7 @@ REMEDIES = {  # what is called, and the names of the tests that call it
     "pip install sentence-transformers": LIBRARIES,
     "route(model, tasks)": ROUTES,
     "save_pretrained(…, save_embedding_layers=True)": "test_rows_that_the_base_lacks_are_saved_with_the_adapter",
+    "set_requires_grad('{}')": "test_a_pass_that_would_train_nothing_is_refused_with_what_trains",
     "task_model({})": "test_task_models_share_the_body_and_have_heads_of_their_own",
     "tokenizer='base'": TOKENIZERS,
     "tokenizer='union'": "test_tokens_that_the_merged_model_lacks_are_kept_by_the_union",

@@ -24,6 +24,7 @@ from ...architecture import towers
 from ...errors import HfEsmError
 from ...utils import remove_hooks
 from ..base import recorded
+from .calls import check_output_map, check_trains, packed_rows
 from .capturing import capture_once
 from .checkpointing import keep_routes
 from .padding import mask_of_padding
@@ -54,6 +55,9 @@ class Frame:
         cache: the cache object.
         evidence: by adapter, sums that readers leave for the module that decides.
         read: names of modules that have run.
+        packed: why a row holds several samples; "" if none does.
+        module: the model that runs.
+        entered: whether its `forward` runs by now.
     """
 
     batch: int
@@ -67,6 +71,9 @@ class Frame:
     cache: Any = None
     evidence: dict[str, Tensor] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
+    packed: str = ""
+    module: Optional[nn.Module] = None
+    entered: bool = False
 
     def copy(self) -> "Frame":
         """The frame at this moment, which later decisions do not change."""
@@ -181,6 +188,7 @@ class OpenFrame:
             self.state.load()
         if not torch.compiler.is_compiling():
             if not frames and model.training and torch.is_grad_enabled():
+                check_trains(model, inputs)
                 keep_routes(model, self.state.hold)
             if _returns_layers(model, inputs):
                 capture_once(model)
@@ -192,6 +200,7 @@ class OpenFrame:
             inputs.get("encoder_attention_mask"),
             inputs.get("encoder_hidden_states"),
             cache=cache,
+            module=model,
         )
         if frame.mask is None and not recorded():
             frame.mask = mask_of_padding(model.config, inputs.get("input_ids"))
@@ -200,8 +209,11 @@ class OpenFrame:
         if parent is not None and (cache is None or parent.cache is cache or parent.cache is None):
             frame.decisions, frame.decoding, frame.past = parent.decisions, parent.decoding, parent.past
             frame.evidence, frame.prompt, frame.read = parent.evidence, parent.prompt, parent.read
+            frame.packed = parent.packed
         else:
             _resume_decisions(frame, inputs, cache)
+            if not frame.decoding and not recorded():
+                frame.packed = packed_rows(inputs, frame.batch)
             local = self.state.local
             if isinstance(local.forced, Decisions):
                 frame.decisions.update(local.forced.by_key)
@@ -311,6 +323,8 @@ class CloseFrame:
         if not frames:
             return
         frame = frames.pop()
+        if output is not None and not frames and not torch.compiler.is_compiling():
+            check_output_map(model, frame.read)
         if self.tower:
             self.state.local.towers[self.tower] = Frame(frame.batch, decisions=frame.decisions)
         caches = [getattr(output, name, None) for name in _CACHES]
@@ -320,6 +334,39 @@ class CloseFrame:
             setattr(output, _DECISIONS, frame.decisions)
             if not torch.compiler.is_compiling():
                 setattr(output.last_hidden_state, _DECISIONS, frame.decisions)
+
+
+def _open_by_name(model_class: type[nn.Module]) -> None:
+    """Let a caller of `model.forward(…)`, which skips hooks, get the frames of `model(…)`.
+
+    The class is changed, and not each model: `forward` of a model is what Accelerate and others replace, and what copies
+    would share. Models without our hooks run as before.
+    """
+    run = model_class.forward
+    if getattr(vars(model_class).get("forward"), "opens_frames", False):
+        return
+
+    @functools.wraps(run)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        opens = [hook for hook in self._forward_pre_hooks.values() if isinstance(hook, OpenFrame)]
+        if not opens:
+            return run(self, *args, **kwargs)
+        frames = opens[0].state.local.frames
+        if frames and frames[-1].module is self and not frames[-1].entered:  # opened by the hook
+            frames[-1].entered = True
+            return run(self, *args, **kwargs)
+        close = next(hook for hook in self._forward_hooks.values() if isinstance(hook, CloseFrame))
+        output = None
+        opens[0](self, args, kwargs)
+        frames[-1].entered = True
+        try:
+            output = run(self, *args, **kwargs)
+        finally:
+            close(self, args, kwargs, output)
+        return output
+
+    forward.opens_frames = True
+    model_class.forward = forward
 
 
 # Models whose layers read `[tokens, samples, features]`.
@@ -365,6 +412,7 @@ def install(model: nn.Module, state: RoutingState) -> None:
         tower = name if name in apart else ""
         module.register_forward_pre_hook(OpenFrame(state, module, module is model, together, tower), with_kwargs=True)
         module.register_forward_hook(CloseFrame(state, tower), with_kwargs=True, always_call=True)
+        _open_by_name(type(module))
 
 
 def uninstall(model: nn.Module) -> None:
