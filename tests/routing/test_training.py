@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def language(tmp_path_factory):
-    """ESM++ models of a Llama of six blocks whose output map is its own: with experts everywhere, and in blocks alone."""
+    """ESM++ models of an untied Llama of six blocks, with experts on all its linear maps, and in blocks alone."""
     folder, base = tmp_path_factory.mktemp("llama"), LLAMA.build(num_hidden_layers=6)
     at = save(base, folder / "base")
     save_tokenizer(folder / "base")

@@ -69,7 +69,7 @@ def test_forward_by_name_decides_as_a_call_does(deep):
     same(remove_hook_from_module(add_hook_to_module(copy.deepcopy(model), ModelHook())))
     body = adapted(deep).get_base_model().model
     assert torch.equal(body.forward(deep.batch["input_ids"])[0], body(deep.batch["input_ids"])[0])
-    assert torch.equal(deep.base.forward(**deep.batch).logits, static)  # of a class that another model's frames changed
+    assert torch.equal(deep.base.forward(**deep.batch).logits, static)  # of the same class
     unloaded = adapted(deep).unload()
     assert torch.equal(unloaded.forward(**deep.batch).logits, static)
 

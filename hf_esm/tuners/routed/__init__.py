@@ -2,10 +2,11 @@
 
 from ..registration import HfEsmPeftType, register
 from .config import RoutedExpertsConfig
-from .frames import RoutingState, check_separable
+from .frames import RoutingState
 from .layer import RoutedExpertsLayer, RoutedExpertsLinear
 from .model import RoutedExpertsModel, decide, fingerprint, prompt_length, recording, route, routing_state
 from .routes import ONE_PER_SAMPLE, Decision, Decisions, Named, Route
+from .separability import check_separable
 
 
 __all__ = [

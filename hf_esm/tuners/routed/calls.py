@@ -1,4 +1,4 @@
-"""What is checked about a forward pass as a whole: that it trains something, packs no samples, and runs all experts."""
+"""Checks of a whole forward pass: that it trains something, packs no samples, and runs the output map's experts."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -61,7 +61,7 @@ def check_output_map(model: nn.Module, read: Iterable[str]) -> None:
     if not getattr(head, "routed_experts_A", None) or head.disable_adapters or head.name in read:
         return
     raise HfEsmError(
-        f"'{head.name}' has experts, and this pass did not run them: a trainer with a fused loss (trl, Liger) reads the "
-        "weight alone. Use Transformers' Trainer without such a loss, or merge with experts on other linear maps: "
+        f"'{head.name}' has experts, and this pass did not run them: a trainer with a fused loss (trl, Liger) reads "
+        "the weight alone. Use Transformers' Trainer without such a loss, or merge with experts on other linear maps: "
         "`method={'name': 'esm++', 'targets': ['layers']}`."
     )

@@ -29,6 +29,7 @@ from .capturing import capture_once
 from .checkpointing import keep_routes
 from .padding import mask_of_padding
 from .routes import Decision, Decisions
+from .separability import inseparable, nested_models
 
 
 # Attribute of a cache, or of an encoder's output, with the decisions between the passes of one generation.
@@ -187,11 +188,7 @@ class OpenFrame:
             _check_replica(model)
             self.state.load()
         if not torch.compiler.is_compiling():
-            if not frames and model.training and torch.is_grad_enabled():
-                check_trains(model, inputs)
-                keep_routes(model, self.state.hold)
-            if _returns_layers(model, inputs):
-                capture_once(model)
+            self._prepare(model, inputs)
         parent = frames[-1] if frames and not self.tower else None
         cache = next((inputs[name] for name in _CACHES if inputs.get(name) is not None), None)
         frame = Frame(
@@ -223,6 +220,14 @@ class OpenFrame:
             elif self.answers:
                 frame.prompt = _prompt(inputs)
         frames.append(frame)
+
+    def _prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """See to what a pass needs beside its frame: gradients, and outputs of layers."""
+        if not self.state.local.frames and model.training and torch.is_grad_enabled():
+            check_trains(model, inputs)
+            keep_routes(model, self.state.hold)
+        if _returns_layers(model, inputs):
+            capture_once(model)
 
     def _batch(self, inputs: Mapping[str, Any], parent: Optional[Frame]) -> int:
         """Number of samples in a model's inputs; without any input, 1, and the model itself raises."""
@@ -339,8 +344,8 @@ class CloseFrame:
 def _open_by_name(model_class: type[nn.Module]) -> None:
     """Let a caller of `model.forward(…)`, which skips hooks, get the frames of `model(…)`.
 
-    The class is changed, and not each model: `forward` of a model is what Accelerate and others replace, and what copies
-    would share. Models without our hooks run as before.
+    The class is changed, and not each model: Accelerate and others replace the `forward` of a model, and copies would
+    share it. Models without our hooks run as before.
     """
     run = model_class.forward
     if getattr(vars(model_class).get("forward"), "opens_frames", False):
@@ -369,43 +374,9 @@ def _open_by_name(model_class: type[nn.Module]) -> None:
     model_class.forward = forward
 
 
-# Models whose layers read `[tokens, samples, features]`.
-_TOKENS_FIRST = ("fsmt", "led", "longformer", "xlnet")
-
-
-def _nested_models(model: nn.Module) -> dict[str, PreTrainedModel]:
-    """A Transformers model and all models nested in it, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-
-
-def inseparable(model: nn.Module) -> Optional[str]:
-    """Why the samples of a batch cannot be told apart in a model's layers; None if they can.
-
-    One expert for a whole batch works in every model.
-    """
-    for module in _nested_models(model).values():
-        if type(module).__name__.endswith("ForMultipleChoice"):
-            return f"A {type(module).__name__} reads several texts for each sample"
-        parts = {} if towers(module) else module.config.sub_configs
-        if "text_config" in parts and len(parts) > 1:
-            return f"A {type(module).__name__} reads text with any number of other inputs"
-        if module.config.model_type in _TOKENS_FIRST:
-            return f"The layers of a {type(module).__name__} read tokens first, then samples"
-    return None
-
-
-def check_separable(model: nn.Module) -> None:
-    """Refuse a router over a model whose samples cannot be told apart."""
-    if reason := inseparable(model):
-        raise HfEsmError(
-            f"{reason}: its samples cannot be told apart, so that a router cannot find their tasks. Merge without "
-            "experts (`method='esm'`), or take `router: oracle` and name one task per batch."
-        )
-
-
 def install(model: nn.Module, state: RoutingState) -> None:
     """Add the hooks to a model and to all models nested in it."""
-    nested, together, apart = _nested_models(model), inseparable(model) is not None, towers(model)
+    nested, together, apart = nested_models(model), inseparable(model) is not None, towers(model)
     if "" not in nested:
         raise HfEsmError(f"Routed experts need a Transformers model, not a {type(model).__name__}.")
     for name, module in nested.items():

@@ -204,9 +204,9 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         config, local = self.configs[adapter], self.state.local
         if frame.packed:
             raise HfEsmError(
-                f"A row of the batch holds several samples ({frame.packed}), and the router decides on rows. Give each "
-                "sample a row (no packing, no collator without padding), or name the task of all: `with route(model, "
-                "task)`."
+                f"A row of the batch holds several samples ({frame.packed}), and the router decides on rows. Give "
+                "each sample a row (no packing, no collator without padding), or name the task of all: `with "
+                "route(model, task)`."
             )
         # Half precision would change routes, and no gradient passes through a choice.
         with torch.autocast(rows.device.type, enabled=False), torch.no_grad():

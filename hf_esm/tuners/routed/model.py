@@ -16,9 +16,10 @@ from ...errors import HfEsmError
 from ...utils import check_known
 from ..base import AdapterModel, check_linear
 from .config import RoutedExpertsConfig
-from .frames import RoutingState, check_separable, inseparable, install, uninstall
+from .frames import RoutingState, install, uninstall
 from .layer import NOT_MERGEABLE, Decided, RoutedExpertsLayer, RoutedExpertsLinear
 from .routes import Decision, Decisions, Named, Route
+from .separability import check_separable, inseparable
 
 
 logger = logging.getLogger(__name__)
