@@ -13,6 +13,7 @@ from typing import Optional
 
 import torch
 from scipy.linalg import eigh as selected_eigh
+from scipy.linalg import svd as iterated_svd
 from torch import Tensor
 
 
@@ -207,6 +208,19 @@ def truncated_svd(matrix: Tensor, rank: int, tolerance: float = 0.0) -> tuple[Te
     squares, right = _leading_eigenpairs(_symmetric(matrix.T, matrix), rank)
     values = squares.sqrt()
     return (matrix @ right) / values, values, right.T
+
+
+def right_singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return all singular values `[k]` of a matrix `[p, q]`, descending, and its right singular vectors `[k, q]`.
+
+    `k` is the smaller side: unlike `truncated_svd`, nothing that is numerically zero is dropped.
+    """
+    try:
+        _, values, rows = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:  # LAPACK's default does not converge on some matrices; QR iteration takes longer
+        _, values, rows = iterated_svd(matrix.cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
+        values, rows = (torch.from_numpy(part).to(matrix.device) for part in (values, rows))
+    return values, rows
 
 
 def column_space(matrix: Tensor, tolerance: float = 0.0) -> Optional[Tensor]:

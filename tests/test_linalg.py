@@ -10,6 +10,7 @@ from hf_esm.linalg import (
     essential_subspace,
     norm,
     polar_factor,
+    right_singular_vectors,
     triangular_factor,
     truncated_svd,
 )
@@ -331,3 +332,19 @@ def test_norms_are_frobenius_norms(seed, shape):
         tensor = scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         assert norm(tensor).dtype == torch.float64
         assert float(norm(tensor)) == pytest.approx(float(tensor.double().square().sum().sqrt()), rel=1e-9, abs=0)
+
+
+@seeds
+@pytest.mark.parametrize("shape", [(7, 30), (30, 7), (1, 5)])
+def test_right_singular_vectors_are_found_where_lapacks_default_does_not_converge(seed, shape, monkeypatch):
+    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    expected, _ = right_singular_vectors(matrix)
+
+    def fail(*args, **kwargs):
+        raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", fail)
+    values, rows = right_singular_vectors(matrix)
+    assert torch.allclose(values, expected) and values.shape == (min(shape),)
+    assert torch.allclose(rows.T * values.square() @ rows, matrix.T @ matrix)
+    assert orthonormal(rows.T)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checkpoints import STATISTICS_FILE
 from ..errors import HfEsmError
-from ..linalg import triangular_factor
+from ..linalg import right_singular_vectors, triangular_factor
 from ..methods import InputStatistics
 from .statistics_file import FileEntries, damaged, read_file, write_file
 
@@ -207,7 +207,7 @@ class ActivationStatistics(Mapping):
             raise HfEsmError(f"rank must be a whole number, 1 or more, not {rank!r}.")
         entries, error = {}, 0.0
         for key, entry in self.entries.items():
-            _, values, rows = torch.linalg.svd(entry.factor.double(), full_matrices=False)
+            values, rows = right_singular_vectors(entry.factor.double())
             factor = (values[:rank, None] * rows[:rank]).float()
             lost = values[rank:].square().sum() / values.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
             error = max(error, float(lost.sqrt()))

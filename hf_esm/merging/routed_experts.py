@@ -180,7 +180,7 @@ def _shift_features(
     accelerator: Accelerator,
     options: MergeOptions,
 ) -> dict[str, Tensor]:
-    """Replace the base's features by those of the merged model; return the mean difference (see `RoutedExperts`)."""
+    """Replace the base's features by those of the merged model; return the mean differences (see `RoutedExperts`)."""
     of_base = dict(features)
     for task, rows in samples.items():
         features[task] = pooled_inputs(
@@ -197,5 +197,5 @@ def _shift_features(
         for task, rows in of_base.items():
             merged = features[task][name][: len(rows[name])]
             apart.append((merged - rows[name]).flatten(0, -2).mean(0))
-        shift[name] = torch.stack(apart).mean(0)
+        shift[name] = torch.stack(apart)
     return shift

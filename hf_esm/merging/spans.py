@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import Checkpoint
-from ..linalg import RELATIVE_CUTOFF, triangular_factor
+from ..linalg import RELATIVE_CUTOFF, right_singular_vectors, triangular_factor
 
 
 # Share of the strongest image below which the products of inputs, in float32, do not tell directions apart.
@@ -60,12 +60,12 @@ def best_factors(core: Tensor, rank: int, inputs: Sequence[Tensor] = ()) -> tupl
     core = core.double()
     read = core.T.float()
     images = [triangular_factor((factor @ read).double()) for factor in inputs] if inputs else [core.T]
-    _, values, turned = torch.linalg.svd(triangular_factor(torch.cat(images)), full_matrices=False)
+    values, turned = right_singular_vectors(triangular_factor(torch.cat(images)))
     strong = values > _TOLD_APART * values[:1]
     directions = turned[strong].T
     if directions.shape[1] < rank:
         rest = core - directions @ (directions.T @ core)
-        _, left_out, others = torch.linalg.svd(triangular_factor(rest.T), full_matrices=False)
+        left_out, others = right_singular_vectors(triangular_factor(rest.T))
         kept = left_out > RELATIVE_CUTOFF * torch.linalg.norm(core)
         directions = torch.cat([directions, others[kept].T], dim=1)
     directions = torch.linalg.qr(directions[:, :rank]).Q

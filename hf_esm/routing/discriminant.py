@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..linalg import right_singular_vectors
+
 
 SHRINKAGES = (0.03, 0.1, 0.3, 0.6, 0.9)
 
@@ -53,6 +55,12 @@ class Discriminant:
         along = centered @ self.directions.T
         across = (centered.square().sum(-1) - along.square().sum(-1)).clamp_min(0) * self.precision[-1]
         return (along[:, None] - self.classes).square() @ self.precision[:-1], across
+
+    def length(self, difference: Tensor) -> float:
+        """Mahalanobis length of a difference of features `[D]`."""
+        along = self.directions @ difference.double()
+        across = (difference.double().square().sum() - along.square().sum()).clamp_min(0)
+        return float((along.square() @ self.precision[:-1] + across * self.precision[-1]).sqrt())
 
 
 def fit_discriminant(features: Mapping[str, Tensor], max_directions: int = MAX_DIRECTIONS) -> Discriminant:
@@ -157,5 +165,5 @@ def _shrink(scatter: _Scatter, shrinkage: float, max_directions: int) -> Discrim
 
 def _span(rows: Tensor) -> Tensor:
     """Orthonormal rows with the span of `rows`, the direction that they share most first."""
-    _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
+    sizes, directions = right_singular_vectors(rows)
     return directions[sizes > 1e-9]

@@ -85,8 +85,8 @@ class RoutedExperts:
         settings: settings of the router: `top_k`, `mixing_temperature`, `confidence`.
         expert_directions: the matrix whose directions the experts have, `"update"` or `"residual"`, for experts that
             are added later.
-        shift: by module, mean feature of the merged model minus that of the base, added to the base's features of a
-            task that comes later. Empty if `features` are the base's own.
+        shift: `[S, d_in]` by module: of `S` tasks, the mean feature of the merged model minus that of the base. Their
+            mean is added to the base's features of a task that comes later. Empty if `features` are the base's own.
     """
 
     tasks: list[str]
@@ -166,7 +166,8 @@ def load_experts(folder: Path) -> RoutedExperts:
         header = json.loads(file.metadata()["header"])
         modules = header["modules"]
         features = {task: {module: file.get_tensor(f"{task}/{module}") for module in modules} for task in config.tasks}
-        shift = {key[1:]: file.get_tensor(key) for key in file.keys() if key.startswith("/")}
+        # hf_esm 0.1 stored the mean over the tasks alone.
+        shift = {key[1:]: torch.atleast_2d(file.get_tensor(key)) for key in file.keys() if key.startswith("/")}
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in load_file(folder / ROUTED_FOLDER / SAFETENSORS_WEIGHTS_NAME).items():
         module, _, name = key.removeprefix("base_model.model.").rpartition(".")

@@ -22,6 +22,7 @@ from ..checkpoints import (
     resolve_source,
     whole_folder,
 )
+from ..data import DataSpec, RunOptions
 from ..errors import HfEsmError
 from ..hub import push_folder, verify_routed
 from ..tuners.routed import Route, route
@@ -355,28 +356,39 @@ class RoutedModel:
         statistics: Optional[ActivationStatistics | str | os.PathLike] = None,
         *,
         output_dir: str | os.PathLike,
+        calibration: Optional[DataSpec] = None,
         base: Optional[ModelSpec] = None,
         token: Optional[str | bool] = None,
+        **options: Any,
     ) -> "RoutedModel":
-        """Add a task from its expert and its statistics, in a new folder. The static model does not change.
+        """Add a task from its expert and its samples or statistics, in a new folder. The static model does not change.
+
+        From samples, the router learns what the merged model reads on them. Statistics hold what the base reads on
+        them, from which the router can only estimate that.
 
         Args:
             task: name of the new task.
             expert: as for `merge_models`; of the same architecture as the merged model.
-            statistics: `ActivationStatistics` or their path, collected with `base=`; by default those in the expert's
-                folder. A model of method `tsv-c` needs none.
+            statistics: `ActivationStatistics` or their path, collected with `base=`; by default those of the samples,
+                or those in the expert's folder. A model of method `tsv-c` needs none.
             output_dir: folder for the larger model.
+            calibration: unlabelled samples of the task, as for `calibrate`.
             base: the model that the expert was tuned from; by default the base in the recipe, or for a LoRA adapter
                 its own base. Needed where the directions of experts are those of their updates (`expert_directions`).
             token: access token for the Hub.
+            options: fields of `RunOptions` for the samples: `num_samples`, `max_length`, `columns`, `batch_size`, …
 
         Raises:
             HfEsmError: if the task exists, the expert or its statistics do not fit, or `output_dir` exists.
+
+        Warns:
+            If the samples of the task may be taken for those of another one, since their statistics are of the base.
         """
         self._refuse_trained("add_expert")
         allowed = {name: self._loading.get(name, False) for name in ("allow_pickle", "trust_remote_code")}
         access = Access(token, **allowed)
-        spec = ExpertSpec(task, expert, statistics, base, access)
+        options = RunOptions(**{**allowed, **options})
+        spec = ExpertSpec(task, expert, statistics, base, access, calibration, options)
         folder = add_expert(self.folder, self.model.get_base_model(), self.config, spec, Path(output_dir))
         return type(self).from_pretrained(folder, **self._loading)
 

@@ -42,12 +42,10 @@ def discriminant_router(features: Features, depth: float, towers: Sequence[str] 
         depth: share of the blocks that run before the decision.
         towers: names of the towers of a model that has two.
     """
-    modules = list(next(iter(features.values())))
+    blocks = _by_tower(features, towers)
     if not towers:
-        return _fit(features, modules, depth)
-    blocks = {tower: [module for module in modules if module.startswith(f"{tower}.")] for tower in towers}
-    # A tower that consists of convolutions has no blocks to read.
-    routers = {tower: _fit(features, names, depth) for tower, names in blocks.items() if names}
+        return _fit(features, blocks[""], depth)
+    routers = {tower: _fit(features, names, depth) for tower, names in blocks.items()}
     whole = Router(settings={"towers": {tower: router.settings for tower, router in routers.items()}})
     for router in routers.values():
         whole.readers += router.readers
@@ -55,10 +53,46 @@ def discriminant_router(features: Features, depth: float, towers: Sequence[str] 
     return whole
 
 
+def shift_of_task(features: Features, task: str, shifts: Mapping[str, Tensor], towers: Sequence[str] = ()) -> float:
+    """The mean shift from the base's features to the merged model's, over the distance of a task from the nearest
+    other one, as the router measures both. Over two towers, the larger of their ratios.
+
+    A task that is added with the base's features gets the mean shift of the other tasks, and its own is not known. If
+    the shift is as large as the distance between tasks, samples of the task can be found to be of another one.
+
+    Args:
+        features: pooled inputs of all tasks, as for `discriminant_router`, of the modules that it reads.
+        task: the task that was added.
+        shifts: `[S, d_in]` by module, mean feature of the merged model minus that of the base, of `S` tasks.
+        towers: names of the towers of a model that has two.
+    """
+    ratios = []
+    for readers in _by_tower(features, towers).values():
+        joined = _joined(features, readers)
+        router = fit_discriminant(joined)
+        means = {name: rows.flatten(0, -2).double().mean(0) for name, rows in joined.items()}
+        apart = min(router.length(mean - means[task]) for name, mean in means.items() if name != task)
+        ratios.append(router.length(torch.cat([shifts[module].double().mean(0) for module in readers])) / apart)
+    return max(ratios)
+
+
+def _by_tower(features: Features, towers: Sequence[str]) -> dict[str, list[str]]:
+    """The modules with features, by tower; under "" in a model without towers."""
+    modules = list(next(iter(features.values())))
+    blocks = {tower: [module for module in modules if module.startswith(f"{tower}.")] for tower in towers}
+    # A tower that consists of convolutions has no blocks to read.
+    return {tower: names for tower, names in blocks.items() if names} if towers else {"": modules}
+
+
+def _joined(features: Features, readers: list[str]) -> dict[str, Tensor]:
+    """The features of these modules side by side, by task."""
+    return {task: torch.cat([pooled[module] for module in readers], dim=-1) for task, pooled in features.items()}
+
+
 def _fit(features: Features, blocks: list[str], depth: float) -> Router:
     """A discriminant router that reads the first of these blocks."""
     readers = blocks[: min(int(depth * len(blocks)), len(blocks) - 1) + 1]
-    fit = fit_discriminant({t: torch.cat([pooled[m] for m in readers], dim=-1) for t, pooled in features.items()})
+    fit = fit_discriminant(_joined(features, readers))
     widths = [next(iter(features.values()))[module].shape[-1] for module in readers]
     columns = torch.cat([fit.directions, fit.center[None]]).float().split(widths, dim=1)
     tensors = {f"{module}.routed_experts_projection": part for module, part in zip(readers, columns, strict=True)}

@@ -9,7 +9,11 @@ from transformers import AutoModel
 
 from hf_esm import HfEsmError, RoutedModel, calibrate, load_recipe
 from hf_esm.checkpoints.layout import ROUTER_FEATURES
+from hf_esm.routing.discriminant import fit_discriminant
+from hf_esm.routing.experts import load_experts
+from hf_esm.routing.router import shift_of_task
 from support.helpers import perturbed, save
+from support.problems import seeds
 from support.routed_toys import (
     FULL,
     adapter,
@@ -89,6 +93,87 @@ def test_an_added_experts_directions_are_as_the_others_and_the_routers_settings_
         assert_expert(a, b, inputs("c")[f"bert.{module}.weight"], weight - static[f"{module}.weight"], 4, update)
 
 
+def pooled_by_hand(model, texts, modules):
+    """What linear maps of a model read, one text at a time, mean over its tokens: `[N, d_in]` float64."""
+    rows = {module: [] for module in modules}
+    hooks = [
+        model.get_submodule(m).register_forward_pre_hook(
+            lambda _, args, m=m: rows[m].append(args[0][0].double().mean(0))
+        )
+        for m in modules
+    ]
+    with torch.no_grad():
+        for sample in encoded(texts):
+            model(input_ids=sample["input_ids"][None])
+    for hook in hooks:
+        hook.remove()
+    return {module: torch.stack(parts) for module, parts in rows.items()}
+
+
+def test_a_task_that_is_added_with_samples_has_the_merged_models_features(models, routed, tmp_path, caplog):
+    texts = task_texts("c", count=20)
+    rows = ({"text": text} for text in texts)  # may be read once
+    larger = routed.add_expert("c", models / "c", calibration=rows, num_samples=0, output_dir=tmp_path / "larger")
+    found = load_experts(larger.folder)
+    expected = pooled_by_hand(AutoModel.from_pretrained(routed.folder), texts, found.modules)
+    for module, rows in expected.items():
+        assert torch.allclose(found.features["c"][module].double(), rows, atol=1e-5)
+    own = calibrate(models / "c", texts, num_samples=0, progress=False)
+    given = routed.add_expert("c", models / "c", own, calibration=texts, num_samples=0, output_dir=tmp_path / "given")
+    assert equal(adapter(given.folder), adapter(larger.folder))
+    assert [why.likeliest for why in larger.explain(task_texts("c", 11))] == ["c"] * 16
+    assert "may take" not in caplog.text
+
+
+@torch.no_grad()
+def test_an_added_task_that_may_not_be_found_is_warned_of(models, tmp_path, caplog):
+    """The merged model reads samples otherwise than the base: the experts share a large change of the first block."""
+    change = torch.randn(32, generator=torch.Generator().manual_seed(3))
+    for task in "abc":
+        model = expert(task)
+        model.bert.encoder.layer[0].output.dense.bias += 30 * change
+        save(model, tmp_path / task)
+    calibration = {task: encoded(task_texts(task)) for task in "ab"}
+    method = {"name": "esm++", "depth": 0.7}
+    given = {task: tmp_path / task for task in "ab"}
+    quiet(models / "base", given, calibration=calibration, method=method, output_dir=tmp_path / "out")
+    routed = RoutedModel.from_pretrained(tmp_path / "out")
+    samples = encoded(task_texts("c"))
+    found = calibrate(tmp_path / "c", samples, base=models / "base", progress=False)
+    routed.add_expert("c", tmp_path / "c", found, output_dir=tmp_path / "estimated")
+    assert "may take its samples for those of another task" in caplog.text and "`calibration`" in caplog.text
+    caplog.clear()
+    larger = routed.add_expert("c", tmp_path / "c", calibration=samples, output_dir=tmp_path / "read")
+    assert "may take" not in caplog.text
+    assert [why.likeliest for why in larger.explain(encoded(task_texts("c", 11)))] == ["c"] * 16
+
+
+@seeds
+@pytest.mark.parametrize("towers", [(), ("text", "image")])
+def test_the_shift_is_measured_as_the_router_measures_tasks(seed, towers):
+    generator = torch.Generator().manual_seed(seed)
+    modules = [f"{tower}.block{i}" for tower in towers or ("model",) for i in range(2)]
+    means = {task: 3 * torch.randn(len(modules), 5, generator=generator) for task in "abc"}
+    features = {
+        task: {m: means[task][i] + torch.randn(12, 5, generator=generator) for i, m in enumerate(modules)}
+        for task in "abc"
+    }
+    shifts = {module: torch.randn(2, 5, generator=generator) for module in modules}
+    ratios = []
+    for tower in towers or ("",):
+        read = [module for module in modules if module.startswith(tower)]
+        joined = {task: torch.cat([rows[m] for m in read], 1).double() for task, rows in features.items()}
+        router = fit_discriminant(joined)
+        along, across = router.directions, torch.eye(10, dtype=torch.float64)
+        across = across - along.T @ along
+        precision = along.T @ torch.diag(router.precision[:-1]) @ along + router.precision[-1] * across
+        own = joined["c"].mean(0)
+        apart = min(float((joined[t].mean(0) - own) @ precision @ (joined[t].mean(0) - own)) ** 0.5 for t in "ab")
+        shift = torch.cat([shifts[module].double().mean(0) for module in read])
+        ratios.append(float(shift @ precision @ shift) ** 0.5 / apart)
+    assert shift_of_task(features, "c", shifts, towers) == pytest.approx(max(ratios), rel=1e-9)
+
+
 def test_an_added_lora_expert_stands_on_its_own_base(models, routed, tmp_path):
     adapted = lora_adapter(base_model(), "c", str(models / "base"))
     adapted.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
@@ -132,7 +217,7 @@ def others(tmp_path_factory):
 NOT_ADDED = {
     "a name that is taken": ("a", "c", "c", "There is an expert for 'a' already"),
     "a name that leaves the folder": ("../c", "c", "c", "'../c' cannot be the name of a task"),
-    "no pooled inputs": ("c", "c", "bare", "Calibrate again with the base (`hf-esm calibrate --base`)"),
+    "no pooled inputs": ("c", "c", "bare", "calibrate again with the base (`hf-esm calibrate --base`)"),
     "no statistics": ("c", "c", None, "esm_statistics.safetensors: not a readable statistics file"),
     "other widths": ("c", "wide", "c", "in the base it is"),
     "another architecture": ("c", "gpt2", "c", "is a gpt2 model, but the base is a bert"),

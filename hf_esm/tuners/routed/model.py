@@ -144,21 +144,23 @@ def _state_of(model: nn.Module) -> RoutingState:
 
 
 @contextmanager
-def route(model: nn.Module, tasks: str | Sequence[str] | Route | Decisions) -> Iterator[None]:
+def route(model: nn.Module, tasks: str | Sequence[str] | Route | Decision | Decisions) -> Iterator[None]:
     """Within this context, samples get the named experts: in this thread and asyncio task, and in those that asyncio
     starts inside (`create_task`, `to_thread`), but not in a thread that is started by hand.
 
     Args:
         model: a model with a routed adapter.
-        tasks: one task for all samples, one task per sample, a `Route`, the router's `Decisions` on a prompt, or
-            `"static"` for no expert. One task for all samples is also added to inputs that do not come from samples,
-            such as DeBERTa's relative positions.
+        tasks: one task for all samples, one task per sample, a `Route`, the router's `Decision` or `Decisions` on a
+            prompt, or `"static"` for no expert. One task for all samples is also added to inputs that do not come from
+            samples, such as DeBERTa's relative positions.
 
     Raises:
         HfEsmError: if there is no such task, or there are several over a model whose samples cannot be told apart; in
             the forward pass, if there is not one task per sample.
     """
     state = _state_of(model)
+    if isinstance(tasks, Decision):
+        tasks = _everywhere(model, tasks)
     forced = tasks if isinstance(tasks, (Route, Decisions)) else _named(model, tasks)
     with state.request(state.route, forced):
         yield
@@ -177,6 +179,13 @@ def prompt_length(model: nn.Module, length: Optional[int | Sequence[int]]) -> It
     state = _state_of(model)
     with state.request(state.prompt_length, length):
         yield
+
+
+def _everywhere(model: nn.Module, decision: Decision) -> Decisions:
+    """One decision for every adapter, whether its router decides once or in every module."""
+    layers = [module for module in model.modules() if isinstance(module, RoutedExpertsLayer)]
+    keys = {key for layer in layers for name in layer.configs for key in (name, (name, layer.name))}
+    return Decisions(dict.fromkeys(keys, decision))
 
 
 def _named(model: nn.Module, tasks: str | Sequence[str]) -> Named:
