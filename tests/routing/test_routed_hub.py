@@ -415,6 +415,13 @@ def test_export_and_add_write_what_the_api_writes(models, merged, larger, tmp_pa
     status, out, _ = command("add", merged, "--expert", f"c={models / 'c'}", "-o", tmp_path / "larger")
     assert (status, out) == (0, f"{tmp_path / 'larger'}: a, b, c\n")
     assert same(answers(tmp_path / "larger"), answers(larger))
+    texts = task_texts("c")
+    (tmp_path / "c.txt").write_text("\n".join(texts))
+    flags = ("--calibration", tmp_path / "c.txt", "--num-samples", "9", "--seed", "3")
+    assert command("add", merged, "--expert", f"c={models / 'c'}", *flags, "-o", tmp_path / "read")[0] == 0
+    given = {"calibration": texts, "num_samples": 9, "seed": 3, "output_dir": tmp_path / "expected"}
+    expected = RoutedModel.from_pretrained(merged).add_expert("c", models / "c", **given)
+    assert same(answers(tmp_path / "read"), answers(expected.folder))
 
 
 def test_evaluate_routes_as_it_is_told(merged, rows, tmp_path):
