@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from ..utils import device_of
 from .base import Checkpoint
 from .modules import SentenceModules, read_modules
 from .pooling import attach
@@ -105,7 +106,7 @@ def with_modules(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 def attached(model: PreTrainedModel, modules: SentenceModules) -> PreTrainedModel:
     """Put modules with weights of their own behind a model, on its device."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     head = modules.head()
     head.load_state_dict({name: tensor.clone() for name, tensor in head.state_dict().items()}, assign=True)
     return attach(model, head if device.type == "meta" else head.to(device))

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..architecture import body_prefix, untie
 from ..errors import HfEsmError
-from ..utils import check_known
+from ..utils import check_known, device_of, is_offloaded
 from .adapter_settings import read_settings
 from .base import Checkpoint, quiet_loading, quiet_peft
 from .conversion import written_config
@@ -185,10 +185,12 @@ def attach_head(model: PreTrainedModel, folder: Path, task: str) -> PreTrainedMo
         in_body = [name.removeprefix(prefix) for name in head if name.startswith(prefix)]
         body = getattr(model, prefix.rstrip(".")) if body_prefix(model) else model
         setattr(attached, prefix.rstrip("."), _graft(body, getattr(fresh, prefix.rstrip(".")), in_body))
-    weight = next(model.parameters())
-    head = {name: tensor.to(weight.device, weight.dtype) for name, tensor in head.items()}
+    device, dtype = device_of(model), next(model.parameters()).dtype
+    head = {name: tensor.to(device, dtype) for name, tensor in head.items()}
     attached.load_state_dict(head, strict=False, assign=True)
-    if empty := [name for name, tensor in attached.state_dict().items() if tensor.is_meta]:
+    places = [place for place, module in attached.named_modules() if not is_offloaded(module)]
+    tensors = [name for name, tensor in attached.state_dict().items() if tensor.is_meta]
+    if empty := [name for name in tensors if name.rpartition(".")[0] in places]:
         raise HfEsmError(f"{head_folder}: neither the merged model nor the head holds {empty[:3]}. Merge again.")
     return with_modules(attached.eval(), folder)
 

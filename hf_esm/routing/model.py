@@ -26,7 +26,7 @@ from ..data import DataSpec, RunOptions
 from ..errors import HfEsmError
 from ..hub import push_folder, verify_routed
 from ..tuners.routed import Route, route
-from ..utils import check_known
+from ..utils import check_known, device_of
 from .editing import ExpertSpec, add_expert, remove_expert
 from .explanations import Explanation, Prediction
 from .export import export_experts
@@ -95,7 +95,7 @@ class RoutedModel:
             token: access token for the Hub.
             allow_pickle: whether a static model in `.bin` files, which can run code when they are read, may be read.
             trust_remote_code: whether code in the model's repository may run.
-            kwargs: passed to the static model's `from_pretrained`: `dtype`, `device_map`, …
+            kwargs: passed to the static model's `from_pretrained`: `dtype`, `device_map`, `quantization_config`, …
 
         Raises:
             HfEsmError: if the model has no routed experts, or a file differs from its recorded hash or has none.
@@ -106,13 +106,12 @@ class RoutedModel:
         source = resolve_source(str(folder), str(model), Access(trust_remote_code=trust_remote_code))
         config, model_class = resolve_class(source)
         static = model_class.from_pretrained(folder, config=config, **kwargs)
-        if offloaded := [name for name, weight in static.named_parameters() if weight.is_meta]:
-            raise HfEsmError(
-                f"{model}: this device_map offloads '{offloaded[0]}'. Routed experts need every base layer on a "
-                "device: pass a device_map that offloads nothing, or a smaller dtype."
-            )
+        # PEFT would take off the hooks that Accelerate offloads weights by.
+        places = vars(static).pop("hf_device_map", None)
         with quiet_peft():
             adapted = PeftModel.from_pretrained(static, str(folder / ROUTED_FOLDER)).eval()
+        if places is not None:
+            static.hf_device_map = places
         source.repo_id, source.revision = repo_id, folder.name if repo_id else None
         loading = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, **kwargs}
         return cls(adapted, folder, load_processor(folder, trust_remote_code), source, loading)
@@ -271,8 +270,8 @@ class RoutedModel:
 
     @property
     def device(self) -> torch.device:
-        """Device of the model's first parameter."""
-        return next(self.model.parameters()).device
+        """Device on which the model computes first."""
+        return device_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:

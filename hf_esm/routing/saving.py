@@ -26,22 +26,33 @@ from ..checkpoints import (
 from ..errors import HfEsmError
 from ..hub import write_hashes
 from ..planning import check_replaceable
-from ..utils import publish_folder, staging_folder
+from ..tuners.routed import RoutedExpertsModel
+from ..utils import in_place, publish_folder, staging_folder
 
 
 def trained_tensors(
     folder: Path, model: PeftModel, task_models: Mapping[str, PreTrainedModel]
 ) -> dict[str, dict[str, Tensor]]:
     """Tensors of the adapter and of the heads, by file in `folder`, for files that store other values."""
-    states = {f"{ROUTED_FOLDER}/{SAFETENSORS_WEIGHTS_NAME}": get_peft_model_state_dict(model)}
-    states |= {f"{HEADS_FOLDER}/{task}/{HEAD_WEIGHTS}": head.state_dict() for task, head in task_models.items()}
     trained = {}
-    for path, state in states.items():
-        stored = load_file(folder / path) if (folder / path).is_file() else {}
-        tensors = {name: state[name].cpu().contiguous() for name in stored}
-        if any(not torch.equal(tensor, stored[name].to(tensor.dtype)) for name, tensor in tensors.items()):
-            trained[path] = tensors
+    of_adapter = [part for name, part in model.named_modules() if RoutedExpertsModel.prefix in name.rpartition(".")[2]]
+    with in_place(*of_adapter):
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        trained |= _changed(folder, f"{ROUTED_FOLDER}/{SAFETENSORS_WEIGHTS_NAME}", state)
+    for task, head in task_models.items():
+        path = f"{HEADS_FOLDER}/{task}/{HEAD_WEIGHTS}"
+        if (folder / path).is_file():
+            with in_place(*(head.get_submodule(name.rpartition(".")[0]) for name in load_file(folder / path))):
+                trained |= _changed(folder, path, head.state_dict())
     return trained
+
+
+def _changed(folder: Path, path: str, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a file as they are in a state, by the file's path in `folder`; empty if the file holds these."""
+    stored = load_file(folder / path)
+    tensors = {name: state[name].to("cpu", copy=True).contiguous() for name in stored}
+    equal = all(torch.equal(tensor, stored[name].to(tensor.dtype)) for name, tensor in tensors.items())
+    return {} if equal else {path: tensors}
 
 
 def check_static(source: ModelSource, static: PreTrainedModel) -> None:
@@ -52,13 +63,22 @@ def check_static(source: ModelSource, static: PreTrainedModel) -> None:
         static: the static model in memory, with its adapters.
     """
     stored = open_checkpoint(replace(source, repo_id=None, title=str(source.root)))
-    state = {name.replace(".base_layer.", "."): tensor for name, tensor in static.state_dict().items()}
+    owners = {
+        f"{place}.{at}".replace(".base_layer.", "."): (module, at)
+        for place, module in static.named_modules(remove_duplicate=False)
+        for at, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
     for name, live in stored.names.items():
-        # Left out: modules after the Transformer, and weights that are quantised in memory.
-        if live not in state or not state[live].is_floating_point():
+        if live not in owners:  # a module after the Transformer
             continue
-        expected = stored.tensor(name).to(state[live].dtype)
-        if expected.shape != state[live].shape or not torch.equal(expected, state[live].cpu()):
+        module, at = owners[live]
+        with in_place(module):
+            tensor = getattr(module, at)
+            quantised = not tensor.is_floating_point()
+            expected = tensor if quantised else stored.tensor(name).to(tensor.dtype)
+            same = expected.shape == tensor.shape and (quantised or torch.equal(expected, tensor.cpu()))
+        if not same:
             raise HfEsmError(
                 f"'{live}' of the static model was changed since it was loaded, and the experts belong to the model "
                 "that it was. Load the model again, and train experts and heads alone: both are saved."

@@ -1,7 +1,7 @@
 """What the layers, models and configurations of both tuners share."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Optional
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import HfEsmError
-from ..utils import check_task_name
+from ..utils import check_task_name, device_of, in_place, is_offloaded
 
 
 def check_tasks(tasks: Any) -> None:
@@ -62,9 +62,15 @@ class AdapterLayer(BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
         # PEFT would also cast to the dtype of the base. In bfloat16, directions are no longer orthonormal and routes
         # change.
+        device = device or device_of(self.get_base_layer())
         for name, tensor in self.tensors(adapter_name):
-            if not tensor.is_meta:
-                getattr(self, name)[adapter_name] = tensor.to(device or self.weight.device)
+            if not tensor.is_meta and device.type != "meta":
+                getattr(self, name)[adapter_name] = tensor.to(device)
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """Within this context, the adapters' tensors can be read, also where Accelerate offloads them."""
+        parts = [getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)]
+        return in_place(*parts) if any(is_offloaded(part) for part in parts) else nullcontext()
 
     def ensure_loaded(self, adapter: str) -> None:
         """Refuse an adapter whose file lacks tensors, about which PEFT only warns. Checks each adapter once.

@@ -21,6 +21,7 @@ from .folders import atomic_file, new_folder, publish_folder, staging_folder
 from .hooks import Hook, hooked, remove_hooks
 from .hub_errors import plain_hub_errors
 from .names import check_task_name, stays_inside
+from .offloading import device_of, in_place, is_offloaded
 from .readers import AGAIN, is_file, reading
 from .resume import WORK_FOLDER, Work
 from .sentences import first_names, reason_of
@@ -43,6 +44,7 @@ __all__ = [
     "code_identity",
     "data_identity",
     "default_accelerator",
+    "device_of",
     "did_you_mean",
     "fast_products",
     "files_identity",
@@ -52,7 +54,9 @@ __all__ = [
     "from_arguments",
     "gather",
     "hooked",
+    "in_place",
     "is_file",
+    "is_offloaded",
     "main_first",
     "markdown_table",
     "markdown_text",

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from peft import AutoPeftModel, LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -303,6 +304,15 @@ def test_switch_disable_sum_merge_and_unload(cases, kind):
     merged = model.merge_and_unload(safe_merge=True)
     torch.testing.assert_close(logits(merged), alone["right"], **near)
     assert merged.state_dict().keys() == case.base.state_dict().keys()
+
+
+def test_an_offloaded_model_gives_the_same(cases):
+    case = cases["bert"]
+    model = loaded(case, "left", "right")
+    model.base_model.set_adapter(["left", "right"])
+    expected = logits(model)
+    assert torch.equal(logits(cpu_offload(model, "cpu")), expected)
+    assert next(model.parameters()).is_meta
 
 
 @kinds

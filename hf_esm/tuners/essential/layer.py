@@ -102,11 +102,12 @@ class EssentialComponentsLinear(nn.Module, EssentialComponentsLayer):
         if self.disable_adapters or self.merged:
             return result
         dtype = result.dtype
-        for adapter in self.active_adapters:
-            if adapter in self.essential_components_E:
-                directions, coordinates = self.factors(adapter)
-                inputs = self._cast_input_dtype(x, coordinates.dtype)
-                result = result + F.linear(self.gated(adapter, F.linear(inputs, coordinates)), directions)
+        with self.in_place():
+            for adapter in self.active_adapters:
+                if adapter in self.essential_components_E:
+                    directions, coordinates = self.factors(adapter)
+                    inputs = self._cast_input_dtype(x, coordinates.dtype)
+                    result = result + F.linear(self.gated(adapter, F.linear(inputs, coordinates)), directions)
         return result.to(dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -138,14 +138,16 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         frame = frame or Frame(x.shape[0])
         rows = sample_rows(x, frame.batch)
         if rows is None or (self.reads_once and self.name in frame.read):
-            return self._add_to_all(result, x)
+            with self.in_place():
+                return self._add_to_all(result, x)
         frame.read.add(self.name)
-        for adapter in self.active_adapters:
-            if adapter in self.configs:
-                self.ensure_loaded(adapter)
-                route = self._route(adapter, frame, rows, x)
-                if route is not None and adapter in self.routed_experts_A:
-                    result = self._add_experts(result, adapter, rows, route)
+        with self.in_place():
+            for adapter in self.active_adapters:
+                if adapter in self.configs:
+                    self.ensure_loaded(adapter)
+                    route = self._route(adapter, frame, rows, x)
+                    if route is not None and adapter in self.routed_experts_A:
+                        result = self._add_experts(result, adapter, rows, route)
         return result
 
     def _frame(self) -> Optional[Frame]:

@@ -9,11 +9,12 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Optional
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...architecture import tower_of, towers
 from ...errors import HfEsmError
-from ...utils import check_known
+from ...utils import check_known, in_place
 from ..base import AdapterModel, check_linear
 from .config import RoutedExpertsConfig
 from .frames import RoutingState, install, uninstall
@@ -88,21 +89,23 @@ def fingerprint(model: nn.Module, modules: Iterable[str]) -> Optional[dict[str, 
     """Hashes of some weights of each module, rounded to bfloat16 and to float16, by dtype.
 
     In whatever dtype a model is loaded, at least one of the hashes is that of the stored weights. They tell the model
-    under the experts from the base, and from other merges. None if weights cannot be read (offloaded, quantised).
+    under the experts from the base, and from other merges. None if weights cannot be read (quantised).
     """
     hashes = {dtype: hashlib.sha256() for dtype in (torch.bfloat16, torch.float16)}
     for name in sorted(modules):
         module = model.get_submodule(name)
-        for weight in (getattr(module, "weight", None), getattr(module, "bias", None)):
-            if weight is None:
-                continue
-            if weight.is_meta or not weight.is_floating_point() or weight.itemsize == 1:
-                return None
-            values = weight.detach().flatten()
-            sample = values[:: max(len(values) // 256, 1)].cpu()
-            for dtype, digest in hashes.items():
-                digest.update(f"{name} {tuple(weight.shape)}".encode())
-                digest.update(sample.to(dtype).view(torch.int16).numpy().tobytes())
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        with in_place(module):
+            for weight in (getattr(module, "weight", None), getattr(module, "bias", None)):
+                if weight is None:
+                    continue
+                if weight.is_meta or not weight.is_floating_point() or weight.itemsize == 1:
+                    return None
+                values = weight.detach().flatten()
+                sample = values[:: max(len(values) // 256, 1)].cpu()
+                for dtype, digest in hashes.items():
+                    digest.update(f"{name} {tuple(weight.shape)}".encode())
+                    digest.update(sample.to(dtype).view(torch.int16).numpy().tobytes())
     return {str(dtype).removeprefix("torch."): digest.hexdigest() for dtype, digest in hashes.items()}
 
 
