@@ -2,7 +2,7 @@
 
     python benchmarks/language.py FOLDER [--methods default mean "{name: esm, gamma: 0.15}"] [--split test]
     python benchmarks/language.py FOLDER --subsets --methods default regmean tsv-m
-    python benchmarks/language.py FOLDER --methods default esm++ "{name: esm++, rank: 128}"
+    python benchmarks/language.py FOLDER --methods default esm++ "{name: esm++, rank: 128}" --generate
 
 FOLDER holds
     base/             the causal language model that all experts were tuned from, with its tokenizer
@@ -26,6 +26,9 @@ task's expert named, and without experts, and how good the routes are, in % of t
     right if sure      share of these whose task is their own
     calibration error  expected calibration error of the likeliest task's probability, over ten bins
     sure if foreign    with each task's expert removed in turn: the router is sure of another task
+
+`--generate` adds a table of exact matches: the share of rows with a `label`, in %, whose greedy answer to `text` is
+the label and ends there.
 
 A method is a name, `default` (`merge_models` without `method`), or settings as YAML. `alpha` and `refine` among the
 settings are arguments of `merge_models`: "{name: regmean, alpha: 0.7}". The output folder holds `table.md`,
@@ -81,6 +84,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=150, help="rows per task, the first of the split; 0 for all")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a text")
     parser.add_argument("--alpha", choices=["default", "auto"], default="default")
+    parser.add_argument("--generate", action="store_true", help="also write answers, and count exact matches")
     parser.add_argument("--subsets", action="store_true", help="on all subsets of 2 and of 3 tasks")
     parser.add_argument(
         "--output", type=Path, default=Path("language_report"), help="folder of the table and its cache"
@@ -99,7 +103,7 @@ def main() -> None:
         suite.write("subsets", lines, written)
         return
     result = suite.results(tuple(tasks))
-    suite.write("table", [*task_table(result, tasks), *routed_table(result, tasks)], result)
+    suite.write("table", [*task_table(result, tasks), *routed_table(result, tasks), *match_table(result)], result)
 
 
 class Suite:
@@ -117,8 +121,8 @@ class Suite:
         code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
         files = [files_identity(args.folder / part) for part in ("base", "experts", "data")]
         self.identity = [files, args.split, args.rows, args.max_length]
-        self.merge_identity = [code, args.num_samples]
-        self.scored: dict[str, dict[str, float]] = {}
+        self.merge_identity = [code, args.num_samples, *(["generate"] if args.generate else [])]
+        self.scored: dict[str, dict[str, Any]] = {}
 
     def results(self, tasks: tuple[str, ...]) -> dict[str, Any]:
         """Losses in nats per token of base, experts and every merged model: by method, one entry per seed."""
@@ -135,7 +139,12 @@ class Suite:
                 shares = kept_shares(entry["losses"], base, expert)
                 methods[label].append({"seed": seed, **entry, "kept": shares, "mean": mean(shares.values())})
                 print(f"{', '.join(tasks)}: {label}, seed {seed}: {mean(shares.values()):.1f}", file=sys.stderr)
-        return {"base": base, "experts": expert, "methods": methods}
+        result = {"base": base, "experts": expert, "methods": methods}
+        if self.args.generate:
+            answered = [task for task in tasks if any("label" in row for row in self.rows[task])]
+            experts = {task: self.match(folder / "experts" / task, task) for task in answered}
+            result["matches"] = {"base": {t: self.match(folder / "base", t) for t in answered}, "experts": experts}
+        return result
 
     def merge_and_score(self, arguments: dict[str, Any], seed: int, tasks: tuple[str, ...]) -> dict[str, Any]:
         """Merge on one draw of samples; losses by task, and the seconds that the merge took."""
@@ -164,17 +173,20 @@ class Suite:
             weights = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(merged.glob("*.safetensors"))]
             key = fingerprint(weights, tasks)
             if key not in self.scored:
-                self.scored[key] = self.losses(load(merged), tasks)
-        return {"losses": self.scored[key], "seconds": seconds}
+                model = load(merged)
+                self.scored[key] = {"losses": self.losses(model, tasks)}
+                if args.generate:
+                    self.scored[key]["matches"] = {"losses": self.matches(model, tasks)}
+        return {**self.scored[key], "seconds": seconds}
 
     def score_routed(self, model: RoutedModel, tasks: tuple[str, ...]) -> dict[str, Any]:
         """Losses by task: as the router decides, with the task named, without experts; and how good the routes are."""
-        named = self.losses(model.model, tasks, model.route)
-        static = self.losses(model.model, tasks, lambda _: model.route("static"))
-        if not model.config.decides:
-            return {"losses": named, "named": named, "static": static}
-        routes = self.routes(model, tasks)
-        return {"losses": self.losses(model.model, tasks), "named": named, "static": static, "routes": routes}
+        ways = {"named": model.route, "static": lambda _: model.route("static")}
+        ways["losses"] = nullcontext if model.config.decides else model.route
+        scores: dict[str, Any] = {way: self.losses(model.model, tasks, route) for way, route in ways.items()}
+        if self.args.generate:
+            scores["matches"] = {way: self.matches(model.model, tasks, route) for way, route in ways.items()}
+        return {**scores, "routes": self.routes(model, tasks)} if model.config.decides else scores
 
     def routes(self, model: RoutedModel, tasks: tuple[str, ...]) -> dict[str, float]:
         """How good the routes are; see the script's docstring."""
@@ -210,6 +222,25 @@ class Suite:
             with route(task):
                 losses[task] = loss_per_token(model, self.tokenizer, self.rows[task], self.args.max_length)
         return losses
+
+    def matches(
+        self,
+        model: PreTrainedModel,
+        tasks: tuple[str, ...],
+        route: Callable[[str], AbstractContextManager] = nullcontext,
+    ) -> dict[str, float]:
+        """Share of exact matches of a model's answers, by task with labels, in the route of the task."""
+        shares = {}
+        for task in tasks:
+            if rows := [row for row in self.rows[task] if "label" in row]:
+                with route(task):
+                    shares[task] = exact_match(model, self.tokenizer, rows, self.args.max_length)
+        return shares
+
+    def match(self, model_folder: Path, task: str) -> float:
+        """The same of one task, from the cache if it is there."""
+        compute = lambda: self.matches(load(model_folder), (task,))[task]  # noqa: E731
+        return self.cached(["exact match", str(model_folder), task], compute)
 
     def loss(self, model_folder: Path, task: str) -> float:
         """The same of one task, from the cache if it is there."""
@@ -286,6 +317,32 @@ def loss_per_token(
     return total / count
 
 
+@torch.no_grad()
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
+    max_length: int = 256,
+    batch_size: int = 16,
+) -> float:
+    """Share of the rows whose greedy answer to `text` is `label` and then ends.
+
+    Rows of similar length share a batch, padded on the left.
+    """
+    rows, matches, end = sorted(rows, key=lambda row: len(row["text"])), 0, tokenizer.eos_token_id
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        prompts = [tokenizer(row["text"], add_special_tokens=False).input_ids[:max_length] for row in batch]
+        labels = [[*tokenizer(row["label"], add_special_tokens=False).input_ids, end] for row in batch]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        given = {"max_new_tokens": max(map(len, labels)), "do_sample": False, "pad_token_id": end}
+        answers = model.generate(input_ids=ids, attention_mask=mask, **given)[:, width:].tolist()
+        matches += sum(answer[: len(label)] == label for answer, label in zip(answers, labels, strict=True))
+    return matches / len(rows)
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> tuple[list[int], list[int]]:
     """Token ids of a row, and its labels: those of the answer if it has one, else of the whole text."""
     text = tokenizer(row["text"], add_special_tokens=False).input_ids[:max_length]
@@ -338,6 +395,23 @@ def routed_table(result: dict[str, Any], tasks: list[str]) -> list[str]:
                 [f"`{label}`{title}", *(f"{mean(s[t] for s in kept):.1f}" for t in tasks), means, nats, *quality]
             )
     return ["", *markdown_table(rows)] if len(rows) > 1 else []
+
+
+def match_table(result: dict[str, Any]) -> list[str]:
+    """Markdown rows of exact matches in %, after an empty line; nothing if none were counted."""
+    if "matches" not in result:
+        return []
+    shares = {name: [matches] for name, matches in result["matches"].items()}
+    for label, entries in result["methods"].items():
+        for way, title in {"losses": "", "named": ", task named", "static": ", none added"}.items():
+            if way in entries[0]["matches"]:
+                shares[f"`{label}`{title}"] = [entry["matches"][way] for entry in entries]
+    tasks = list(result["matches"]["base"])
+    rows = [["exact match", *tasks, "mean (range over seeds)"]]
+    for name, seeds in shares.items():
+        means = with_range([{"mean": 100 * mean(seed.values())} for seed in seeds])
+        rows.append([name, *(f"{100 * mean(seed[task] for seed in seeds):.1f}" for task in tasks), means])
+    return ["", *markdown_table(rows)]
 
 
 def subset_table(results: dict[tuple[str, ...], dict[str, Any]]) -> list[str]:

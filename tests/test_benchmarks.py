@@ -127,6 +127,36 @@ def test_routed_models_have_a_second_table(run, monkeypatch, label):
     assert run("--methods", "mean", label, "--seeds", "0", "1") == (printed, results)
 
 
+def test_exact_matches_are_whole_answers(suite):
+    """A model that answers `so so` to short prompts and `so` to long ones, and ends, or writes on, after that."""
+    (so,) = suite.tokenizer("so", add_special_tokens=False).input_ids
+    end, seen = suite.tokenizer.eos_token_id, []
+
+    def generate(input_ids, attention_mask, max_new_tokens, **_):
+        assert max_new_tokens == 3 and (attention_mask.diff(dim=1) >= 0).all()  # padded on the left
+        lengths = attention_mask.sum(1).tolist()
+        seen.extend(lengths)
+        answers = [[so, so, end] if n < 8 else [so, end, 0] if n < 11 else [so, so, so] for n in lengths]
+        return torch.cat([input_ids, torch.tensor(answers)], dim=1)
+
+    rows = [{"text": row["text"], "label": label} for row in suite.rows["b"] for label in ("so so", "so")]
+    match = runpy.run_path(str(SCRIPT))["exact_match"](SimpleNamespace(generate=generate), suite.tokenizer, rows)
+    assert len(seen) == len(rows) and {n < 8 for n in seen} == {n < 11 for n in seen} == {True, False}
+    assert match == sum(n < 11 for n in seen) / 2 / len(rows)
+
+
+def test_answers_are_written_by_base_experts_and_every_way_of_a_routed_model(run):
+    printed, results = run("--methods", "mean", "esm++", "--seeds", "0", "--generate")
+    rows = [line.split(" | ") for line in printed.splitlines()]
+    ways = ["`mean`", "`esm++`", "`esm++`, task named", "`esm++`, none added"]
+    assert rows[-8][:2] == ["| exact match", "b"] and [row[0] for row in rows[-6:]] == [
+        "| base",
+        "| experts",
+        *(f"| {way}" for way in ways),
+    ]
+    assert results["methods"]["esm++"][0]["matches"].keys() == {"losses", "named", "static"}
+
+
 def test_losses_of_a_routed_model_are_those_of_its_prompts_routes(suite, tmp_path):
     """The route is that of the text alone; the answer, of which the router sees nothing, is scored."""
     texts = {task: [row["text"] + row.get("label", "") for row in rows] for task, rows in suite.rows.items()}
