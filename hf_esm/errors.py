@@ -15,3 +15,7 @@ class IncompatibleError(HfEsmError):
 
 class DamagedFileError(HfEsmError):
     """A file is missing, cut off or changed, and cannot be read as what it was written as."""
+
+
+class DiskFullError(HfEsmError, OSError):
+    """A file cannot be written, since the disk is full."""

@@ -13,7 +13,8 @@ from ..checkpoints import STATISTICS_FILE
 from ..errors import HfEsmError
 from ..linalg import right_singular_vectors, triangular_factor
 from ..methods import InputStatistics
-from .statistics_file import FileEntries, damaged, read_file, write_file
+from ..utils import check_path, reading
+from .statistics_file import FileEntries, read_file, write_file
 
 
 @dataclass
@@ -146,6 +147,7 @@ class ActivationStatistics(Mapping):
         Returns:
             The path of the file.
         """
+        check_path(path, "statistics")
         path = Path(path)
         if path.is_dir() or not path.suffix:
             path = path / STATISTICS_FILE
@@ -160,13 +162,12 @@ class ActivationStatistics(Mapping):
         Raises:
             HfEsmError: if the file is damaged, has another format, or another version of this one.
         """
+        check_path(path, "statistics")
         path = Path(path)
         path = path / STATISTICS_FILE if path.is_dir() else path
         entries, pooled, token_counts, header = read_file(path)
-        try:
+        with reading(path, f"{path}: its header of statistics", "Calibrate again."):
             return cls(entries, header["keys_of"], Provenance(**header["provenance"]), pooled, token_counts)
-        except (KeyError, TypeError) as error:
-            raise damaged(path, error) from None
 
     @classmethod
     def merge(cls, parts: list["ActivationStatistics"]) -> "ActivationStatistics":

@@ -8,6 +8,7 @@ from .adapter_files import read_adapter_tensors
 from .adapter_settings import check_routed, read_routed_settings, read_settings
 from .adapters import AdapterCheckpoint
 from .base import Checkpoint, LiveCheckpoint, quiet_loading, quiet_peft
+from .configs import buildable, read_config
 from .conversion import output_dtype, to_stored, write_plan, written_config
 from .embedding import EmbeddingCheckpoint
 from .heads import attach_head, load_base_with_head, load_task_model, save_head
@@ -96,6 +97,7 @@ __all__ = [
     "TokenRows",
     "attach_head",
     "base_of_adapters",
+    "buildable",
     "check_routed",
     "common_settings",
     "copy_of_embedder",
@@ -114,6 +116,7 @@ __all__ = [
     "quiet_peft",
     "rank_settings",
     "read_adapter_tensors",
+    "read_config",
     "read_modules",
     "read_routed_settings",
     "read_settings",

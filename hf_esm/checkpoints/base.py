@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from ..architecture import LinearMap, canonical_names, embeddings, linear_maps, untie
 from ..errors import HfEsmError
+from .configs import buildable
 from .quantised import refuse_quantised
 
 
@@ -52,7 +53,7 @@ def build_skeleton(
     Args:
         held: live names of weights that are not tied, whatever the config says.
     """
-    with torch.device("meta"), no_init_weights():
+    with buildable(config.name_or_path or f"a {model_class.__name__}"), torch.device("meta"), no_init_weights():
         model = model_class(copy.deepcopy(config)).eval()
     untie(model, held)
     return model

@@ -6,10 +6,11 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..utils import device_of
 from .base import Checkpoint
+from .configs import read_config
 from .modules import SentenceModules, read_modules
 from .pooling import attach
 
@@ -99,7 +100,7 @@ class EmbeddingCheckpoint(Checkpoint):
 def with_modules(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Put the modules in a merged model's folder behind a model, if it is of the class that they follow there."""
     modules = read_modules(folder, str(folder))
-    if modules is None or (AutoConfig.from_pretrained(folder).architectures or [""])[0] != type(model).__name__:
+    if modules is None or (read_config(folder, str(folder)).architectures or [""])[0] != type(model).__name__:
         return model
     return attached(model, modules)
 

@@ -9,15 +9,16 @@ import torch
 import transformers
 from accelerate.hooks import add_hook_to_module
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..architecture import body_prefix, untie
 from ..errors import HfEsmError
-from ..utils import check_known, device_of, is_offloaded
+from ..utils import check_known, device_of, is_offloaded, read_tensors
 from .adapter_settings import read_settings
 from .base import Checkpoint, quiet_loading, quiet_peft
+from .configs import buildable, read_config
 from .conversion import written_config
 from .embedding import with_modules
 from .layout import ADAPTER_CONFIG, BODY_WEIGHTS, CONFIG_FILE, HEAD_WEIGHTS, HEADS_FOLDER
@@ -47,7 +48,7 @@ def save_head(folder: Path, task: str, expert: Checkpoint, names: list[str]) -> 
 
 def _load_head(head_folder: Path) -> dict[str, Tensor]:
     """Read the weights of a head, by live name; a head may have none."""
-    return load_file(head_folder / HEAD_WEIGHTS) if (head_folder / HEAD_WEIGHTS).is_file() else {}
+    return read_tensors(head_folder / HEAD_WEIGHTS) if (head_folder / HEAD_WEIGHTS).is_file() else {}
 
 
 def load_task_model(
@@ -96,9 +97,9 @@ def load_task_model(
     access = Access(allow_pickle=allow_pickle, trust_remote_code=trusted)
     config, model_class = resolve_class(ModelSource(f"head of '{task}'", folder=head_folder, access=access))
     # The head's config states the dtype of the expert, not that of the merged body.
-    config.dtype = AutoConfig.from_pretrained(folder, trust_remote_code=trusted).dtype
+    config.dtype = read_config(folder, str(model), trusted).dtype
     head = _load_head(head_folder)
-    with quiet_loading():  # the weights that Transformers would report as newly initialised are the head's
+    with buildable(str(model)), quiet_loading():  # the weights that it would report as new are the head's
         loaded, report = model_class.from_pretrained(
             folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
@@ -111,7 +112,8 @@ def load_task_model(
             "device. Give a map that keeps the head there, or the whole model: device_map={'': 0}."
         )
     untie(loaded, head)
-    unknown = loaded.load_state_dict(head, strict=False).unexpected_keys
+    with buildable(str(head_folder)):
+        unknown = loaded.load_state_dict(head, strict=False).unexpected_keys
     if unknown:
         raise HfEsmError(
             f"{head_folder / HEAD_WEIGHTS}: {model_class.__name__} has no place for {unknown[:3]}. Merge again."
@@ -172,9 +174,10 @@ def attach_head(model: PreTrainedModel, folder: Path, task: str) -> PreTrainedMo
         HfEsmError: if weights are missing from both the merged model and the head.
     """
     head_folder = folder / HEADS_FOLDER / task
-    config, head = AutoConfig.from_pretrained(head_folder, trust_remote_code=False), _load_head(head_folder)
-    with torch.device("meta"):
-        fresh = getattr(transformers, config.architectures[0])(config)
+    config, model_class = resolve_class(ModelSource(f"head of '{task}'", folder=head_folder))
+    head = _load_head(head_folder)
+    with buildable(str(head_folder)), torch.device("meta"):
+        fresh = model_class(config)
     if type(fresh) is type(model):
         attached = _graft(model, fresh, list(head))
         settings = {name: value for name, value in vars(fresh).items() if not name.startswith("_")}
@@ -187,7 +190,8 @@ def attach_head(model: PreTrainedModel, folder: Path, task: str) -> PreTrainedMo
         setattr(attached, prefix.rstrip("."), _graft(body, getattr(fresh, prefix.rstrip(".")), in_body))
     device, dtype = device_of(model), next(model.parameters()).dtype
     head = {name: tensor.to(device, dtype) for name, tensor in head.items()}
-    attached.load_state_dict(head, strict=False, assign=True)
+    with buildable(str(head_folder)):
+        attached.load_state_dict(head, strict=False, assign=True)
     places = [place for place, module in attached.named_modules() if not is_offloaded(module)]
     tensors = [name for name, tensor in attached.state_dict().items() if tensor.is_meta]
     if empty := [name for name in tensors if name.rpartition(".")[0] in places]:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForTextEncoding, PretrainedConfig, PreTrainedModel
 
 from ..architecture import SENTENCE_MODULES
 from ..data import Prompt
 from ..errors import DamagedFileError, HfEsmError
+from ..utils import is_file, read_tensors, reading
 from .layout import CONFIG_FILE, MODULES_FILE, PICKLED_WEIGHTS, SENTENCE_SETTINGS, TRANSFORMER_SETTINGS, WEIGHTS_FILE
 from .pooling import EMBEDDING, KINDS, SentenceHead, activation_of, names_of, pooling_modes
 
@@ -289,12 +290,10 @@ def _hash_of(folder: Path) -> str:
 
 
 def _read_json(path: Path) -> Any:
-    if not path.is_file():
+    if not is_file(path):
         return None
-    try:
+    with reading(path):
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedFileError(f"{path} is damaged ({error}). Copy or download it again.") from None
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -304,8 +303,9 @@ def _write_json(path: Path, content: Any) -> None:
 def _read_weights(folder: Path, title: str, allow_pickle: bool) -> dict[str, Tensor]:
     """Read the weights of one module."""
     if (folder / WEIGHTS_FILE).is_file():
-        return load_file(folder / WEIGHTS_FILE)
+        return read_tensors(folder / WEIGHTS_FILE)
     if (folder / PICKLED_WEIGHTS).is_file() and allow_pickle:
-        return torch.load(folder / PICKLED_WEIGHTS, map_location="cpu", weights_only=True)
+        with reading(folder / PICKLED_WEIGHTS):
+            return torch.load(folder / PICKLED_WEIGHTS, map_location="cpu", weights_only=True)
     remedy = "Pass `allow_pickle=True` if you trust it." if (folder / PICKLED_WEIGHTS).is_file() else "Save it again."
     raise HfEsmError(f"{title}: no {WEIGHTS_FILE} in {folder}. {remedy}")

@@ -6,12 +6,12 @@ from typing import Any, Optional
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architecture import body_prefix, canonical_names, from_matrices, ties, to_matrices, towers, untie
-from ..utils import check_known
+from ..utils import check_known, read_tensors, reading
 from .adapter_settings import read_routed_settings
 from .base import Checkpoint, build_skeleton
 from .layout import ADAPTER_WEIGHTS, BASE_WEIGHTS, BODY_WEIGHTS, HEAD_WEIGHTS, HEADS_FOLDER, ROUTED_FOLDER
@@ -83,8 +83,8 @@ class RoutedTask(DerivedCheckpoint):
         head = folder / HEADS_FOLDER / task
         config, model_class = task_class(head) if head.is_dir() else (static.config, type(static.skeleton))
         self.base = static.seen_as(model_class, config)
-        self._head = load_file(head / HEAD_WEIGHTS) if (head / HEAD_WEIGHTS).is_file() else {}
-        self._body = load_file(head / BODY_WEIGHTS) if (head / BODY_WEIGHTS).is_file() else {}
+        self._head = read_tensors(head / HEAD_WEIGHTS) if (head / HEAD_WEIGHTS).is_file() else {}
+        self._body = read_tensors(head / BODY_WEIGHTS) if (head / BODY_WEIGHTS).is_file() else {}
         self._bases = folder / HEADS_FOLDER / BASE_WEIGHTS
         self.skeleton = build_skeleton(model_class, config, [*self._head, *self.base.names.values()])
         self._factors = _factors(folder, static, tasks.index(task))
@@ -120,15 +120,16 @@ class RoutedTask(DerivedCheckpoint):
         if live in self._body:
             return self._body[live]
         if f"{live}/A" in self._body:
-            with safe_open(self._bases, "pt") as file:
+            with reading(self._bases), safe_open(self._bases, "pt") as file:
                 weight = file.get_tensor(name)
-            factors = [self._body[f"{live}/{factor}"] for factor in "AB"]
+            factors = [self._body.get(f"{live}/{factor}") for factor in "AB"]
         elif name in self._factors:
             weight, factors = self.base.tensor(name), [factor[None] for factor in self._factors[name]]
         else:
             return self.base.tensor(name)
-        matrices = zip(to_matrices(weight, linear), *factors, strict=True)
-        return from_matrices([matrix.float() + b @ a for matrix, a, b in matrices], linear)
+        with reading(self.folder, f"{self.title}: its expert of '{live}'"):  # factors of other shapes than the weight
+            matrices = zip(to_matrices(weight, linear), *factors, strict=True)
+            return from_matrices([matrix.float() + b @ a for matrix, a, b in matrices], linear)
 
 
 def write_body(
@@ -153,7 +154,7 @@ def write_body(
     body: dict[str, Tensor] = {}
     bases: dict[str, Tensor] = {}
     path = folder / HEADS_FOLDER / BASE_WEIGHTS
-    known = load_file(path) if path.is_file() else {}
+    known = read_tensors(path) if path.is_file() else {}
     for name in names:
         linear, live = base.linear.get(name), expert.names[name]
         weight = known[name] if name in known else base.tensor(name)
@@ -172,16 +173,18 @@ def write_body(
 def _factors(folder: Path, static: Checkpoint, index: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Return `A [r, d_in]` and `B [d_out, r]` of one expert, float32, by the canonical name of the weight."""
     names = {live: name for name, live in static.names.items()}
-    tensors = {
-        key.removeprefix("base_model.model."): tensor[index].float()
-        for key, tensor in load_file(folder / ROUTED_FOLDER / ADAPTER_WEIGHTS).items()
-        if key.endswith((".routed_experts_A", ".routed_experts_B"))
-    }
-    modules = sorted({key.rpartition(".")[0] for key in tensors})
-    return {
-        names[f"{module}.weight"]: (tensors[f"{module}.routed_experts_A"], tensors[f"{module}.routed_experts_B"])
-        for module in modules
-    }
+    path = folder / ROUTED_FOLDER / ADAPTER_WEIGHTS
+    with reading(path):
+        tensors = {
+            key.removeprefix("base_model.model."): tensor[index].float()
+            for key, tensor in read_tensors(path).items()
+            if key.endswith((".routed_experts_A", ".routed_experts_B"))
+        }
+        modules = sorted({key.rpartition(".")[0] for key in tensors})
+        return {
+            names[f"{module}.weight"]: (tensors[f"{module}.routed_experts_A"], tensors[f"{module}.routed_experts_B"])
+            for module in modules
+        }
 
 
 class PartExpert(DerivedCheckpoint):

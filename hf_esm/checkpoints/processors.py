@@ -16,6 +16,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 from ..architecture import without_labels
 from ..data import UnreadProcessor, with_prompt
 from ..errors import DamagedFileError, HfEsmError
+from ..utils import reading, reason_of
 from .layout import CHAT_TEMPLATE, CONFIG_FILE
 from .modules import prompt_in, transformer_path, transformer_settings
 from .sources import ModelSource
@@ -92,10 +93,8 @@ def _is_lacking(error: Exception) -> bool:
 def _check_json(path: Path) -> None:
     if path.suffix != ".json":
         return
-    try:
+    with reading(path):
         json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedFileError(f"{path} is damaged ({error}). {_AGAIN}") from None
 
 
 def _check_read(processor: Any, folder: Path, present: Iterable[str], failed: Mapping[type, Exception]) -> None:
@@ -105,8 +104,7 @@ def _check_read(processor: Any, folder: Path, present: Iterable[str], failed: Ma
     for kind, files in ((AutoTokenizer, _VOCABULARIES), (AutoImageProcessor, _PREPARING)):
         unread = [name for name in present if name in files]
         if unread and not read[kind] and kind in failed and not _is_lacking(failed[kind]):
-            reason = f"{type(failed[kind]).__name__}: {' '.join(str(failed[kind]).split())}"
-            raise DamagedFileError(f"{folder / unread[0]} cannot be read ({reason}). {_AGAIN}")
+            raise DamagedFileError(f"{folder / unread[0]} cannot be read ({reason_of(failed[kind])}). {_AGAIN}")
 
 
 def _check_template(processor: Any, folder: Path) -> None:

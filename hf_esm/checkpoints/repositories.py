@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import HfEsmError
-from ..utils import plain_hub_errors
+from ..utils import check_path, plain_hub_errors
 from .layout import CARD_FILE
 
 
@@ -21,6 +21,7 @@ def whole_folder(
     spec: str | os.PathLike, title: str, revision: Optional[str] = None, token: Optional[str | bool] = None
 ) -> Path:
     """Return the folder that `spec` names, with all its files; a Hub repository is downloaded."""
+    check_path(spec, "model")
     folder = Path(spec).expanduser()
     if folder.is_dir():
         return folder

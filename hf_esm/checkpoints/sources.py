@@ -13,16 +13,17 @@ from datasets.fingerprint import Hasher
 from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..errors import HfEsmError
-from ..utils import check_known, files_identity, plain_hub_errors
+from ..utils import check_known, check_path, files_identity, plain_hub_errors
 from .adapter_files import read_adapter_config
 from .adapters import AdapterCheckpoint
 from .base import Checkpoint, LiveCheckpoint
+from .configs import read_config
 from .embedding import EmbeddingCheckpoint
-from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_FILE, CONFIG_FILE, ROUTED_FOLDER
+from .layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD_FILE, ROUTED_FOLDER
 from .live_adapters import WrappedCheckpoint, open_live_adapter
 from .live_embedders import is_embedder, live_modules, transformer_of
 from .modules import SentenceModules, module_paths, read_modules, transformer_path
@@ -191,6 +192,7 @@ def resolve_source(spec: ModelSpec, title: str, access: Access = Access()) -> Mo
         spec = spec.get("path")
     if not isinstance(spec, (str, os.PathLike)):
         raise HfEsmError(f"{title}: expected a Hub id, a folder or a live model, not {type(spec).__name__}.")
+    check_path(spec, title)
     task, subfolder = named.get("task"), inner_folder(named.get("subfolder", ""), title)
     parts = {"subfolder": subfolder or None, "task": task}
     title = f"{title} ({', '.join([str(spec), *(f'{key} {value!r}' for key, value in parts.items() if value)])})"
@@ -355,16 +357,11 @@ def resolve_class(source: ModelSource) -> tuple[PretrainedConfig, type[PreTraine
     Raises:
         HfEsmError: if there is no usable config, or Transformers does not know the class.
     """
-    if not (source.folder / CONFIG_FILE).is_file():
-        raise HfEsmError(f"{source.title}: no {CONFIG_FILE} (nor {ADAPTER_CONFIG}) in {source.folder}.")
-    try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.access.trust_remote_code)
-    except (ValueError, OSError) as error:
-        raise HfEsmError(f"{source.title}: its {CONFIG_FILE} cannot be used: {error}") from None
+    config = read_config(source.folder, source.title, source.access.trust_remote_code)
     architecture = (config.architectures or [None])[0]
     if architecture is None:
         return config, AutoModel._model_mapping[type(config)]
-    if hasattr(transformers, architecture):
+    if issubclass(getattr(transformers, architecture, None) or object, PreTrainedModel):
         return config, getattr(transformers, architecture)
     references = [
         ref for ref in (getattr(config, "auto_map", None) or {}).values() if ref.endswith(f".{architecture}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -16,6 +16,7 @@ from ..architecture import ties, untie
 from ..errors import DamagedFileError, HfEsmError
 from ..utils import AGAIN, is_file, reading, stays_inside
 from .base import Checkpoint, build_skeleton, quiet_loading
+from .configs import buildable
 from .conversion import StoredWeights
 from .layout import CONFIG_FILE, PICKLED_WEIGHTS, WEIGHTS_FILE
 from .quantised import ACTIVATION_SCALES, dense_config, dense_dtype, dequantiser, quantisation_name
@@ -162,7 +163,7 @@ class FolderCheckpoint(Checkpoint):
         options = {**self._load_options, **placement}
         if self.quantised or not self.files.as_saved:
             return (load_written if placement else load_read)(self.seen_as(model_class, config), **options)
-        with quiet_loading():
+        with buildable(self.title), quiet_loading():
             return model_class.from_pretrained(
                 self.folder, config=config, dtype="auto", ignore_mismatched_sizes=True, **options
             ).eval()
@@ -229,12 +230,8 @@ class TensorFiles:
         headers, file_of = {}, {}
         as_saved = not is_file(folder / _INDEX) or "metadata" in _read_index(folder / _INDEX, title)
         for path in paths:
-            try:
+            with reading(path, f"{title}: {path}"):
                 file = safe_open(path, "pt")
-            except (SafetensorError, OSError) as error:
-                raise HfEsmError(
-                    f"{title}: {path} cannot be read ({error}); it is missing or cut short. Copy or download it again."
-                ) from None
             for key in sorted(file.keys()):
                 header = file.get_slice(key)
                 headers[key] = (tuple(header.get_shape()), stored_dtype(header.get_dtype(), key, title))
@@ -245,7 +242,7 @@ class TensorFiles:
     def _open_pickle(cls, paths: list[Path], title: str) -> "TensorFiles":
         state: dict[str, Tensor] = {}
         for path in paths:
-            with reading(f"{title}: {path}", "Save or download it again."):
+            with reading(path, f"{title}: {path}", "Save or download it again."):
                 loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 state |= {str(key): value.detach() for key, value in loaded.items()}
         return cls({key: (tuple(value.shape), value.dtype) for key, value in state.items()}, state.__getitem__)
@@ -279,7 +276,7 @@ def weight_files(folder: Path, title: str, allow_pickle: bool = False) -> list[P
 
 
 def _read_index(path: Path, title: str) -> dict[str, Any]:
-    with reading(f"{title}: {path}"):
+    with reading(path, f"{title}: {path}"):
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
 

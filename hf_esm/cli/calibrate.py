@@ -6,6 +6,7 @@ from accelerate import PartialState
 
 from ..calibration import calibrate
 from ..data import SampleOptions
+from ..utils import check_path
 from .console import say
 from .flags import add_flags, add_trust_flags, count, options_of
 
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    check_path(arguments.output, "--output")
     statistics = calibrate(
         arguments.model,
         arguments.data,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Optional
 
 from ..errors import HfEsmError
+from .console import end_output
 from .flags import in_flags
 from .parser import parse
 
@@ -20,13 +21,19 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         arguments: its words; by default those that the process was started with.
 
     Returns:
-        The exit status: 0 done, 1 failed, 2 bad input, 130 interrupted.
+        The exit status: 0 done, 1 failed, 2 bad input, 130 interrupted. A reader of the output that leaves, as `head`
+        does, stops the output and not the work.
     """
-    command = parse(arguments)
+    _print_anything()
+    try:
+        command = parse(arguments)
+    finally:
+        end_output()  # of `--help`
     _prepare_output(command.flags)
     try:
         with _interruptible():
             command.run(command)
+        end_output()
     except HfEsmError as error:
         return _fail(in_flags(str(error), command.flags), 2)
     except KeyboardInterrupt:
@@ -36,9 +43,17 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         if command.traceback:
             raise
         if isinstance(error, OSError):  # of the disk or the network, in words of its own
-            return _fail(f"{error}\n(--traceback shows where)", 1)
-        return _fail(f"{type(error).__name__}: {error}\n(--traceback shows where)", 1)
+            place = f"{error.filename}: " if error.filename else ""
+            return _fail(f"{place}{error.strerror or error}\n(--traceback shows where)", 1)
+        return _fail(f"internal error ({type(error).__name__}: {error})\n(--traceback shows where)", 1)
     return 0
+
+
+def _print_anything() -> None:
+    """Let the terminal print letters that its encoding lacks, such as α in ASCII, as their codes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, status: int) -> int:

@@ -11,12 +11,11 @@ from typing import Any
 
 import pandas as pd
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
-from datasets.exceptions import DatasetsError
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import HfEsmError
-from ..utils import did_you_mean
+from ..utils import check_path, did_you_mean
 from .options import SampleOptions
 from .samples import load_samples
 
@@ -46,6 +45,7 @@ def read_rows(data: DataSpec, title: str, options: SampleOptions) -> list[Any]:
         HfEsmError: if the data cannot be read, or has no rows.
     """
     columns: Mapping[str, str] = {}
+    check_path(data.get("path") if isinstance(data, Mapping) else data, title)
     if isinstance(data, (str, os.PathLike)):
         data = _read_file(Path(data).expanduser(), title)
     elif isinstance(data, Mapping) and isinstance(data.get("path"), (str, os.PathLike)):
@@ -88,7 +88,7 @@ def _load(arguments: dict[str, Any], title: str) -> Any:
     """Call `datasets.load_dataset`; its errors name the data."""
     try:
         return load_dataset(**arguments)
-    except (DatasetsError, ValueError, TypeError, OSError, StopIteration) as error:
+    except Exception as error:  # of `datasets`, and of the library that reads this kind of file
         name = arguments.get("data_files") or arguments["path"]
         reason = " ".join(str(error.__cause__ or error).split()) or "it is empty"
         known = ["columns", *signature(load_dataset).parameters]

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.image_utils import is_valid_image
 from transformers.utils import is_vision_available
 
-from ..errors import HfEsmError
+from ..errors import DamagedFileError, HfEsmError
+from ..utils import UNSEALED, atomic_file, check_seal, reading, seal
 from .options import COLUMNS, SampleOptions
 from .prompts import PROMPT_MASK, count_prompt_tokens, default_prompt_of, prompted
 
@@ -33,9 +34,9 @@ LONGEST = 512
 # One tensor per model input, by name, without a batch dimension and without padding.
 Sample = dict[str, Tensor]
 
-# The format of a file of samples. Its name is older than the word "samples".
-FORMAT = "hf_esm.proxies"
-FORMAT_VERSION = 1
+
+# The format of a file of samples, whose name is older than the word "samples". Version 1 has no checksum.
+FORMAT, FORMAT_VERSIONS = "hf_esm.proxies", (1, 2)
 
 
 @dataclass(frozen=True)
@@ -372,8 +373,10 @@ def save_samples(samples: list[Sample], path: Path) -> None:
     tensors = {  # of their own, since a caller may pass one sample twice, which safetensors refuses to write
         f"{i}.{name}": value.contiguous().clone() for i, sample in enumerate(samples) for name, value in sample.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_with_sorted_metadata(save(tensors, {"format": FORMAT, "version": str(FORMAT_VERSION)})))
+    metadata = {"format": FORMAT, "version": str(FORMAT_VERSIONS[-1])} | UNSEALED
+    with atomic_file(path) as partial:
+        partial.write_bytes(_with_sorted_metadata(save(tensors, metadata)))
+        seal(partial)
 
 
 def _with_sorted_metadata(file: bytes) -> bytes:
@@ -390,7 +393,7 @@ def is_samples_file(path: Path) -> bool:
     try:
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
-    except (SafetensorError, OSError):
+    except Exception:  # a file that is neither; its reader says why
         return False
 
 
@@ -398,14 +401,20 @@ def load_samples(path: Path) -> list[Sample]:
     """Read a file that `save_samples` wrote.
 
     Raises:
-        HfEsmError: if the file has another format, or another version of this one.
+        HfEsmError: if the file is damaged, has another format, or another version of this one.
     """
     samples: dict[int, Sample] = {}
-    with safe_open(path, "pt") as file:
+    again = "Copy it again, or save the samples again."
+    with reading(path, remedy=again), safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT or metadata.get("version") != str(FORMAT_VERSION):
+        if metadata.get("format") != FORMAT or metadata.get("version") not in map(str, FORMAT_VERSIONS):
             raise HfEsmError(f"{path}: neither statistics nor samples that this hf_esm can read.")
-        for key in file.keys():
+        check_seal(path, again, needed=metadata["version"] != "1")
+        for key in sorted(file.keys()):
             index, _, name = key.partition(".")
-            samples.setdefault(int(index), {})[name] = file.get_tensor(key)
-    return [samples[i] for i in sorted(samples)]
+            tensor = samples.setdefault(int(index), {})[name] = file.get_tensor(key)
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise DamagedFileError(f"{path}: {name} of sample {index} has NaN or infinite values. {again}")
+    if sorted(samples) != list(range(len(samples))):
+        raise DamagedFileError(f"{path}: it lacks some samples. {again}")
+    return [samples[i] for i in range(len(samples))]

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
-from transformers import AutoConfig
 
-from ..checkpoints import CARD_FILE, HEADS_FOLDER, PICTURES_FOLDER
+from ..checkpoints import CARD_FILE, HEADS_FOLDER, PICTURES_FOLDER, read_config
 from ..data import DataSpec
 from ..errors import HfEsmError
 from ..hub import pipeline_of, with_section
 from ..metrics import Scores
-from ..utils import markdown_table
+from ..utils import markdown_table, reading
 from .report import REPORT
 
 
@@ -38,7 +37,8 @@ def update_card(folder: str | os.PathLike, scores: Scores, data: Mapping[str, Da
     folder = Path(folder).expanduser()
     if not (folder / CARD_FILE).is_file():
         raise HfEsmError(f"{folder}: there is no model card ({CARD_FILE}). Give a folder that `merge_models` wrote.")
-    card = ModelCard.load(folder / CARD_FILE)
+    with reading(folder / CARD_FILE):
+        card = ModelCard.load(folder / CARD_FILE)
     card.data.model_name = folder.resolve().name
     card.data.eval_results = [
         _result(folder, task, score, data.get(task), scores.metric)
@@ -74,7 +74,7 @@ def _dataset_id(rows: Any) -> str:
 
 def _model_class(folder: Path, task: str) -> str:
     head = folder / HEADS_FOLDER / task
-    config = AutoConfig.from_pretrained(head if head.is_dir() else folder, trust_remote_code=False)
+    config = read_config(head if head.is_dir() else folder, str(folder))
     return (config.architectures or [""])[0]
 
 
@@ -119,7 +119,8 @@ def add_comparison(folder: str | os.PathLike, report: str | os.PathLike) -> Path
         shutil.copy(picture, pictures)
     _, _, text = (report / REPORT).read_text(encoding="utf-8").partition("\n")  # without its title
     text = text.replace("\n## ", "\n### ").replace("](", f"]({PICTURES_FOLDER}/")
-    card = ModelCard.load(folder / CARD_FILE)
+    with reading(folder / CARD_FILE):
+        card = ModelCard.load(folder / CARD_FILE)
     card.text = with_section(card.text, "Comparison", text.strip())
     card.save(folder / CARD_FILE)
     return folder / CARD_FILE

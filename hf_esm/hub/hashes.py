@@ -51,7 +51,7 @@ def read_hashes(folder: Path, title: str) -> dict[str, str]:
     path = folder / HASHES_FILE
     if not path.is_file():
         raise DamagedFileError(f"{title}: {HASHES_FILE} is missing, so that its files cannot be checked. {_AGAIN}")
-    with reading(f"{title}: {HASHES_FILE}", _AGAIN):
+    with reading(path, f"{title}: {HASHES_FILE}", _AGAIN):
         hashes = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(hashes, dict) or not hashes or not all(isinstance(value, str) for value in hashes.values()):
         raise DamagedFileError(f"{title}: {HASHES_FILE} is damaged. {_AGAIN}")
@@ -121,7 +121,7 @@ def _hashed(folder: Path) -> Iterator[str]:
 
 def _hash(path: Path) -> str:
     digest = hashlib.sha256()
-    with reading(path, _AGAIN), path.open("rb") as file:
+    with reading(path, remedy=_AGAIN), path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

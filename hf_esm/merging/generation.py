@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
-from ..checkpoints import GENERATION_CONFIG, ModelSource
-from ..errors import DamagedFileError
+from ..checkpoints import GENERATION_CONFIG, ModelSource, read_config
 from ..planning import BASE, MergePlan, tokenizer_of
+from ..utils import reading
 
 
 def merged_generation(
@@ -46,16 +46,12 @@ def _settings_of(source: ModelSource, base: ModelSource) -> GenerationConfig:
     if source.model is not None:
         return getattr(source.model, "generation_config", None) or GenerationConfig()
     if (path := source.folder / GENERATION_CONFIG).is_file():
-        try:
+        with reading(path, f"{source.title}: {path}"):
             return GenerationConfig.from_pretrained(source.folder)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise DamagedFileError(
-                f"{source.title}: {path} cannot be read ({' '.join(str(error).split())}). Copy or download it again."
-            ) from None
     if source.is_adapter:
         return _settings_of(base, base)
     # Older models keep them in config.json.
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.access.trust_remote_code)
+    config = read_config(source.folder, source.title, source.access.trust_remote_code)
     return GenerationConfig.from_model_config(config)
 
 

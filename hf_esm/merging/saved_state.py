@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import HfEsmError
-from ..utils import atomic_file
+from ..utils import UNSEALED, atomic_file, check_seal, reading, seal
 
 
 FORMAT = "hf_esm.learned"
+
+_AGAIN = "Remove the file to start again."
 
 
 class SavedState:
@@ -50,7 +51,8 @@ class SavedState:
                 tensors |= {prefix + name: value for name, value in optimizer.state.get(parameter, {}).items()}
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             with atomic_file(self.path) as partial:
-                save_file(tensors, partial, {"format": FORMAT, "header": json.dumps(values)})
+                save_file(tensors, partial, {"format": FORMAT, "header": json.dumps(values)} | UNSEALED)
+                seal(partial)
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
@@ -62,14 +64,20 @@ class SavedState:
         """
         if not self.path.is_file():
             return {}
-        try:
+        check_seal(self.path, _AGAIN)
+        with reading(self.path, f"{self.path}: cannot be resumed: it", _AGAIN):
             with safe_open(self.path, "pt") as file:
-                values = json.loads((file.metadata() or {})["header"])
+                values = dict(json.loads((file.metadata() or {})["header"]))
                 saved = {name: file.get_tensor(name) for name in file.keys()}
+            shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+            for prefix, _, parameter in self._optimized():  # momenta are like their parameter, "step" is a number
+                own = [name for name in saved if name.startswith(prefix)]
+                shapes |= {name: parameter.shape if saved[name].dim() else saved[name].shape for name in own}
+            for name, shape in shapes.items():
+                if saved[name].shape != shape or not saved[name].isfinite().all():
+                    raise ValueError(f"'{name}' is no tensor of finite numbers {tuple(shape)}")
             for name, tensor in self.tensors.items():
                 tensor.copy_(saved[name])
-        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-            raise HfEsmError(f"{self.path}: cannot be resumed ({error}). Remove the file to start again.") from None
         for prefix, optimizer, parameter in self._optimized():
             state = {name.removeprefix(prefix): t for name, t in saved.items() if name.startswith(prefix)}
             if state:

@@ -1,5 +1,6 @@
 """Pass one of a merge: every weight of all experts is merged, one at a time, into scratch files."""
 
+import hashlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any, Optional, TypeVar
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..architecture import (
@@ -26,11 +28,11 @@ from ..architecture import (
 )
 from ..calibration import ActivationStatistics
 from ..checkpoints import ShardedWriter
-from ..errors import HfEsmError
+from ..errors import DamagedFileError
 from ..linalg import norm
 from ..methods import Merged, MergeMethod, Stack, WholeUpdates, buffer_stack, mean_update, merge_embedding
 from ..planning import MergePlan, merge_bytes
-from ..utils import algebra_device, fast_products, roomy
+from ..utils import algebra_device, fast_products, reading, roomy
 from .jobs import Job, run_jobs
 from .spans import rank_of, span_of
 from .updates import WeightReport
@@ -126,7 +128,7 @@ def merge_weights(
             reports |= new
             if resumable:
                 writer.sync()  # the journal names only weights that are on the disk
-                journal.append(new)
+                journal.append(new, {name: _digest(update) for name, (update, _) in merged.items()})
     zeros = dict.fromkeys(plan.experts, 0.0)
     for name in (name for unit in unchanged for name in unit):
         known = {"kind": plan.weight_kinds.get(name, ""), "update_norms": zeros}
@@ -135,14 +137,16 @@ def merge_weights(
 
 
 class _Journal:
-    """Reports of the weights that a pass has merged, one JSON object a line, for a pass that resumes it."""
+    """Reports of the weights that a pass has merged, and checksums of their updates, one JSON object a line, for a
+    pass that resumes it.
+    """
 
     def __init__(self, path: Path):
         self.path = path
 
-    def append(self, reports: Mapping[str, WeightReport]) -> None:
+    def append(self, reports: Mapping[str, WeightReport], digests: Mapping[str, str]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({name: asdict(report) for name, report in reports.items()}) + "\n")
+            file.write(json.dumps({name: [asdict(reports[name]), digests[name]] for name in reports}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -150,8 +154,12 @@ class _Journal:
         """Return the reports of an interrupted pass; without the file of its weights, there are none.
 
         Half a line at the end is cut off.
+
+        Raises:
+            HfEsmError: if a line, or a weight that it names, is not what was written.
         """
-        if not self.path.is_file() or not self.path.with_suffix(".safetensors").is_file():
+        updates = self.path.with_suffix(".safetensors")
+        if not self.path.is_file() or not updates.is_file():
             self.path.unlink(missing_ok=True)
             return {}
         reports: dict[str, WeightReport] = {}
@@ -159,12 +167,27 @@ class _Journal:
         whole = [line for line in lines if line.endswith(b"\n")]
         if lines != whole:
             os.truncate(self.path, sum(map(len, whole)))
-        try:
+        remedy = f"Remove {self.path.parent} to start again."
+        with reading(self.path, remedy=remedy):
+            digests: dict[str, str] = {}
             for line in whole:
-                reports |= {name: WeightReport(**report) for name, report in json.loads(line).items()}
-        except (ValueError, TypeError, AttributeError):
-            raise HfEsmError(f"{self.path} is damaged. Remove {self.path.parent} to start again.") from None
+                for name, (report, digest) in json.loads(line).items():
+                    reports[name], digests[name] = WeightReport(**report), digest
+        if not digests:
+            return {}
+        try:
+            with safe_open(updates, "pt") as file:
+                intact = all(_digest(file.get_tensor(name)) == digest for name, digest in digests.items())
+        except (SafetensorError, OSError):
+            intact = False
+        if not intact:
+            raise DamagedFileError(f"{updates} was changed after the merge was interrupted. {remedy}")
         return reports
+
+
+def _digest(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(content.numpy().data).hexdigest()
 
 
 def merge_units(plan: MergePlan, statistics: Mapping[str, Optional[ActivationStatistics]]) -> list[list[str]]:

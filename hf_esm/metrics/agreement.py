@@ -9,7 +9,7 @@ from typing import Optional
 
 import torch
 from accelerate.utils import tqdm
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..data import Sample, batch_for
 from ..errors import DamagedFileError, HfEsmError
-from ..utils import atomic_file, fingerprint
+from ..utils import UNSEALED, atomic_file, check_seal, fingerprint, reading, seal
 from .answers import KINDS, Answer, batches_of, kind_by_class, kind_by_output, no_probability
 
 
@@ -55,7 +55,8 @@ class ExpertAnswers:
         tensors = {f"{i}.{name}": value for i, answer in enumerate(self.answers) for name, value in answer.items()}
         metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "kind": self.kind}
         with atomic_file(path) as partial:
-            save_file(tensors, partial, {**metadata, "samples": fingerprint(self.samples)})
+            save_file(tensors, partial, {**metadata, "samples": fingerprint(self.samples), **UNSEALED})
+            seal(partial)
         return path
 
     @classmethod
@@ -67,12 +68,9 @@ class ExpertAnswers:
                 other samples.
         """
         path = Path(path)
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise DamagedFileError(f"{path}: not a readable file of answers ({error}). Remove it.") from None
+        with reading(path, remedy="Remove it."), safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
         if metadata.get("format") != FORMAT:
             raise HfEsmError(f"{path}: no expert's answers in it. Remove the file, or name another one.")
         if metadata.get("version") != str(FORMAT_VERSION):
@@ -86,6 +84,7 @@ class ExpertAnswers:
         broken = any(answer.keys() != answers[0].keys() or not _is_whole(answer) for answer in answers)
         if broken or metadata.get("kind") not in KINDS:
             raise DamagedFileError(f"{path}: its answers are damaged. Remove the file.")
+        check_seal(path, "Remove the file.")
         return cls(metadata["kind"], samples, answers)
 
 

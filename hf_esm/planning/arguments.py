@@ -10,8 +10,11 @@ from ..checkpoints import CALIBRATION_FOLDER, RECIPE_FILE, ModelSpec
 from ..data import DataSpec
 from ..errors import HfEsmError
 from ..methods import MergeMethod
-from ..utils import WORK_FOLDER, check_known, check_task_name, finite_number
+from ..utils import WORK_FOLDER, check_known, check_path, check_task_name, finite_number
 from .options import MergeOptions
+
+
+_PLACES = ("path", "statistics", "samples")  # keys of data that name a file or a folder
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,9 @@ def _check_kinds(data: MergeData) -> None:
         is_folder = name == "calibration" and isinstance(passed, (str, os.PathLike))
         if passed is not None and not is_folder and not isinstance(passed, Mapping):
             raise HfEsmError(f"`{name}` must be data by task, as {{'task': …}}, not a {type(passed).__name__}.")
+        for task, rows in passed.items() if isinstance(passed, Mapping) else [("all tasks", passed)]:
+            for place in (rows, *(rows.get(key) for key in _PLACES if isinstance(rows, Mapping))):
+                check_path(place, f"`{name}` of {task!r}")
 
 
 def _check_search(
@@ -169,6 +175,7 @@ def _check_folder(options: MergeOptions, name: str) -> None:
     folder = getattr(options, name)
     if folder is None:
         return
+    check_path(folder, f"`{name}`")
     path = Path(folder).expanduser().resolve()
     above = path.parents if name == "output_dir" else (path, *path.parents)
     if files := [parent for parent in above if parent.exists() and not parent.is_dir()]:
@@ -195,7 +202,7 @@ def _check_output(options: MergeOptions, data: MergeData) -> None:
         places |= {f"{name} of '{task}'": rows for task, rows in by_task.items()}
     for name, place in list(places.items()):
         if isinstance(place, Mapping):
-            places |= {f"{key} of {name}": place[key] for key in ("statistics", "samples") if key in place}
+            places |= {f"{key} of {name}": place[key] for key in _PLACES[1:] if key in place}
     for name, place in places.items():
         path = place.get("path") if isinstance(place, Mapping) else place
         inside = Path(path).expanduser().resolve() if isinstance(path, (str, os.PathLike)) else None

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ..errors import HfEsmError
-from ..utils import check_known
+from ..utils import check_known, check_path, reason_of
 from .options import MergeOptions
 
 
@@ -45,6 +45,7 @@ def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[s
         HfEsmError: if the recipe is missing, is not YAML, is of another format version, lacks a key, or has an unknown
             key.
     """
+    check_path(path, "recipe")
     path = Path(path)
     recipe = _read_yaml(path)
     version = recipe.get("recipe_version", RECIPE_VERSION)
@@ -83,6 +84,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise HfEsmError(f"{path} is not a text file, so it is not a recipe.") from None
     except yaml.YAMLError as error:
         raise HfEsmError(f"{path}: not a valid recipe: {error}") from None
+    except RecursionError:
+        raise HfEsmError(f"{path}: not a valid recipe: it is nested too deeply. Write it flat.") from None
+    except Exception as error:  # such as a date that there is not
+        raise HfEsmError(f"{path}: not a valid recipe: {reason_of(error)}. Put the value in quotes.") from None
     if not isinstance(recipe, dict):
         raise HfEsmError(f"{path}: a recipe has keys such as base, experts, calibration and method.")
     return recipe
@@ -105,6 +110,7 @@ def _from_folder(key: str, value: Any, folder: Path) -> Any:
 def absolute_path(value: Any, folder: Path) -> Any:
     """Return a model or data set as recipes name it, with absolute paths for all that exist below `folder`."""
     if isinstance(value, str):
+        check_path(value, "recipe")
         return str((folder / value).absolute()) if value and (folder / value).exists() else value
     if isinstance(value, Mapping):
         return {key: absolute_path(entry, folder) if key in _PATHS else entry for key, entry in value.items()}

@@ -10,7 +10,7 @@ from typing import Any, Optional
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,9 +23,11 @@ from ..checkpoints import (
     read_routed_settings,
     write_adapter,
 )
+from ..errors import DamagedFileError
 from ..linalg import essential_subspace, truncated_svd
 from ..methods import InputStatistics
 from ..tuners.routed import RoutedExpertsConfig, fingerprint
+from ..utils import AGAIN, read_tensors, reading
 from .router import Router, discriminant_router, prototype_router
 
 
@@ -162,16 +164,19 @@ class RoutedExperts:
 def load_experts(folder: Path) -> RoutedExperts:
     """The experts in a merged model's folder."""
     config = read_routed_settings(folder, str(folder))
-    with safe_open(folder / ROUTED_FOLDER / ROUTER_FEATURES, "pt") as file:
+    path = folder / ROUTED_FOLDER / ROUTER_FEATURES
+    with reading(path), safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["header"])
         modules = header["modules"]
         features = {task: {module: file.get_tensor(f"{task}/{module}") for module in modules} for task in config.tasks}
         # hf_esm 0.1 stored the mean over the tasks alone.
         shift = {key[1:]: torch.atleast_2d(file.get_tensor(key)) for key in file.keys() if key.startswith("/")}
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in load_file(folder / ROUTED_FOLDER / SAFETENSORS_WEIGHTS_NAME).items():
+    for key, tensor in read_tensors(folder / ROUTED_FOLDER / SAFETENSORS_WEIGHTS_NAME).items():
         module, _, name = key.removeprefix("base_model.model.").rpartition(".")
         tensors[name][module] = tensor
+    if tensors["routed_experts_A"].keys() != tensors["routed_experts_B"].keys():
+        raise DamagedFileError(f"{folder / ROUTED_FOLDER}: factors of some experts are missing. {AGAIN}")
     return RoutedExperts(
         tasks=config.tasks,
         factors={

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -12,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ..checkpoints import HEAD_WEIGHTS, HEADS_FOLDER, write_lora_adapter
 from ..errors import HfEsmError
 from ..tuners.routed import RoutedExpertsLayer
-from ..utils import new_folder, staging_folder
+from ..utils import new_folder, read_tensors, staging_folder
 from .experts import RoutedExperts, load_experts
 
 
@@ -41,7 +40,7 @@ def export_experts(
                 routed.task_model(task) if heads else routed.model.get_base_model(),
                 experts,
                 task,
-                load_file(head) if heads and head.is_file() else {},
+                read_tensors(head) if heads and head.is_file() else {},
                 base_model=base_model or source.repo_id or str(routed.folder.absolute()),
                 base_revision=None if base_model else source.revision,
             )

@@ -16,6 +16,7 @@ from ..checkpoints import (
     Access,
     ModelSource,
     ModelSpec,
+    buildable,
     load_processor,
     quiet_peft,
     resolve_class,
@@ -105,10 +106,10 @@ class RoutedModel:
         verify_routed(folder, str(model), allow_pickle)
         source = resolve_source(str(folder), str(model), Access(trust_remote_code=trust_remote_code))
         config, model_class = resolve_class(source)
-        static = model_class.from_pretrained(folder, config=config, **kwargs)
-        # PEFT would take off the hooks that Accelerate offloads weights by.
-        places = vars(static).pop("hf_device_map", None)
-        with quiet_peft():
+        with buildable(str(model)), quiet_peft():
+            static = model_class.from_pretrained(folder, config=config, **kwargs)
+            # PEFT would take off the hooks that Accelerate offloads weights by.
+            places = vars(static).pop("hf_device_map", None)
             adapted = PeftModel.from_pretrained(static, str(folder / ROUTED_FOLDER)).eval()
         if places is not None:
             static.hf_device_map = places

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -27,7 +27,7 @@ from ..errors import HfEsmError
 from ..hub import write_hashes
 from ..planning import check_replaceable
 from ..tuners.routed import RoutedExpertsModel
-from ..utils import in_place, publish_folder, staging_folder
+from ..utils import in_place, publish_folder, read_tensors, reading, staging_folder
 
 
 def trained_tensors(
@@ -42,14 +42,14 @@ def trained_tensors(
     for task, head in task_models.items():
         path = f"{HEADS_FOLDER}/{task}/{HEAD_WEIGHTS}"
         if (folder / path).is_file():
-            with in_place(*(head.get_submodule(name.rpartition(".")[0]) for name in load_file(folder / path))):
+            with in_place(*(head.get_submodule(name.rpartition(".")[0]) for name in read_tensors(folder / path))):
                 trained |= _changed(folder, path, head.state_dict())
     return trained
 
 
 def _changed(folder: Path, path: str, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors of a file as they are in a state, by the file's path in `folder`; empty if the file holds these."""
-    stored = load_file(folder / path)
+    stored = read_tensors(folder / path)
     tensors = {name: state[name].to("cpu", copy=True).contiguous() for name in stored}
     equal = all(torch.equal(tensor, stored[name].to(tensor.dtype)) for name, tensor in tensors.items())
     return {} if equal else {path: tensors}
@@ -97,7 +97,8 @@ def changed_settings(folder: Path, static: PreTrainedModel, processor: Any, into
     if static.can_generate():
         stored = GenerationConfig.from_model_config(static.config)
         if (folder / GENERATION_CONFIG).is_file():
-            stored = GenerationConfig.from_pretrained(folder)
+            with reading(folder / GENERATION_CONFIG):
+                stored = GenerationConfig.from_pretrained(folder)
         if static.generation_config.to_diff_dict() != stored.to_diff_dict():
             static.generation_config.save_pretrained(into)
     if processor is not None:

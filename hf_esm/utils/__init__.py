@@ -1,5 +1,6 @@
 """Tools that know nothing of models: processes, devices, folders, resumable work, hooks, fingerprints, checks of
-arguments, errors of the Hub, names of files, tables, sizes.
+arguments, errors of the Hub, names of files, tables,
+sizes, checksums.
 
 Comes in: plain values and functions. Goes out: the same work shared over processes, written atomically or resumed, and
 errors in one sentence.
@@ -14,15 +15,16 @@ from .arguments import (
     from_arguments,
     number_fields,
 )
+from .checksums import UNSEALED, check_seal, seal
 from .devices import algebra_device, fast_products, reserve, roomy
 from .distributed import default_accelerator, gather, main_first, together
 from .fingerprints import code_identity, data_identity, files_identity, fingerprint, processor_identity
 from .folders import atomic_file, new_folder, publish_folder, staging_folder
 from .hooks import Hook, hooked, remove_hooks
 from .hub_errors import plain_hub_errors
-from .names import check_task_name, stays_inside
+from .names import check_path, check_task_name, stays_inside
 from .offloading import device_of, in_place, is_offloaded
-from .readers import AGAIN, is_file, reading
+from .readers import AGAIN, is_file, read_tensors, reading
 from .resume import WORK_FOLDER, Work
 from .sentences import first_names, reason_of
 from .sizes import bytes_of, readable
@@ -31,6 +33,7 @@ from .tables import markdown_table, markdown_text, plain_table, plain_text
 
 __all__ = [
     "AGAIN",
+    "UNSEALED",
     "WORK_FOLDER",
     "Hook",
     "Work",
@@ -39,6 +42,8 @@ __all__ = [
     "bytes_of",
     "check_fields",
     "check_known",
+    "check_path",
+    "check_seal",
     "check_task_name",
     "closest_name",
     "code_identity",
@@ -67,12 +72,14 @@ __all__ = [
     "plain_text",
     "processor_identity",
     "publish_folder",
+    "read_tensors",
     "readable",
     "reading",
     "reason_of",
     "remove_hooks",
     "reserve",
     "roomy",
+    "seal",
     "staging_folder",
     "stays_inside",
     "together",

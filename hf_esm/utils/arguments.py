@@ -7,7 +7,6 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
-from math import isfinite
 from numbers import Integral, Real
 from typing import Any, Optional, TypeVar
 
@@ -16,6 +15,9 @@ from ..errors import HfEsmError
 
 Options = TypeVar("Options")
 
+
+# The largest number of the dtype that weights are computed in.
+_LARGEST = 3.4028234663852886e38
 
 # How errors describe a type, and which values have it. A bool is not a number.
 _KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
@@ -84,7 +86,7 @@ def finite_number(value: Any, name: str, wanted: str = "a finite number") -> flo
     if isinstance(value, str):
         with suppress(ValueError):
             number = float(value)
-    if isinstance(number, bool) or not isinstance(number, Real) or not isfinite(number):
+    if isinstance(number, bool) or not isinstance(number, Real) or not -_LARGEST <= number <= _LARGEST:
         raise HfEsmError(f"{name} must be {wanted}, not {value!r}.")
     return float(number)
 
@@ -150,7 +152,7 @@ def _fits(value: Any, types_: list[Any], limits: Mapping[str, Any]) -> bool:
     if not isinstance(value, Real) or isinstance(value, bool):
         return True
     return (
-        (isinstance(value, Integral) or isfinite(value))
+        (isinstance(value, Integral) or -_LARGEST <= value <= _LARGEST)
         and value >= limits.get("least", value)
         and value <= limits.get("most", value)
         and not ("above" in limits and value <= limits["above"])

@@ -1,6 +1,7 @@
 """Folders and files that get their name only when they are complete."""
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -8,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
 
-from ..errors import HfEsmError
+from ..errors import DiskFullError, HfEsmError
+from .names import check_path
 
 
 @contextlib.contextmanager
@@ -24,7 +26,8 @@ def atomic_file(path: Path, suffix: Optional[str] = None) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.partial{suffix or path.suffix}")
     try:
-        yield partial
+        with naming_full_disk(path):
+            yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -36,9 +39,27 @@ def staging_folder(output: Path) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.incomplete-", dir=output.parent))
     try:
-        yield folder
+        with naming_full_disk(output):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Name the file or folder that is written inside the block, if the disk is full; the system's error names none.
+
+    Raises:
+        DiskFullError: if the disk, or the user's share of it, is full.
+    """
+    try:
+        yield
+    except Exception as error:  # safetensors has an error of its own
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+        if isinstance(error, HfEsmError) or not full:
+            raise
+        reason = "No space left on device"
+        raise DiskFullError(f"{path} cannot be written: {reason}. Free some, or choose another place.") from None
 
 
 def publish_folder(folder: Path, output: Path, overwrite: bool = False) -> None:
@@ -71,6 +92,7 @@ def new_folder(folder: str | os.PathLike) -> Path:
     Raises:
         HfEsmError: if the folder exists.
     """
+    check_path(folder, "folder")
     folder = Path(folder).expanduser()
     if folder.exists():
         raise HfEsmError(f"{folder} exists. Choose another folder for the adapter.")

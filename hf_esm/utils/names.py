@@ -1,5 +1,6 @@
 """Names that become names of files and folders: those of tasks, and relative paths that a model's files name."""
 
+import os
 import re
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
@@ -9,6 +10,8 @@ from ..errors import HfEsmError
 
 _LONGEST_NAME = 100  # of a task, in letters; many alphabets take 2 or 3 bytes a letter, and a file's name 255 bytes
 _LONGEST_FILE = 200  # in bytes, which leaves room for suffixes
+
+_LONGEST_PART, _LONGEST_PATH = 255, 4095  # of a path, in bytes
 
 _RESERVED = ("base", "static", "none")  # as tasks: the base, no expert, none of the tasks
 
@@ -48,6 +51,40 @@ none of base, static, none.
         raise HfEsmError(f"The task name {name[:20]!r}… has {len(name)} letters; use at most {_LONGEST_NAME}.")
     if len(name.encode()) > _LONGEST_FILE:
         raise HfEsmError(f"The task name {name[:20]!r}… has {len(name.encode())} bytes; use at most {_LONGEST_FILE}.")
+
+
+def check_path(path: Any, name: str) -> None:
+    """Raise unless there can be a file or folder of this path, and JSON and YAML can hold it.
+
+    Args:
+        path: a path of the caller, who may also pass something else here, which is not checked.
+        name: what the path is of, for the error.
+
+    Raises:
+        HfEsmError: if the path has a NUL, a part that is too long, or bytes that are no UTF-8.
+
+    Example:
+        >>> from hf_esm.utils import check_path
+        >>> check_path("merged\0", "`output_dir`")
+        Traceback (most recent call last):
+        hf_esm.errors.HfEsmError: `output_dir`: the path 'merged\\x00' has a NUL character. Choose another.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        return
+    text = os.fspath(path)
+    shown = repr(text) if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]!r}…"
+    try:
+        encoded = text.encode() if isinstance(text, str) else bytes(text.decode(), "utf-8")
+    except UnicodeError:
+        raise HfEsmError(f"{name}: the path {shown} is not UTF-8. Rename it.") from None
+    if b"\0" in encoded:
+        raise HfEsmError(f"{name}: the path {shown} has a NUL character. Choose another.")
+    longest = max(map(len, encoded.split(b"/")), default=0)
+    if longest > _LONGEST_PART or len(encoded) > _LONGEST_PATH:
+        raise HfEsmError(
+            f"{name}: the path {shown} is too long: {longest} bytes in one part and {len(encoded)} in all, of at most "
+            f"{_LONGEST_PART} and {_LONGEST_PATH}. Choose another."
+        )
 
 
 def stays_inside(path: Any) -> bool:

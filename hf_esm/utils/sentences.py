@@ -17,10 +17,12 @@ def reason_of(error: Exception) -> str:
         >>> reason_of(RuntimeError("Error(s) in loading:\\n  size mismatch for a.\\n  size mismatch for b."))
         'size mismatch for a, and 1 line more'
     """
+    if isinstance(error, KeyError):
+        return f"it lacks {str(error)[:200]}"
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if not line.endswith(":")] or lines
-    if not lines or isinstance(error, (KeyError, AttributeError, TypeError)):
-        return repr(error)[:200]
+    if not lines:
+        return "without a reason"
     first = lines[0] if len(lines[0]) <= 200 else f"{lines[0][:199]}…"
     more = len(lines) - 1
     return f"{first}, and {more} line{'s' * (more > 1)} more" if more else first

@@ -425,7 +425,11 @@ def test_mistyped_commands_are_status_2(capsys, command, message):
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (RuntimeError("out of luck"), 1, "hf-esm: RuntimeError: out of luck"),
+        (
+            RuntimeError("out of luck"),
+            1,
+            "hf-esm: internal error (RuntimeError: out of luck)",
+        ),
         (KeyboardInterrupt(), 130, "hf-esm: stopped before the output was written."),
     ],
 )

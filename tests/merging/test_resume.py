@@ -172,7 +172,7 @@ def test_nothing_is_lost_where_the_output_cannot_get_its_name(models, whole, tmp
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "half a line, twice"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "a flipped bit", "half a line, twice"])
 def test_merged_weights_that_are_not_there_are_not_believed_in(models, whole, tmp_path, damage):
     options = {"output_dir": tmp_path / "out", "resume_dir": str(tmp_path / "work")}
     with pytest.raises(Stopped):
@@ -180,6 +180,16 @@ def test_merged_weights_that_are_not_there_are_not_believed_in(models, whole, tm
     updates = tmp_path / "work" / WORK_FOLDER / "updates-0.safetensors"
     if damage == "gone":
         updates.unlink()
+    elif damage == "a flipped bit":
+        name = next(iter(json.loads(updates.with_suffix(".journal").read_text().splitlines()[0])))
+        header = int.from_bytes(updates.read_bytes()[:8], "little")
+        content = bytearray(updates.read_bytes())
+        start, _ = json.loads(content[8 : 8 + header])[name]["data_offsets"]
+        content[8 + header + start] ^= 1
+        updates.write_bytes(content)
+        with pytest.raises(HfEsmError, match="was changed after the merge was interrupted"):
+            merge_models(**given(models), **options)
+        return
     elif damage == "cut":
         updates.write_bytes(updates.read_bytes()[:-10])
         with pytest.raises(HfEsmError, match="was changed after the merge was interrupted"):
