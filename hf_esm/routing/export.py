@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..checkpoints import HEAD_WEIGHTS, HEADS_FOLDER, write_lora_adapter
+from ..checkpoints import HEAD_WEIGHTS, HEADS_FOLDER, read_modules, write_lora_adapter
 from ..errors import HfEsmError
 from ..tuners.routed import RoutedExpertsLayer
 from ..utils import new_folder, read_tensors, staging_folder
@@ -29,21 +29,27 @@ def export_experts(
         base_model: Hub id of the static model; by default the place that the model was loaded from.
     """
     source, experts = routed._source, load_experts(routed.folder)
+    modules = read_modules(routed.folder, str(routed.folder))
     tasks = list(dict.fromkeys(tasks))
     for task in tasks:
         new_folder(output / task)
     with staging_folder(output) as staging:
         for task in tasks:
             head = routed.folder / HEADS_FOLDER / task / HEAD_WEIGHTS
+            model = routed.task_model(task) if heads else routed.model.get_base_model()
             _write(
                 staging / task,
-                routed.task_model(task) if heads else routed.model.get_base_model(),
+                model,
                 experts,
                 task,
                 read_tensors(head) if heads and head.is_file() else {},
                 base_model=base_model or source.repo_id or str(routed.folder.absolute()),
                 base_revision=None if base_model else source.revision,
             )
+            if routed.processor is not None:
+                routed.processor.save_pretrained(staging / task)
+            if modules is not None and type(model) is type(routed.model.get_base_model()):
+                modules.save(staging / task, modules.tensors.__getitem__)
         output.mkdir(parents=True, exist_ok=True)
         return {task: (staging / task).rename(output / task) for task in tasks}
 

@@ -35,7 +35,7 @@ from .prediction import explain, predict
 from .prompts import prompt_route, request
 from .saving import save_model, trained_tensors
 from .sentences import sentence_transformer
-from .task_models import build_task_model
+from .task_models import build_task_model, follow
 
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ class RoutedModel:
         check_known([task], self.tasks, "expert for")
         if task not in self._task_models:
             self._task_models[task] = build_task_model(self.model, self.folder, task)
-        return self._task_models[task]
+        return follow(self.model, self._task_models[task])
 
     def sentence_transformer(self, **kwargs: Any) -> "SentenceTransformer":
         """The routed model as a `SentenceTransformer`, of experts that are models of Sentence Transformers.
@@ -329,7 +329,7 @@ class RoutedModel:
     ) -> dict[str, Path]:
         """Write every expert as an ordinary LoRA adapter over the static model, to `folder/TASK`.
 
-        An adapter belongs to the class of its task, and brings the head along: over the static model, loaded as that
+        An adapter belongs to the class of its task, and brings head and tokenizer along: over the static model, loaded as that
         class with the task's number of labels, it gives what `task_model(TASK)` gives in `with model.route(TASK)`.
 
         Args:

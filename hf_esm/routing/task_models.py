@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..checkpoints import CONFIG_FILE, HEADS_FOLDER, attach_head
 from ..errors import HfEsmError
 from ..tuners.routed import Named, routing_state
+from ..utils import device_of
 from .prompts import compile_with_routes
 
 
@@ -26,6 +27,18 @@ def build_task_model(routed: PeftModel, folder: Path, task: str) -> PreTrainedMo
     model.register_forward_pre_hook(partial(_check_one_head, task, routed), with_kwargs=True)
     model.save_pretrained = partial(_refuse_saving, task)
     model.compile = partial(compile_with_routes, model, routing_state(routed))
+    return model
+
+
+def follow(routed: PeftModel, model: PreTrainedModel) -> PreTrainedModel:
+    """Move and cast the head of a task's model as the routed body was since the head was attached, or moved last."""
+    placed = device_of(routed), routed.get_base_model().dtype
+    if vars(model).setdefault("_hf_esm_placed", placed) != placed:
+        shared = {id(tensor) for tensor in (*routed.parameters(), *routed.buffers())}
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) not in shared and not tensor.is_meta:
+                tensor.data = tensor.data.to(placed[0], placed[1] if tensor.is_floating_point() else None)
+        model._hf_esm_placed = placed
     return model
 
 

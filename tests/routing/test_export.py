@@ -8,7 +8,7 @@ import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_esm import HfEsmError, RoutedModel, load_task_model, merge_models
 from hf_esm.data import collate
@@ -130,19 +130,22 @@ def test_an_exported_embedding_model_embeds_as_the_routed_one(tmp_path):
         progress=False,
     )
     routed = RoutedModel.from_pretrained(tmp_path / "routed")
-    exported = SentenceTransformer(str(tmp_path / "routed"), device="cpu")
-    exported.load_adapter(str(routed.export_lora(tmp_path / "lora")["b"]))
+    adapter = str(routed.export_lora(tmp_path / "lora")["b"])
+    loaded = SentenceTransformer(str(tmp_path / "routed"), device="cpu")
+    loaded.load_adapter(adapter)
     with routed.route("b"):
         expected = routed.sentence_transformer().encode(TEXTS)
     with routed.route("static"):
         assert abs(routed.sentence_transformer().encode(TEXTS) - expected).max() > 1e-3
-    assert abs(exported.encode(TEXTS) - expected).max() < 1e-5
+    for exported in (loaded, SentenceTransformer(adapter, device="cpu")):
+        assert abs(exported.encode(TEXTS) - expected).max() < 1e-5
 
 
 def test_the_base_of_exported_adapters_can_be_named(merged, routed, adapters, tmp_path):
     named = routed.export_lora(tmp_path / "lora", ["b"], base_model="me/static")
     found = [json.loads((folder / "adapter_config.json").read_text()) for folder in (adapters["b"], named["b"])]
     assert [config["base_model_name_or_path"] for config in found] == [str(merged.absolute()), "me/static"]
+    assert AutoTokenizer.from_pretrained(named["b"]).get_vocab() == routed.processor.get_vocab()
     with pytest.raises(HfEsmError, match="exists"):
         routed.export_lora(tmp_path / "lora", ["b"])
 

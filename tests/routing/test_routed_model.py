@@ -349,6 +349,16 @@ def test_heads_are_cast_with_the_body_whenever_they_are_attached(merged, dtype):
     assert kinds == {torch.float32}
 
 
+def test_a_head_follows_the_body_that_is_cast_by_itself(merged, routed):
+    cast = RoutedModel.from_pretrained(merged)
+    with torch.no_grad():
+        cast.task_model("a").classifier.bias.add_(1)  # as training does
+        cast.model.to(torch.bfloat16)
+        head = cast.task_model("a").classifier
+        assert torch.equal(head.bias, (routed.task_model("a").classifier.bias + 1).bfloat16())
+    assert [p.task for p in cast.predict(MIXED)] == [p.task for p in routed.predict(MIXED)]
+
+
 def test_training_and_evaluation_mode_reach_the_heads_whenever_they_are_attached(merged):
     routed = RoutedModel.from_pretrained(merged)
     attached = [routed.task_model("a")]
