@@ -329,8 +329,9 @@ class RoutedModel:
     ) -> dict[str, Path]:
         """Write every expert as an ordinary LoRA adapter over the static model, to `folder/TASK`.
 
-        An adapter belongs to the class of its task, and brings head and tokenizer along: over the static model, loaded as that
-        class with the task's number of labels, it gives what `task_model(TASK)` gives in `with model.route(TASK)`.
+        An adapter belongs to the class of its task, and brings head and tokenizer along: over the static model, loaded
+        as that class with the task's number of labels, it gives what `task_model(TASK)` gives in `with
+        model.route(TASK)`.
 
         Args:
             folder: gets a folder for each task.
