@@ -19,3 +19,7 @@ class DamagedFileError(HfEsmError):
 
 class DiskFullError(HfEsmError, OSError):
     """A file cannot be written, since the disk is full."""
+
+
+class MissingAttributeError(HfEsmError, AttributeError):
+    """An object lacks an attribute that the caller takes for granted."""

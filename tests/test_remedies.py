@@ -271,6 +271,7 @@ TOKENIZERS = "test_the_vocabulary_may_be_that_of_the_base_or_of_a_task"
 FLOATS = "test_weights_that_float16_does_not_hold_are_refused"
 REMEDIES = {  # what is called, and the names of the tests that call it
     "PeftModel.from_pretrained(merged, folder)": "test_a_prompt_that_was_left_out_goes_on_the_merged_model",
+    "RoutedModel.from_pretrained('{}')": "test_a_model_whose_adapter_is_gone_says_so",
     "SentenceTransformer(…)[0].model": EMBED,
     "accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(folder)": UNWRAPPED,
     "allow_pickle=True": "test_a_pickled_expert_is_merged_where_that_is_allowed "
@@ -281,6 +282,7 @@ REMEDIES = {  # what is called, and the names of the tests that call it
     "dtype='bfloat16'": FLOATS,
     "dtype='float32'": FLOATS,
     "encode(…, prompt={})": "test_every_expert_is_read_with_its_own_prompt_and_differences_are_warned_of",
+    "delete_adapter({})": "test_an_adapter_of_the_users_is_not_lost",
     "eval()": "test_a_pass_that_would_train_nothing_is_refused_with_what_trains",
     "essential_components(…, as_lora=True)": "test_components_for_several_adapters_in_a_batch_are_written_as_lora",
     "gates=True": "test_trains_the_gates_alone_and_comes_back_from_its_folder",

@@ -27,13 +27,15 @@ from ..data import DataSpec, RunOptions
 from ..errors import HfEsmError
 from ..hub import push_folder, verify_routed
 from ..tuners.routed import Route, route
-from ..utils import check_known, device_of
+from ..utils import check_known
+from .adapters import check_present
+from .as_module import AsModule
 from .editing import ExpertSpec, add_expert, remove_expert
 from .explanations import Explanation, Prediction
 from .export import export_experts
 from .prediction import explain, predict
 from .prompts import prompt_route, request
-from .saving import save_model, trained_tensors
+from .saving import check_settings, check_static, save_model, trained_tensors
 from .sentences import sentence_transformer
 from .task_models import build_task_model, follow
 
@@ -42,13 +44,14 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-class RoutedModel:
+class RoutedModel(AsModule):
     """A merged model that adds to each sample the experts of its likeliest tasks (ESM++, arXiv 2606.19164).
 
     Attributes:
         model: the `PeftModel`. Call it, or this object, as any Transformers model.
         folder: the folder that the model was loaded from.
         processor: tokenizer or processor; None if the folder has none.
+        adapter: name of the routed adapter in the `PeftModel`.
         config: configuration of the routed adapter.
         tasks: names of the experts.
 
@@ -73,7 +76,8 @@ class RoutedModel:
     ):
         self.model, self.folder, self.processor, self._loading = model, folder, processor, loading or {}
         self._source = source or ModelSource(str(folder), folder=folder)
-        self.config = model.peft_config[model.active_adapter]
+        self.adapter: str = model.active_adapter
+        self.config = model.peft_config[self.adapter]
         self.tasks: list[str] = self.config.tasks
         self._task_models: dict[str, PreTrainedModel] = {}
 
@@ -118,7 +122,7 @@ class RoutedModel:
         return cls(adapted, folder, load_processor(folder, trust_remote_code), source, loading)
 
     def __repr__(self) -> str:
-        static = type(self.model.get_base_model()).__name__
+        static = type(self.model.base_model.model).__name__
         return (
             f"RoutedModel({str(self.folder)!r}: {static} with experts of {', '.join(self.tasks)}; "
             f"router: {self.config.router}; {self.dtype}, {self.device})"
@@ -214,22 +218,23 @@ class RoutedModel:
         Raises:
             HfEsmError: if there is no such task.
         """
-        return route(self.model, tasks)
+        return route(check_present(self), tasks)
 
     def task_model(self, task: str) -> PreTrainedModel:
         """The model of a task (`…ForSequenceClassification`, …) around the routed body, which all tasks share.
 
-        This model can be run and trained, but not saved (pass `save_strategy="no"` to a `Trainer`).
-        `save_pretrained` of this object saves experts and heads that were trained; `load_task_model` and
-        `export_lora` give models that can be saved.
+        This model can be run and trained. A `Trainer` saves and resumes what it trains: experts and head, as
+        `model.safetensors` in its folders, which `load_state_dict(…, strict=False)` of this model reads.
+        `save_pretrained` of this object saves the whole model. `load_task_model` and `export_lora` give models that
+        are saved by themselves.
 
         Raises:
             HfEsmError: if there is no such task, or the folder has no head for it.
         """
         check_known([task], self.tasks, "expert for")
         if task not in self._task_models:
-            self._task_models[task] = build_task_model(self.model, self.folder, task)
-        return follow(self.model, self._task_models[task])
+            self._task_models[task] = build_task_model(check_present(self), self.folder, task)
+        return follow(check_present(self), self._task_models[task])
 
     def sentence_transformer(self, **kwargs: Any) -> "SentenceTransformer":
         """The routed model as a `SentenceTransformer`, of experts that are models of Sentence Transformers.
@@ -245,40 +250,6 @@ class RoutedModel:
         """
         return sentence_transformer(self, **kwargs)
 
-    def to(self, *args: Any, **kwargs: Any) -> "RoutedModel":
-        """Move or cast the model, as `torch.nn.Module.to`. Experts and router stay in float32."""
-        for model in self._models():
-            model.to(*args, **kwargs)
-        return self
-
-    def half(self) -> "RoutedModel":
-        """Cast the static model and the heads to float16."""
-        return self.to(torch.float16)
-
-    def bfloat16(self) -> "RoutedModel":
-        """Cast the static model and the heads to bfloat16."""
-        return self.to(torch.bfloat16)
-
-    def train(self, mode: bool = True) -> "RoutedModel":
-        """Set the training mode of the model and of all task models."""
-        for model in self._models():
-            model.train(mode)
-        return self
-
-    def eval(self) -> "RoutedModel":
-        """Set the evaluation mode of the model and of all task models."""
-        return self.train(False)
-
-    @property
-    def device(self) -> torch.device:
-        """Device on which the model computes first."""
-        return device_of(self.model)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the static model."""
-        return self.model.get_base_model().dtype
-
     def save_pretrained(self, folder: str | os.PathLike, overwrite: bool = False) -> Path:
         """Write the whole model to a folder: experts, heads, tokenizer and settings of generation as they are now.
 
@@ -287,10 +258,11 @@ class RoutedModel:
             overwrite: whether a folder that a merge wrote may be replaced.
 
         Raises:
-            HfEsmError: if the folder exists, and is not to be replaced; if weights of the static model were changed.
+            HfEsmError: if the folder exists, and is not to be replaced; if weights of the static model were changed;
+                if there are adapters of another kind, such as a LoRA, which would be lost.
         """
-        folder, static = Path(folder).expanduser(), self.model.get_base_model()
-        save_model(self._source, self.folder, static, self.processor, self._trained(), folder, overwrite)
+        folder, trained = Path(folder).expanduser(), self._trained()
+        save_model(self._source, self.folder, self.model.get_base_model(), self.processor, trained, folder, overwrite)
         return folder
 
     def push_to_hub(
@@ -317,6 +289,9 @@ class RoutedModel:
             HfEsmError: see `push_folder`.
         """
         self._refuse_trained("push_to_hub")
+        static = self.model.get_base_model()
+        check_static(self._source, static)
+        check_settings(self.folder, static, self.processor)
         return push_folder(self.folder, repo_id, base_model=base_model, private=private, token=token, **kwargs)
 
     def export_lora(
@@ -403,11 +378,8 @@ class RoutedModel:
         folder = remove_expert(self.folder, self.model.get_base_model(), self.config, task, Path(output_dir))
         return type(self).from_pretrained(folder, **self._loading)
 
-    def _models(self) -> list[torch.nn.Module]:
-        return [self.model, *self._task_models.values()]
-
     def _trained(self) -> dict[str, dict[str, torch.Tensor]]:
-        return trained_tensors(self.folder, self.model, self._task_models)
+        return trained_tensors(self.folder, check_present(self), self.adapter, self._task_models)
 
     def _refuse_trained(self, call: str) -> None:
         if self._trained():

@@ -13,6 +13,7 @@ from ..errors import HfEsmError
 from ..metrics import batches_of
 from ..tuners.routed import Decision, Decisions, Named, decide, route, routing_state
 from ..utils import check_known
+from .adapters import check_present
 from .explanations import Explanation, Prediction, explanation, is_sure, probabilities, take, vote
 
 
@@ -118,7 +119,7 @@ def _list_rows(inputs: Any) -> list[Any]:
 
 def _named_tasks(routed: "RoutedModel", tasks: Optional[str | Sequence[str]], count: int) -> Optional[list[str]]:
     """The task of each input, as `predict` or the route around it names them; None where the router decides."""
-    forced = routing_state(routed.model).route.get()
+    forced = routing_state(check_present(routed)).route.get()
     if tasks is None and isinstance(forced, Named):
         tasks = forced.names
         if "static" in ([tasks] if isinstance(tasks, str) else tasks):
@@ -134,7 +135,7 @@ def _named_tasks(routed: "RoutedModel", tasks: Optional[str | Sequence[str]], co
 
 def _check_router(routed: "RoutedModel", call: str) -> None:
     """Refuse a call that needs the decision of the router."""
-    if routing_state(routed.model).route.get() is not None:
+    if routing_state(check_present(routed)).route.get() is not None:
         raise HfEsmError(f"{call} asks the router, but a route is given. Call it outside of `route`.")
     if not routed.model.has_active_enabled_adapter:
         raise HfEsmError(f"{call}: the experts are disabled, and the router with them. Enable the adapter.")

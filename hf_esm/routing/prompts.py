@@ -20,6 +20,7 @@ from ..tuners.routed import (
     route,
     routing_state,
 )
+from .adapters import check_present
 
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def request(
 ) -> Iterator[None]:
     """Context of one call of a routed model: its route, if tasks are named, and the length of its prompts."""
     with ExitStack() as stack:
-        routing_state(routed.model).load()
+        routing_state(check_present(routed)).load()
         if tasks is not None:
             stack.enter_context(route(routed.model, tasks))
         if length is not None:

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,28 +28,41 @@ from ..hub import write_hashes
 from ..planning import check_replaceable
 from ..tuners.routed import RoutedExpertsModel
 from ..utils import in_place, publish_folder, read_tensors, reading, staging_folder
+from .adapters import adapter_tensors, check_alone, static_name
 
 
 def trained_tensors(
-    folder: Path, model: PeftModel, task_models: Mapping[str, PreTrainedModel]
+    folder: Path, model: PeftModel, adapter: str, task_models: Mapping[str, PreTrainedModel]
 ) -> dict[str, dict[str, Tensor]]:
-    """Tensors of the adapter and of the heads, by file in `folder`, for files that store other values."""
+    """Tensors of the adapter and of the heads, by file in `folder`, for files that store other values.
+
+    Raises:
+        HfEsmError: if there are other adapters, or experts are gone.
+    """
+    check_alone([model, *task_models.values()], adapter)
     trained = {}
     of_adapter = [part for name, part in model.named_modules() if RoutedExpertsModel.prefix in name.rpartition(".")[2]]
     with in_place(*of_adapter):
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
-        trained |= _changed(folder, f"{ROUTED_FOLDER}/{SAFETENSORS_WEIGHTS_NAME}", state)
+        path = f"{ROUTED_FOLDER}/{SAFETENSORS_WEIGHTS_NAME}"
+        trained |= _changed(folder, path, adapter_tensors(model, adapter))
     for task, head in task_models.items():
         path = f"{HEADS_FOLDER}/{task}/{HEAD_WEIGHTS}"
         if (folder / path).is_file():
-            with in_place(*(head.get_submodule(name.rpartition(".")[0]) for name in read_tensors(folder / path))):
-                trained |= _changed(folder, path, head.state_dict())
+            places = {name.rpartition(".")[0] for name in read_tensors(folder / path)}
+            with in_place(*(module for place, module in head.named_modules() if static_name(place) in places)):
+                state = {static_name(name): tensor for name, tensor in head.state_dict().items()}
+                trained |= _changed(folder, path, state)
     return trained
 
 
 def _changed(folder: Path, path: str, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors of a file as they are in a state, by the file's path in `folder`; empty if the file holds these."""
     stored = read_tensors(folder / path)
+    if gone := sorted(stored.keys() - state.keys()):
+        raise HfEsmError(
+            f"'{gone[0]}' of {path} is gone from the model in memory: merging or unloading an adapter on top takes "
+            f"experts along. Load the model again: `RoutedModel.from_pretrained('{folder}')`."
+        )
     tensors = {name: state[name].to("cpu", copy=True).contiguous() for name in stored}
     equal = all(torch.equal(tensor, stored[name].to(tensor.dtype)) for name, tensor in tensors.items())
     return {} if equal else {path: tensors}
@@ -64,7 +77,7 @@ def check_static(source: ModelSource, static: PreTrainedModel) -> None:
     """
     stored = open_checkpoint(replace(source, repo_id=None, title=str(source.root)))
     owners = {
-        f"{place}.{at}".replace(".base_layer.", "."): (module, at)
+        static_name(f"{place}.{at}"): (module, at)
         for place, module in static.named_modules(remove_duplicate=False)
         for at, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None
@@ -149,3 +162,13 @@ def save_model(
         if trained or settings:
             write_hashes(staging)
         publish_folder(staging, output, overwrite)
+
+
+def check_settings(folder: Path, static: PreTrainedModel, processor: Any) -> None:
+    """Refuse settings of generation, and a tokenizer or processor, that differ from what `folder` holds."""
+    with TemporaryDirectory() as written:
+        if changed := changed_settings(folder, static, processor, Path(written)):
+            raise HfEsmError(
+                f"{changed[0].name} was changed since it was loaded. Call save_pretrained, load the saved model with "
+                "RoutedModel.from_pretrained, and push that."
+            )

@@ -1,15 +1,20 @@
 """The model of one task: a head around the routed body, which all tasks share."""
 
+import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..checkpoints import CONFIG_FILE, HEADS_FOLDER, attach_head
 from ..errors import HfEsmError
-from ..tuners.routed import Named, routing_state
+from ..tuners.routed import Named, RoutedExpertsModel, routing_state
 from ..utils import device_of
 from .prompts import compile_with_routes
 
@@ -25,7 +30,9 @@ def build_task_model(routed: PeftModel, folder: Path, task: str) -> PreTrainedMo
         raise HfEsmError(f"{folder} has no head of {task!r}. Merge again, or download the whole model.")
     model = attach_head(routed.get_base_model(), folder, task).train(routed.training)
     model.register_forward_pre_hook(partial(_check_one_head, task, routed), with_kwargs=True)
-    model.save_pretrained = partial(_refuse_saving, task)
+    shared = {id(weight) for name, weight in routed.named_parameters() if RoutedExpertsModel.prefix not in name}
+    model.save_pretrained = partial(_save_trained, task, model, shared)
+    model.load_state_dict = partial(_load_trained, model, shared)
     model.compile = partial(compile_with_routes, model, routing_state(routed))
     return model
 
@@ -54,10 +61,62 @@ def _check_one_head(task: str, model: PeftModel, head: PreTrainedModel, args: tu
         )
 
 
-def _refuse_saving(task: str, *args: Any, **kwargs: Any) -> None:
-    """Replaces `save_pretrained` of a task's model, which no `from_pretrained` could load."""
-    raise HfEsmError(
-        f"The model of {task!r} shares the routed body, and cannot be saved by itself. Save the static model with the "
-        f"task's head (`load_task_model(folder, {task!r})`), the task's expert (`export_lora`), or the whole model "
-        "(`RoutedModel.save_pretrained`)."
-    )
+def _save_trained(
+    task: str,
+    model: PreTrainedModel,
+    shared: set[int],
+    folder: str | os.PathLike,
+    *,
+    is_main_process: Optional[bool] = None,
+    state_dict: Optional[Mapping[str, Tensor]] = None,
+    **options: Any,
+) -> None:
+    """Replaces `save_pretrained` of a task's model, which no `from_pretrained` could load.
+
+    A training loop, which says whether its process is the main one, gets a checkpoint: all weights but those of the
+    static model that are frozen.
+
+    Args:
+        task: its task.
+        model: the task's model.
+        shared: identities of the static model's parameters.
+        folder: gets `model.safetensors`.
+        is_main_process: whether this process writes.
+        state_dict: weights of the model; by default its own.
+        options: are not used.
+
+    Raises:
+        HfEsmError: if no training loop saves.
+    """
+    if is_main_process is None:
+        raise HfEsmError(
+            f"The model of {task!r} shares the routed body, and cannot be saved by itself. Save the static model with "
+            f"the task's head (`load_task_model(folder, {task!r})`), the task's expert (`export_lora`), or the whole "
+            "model (`RoutedModel.save_pretrained`)."
+        )
+    if not is_main_process:
+        return
+    state = model.state_dict() if state_dict is None else state_dict
+    tensors = {name: state[name].detach().cpu().clone() for name in _kept(model, shared) & state.keys()}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(folder) / SAFE_WEIGHTS_NAME, {"format": "pt"})
+
+
+def _load_trained(
+    model: PreTrainedModel,
+    shared: set[int],
+    state_dict: Mapping[str, Tensor],
+    strict: bool = True,
+    assign: bool = False,
+) -> Any:
+    """Replaces `load_state_dict` of a task's model, which a checkpoint of `_save_trained` need not hold in full."""
+    found = nn.Module.load_state_dict(model, state_dict, strict, assign)
+    found.missing_keys[:] = sorted(_kept(model, shared) & set(found.missing_keys))
+    return found
+
+
+def _kept(model: PreTrainedModel, shared: set[int]) -> set[str]:
+    """Names of the weights in a checkpoint: without frozen weights of the static model, each of tied weights once."""
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    kept = {name for name, weight in model.named_parameters() if weight.requires_grad or id(weight) not in shared}
+    return model.state_dict().keys() - weights | kept

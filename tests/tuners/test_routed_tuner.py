@@ -213,6 +213,11 @@ def test_a_base_that_cannot_be_read_is_mentioned(cases, caplog):
     assert "cannot be compared" in caplog.text
 
 
+def test_a_name_with_a_dot_is_refused(cases):
+    case = cases["bert"]
+    refused("'v1.0' cannot name an adapter", PeftModel.from_pretrained, fresh(case), case.folder / "prototype", "v1.0")
+
+
 @routers
 def test_adapter_names_are_refused(cases, router):
     case = cases["bert"]

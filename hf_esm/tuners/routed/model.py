@@ -39,6 +39,8 @@ class RoutedExpertsModel(AdapterModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        if "." in adapter_name:
+            raise HfEsmError(f"'{adapter_name}' cannot name an adapter: torch allows no dots in the names of weights.")
         if config.decides:
             check_separable(model)
         if config.base_fingerprint is not None:
