@@ -1,10 +1,6 @@
 """What a routed model offers of `torch.nn.Module`, which it is not."""
 
-<<<<<<< HEAD
 from typing import Any, TypeVar
-=======
-from typing import TYPE_CHECKING, Any
->>>>>>> 316c96f (A Trainer over a task model saves and resumes; what saving or pushing would lose is refused with what saves it; a model without its adapter says so)
 
 import torch
 from peft import PeftModel
@@ -15,12 +11,7 @@ from ..utils import device_of
 from .adapters import check_present
 
 
-<<<<<<< HEAD
 Own = TypeVar("Own", bound="AsModule")
-=======
-if TYPE_CHECKING:
-    from typing import Self
->>>>>>> 316c96f (A Trainer over a task model saves and resumes; what saving or pushing would lose is refused with what saves it; a model without its adapter says so)
 
 
 class AsModule:

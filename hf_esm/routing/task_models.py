@@ -30,9 +30,8 @@ def build_task_model(routed: PeftModel, folder: Path, task: str) -> PreTrainedMo
         raise HfEsmError(f"{folder} has no head of {task!r}. Merge again, or download the whole model.")
     model = attach_head(routed.get_base_model(), folder, task).train(routed.training)
     model.register_forward_pre_hook(partial(_check_one_head, task, routed), with_kwargs=True)
-    shared = {id(weight) for name, weight in routed.named_parameters() if RoutedExpertsModel.prefix not in name}
-    model.save_pretrained = partial(_save_trained, task, model, shared)
-    model.load_state_dict = partial(_load_trained, model, shared)
+    model.save_pretrained = partial(_save_trained, task, model, routed)
+    model.load_state_dict = partial(_load_trained, model, routed)
     model.compile = partial(compile_with_routes, model, routing_state(routed))
     return model
 
@@ -64,7 +63,7 @@ def _check_one_head(task: str, model: PeftModel, head: PreTrainedModel, args: tu
 def _save_trained(
     task: str,
     model: PreTrainedModel,
-    shared: set[int],
+    routed: PeftModel,
     folder: str | os.PathLike,
     *,
     is_main_process: Optional[bool] = None,
@@ -79,7 +78,7 @@ def _save_trained(
     Args:
         task: its task.
         model: the task's model.
-        shared: identities of the static model's parameters.
+        routed: the static model with its routed adapter.
         folder: gets `model.safetensors`.
         is_main_process: whether this process writes.
         state_dict: weights of the model; by default its own.
@@ -97,26 +96,27 @@ def _save_trained(
     if not is_main_process:
         return
     state = model.state_dict() if state_dict is None else state_dict
-    tensors = {name: state[name].detach().cpu().clone() for name in _kept(model, shared) & state.keys()}
+    tensors = {name: state[name].detach().cpu().clone() for name in _kept(model, routed) & state.keys()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder) / SAFE_WEIGHTS_NAME, {"format": "pt"})
 
 
 def _load_trained(
     model: PreTrainedModel,
-    shared: set[int],
+    routed: PeftModel,
     state_dict: Mapping[str, Tensor],
     strict: bool = True,
     assign: bool = False,
 ) -> Any:
     """Replaces `load_state_dict` of a task's model, which a checkpoint of `_save_trained` need not hold in full."""
     found = nn.Module.load_state_dict(model, state_dict, strict, assign)
-    found.missing_keys[:] = sorted(_kept(model, shared) & set(found.missing_keys))
+    found.missing_keys[:] = sorted(_kept(model, routed) & set(found.missing_keys))
     return found
 
 
-def _kept(model: PreTrainedModel, shared: set[int]) -> set[str]:
+def _kept(model: PreTrainedModel, routed: PeftModel) -> set[str]:
     """Names of the weights in a checkpoint: without frozen weights of the static model, each of tied weights once."""
+    shared = {id(weight) for name, weight in routed.named_parameters() if RoutedExpertsModel.prefix not in name}
     weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     kept = {name for name, weight in model.named_parameters() if weight.requires_grad or id(weight) not in shared}
     return model.state_dict().keys() - weights | kept
