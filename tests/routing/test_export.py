@@ -157,7 +157,7 @@ def test_a_head_that_is_no_whole_module_is_not_exported(merged, tmp_path, monkey
     def load_head(path):
         return {"classifier.weight": torch.zeros(2, 16), "classifier.bias": torch.zeros(2), name: torch.zeros(16)}
 
-    monkeypatch.setattr(export, "load_file", load_head)
+    monkeypatch.setattr(export, "read_tensors", load_head)
     with pytest.raises(HfEsmError, match=f"'a' has '{name}' in a module of the body"):
         routed.export_lora(tmp_path / "lora")
     assert not list(tmp_path.iterdir())
