@@ -33,6 +33,7 @@ setup(
         "accelerate>=1.15",
         "safetensors>=0.8",
         "datasets>=5.2",
+        "filelock>=3.20.3",
         "huggingface_hub>=2.4",
         "jinja2",
         "pandas",
@@ -43,7 +44,6 @@ setup(
     extras_require={
         "demo": ["matplotlib", "pillow", "scikit-learn"],
         "test": [
-            "filelock",
             "matplotlib",
             "pillow",
             "pytest",

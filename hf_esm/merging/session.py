@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 
 from ..planning import MergeOptions
-from ..utils import Work, gather, staging_folder, together
+from ..utils import Work, gather, naming_full_disk, staging_folder, together
 
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,10 @@ class Session:
         folder = None
         with together(self.accelerator):
             if self.accelerator.is_main_process:
-                output = self.output or Path(tempfile.gettempdir()) / "hf_esm"
-                folder = self.cleanup.enter_context(staging_folder(output))
+                if self.output is not None:
+                    folder = self.cleanup.enter_context(staging_folder(self.output))
+                else:
+                    place = tempfile.TemporaryDirectory(prefix="hf_esm-", ignore_cleanup_errors=True)
+                    folder = Path(self.cleanup.enter_context(place))
+                    self.cleanup.enter_context(naming_full_disk(folder))
         return gather(self.accelerator, folder)[0]

@@ -10,7 +10,7 @@ from ..checkpoints import CALIBRATION_FOLDER, RECIPE_FILE, ModelSpec
 from ..data import DataSpec
 from ..errors import HfEsmError
 from ..methods import MergeMethod
-from ..utils import WORK_FOLDER, check_known, check_path, check_task_name, finite_number
+from ..utils import WORK_FOLDER, check_known, check_path, check_task_name, finite_number, recover
 from .options import MergeOptions
 
 
@@ -214,12 +214,13 @@ def _check_output(options: MergeOptions, data: MergeData) -> None:
 
 
 def check_replaceable(output: Path, overwrite: bool, name: str = "folder") -> None:
-    """Raise an error if something exists at `output`, unless a merge wrote it and it is to be overwritten.
+    """Raise an error if something exists at `output`, unless a merge wrote it and it is to be overwritten, and can be.
 
     Args:
         name: of the argument that names the folder, for the error.
     """
     name = f"`{name}`" if name != "folder" else name
+    recover(output)
     if not output.exists() and not output.is_symlink():
         return
     if not overwrite:
@@ -228,3 +229,8 @@ def check_replaceable(output: Path, overwrite: bool, name: str = "folder") -> No
         raise HfEsmError(f"{output} is a link, so it is not overwritten. Name the folder that it leads to.")
     if not output.is_dir() or (any(output.iterdir()) and not (output / RECIPE_FILE).is_file()):
         raise HfEsmError(f"{output} was not written by a merge, so it is not overwritten. Choose another {name}.")
+    for folder in (output, output.parent):
+        if not os.access(folder, os.W_OK):
+            raise HfEsmError(
+                f"{output} cannot be overwritten: there is no permission to write to {folder}. Choose another {name}."
+            )

@@ -41,7 +41,15 @@ from ..data import DataSpec, RunOptions, encode, read_rows, with_prompt
 from ..errors import HfEsmError
 from ..hub import write_hashes
 from ..methods import RoutedMerge, resolve_method
-from ..planning import MergePlan, calibrated_widths, check_values, load_recipe, name_experts, plan_merge
+from ..planning import (
+    MergePlan,
+    calibrated_widths,
+    check_replaceable,
+    check_values,
+    load_recipe,
+    name_experts,
+    plan_merge,
+)
 from ..tuners.routed import RoutedExpertsConfig
 from ..utils import (
     check_known,
@@ -80,7 +88,7 @@ def add_expert(
     folder: Path, static: PreTrainedModel, config: RoutedExpertsConfig, spec: ExpertSpec, output: Path
 ) -> Path:
     """See `RoutedModel.add_expert`; `static` and `config` are those of the model in `folder`."""
-    task = spec.task
+    task, output = spec.task, _new(output)
     if task in config.tasks:
         raise HfEsmError(f"There is an expert for {task!r} already. Remove it first, or choose another name.")
     name_experts({**dict.fromkeys(config.tasks), task: spec.expert})
@@ -284,13 +292,20 @@ def remove_expert(folder: Path, static: PreTrainedModel, config: RoutedExpertsCo
     check_known([task], config.tasks, "expert for")
     if len(config.tasks) == 1:
         raise HfEsmError(f"{task!r} is the last expert. Without it, the model is the static model in {folder}.")
-    experts = load_experts(folder)
+    experts, output = load_experts(folder), _new(output)
     experts.remove(task)
 
     def remove_head(staging: Path) -> None:
         shutil.rmtree(staging / HEADS_FOLDER / task, ignore_errors=True)
 
     return _write(folder, static, config, experts, output, remove_head, f"'{task}' was removed")
+
+
+def _new(output: Path) -> Path:
+    """The path of a folder that does not exist yet."""
+    output = output.expanduser()
+    check_replaceable(output, False, "output_dir")
+    return output
 
 
 def _write(
@@ -308,9 +323,6 @@ def _write(
         change_head: is called with the copy, to add or remove a head.
         note: for the card and the recipe: how the experts changed.
     """
-    output = output.expanduser()
-    if output.exists():
-        raise HfEsmError(f"{output} exists. Choose another output_dir.")
     with staging_folder(output) as staging:
         shutil.copytree(folder, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
         shutil.rmtree(staging / ROUTED_FOLDER)

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ..checkpoints import HEAD_WEIGHTS, HEADS_FOLDER, read_modules, write_lora_adapter
 from ..errors import HfEsmError
 from ..tuners.routed import RoutedExpertsLayer
-from ..utils import new_folder, read_tensors, staging_folder
+from ..utils import give_access, new_folder, read_tensors, staging_folder
 from .experts import RoutedExperts, load_experts
 
 
@@ -50,6 +50,7 @@ def export_experts(
                 routed.processor.save_pretrained(staging / task)
             if modules is not None and type(model) is type(routed.model.get_base_model()):
                 modules.save(staging / task, modules.tensors.__getitem__)
+        give_access(staging)
         output.mkdir(parents=True, exist_ok=True)
         return {task: (staging / task).rename(output / task) for task in tasks}
 

@@ -19,7 +19,16 @@ from .checksums import UNSEALED, check_seal, seal
 from .devices import algebra_device, fast_products, reserve, roomy
 from .distributed import default_accelerator, gather, main_first, together
 from .fingerprints import code_identity, data_identity, files_identity, fingerprint, processor_identity
-from .folders import atomic_file, new_folder, publish_folder, staging_folder
+from .folders import (
+    atomic_file,
+    give_access,
+    naming_full_disk,
+    new_folder,
+    only_user,
+    publish_folder,
+    recover,
+    staging_folder,
+)
 from .hooks import Hook, hooked, remove_hooks
 from .hub_errors import plain_hub_errors
 from .names import check_path, check_task_name, stays_inside
@@ -58,6 +67,7 @@ __all__ = [
     "first_names",
     "from_arguments",
     "gather",
+    "give_access",
     "hooked",
     "in_place",
     "is_file",
@@ -65,8 +75,10 @@ __all__ = [
     "main_first",
     "markdown_table",
     "markdown_text",
+    "naming_full_disk",
     "new_folder",
     "number_fields",
+    "only_user",
     "plain_hub_errors",
     "plain_table",
     "plain_text",
@@ -76,6 +88,7 @@ __all__ = [
     "readable",
     "reading",
     "reason_of",
+    "recover",
     "remove_hooks",
     "reserve",
     "roomy",

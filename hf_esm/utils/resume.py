@@ -3,18 +3,13 @@
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Optional
 
 from ..errors import HfEsmError
 from .fingerprints import fingerprint
-from .folders import atomic_file
-
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two merges that use one folder at once are not noticed
-    fcntl = None
+from .folders import atomic_file, only_user
 
 
 WORK_FOLDER = "merge-in-progress"
@@ -42,7 +37,7 @@ class Work:
         self.place = Path(resume_dir).expanduser() if resume_dir else None
         self.folder = self.place / WORK_FOLDER if self.place else None
         self.key = {name: fingerprint(part) for name, part in parts.items()}
-        self._lock: Any = None
+        self._lock = ExitStack()
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +51,10 @@ class Work:
         Raises:
             HfEsmError: if it had others, or if the folder contains something else.
         """
-        if self.folder is None or not self.folder.is_dir() or not any(self.folder.iterdir()):
+        if self.folder is None or not self.folder.is_dir():
+            return
+        # A merge that was killed before it wrote its mark leaves at most the mark's temporary file.
+        if all(".partial" in path.name for path in self.folder.iterdir()):
             return
         try:
             key = dict(json.loads((self.folder / _MARK).read_text(encoding="utf-8")))
@@ -78,14 +76,8 @@ class Work:
             HfEsmError: if another merge uses the folder, or the work in it is of a merge with other inputs.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.place / _LOCK).open("w")
-        try:
-            if fcntl:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HfEsmError(
-                f"{self.folder} is in use by another merge. Wait, or choose another `resume_dir`."
-            ) from None
+        message = f"{self.folder} is in use by another merge. Wait, or choose another `resume_dir`."
+        self._lock.enter_context(only_user(self.place / _LOCK, message))
         self.check()
         self._write(_MARK, json.dumps(self.key))
         if (self.folder / _STAGING).is_file():
@@ -101,15 +93,13 @@ class Work:
         shutil.rmtree(done, ignore_errors=True)
         self.folder.rename(done)
         shutil.rmtree(done, ignore_errors=True)
-        (self.place / _LOCK).unlink(missing_ok=True)
         self.release()
         if not any(self.place.iterdir()):
             self.place.rmdir()
 
     def release(self) -> None:
         """Unlock the folder, so that another merge can resume."""
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
 
     def _write(self, name: str, text: str) -> None:
         with atomic_file(self.folder / name) as partial:

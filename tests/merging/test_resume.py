@@ -222,6 +222,13 @@ def test_two_merges_do_not_share_their_work(models, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out"}  # nor what the killed one was writing
 
 
+def test_a_merge_that_was_killed_before_its_first_file_can_be_resumed(models, tmp_path):
+    (tmp_path / "work" / WORK_FOLDER).mkdir(parents=True)
+    (tmp_path / "work" / WORK_FOLDER / ".merge.partial-host-1-0a0a0a0a.json").write_text("{")
+    merge_models(**given(models), resume_dir=str(tmp_path / "work"), output_dir=tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
 def test_memory_bounds_what_is_merged_side_by_side():
     met, pair = [], Barrier(2)
 

@@ -31,6 +31,7 @@ from hf_esm import (
     merge_models,
 )
 from hf_esm.data.batches import batch_for, collate
+from hf_esm.hub import write_hashes
 from hf_esm.tuners.routed.model import Uncompiled, recording
 from support.architectures import ARCHITECTURES
 from support.helpers import image_samples, save, token_inputs
@@ -714,6 +715,7 @@ def test_task_models_generate_as_the_merged_model_is_set(language, tmp_path):
     shutil.copytree(language.folder, tmp_path / "model")
     settings = GenerationConfig(max_new_tokens=3, repetition_penalty=1.7)
     settings.save_pretrained(tmp_path / "model")
+    write_hashes(tmp_path / "model")
     found = RoutedModel.from_pretrained(tmp_path / "model").task_model("a").generation_config
     assert (found.max_new_tokens, found.repetition_penalty) == (3, 1.7)
 
