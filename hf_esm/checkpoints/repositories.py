@@ -1,15 +1,17 @@
 """Where a model's files are: a folder, a repository of the Hub, or a folder inside one of them."""
 
 import os
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Optional
 
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from ..errors import HfEsmError
-from ..utils import check_path, plain_hub_errors
+from ..utils import ask_hub, check_path, plain_hub_errors
+from .downloads import check_downloads
 from .layout import CARD_FILE
 
 
@@ -54,14 +56,21 @@ def snapshot(
     """Download a repository, or the files in its root, or in one subfolder, that match one of the patterns.
 
     Returns the folder of the repository.
+
+    Raises:
+        HubError: if the Hub refuses it or cannot be reached.
+        DamagedFileError: if a file is not the one that the Hub names, also after another download.
     """
     prefix = f"{inside}/" if inside else ""
-    allowed = [prefix + pattern for pattern in patterns] if patterns else None
-    below = [f"{prefix}*/*"] if patterns else None
-    with plain_hub_errors(title):
-        return Path(
-            snapshot_download(repo_id, revision=revision, token=token, allow_patterns=allowed, ignore_patterns=below)
-        )
+    chosen = {
+        "allow_patterns": [prefix + pattern for pattern in patterns] if patterns else None,
+        "ignore_patterns": [f"{prefix}*/*"] if patterns else None,
+    }
+    download = partial(snapshot_download, repo_id, revision=revision, token=token, **chosen)
+    folder = Path(ask_hub(title, download))
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    check_downloads(title, repo_id, folder, token, filter_repo_objects(names, **chosen))
+    return folder
 
 
 def files_on_hub(

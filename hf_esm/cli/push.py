@@ -1,12 +1,18 @@
 """Upload what merge wrote: the whole folder, or an ESM++ adapter alone over a static model on the Hub."""
 
 import argparse
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from ..checkpoints import RECIPE_FILE
+from ..calibration import ActivationStatistics
+from ..checkpoints import RECIPE_FILE, STATISTICS_FILE
 from ..errors import HfEsmError
 from ..hub import push_folder
 from .console import say
+from .flags import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,19 +20,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo_id", help="repository to upload to; a new one is created")
     parser.add_argument("--private", action="store_true", default=None, help="create a private repository")
     parser.add_argument("--revision", help="branch to push to; a new one is created (default: main)")
+    parser.add_argument("--create-pr", action="store_true", help="make a pull request instead of a commit")
+    parser.add_argument("--commit-message", help="summary of the commit or pull request")
     parser.add_argument("--adapter-over", metavar="MODEL", help="upload the adapter alone, over this static model")
+    parser.add_argument(
+        "--compress-statistics",
+        metavar="RANK",
+        type=count,
+        help="upload this many rows of each factor of the statistics in the folder (smaller, lossy)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.model).expanduser()
     if not (folder / RECIPE_FILE).is_file():
         raise HfEsmError(f"{arguments.model}: not a folder that `hf-esm merge` wrote.")
-    say(
-        push_folder(
-            folder,
+    rank = arguments.compress_statistics
+    with _compressed(folder, rank) if rank else nullcontext(folder) as pushed:
+        commit = push_folder(
+            pushed,
             arguments.repo_id,
             base_model=arguments.adapter_over,
             private=arguments.private,
             revision=arguments.revision,
+            create_pr=arguments.create_pr,
+            commit_message=arguments.commit_message,
         )
-    )
+    say(commit.pr_url or commit)
+
+
+@contextmanager
+def _compressed(folder: Path, rank: int) -> Iterator[Path]:
+    """A folder of links to the files of `folder`, with compressed statistics."""
+    if not (folder / STATISTICS_FILE).is_file():
+        raise HfEsmError(f"{folder}: there is no {STATISTICS_FILE} in it. Leave `compress_statistics` out.")
+    statistics = ActivationStatistics.load(folder).compress(rank)
+    with TemporaryDirectory() as links:
+        shutil.copytree(
+            folder.resolve(),
+            links,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns(STATISTICS_FILE),
+            copy_function=lambda source, link: Path(link).symlink_to(source),
+        )
+        statistics.save(links)
+        yield Path(links)

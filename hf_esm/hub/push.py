@@ -1,7 +1,9 @@
 """Uploads of a merged model to the Hub: the whole folder, or its routed adapter alone."""
 
+import logging
 import shutil
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,13 +16,26 @@ from ..checkpoints import (
     REFINED_FOLDER,
     ROUTED_FOLDER,
     ROUTER_FEATURES,
+    STATISTICS_FILE,
     read_routed_settings,
     read_settings,
 )
 from ..errors import HfEsmError
-from ..utils import plain_hub_errors, staging_folder
+from ..utils import ask_hub, check_known, plain_hub_errors, staging_folder
 from .cards import write_adapter_card
 from .hashes import read_hashes
+
+
+logger = logging.getLogger(__name__)
+
+# Files that tell something of the samples: what they hold, and how else to push.
+_REVEALING = {
+    f"{ROUTED_FOLDER}/{ROUTER_FEATURES}": (
+        "the mean features of every calibration sample",
+        "or push the adapter alone, over the static model",
+    ),
+    STATISTICS_FILE: ("statistics and fingerprints of samples", "or delete the file first"),
+}
 
 
 def push_folder(
@@ -48,19 +63,28 @@ def push_folder(
 
     Raises:
         HfEsmError: if the Hub refuses the upload, the repository is public but a private one is wanted, or
-            `base_model` is not the static model of the adapter.
+            `base_model` is not the static model of the adapter; if both `create_pr` and `revision` are given.
+
+    Warns:
+        If files go up that tell something of the samples, and `private` is not set.
     """
+    check_known(kwargs, list(signature(HfApi.upload_folder).parameters)[3:], "option", "push")
+    if kwargs.get("create_pr") and revision is not None:
+        raise HfEsmError("A pull request is made against the main branch: pass `create_pr` or `revision`, not both.")
     if base_model is not None:
         read_routed_settings(folder, str(folder))
     api = HfApi(token=token)
+    ask = partial(ask_hub, repo_id, again="Push again.")
+    if base_model is not None:
+        ask(partial(_check_same_weights, api, base_model, folder))
+    elif not private:
+        _warn_of_samples(folder, repo_id)
+    repo_id = ask(partial(api.create_repo, repo_id, private=private, exist_ok=True)).repo_id
+    if private and not ask(partial(api.repo_info, repo_id)).private:
+        raise HfEsmError(f"{repo_id} exists already, and is public. Make it private, or choose another name.")
+    if revision is not None:
+        ask(partial(api.create_branch, repo_id, branch=revision, exist_ok=True))
     with plain_hub_errors(repo_id, again="Push again."):
-        if base_model is not None:
-            _check_same_weights(api, base_model, folder)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private and not api.repo_info(repo_id).private:
-            raise HfEsmError(f"{repo_id} exists already, and is public. Make it private, or choose another name.")
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
         upload = partial(api.upload_folder, repo_id=repo_id, revision=revision)
         if base_model is not None:
             with staging_folder(folder.parent / f"{folder.name}-adapter") as staging:
@@ -71,6 +95,14 @@ def push_folder(
         # Files of tasks that were removed, and of gates that are folded by now:
         stale = {"delete_patterns": [f"{name}/*" for name in (HEADS_FOLDER, ROUTED_FOLDER, REFINED_FOLDER)]}
         return upload(folder_path=folder, ignore_patterns=ignored, **stale | kwargs)
+
+
+def _warn_of_samples(folder: Path, repo_id: str) -> None:
+    for name, (content, remedy) in _REVEALING.items():
+        if (folder / name).is_file():
+            logger.warning(
+                "%s: %s holds %s. If the samples are private, pass `private=True`, %s.", repo_id, name, content, remedy
+            )
 
 
 def _stage_adapter(folder: Path, staging: Path, base_model: str) -> None:

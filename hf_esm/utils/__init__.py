@@ -30,7 +30,7 @@ from .folders import (
     staging_folder,
 )
 from .hooks import Hook, hooked, remove_hooks
-from .hub_errors import plain_hub_errors
+from .hub_errors import ask_hub, plain_hub_errors
 from .names import check_path, check_task_name, stays_inside
 from .offloading import device_of, in_place, is_offloaded
 from .readers import AGAIN, is_file, read_tensors, reading
@@ -47,6 +47,7 @@ __all__ = [
     "Hook",
     "Work",
     "algebra_device",
+    "ask_hub",
     "atomic_file",
     "bytes_of",
     "check_fields",

@@ -201,7 +201,7 @@ REFUSED = {  # the second expert, the token, and what the error says
     "no id": ("me/no thing", None, "neither a folder nor a Hub id."),
     "private": ("me/secret", None, ABSENT),
     "private, another's token": ("me/secret", "hf_other", ABSENT),
-    "a token of nobody": ("me/secret", "hf_nobody", "the Hub refuses it"),
+    "a token of nobody": ("me/secret", "hf_nobody", "the access token is missing, wrong or expired"),
     "two models": ("me/c-lora-and-model", None, "holds a full model and a PEFT adapter"),
     "no weights": ("me/empty", None, "there are no safetensors weights in it"),
     "a broken file": ("me/broken", None, "cannot be read"),

@@ -3,7 +3,7 @@
 hub = HubServer({"token": "user"}).start(); hub.url; hub.log; hub.stop()
 
 Clients need `HF_ENDPOINT=hub.url` and `HF_HUB_DISABLE_XET=1`. Repositories are models with branches and tags; private
-ones answer their owner alone. There are no faults, redirects, pull requests or pages.
+ones answer their owner alone. A pull request is a ref of its commit. There are no faults, redirects or pages.
 """
 
 import base64
@@ -29,6 +29,7 @@ class Repo:
     private: bool
     commits: dict[str, Files] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)  # by ref
 
     def commit(self, files: Files, ref: str = "main") -> str:
         listing = {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
@@ -211,10 +212,17 @@ class Handler(BaseHTTPRequestHandler):
                     files[value["path"]] = self.hub.blobs[value["oid"]]
                 elif key == "deletedFile":
                     files.pop(value["path"], None)
-                elif key != "header":
+                elif key == "header":
+                    title = value["summary"]
+                else:
                     raise Refusal(400, f"Unknown operation {key!r}")
-            sha = repo.commit(files, rev)
-        self.answer({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{id}/commit/{sha}"})
+            number = sum(ref.startswith("refs/pr/") for ref in repo.refs) + 1
+            ref = f"refs/pr/{number}" if "create_pr" in self.query else rev
+            sha = repo.commit(files, ref)
+            repo.titles[ref] = title
+        page = f"{self.hub.url}/{id}"
+        request = {"pullRequestUrl": f"{page}/discussions/{number}"} if ref != rev else {}
+        self.answer({"success": True, "commitOid": sha, "commitUrl": f"{page}/commit/{sha}", **request})
 
     def tag(self, id: str, rev: str) -> None:
         repo = self.repo(id, write=True)
@@ -258,7 +266,8 @@ class Handler(BaseHTTPRequestHandler):
     def entry(self, path: str, content: bytes) -> dict[str, Any]:
         oid = hashlib.sha256(content).hexdigest()
         lfs = {"lfs": {"oid": oid, "size": len(content), "pointerSize": 130}} if oid in self.hub.blobs else {}
-        return {"type": "file", "oid": oid[:40], "size": len(content), "path": path, **lfs}
+        blob_id = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        return {"type": "file", "oid": blob_id, "size": len(content), "path": path, **lfs}
 
     def resolve(self, id: str, rev: str, path: str) -> None:
         repo = self.repo(id)
