@@ -1,11 +1,15 @@
-"""A few hundred damaged files of every kind, others each time; `python tests/support/faults.py --n 10000` for more."""
+"""A few hundred damaged files of every kind, and as many killed writers, others each time;
+`python tests/support/faults.py --n 10000` and `--kills 1000` for more.
+"""
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from support.faults import KINDS, try_faults
+from support.processes import run_script
 
 
 @pytest.mark.slow
@@ -28,3 +32,21 @@ def test_what_the_tool_calls_a_fault(monkeypatch):
         monkeypatch.setitem(KINDS, "samples", replace(KINDS["samples"], read=read))
         outcome = try_faults(5, 0, ["samples"])
         assert any(result in line for line in outcome.faults)
+
+
+KILLS = """
+import sys
+sys.path[:0] = sys.argv[2:]
+from support.faults import quiet
+from support.kills import WRITERS, try_kills
+with quiet():
+    faults = try_kills({name: 200 if name == "folder" else 1 for name in WRITERS}, int(sys.argv[1]))
+assert not faults, "\\n".join(faults)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_writer_leaves_nothing_half_written_and_nothing_at_all_after_the_next_run():
+    seed, tests = random.randrange(10**6), Path(__file__).parent
+    ran = run_script(KILLS, seed, tests, tests.parent, timeout=900)
+    assert not ran.returncode, (seed, ran.output)

@@ -21,7 +21,7 @@ from ..merging import merge_models
 from ..methods import METHODS
 from ..metrics import LabelledSamples, Scores, accuracy, plot_task_scores, require_matplotlib
 from ..routing import RoutedModel
-from ..utils import plain_table
+from ..utils import atomic_file, plain_table
 from ..version import __version__
 from .digits import EVALUATION_BATCH, TASKS, DemoSettings, DigitData, Say, load_digit_data, train_models
 
@@ -132,7 +132,8 @@ def _claim(output: Path) -> Path:
 def _write_results(output: Path, results: dict[str, Any]) -> dict[str, Any]:
     """Write the results file; return the results as JSON gives them back."""
     text = json.dumps({"format": FORMAT, **results}, indent=1)
-    (output / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
+    with atomic_file(output / RESULTS_FILE) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
     return json.loads(text)
 
 

@@ -14,7 +14,7 @@ from ..data import DataSpec
 from ..errors import HfEsmError
 from ..hub import pipeline_of, with_section
 from ..metrics import Scores
-from ..utils import markdown_table, reading
+from ..utils import atomic_file, markdown_table, publish_folder, reading, staging_folder
 from .report import REPORT
 
 
@@ -46,7 +46,8 @@ def update_card(folder: str | os.PathLike, scores: Scores, data: Mapping[str, Da
         if isfinite(score)
     ]
     card.text = with_section(card.text, "Results", "\n".join(_results_table(scores)))
-    card.save(folder / CARD_FILE)
+    with atomic_file(folder / CARD_FILE) as partial:
+        card.save(partial)
     return folder / CARD_FILE
 
 
@@ -113,14 +114,15 @@ def add_comparison(folder: str | os.PathLike, report: str | os.PathLike) -> Path
             raise HfEsmError(f"{path} is missing: {folder} must be a merged model's folder, {report} a comparison's.")
     if report.resolve().is_relative_to(pictures.resolve()):
         raise HfEsmError(f"{report}: this folder is for the card's own pictures. Compare into another folder.")
-    shutil.rmtree(pictures, ignore_errors=True)
-    pictures.mkdir()
-    for picture in report.glob("*.png"):
-        shutil.copy(picture, pictures)
+    with staging_folder(pictures) as staging:
+        for picture in report.glob("*.png"):
+            shutil.copy(picture, staging)
+        publish_folder(staging, pictures, overwrite=True)
     _, _, text = (report / REPORT).read_text(encoding="utf-8").partition("\n")  # without its title
     text = text.replace("\n## ", "\n### ").replace("](", f"]({PICTURES_FOLDER}/")
     with reading(folder / CARD_FILE):
         card = ModelCard.load(folder / CARD_FILE)
     card.text = with_section(card.text, "Comparison", text.strip())
-    card.save(folder / CARD_FILE)
+    with atomic_file(folder / CARD_FILE) as partial:
+        card.save(partial)
     return folder / CARD_FILE

@@ -1,5 +1,6 @@
 """Cells of a comparison: each is one method with one seed, merged and measured once, and then read from a cache."""
 
+import hashlib
 import json
 import os
 import threading
@@ -152,10 +153,11 @@ class CellStore:
     Attributes:
         inputs: what the methods share.
         folder: folder of the comparison.
+        scratch: folder for merged models.
     """
 
-    def __init__(self, inputs: Inputs, folder: Path):
-        self.inputs, self.folder = inputs, folder
+    def __init__(self, inputs: Inputs, folder: Path, scratch: Path):
+        self.inputs, self.folder, self.scratch = inputs, folder, scratch
         models = {"base": inputs.base, **inputs.experts}
         self._identity = [
             {name: model_identity(resolve_source(spec, name, inputs.access)) for name, spec in models.items()},
@@ -185,7 +187,7 @@ class CellStore:
         inputs = self.inputs
 
         def measure() -> dict[str, Any]:
-            with TemporaryDirectory(dir=self.folder, prefix=".merging-") as scratch:
+            with TemporaryDirectory(dir=self.scratch) as scratch:
                 target = Path(scratch) / "model"  # any merged model has the heads
                 arguments = {**inputs.merge_arguments(Mean(), 0), "overrides": None, "calibration": None}
                 merge_models(inputs.base, inputs.experts, output_dir=str(target), **arguments)
@@ -226,21 +228,21 @@ class CellStore:
         return Interference.from_dict(self._cached("interference", key, measure))
 
     def _cached(self, kind: str, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A result as plain data, from its file, or computed and written."""
+        """A result as plain data, from its file, or computed and written if the file is missing or damaged."""
         name = fingerprint(CELL_VERSION, __version__, self._identity, key)
         path = self.folder / CACHE / f"{kind}-{name}.json"
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
+        if (known := _read(path)) is not None:
+            return known
         try:
-            text = json.dumps(compute())
+            result = json.loads(json.dumps(compute()))
         except TypeError as error:
             raise HfEsmError(
                 f"What the metric {self.inputs.metric.name!r} reads of outputs, or a label, cannot be cached as JSON "
                 f"({error}). Let `read` return numbers, texts, lists and dictionaries."
             ) from error
         with atomic_file(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-        return json.loads(text)
+            partial.write_text(json.dumps({"sha256": _digest(result), "result": result}), encoding="utf-8")
+        return result
 
     def _statistics_folder(self, seed: int) -> Path:
         """Folder of the statistics of one choice of samples, which all methods use."""
@@ -257,7 +259,7 @@ class CellStore:
                 arguments = {**arguments, "calibration": statistics}
             elif not isinstance(inputs.calibration, (str, os.PathLike)) and inputs.calibration is not None:
                 arguments = {**arguments, "statistics_dir": str(statistics)}
-        with TemporaryDirectory(dir=self.folder, prefix=".merging-") as scratch:
+        with TemporaryDirectory(dir=self.scratch) as scratch:
             target = Path(scratch) / "model"
             with _peak_memory() as memory:
                 merged = merge_models(inputs.base, inputs.experts, output_dir=str(target), **arguments)
@@ -272,6 +274,19 @@ class CellStore:
                 memory=memory[0],
                 size=sum(path.stat().st_size for path in weights),
             )
+
+
+def _read(path: Path) -> Optional[dict[str, Any]]:
+    """The result in a file; None if it is not there as it was written."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return stored["result"] if stored["sha256"] == _digest(stored["result"]) else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _digest(result: Any) -> str:
+    return hashlib.sha256(json.dumps(result).encode()).hexdigest()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ..merging import merge_models
 from ..methods import MergeMethod, resolve_method
 from ..metrics import MetricSpec, resolve_metric
 from ..planning import MergeOptions, name_experts, task_weights
-from ..utils import check_known
+from ..utils import check_known, only_user, staging_folder
 from .cells import NOT_COMPARED, Cell, CellStore, Inputs
 from .evaluator import check_by_task
 from .report import Comparison, write_report
@@ -114,20 +114,22 @@ def compare(
         metric=resolve_metric(metric),
     )
     _check(inputs, named, seeds)
-    store = CellStore(inputs, _make_folder(folder))
-    expert_outcomes, base_outcomes = store.expert_outcomes(), store.base_outcomes()
-    cells = _merge_all(store, named, seeds)
-    comparison = Comparison(
-        rows=summarise(named, cells, expert_outcomes),
-        experts={task: outcome.score for task, outcome in expert_outcomes.items()},
-        base={task: outcome.score for task, outcome in base_outcomes.items()},
-        num_rows={task: len(outcome.labels) for task, outcome in expert_outcomes.items()},
-        metric=inputs.metric.name,
-        higher_is_better=inputs.metric.higher_is_better,
-        how=describe_rules(inputs, seeds),
-        interference=store.interference(next(iter(named.values())), seeds[0]),
-    )
-    write_report(comparison, folder)
+    busy = f"Another comparison writes to {folder}. Wait until that has ended, or choose another `output_dir`."
+    with only_user(_make_folder(folder) / ".lock", busy), staging_folder(folder / "merging") as scratch:
+        store = CellStore(inputs, folder, scratch)
+        expert_outcomes, base_outcomes = store.expert_outcomes(), store.base_outcomes()
+        cells = _merge_all(store, named, seeds)
+        comparison = Comparison(
+            rows=summarise(named, cells, expert_outcomes),
+            experts={task: outcome.score for task, outcome in expert_outcomes.items()},
+            base={task: outcome.score for task, outcome in base_outcomes.items()},
+            num_rows={task: len(outcome.labels) for task, outcome in expert_outcomes.items()},
+            metric=inputs.metric.name,
+            higher_is_better=inputs.metric.higher_is_better,
+            how=describe_rules(inputs, seeds),
+            interference=store.interference(next(iter(named.values())), seeds[0]),
+        )
+        write_report(comparison, folder)
     return comparison
 
 

@@ -18,7 +18,7 @@ from ..metrics import (
     plot_matrix,
     plot_task_scores,
 )
-from ..utils import markdown_table, plain_table
+from ..utils import atomic_file, markdown_table, plain_table
 from ..version import __version__
 from .interference import Interference
 from .summary import Row
@@ -104,7 +104,7 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     except HfEsmError as error:  # without matplotlib
         comparison.how.append(f"No pictures: {error}")
     data = json.dumps(comparison.as_dict(), indent=1, ensure_ascii=False)
-    (folder / DATA).write_text(data + "\n", encoding="utf-8")
+    _write(folder / DATA, data + "\n")
     lines = [
         "# Merge methods compared",
         "",
@@ -118,7 +118,12 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     lines += [f"Singular task interference (STI) between the experts: {sti:.3g}, mean over linear maps.", ""]
     for title, path in comparison.pictures.items():
         lines += [f"## {title}", "", f"![{title}]({path.name})", ""]
-    (folder / REPORT).write_text("\n".join(lines), encoding="utf-8")
+    _write(folder / REPORT, "\n".join(lines))
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def comparison_table(comparison: Comparison) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HfEsmError
+from ..utils import atomic_file
 
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart. A picture has one colour per method.
@@ -212,6 +213,6 @@ def _save(figure: Any, axes: Any, path: str | os.PathLike) -> Path:
 
 def _written(figure: Any, path: str | os.PathLike) -> Path:
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, bbox_inches="tight", pad_inches=0.15)
     return path

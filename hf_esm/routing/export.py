@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ..checkpoints import HEAD_WEIGHTS, HEADS_FOLDER, read_modules, write_lora_adapter
 from ..errors import HfEsmError
 from ..tuners.routed import RoutedExpertsLayer
-from ..utils import give_access, new_folder, read_tensors, staging_folder
+from ..utils import give_access, new_folder, publish_folder, read_tensors, recover, staging_folder
 from .experts import RoutedExperts, load_experts
 
 
@@ -31,6 +31,7 @@ def export_experts(
     source, experts = routed._source, load_experts(routed.folder)
     modules = read_modules(routed.folder, str(routed.folder))
     tasks = list(dict.fromkeys(tasks))
+    recover(output)
     for task in tasks:
         new_folder(output / task)
     with staging_folder(output) as staging:
@@ -50,9 +51,13 @@ def export_experts(
                 routed.processor.save_pretrained(staging / task)
             if modules is not None and type(model) is type(routed.model.get_base_model()):
                 modules.save(staging / task, modules.tensors.__getitem__)
-        give_access(staging)
-        output.mkdir(parents=True, exist_ok=True)
-        return {task: (staging / task).rename(output / task) for task in tasks}
+        if not output.exists():
+            publish_folder(staging, output)
+        else:  # beside what is there
+            give_access(staging)
+            for task in tasks:
+                (staging / task).rename(output / task)
+    return {task: output / task for task in tasks}
 
 
 def _write(

@@ -80,7 +80,11 @@ def only_writer(output: Path) -> contextlib.AbstractContextManager[None]:
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     message = f"{output} is being written by another process. Wait until that has ended, or choose another name."
-    return only_user(output.with_name(f".{output.name}.lock"), message)
+    return only_user(_lock(output), message)
+
+
+def _lock(output: Path) -> Path:
+    return output.parent / f".{output.name}.lock"  # also of the current folder, which has no name
 
 
 @contextlib.contextmanager
@@ -94,7 +98,7 @@ def staging_folder(output: Path) -> Iterator[Path]:
     """
     with only_writer(output):
         _sweep(output)
-        folder = output.with_name(f".{output.name}.incomplete-{uuid.uuid4().hex[:8]}")
+        folder = output.parent / f".{output.name}.incomplete-{uuid.uuid4().hex[:8]}"
         folder.mkdir()
         try:
             with naming_full_disk(output):
@@ -105,7 +109,7 @@ def staging_folder(output: Path) -> Iterator[Path]:
 
 def recover(output: Path) -> None:
     """Clean up after a writer of `output` that was killed: remove what it left; give back what it was replacing."""
-    if any(_leftovers(output)):
+    if _lock(output).exists() or any(_leftovers(output)):
         with contextlib.suppress(HfEsmError), only_writer(output):
             _sweep(output)
 
@@ -184,6 +188,7 @@ def new_folder(folder: str | os.PathLike) -> Path:
     """
     check_path(folder, "folder")
     folder = Path(folder).expanduser()
+    recover(folder)
     if folder.exists():
         raise HfEsmError(f"{folder} exists. Choose another folder for the adapter.")
     return folder

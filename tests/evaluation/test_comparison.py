@@ -24,6 +24,7 @@ from hf_esm.methods.averaging import Mean, TaskArithmetic
 from hf_esm.metrics.metric import ACCURACY, AccuracyMetric, ClassMetric, Metric, resolve_metric
 from hf_esm.metrics.scores import Outcome, Scores
 from hf_esm.planning.options import MergeOptions
+from hf_esm.utils import only_user
 from hf_esm.utils.fingerprints import code_identity, processor_identity
 from support.routed_toys import encoded, expert, logits, task_texts
 from support.tiny import save_tokenizer, snapshot
@@ -152,6 +153,27 @@ def test_a_second_run_does_only_what_is_new(arguments, compared, monkeypatch):
     test = {**arguments["test"], "b": arguments["test"]["b"][:-1]}
     compare(**{**arguments, "test": test}, methods=["mean"], output_dir=folder)
     assert made == ["tsv-m", "tsv-m", "regmean", "regmean", "mean", "mean"]  # of the base, and of the method
+
+
+@pytest.mark.parametrize("damage", ["cut", "another digit", "nothing in it"])
+def test_a_damaged_result_is_measured_again(arguments, compared, damage):
+    folder, found = compared
+    before = {path: path.read_text() for path in (folder / "cache").glob("experts-*.json")}
+    for path, content in before.items():
+        last = re.search(r"\d(?=\D*$)", content)
+        other = content[: last.start()] + str((int(last[0]) + 1) % 10) + content[last.end() :]
+        path.write_text({"cut": content[:-5], "another digit": other, "nothing in it": "{}"}[damage])
+    again = compare(**arguments, methods=["mean"], seeds=(0, 1), output_dir=folder)
+    assert again.experts == found.experts
+    assert [path.read_text() == content for path, content in before.items()].count(True) == 1
+    for path, content in before.items():
+        path.write_text(content)
+
+
+def test_of_two_comparisons_in_one_folder_the_later_is_refused(arguments, compared):
+    folder, _ = compared
+    with only_user(folder / ".lock", ""), pytest.raises(HfEsmError, match=f"Another comparison writes to {folder}."):
+        compare(**arguments, methods=["mean"], output_dir=folder)
 
 
 def test_alpha_is_chosen_by_one_rule(arguments, tmp_path):

@@ -184,3 +184,12 @@ def test_experts_are_exported_all_or_none(merged, tmp_path, monkeypatch):
     assert adapters == {task: output / task for task in "ab"}
     assert all((path / "adapter_model.safetensors").is_file() for path in adapters.values())
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
+def test_adapters_are_added_to_a_folder_even_the_current_one(routed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for task in "ab":
+        routed.export_lora(".", [task])
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    with pytest.raises(HfEsmError, match="b exists"):
+        routed.export_lora(".", ["b"])

@@ -1,6 +1,7 @@
 """Damaged files, by the thousand: every kind of file that hf_esm reads is changed at random and read as users read it.
 
     python tests/support/faults.py --n 10000 [--seed 0] [--kind routed]
+    python tests/support/faults.py --kills 1000      (writers that are killed: see kills.py)
 
 A reader may refuse a file by an `HfEsmError`, or read it. Another exception is a fault. So is a file that is read
 although its checksum, in it or in `hashes.json`, says that it was changed. Both are printed with the kind and the
@@ -9,6 +10,8 @@ number, and `--seed … --kind … --only NUMBER --traceback` repeats one.
 
 import argparse
 import copy
+import csv
+import io
 import json
 import logging
 import os
@@ -31,6 +34,7 @@ if __name__ == "__main__":  # what else `pytest` does
     os.environ.setdefault("HF_ESM_TEST_SEED", "0")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import datasets
 import transformers
 import yaml
 from safetensors.torch import load_file, save_file
@@ -48,7 +52,11 @@ from hf_esm import (
 from hf_esm.checkpoints import Checkpoint, load_processor, open_checkpoint, resolve_source
 from hf_esm.data import SampleOptions, load_samples, read_rows, save_samples
 from hf_esm.hub import write_hashes
+from hf_esm.metrics import load_labelled
 from support.embedders import write_embedder
+from support.helpers import perturbed, text_samples
+from support.kills import WRITERS, drawn, try_kills
+from support.tiny import LLAMA
 from support.toys import base_model, lora_adapter
 
 
@@ -122,6 +130,30 @@ def read_recipe(folder: Path) -> None:
     merge_models(**load_recipe(folder / "recipe.yaml") | {"progress": False, "output_dir": None}, dry_run=True)
 
 
+def read_labelled(folder: Path) -> None:
+    config, processor = (
+        open_checkpoint(resolve_source(str(folder / "a"), "model")).config,
+        load_processor(folder / "a"),
+    )
+    for path in sorted(folder.glob("rows.*")):
+        load_labelled(str(path), processor, config, "rows", SampleOptions())
+
+
+def read_generation(folder: Path) -> None:
+    """The settings are read and written by a merge, and read by those who load the merged model."""
+    experts = {"a": folder / "a", "b": folder / "b"}
+    with tempfile.TemporaryDirectory() as place:
+        output = Path(place) / "merged"
+        merge_models(folder / "base", experts, method="mean", progress=False, output_dir=output)
+        load_task_model(output, "a")
+
+
+def read_language(folder: Path) -> None:
+    model = RoutedModel.from_pretrained(folder)
+    with tempfile.TemporaryDirectory() as place:
+        model.save_pretrained(Path(place) / "saved")
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of input.
@@ -178,6 +210,30 @@ def make_samples(folder: Path) -> None:
     save_samples(load_samples(WRITTEN / "samples.safetensors"), folder / "samples.safetensors")
 
 
+def make_rows(folder: Path) -> None:
+    shutil.copytree(WRITTEN / "a", folder / "a")
+    lines = [line for line in (WRITTEN / "texts.txt").read_text().splitlines() if line][:6]
+    rows = [{"text": line, "label": i % 2, "place": {"line": i}} for i, line in enumerate(lines)]
+    (folder / "rows.jsonl").write_text(to_lines(rows))
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "rows.csv").write_text(to_csv([["text", "label"], *([row["text"], row["label"]] for row in rows)]))
+
+
+def make_generation(folder: Path) -> None:
+    base = LLAMA.build()
+    for seed, name in enumerate(("base", "a", "b")):
+        perturbed(base, 0.05 if seed else 0, seed).save_pretrained(folder / name)
+
+
+def make_language(folder: Path) -> None:
+    models = folder.parent / "models"
+    make_generation(models)
+    calibration = {task: text_samples(seed) for seed, task in enumerate("ab")}
+    experts = {task: models / task for task in "ab"}
+    folder.rmdir()
+    merge_models(models / "base", experts, calibration=calibration, method="esm++", output_dir=folder, progress=False)
+
+
 def rows_of(folder: Path) -> None:
     read_rows(folder / "samples.safetensors", "samples", SampleOptions())
 
@@ -200,6 +256,9 @@ KINDS = {
     "statistics of 0.1.0": Kind(copied(*RECIPE), read_statistics, ("statistics.safetensors",), share=20),
     "samples": Kind(make_samples, rows_of, sealed=True, share=30),
     "samples of 0.1.0": Kind(copied(*RECIPE), rows_of, ("samples.safetensors",), share=20),
+    "rows": Kind(make_rows, read_labelled, ("rows.*",)),
+    "generation": Kind(make_generation, read_generation, ("*/generation_config.json",), share=5),
+    "language": Kind(make_language, read_language, ("generation_config.json", "config.json"), share=5, rehash=True),
     "recipes": Kind(copied(*RECIPE), read_recipe, ("recipe.yaml",)),
 }
 
@@ -211,7 +270,7 @@ def mutate(path: Path, draw: random.Random) -> None:
     """Change one file at random."""
     content = path.read_bytes()
     changes = [flip, flip, cut, fill]
-    if path.suffix in (".json", ".yaml"):
+    if path.suffix in TREES:
         changes += 8 * [restructure]
     if path.suffix == ".safetensors":
         changes += 3 * [reshape] + 3 * [reheader]
@@ -237,10 +296,35 @@ def fill(path: Path, content: bytes, draw: random.Random) -> None:
 
 
 def restructure(path: Path, content: bytes, draw: random.Random) -> None:
-    is_json = path.suffix == ".json"
-    tree = json.loads(content) if is_json else yaml.safe_load(content)
-    changed = change(tree, draw)
-    path.write_text(json.dumps(changed) if is_json else yaml.safe_dump(changed))
+    load, dump = TREES[path.suffix]
+    path.write_text(dump(change(load(content), draw)))
+
+
+def from_lines(content: bytes) -> list[Any]:
+    return [json.loads(line) for line in content.splitlines()]
+
+
+def to_lines(rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def from_csv(content: bytes) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(content.decode())))
+
+
+def to_csv(rows: list[Any]) -> str:
+    file = io.StringIO()
+    csv.writer(file).writerows(row if isinstance(row, list) else [row] for row in rows)
+    return file.getvalue()
+
+
+# How files of rows, lists and mappings are read and written, by their suffix.
+TREES = {
+    ".json": (json.loads, json.dumps),
+    ".jsonl": (from_lines, to_lines),
+    ".csv": (from_csv, to_csv),
+    ".yaml": (yaml.safe_load, yaml.safe_dump),
+}
 
 
 def change(tree: Any, draw: random.Random) -> Any:
@@ -274,10 +358,12 @@ def walk(tree: Any) -> Iterator[tuple[Any, Any]]:
 def reheader(path: Path, content: bytes, draw: random.Random) -> None:
     """Change the header of a safetensors file, and its length with it."""
     size = int.from_bytes(content[:8], "little")
-    header = change(json.loads(content[8 : 8 + size]), draw)
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    if isinstance(metadata, dict) and isinstance(metadata.get("header"), str) and draw.random() < 0.5:
+    header = json.loads(content[8 : 8 + size])
+    metadata = header.get("__metadata__", {})
+    if inside := "header" in metadata and draw.random() < 0.5:
         metadata["header"] = json.dumps(change(json.loads(metadata["header"]), draw))
+    if not inside or draw.random() < 0.5:
+        header = change(header, draw)
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + size :])
@@ -342,6 +428,18 @@ def quiet() -> Iterator[None]:
         transformers.logging.enable_progress_bar()
 
 
+@contextmanager
+def cached_in(folder: Path) -> Iterator[None]:
+    """Let `datasets` keep what it reads here."""
+    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, str(folder)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = before
+        datasets.enable_progress_bars()
+
+
 def try_faults(count: int, seed: int, kinds: list[str], only: int | None = None, show: bool = False) -> Outcome:
     """Change and read `count` files.
 
@@ -350,7 +448,7 @@ def try_faults(count: int, seed: int, kinds: list[str], only: int | None = None,
         show: print the traceback of every fault.
     """
     outcome = Outcome()
-    with tempfile.TemporaryDirectory() as place, quiet():
+    with tempfile.TemporaryDirectory() as place, quiet(), cached_in(Path(place) / "datasets"):
         whole = {name: Path(place) / f"{i}" / "model" for i, name in enumerate(kinds)}
         for name, folder in whole.items():
             folder.mkdir(parents=True)
@@ -402,12 +500,20 @@ UNSEALED = ("hashes.json", "merge_report.json")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=1000, help="number of changed files (default: 1000)")
+    parser.add_argument("--kills", type=int, metavar="N", help="kill as many writers instead")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--kind", action="append", choices=KINDS, help="only this kind; repeat for more")
+    parser.add_argument("--kind", action="append", choices=[*KINDS, *WRITERS], help="only this kind; repeat for more")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="repeat this one of them")
     parser.add_argument("--traceback", action="store_true", help="print where each fault comes from")
     arguments = parser.parse_args()
-    kinds = arguments.kind or list(KINDS)
+    if arguments.kills:
+        with quiet():
+            counts = drawn(arguments.kills, arguments.seed, arguments.kind or [*WRITERS])
+            faults = try_kills(counts, arguments.seed, arguments.only)
+        print("\n".join([*faults, *(f"{name}: {number} killed" for name, number in counts.items())]))
+        print(f"{arguments.kills} killed writers (--seed {arguments.seed}), {len(faults)} faults")
+        return bool(faults)
+    kinds = arguments.kind or [*KINDS]
     outcome = try_faults(arguments.n, arguments.seed, kinds, arguments.only, arguments.traceback)
     print("\n".join(outcome.faults))
     for name in kinds:

@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from hf_esm import HfEsmError
 from hf_esm.planning import check_replaceable
-from hf_esm.utils import atomic_file, publish_folder, recover, staging_folder
+from hf_esm.utils import atomic_file, new_folder, publish_folder, recover, staging_folder
 
 
 def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
@@ -82,6 +83,7 @@ def test_of_two_writers_of_a_name_the_later_is_refused(tmp_path):
 
 WRITER = """
 import sys
+from functools import partial
 from pathlib import Path
 from hf_esm.utils import atomic_file, staging_folder
 out = Path(sys.argv[1])
@@ -150,6 +152,14 @@ def test_a_folder_is_given_back_whose_replacement_was_killed(earlier, tmp_path):
         check_replaceable(earlier, overwrite=False)
     assert {path.name for path in tmp_path.iterdir()} == {"out", ".other.incomplete-x"}
     assert (earlier / "merge_recipe.yaml").read_text() == "earlier"
+
+
+def test_the_lock_of_a_writer_that_was_killed_after_all_is_removed_where_the_folder_is_refused(earlier, tmp_path):
+    for refuse in (new_folder, partial(check_replaceable, overwrite=False)):
+        (tmp_path / ".out.lock").touch()
+        with pytest.raises(HfEsmError, match="exists"):
+            refuse(earlier)
+        assert list(tmp_path.iterdir()) == [earlier]
 
 
 @pytest.mark.parametrize("closed", ["out", ""])
