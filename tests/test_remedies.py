@@ -318,6 +318,7 @@ REMEDIES = {  # what is called, and the names of the tests that call it
     "pip install hf_esm[demo]": LIBRARIES,
     "pip install pillow": LIBRARIES,
     "pip install sentence-transformers": LIBRARIES,
+    "private=True": "test_files_that_tell_something_of_the_samples_are_named_before_they_go_up",
     "route(model, tasks)": ROUTES,
     "save_pretrained(…, save_embedding_layers=True)": "test_rows_that_the_base_lacks_are_saved_with_the_adapter",
     "set_requires_grad('{}')": "test_a_pass_that_would_train_nothing_is_refused_with_what_trains",

@@ -148,7 +148,10 @@ def part_of_adapter(adapter: PeftConfig, base: Checkpoint, tensors: dict[str, Te
     """
     if _fits(type(base.skeleton), base.config, tensors):
         return base
-    for place, part in parts_of(base.skeleton).items():
+    named = _named_class(adapter)
+    parts = parts_of(base.skeleton)
+    own = {place: part for place, part in parts.items() if named and isinstance(part.config, named.config_class)}
+    for place, part in (own or parts).items():  # encoders of CLIP have modules of the same names
         for model_class in filter(None, (_class_of_task(adapter, part.config), type(part))):
             if _fits(model_class, part.config, tensors):
                 return PartOfBase(base, place, model_class, part.config)

@@ -9,6 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import datasets.config
 import pandas as pd
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from torch import Tensor
@@ -95,6 +96,12 @@ def _load(arguments: dict[str, Any], title: str) -> Any:
         for key in arguments.keys() - known:
             if f"'{key}'" in reason:  # neither `datasets` nor its builder has it
                 raise HfEsmError(f"{title}: there is no key {key!r} for {name}{did_you_mean(key, known)}.") from None
+        place = error.filename if isinstance(error, OSError) else None
+        if place and Path(datasets.config.HF_DATASETS_CACHE).is_relative_to(place):
+            raise HfEsmError(
+                f"{title}: `datasets` cannot make its cache in {place} ({error.strerror}). Set the environment "
+                "variable HF_DATASETS_CACHE to a folder that can be written."
+            ) from None
         raise HfEsmError(f"{title}: {name} cannot be read: {reason}") from None
 
 

@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import CLIPModel, PreTrainedModel
 
 from hf_esm import HfEsmError, load_task_model, merge_models
@@ -236,6 +237,17 @@ def test_experts_of_a_part_of_the_base(tmp_path: Path) -> None:
     check_weights(
         part, reloaded(part, tmp_path / "merged"), expected_updates(part, experts, architecture, RULES["esm"])
     )
+
+
+def test_an_adapter_of_one_encoder_belongs_to_the_part_of_the_class_that_it_names(tmp_path: Path) -> None:
+    """CLIP's encoders have modules of the same names."""
+    whole = save(ARCHITECTURES["clip"].build(), tmp_path / "clip")
+    for part in (CLIPModel.from_pretrained(whole).text_model, CLIPModel.from_pretrained(whole).vision_model):
+        adapted = get_peft_model(part, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        adapted.save_pretrained(tmp_path / "adapter")
+        place = "vision_model" if "Vision" in type(part).__name__ else "text_model"
+        with pytest.raises(HfEsmError, match=rf"pass that part of the loaded base, `model\.{place}`"):
+            merge_models(whole, {"a": tmp_path / "adapter"}, method="mean", output_dir=tmp_path / "out")
 
 
 @pytest.mark.parametrize(("merged", "wanted"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])

@@ -246,6 +246,15 @@ def test_data_that_do_not_hold_together_are_refused(models, tmp_path, data, says
         encode(read_rows(data, "data", options), models.tokenizer, BERT.build().config, "data", options)
 
 
+def test_a_cache_that_cannot_be_written_is_named_and_another_one_serves(tmp_path, monkeypatch):
+    path = json_lines(tmp_path / "data.jsonl")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", path / "cache")  # in a file
+    with pytest.raises(HfEsmError, match=r"cannot make its cache in .*data\.jsonl.* Set .* HF_DATASETS_CACHE"):
+        read_rows(str(path), "data", SampleOptions())
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert read_rows(str(path), "data", SampleOptions()) == ROWS
+
+
 def test_columns_of_one_source_leave_its_others_alone(tmp_path):
     named = {"path": str(json_lines(tmp_path / "data.jsonl")), "columns": {"text": "sentence1"}}
     (row, *_), first = read_rows(named, "data", SampleOptions()), ROWS[0]
