@@ -1,6 +1,5 @@
-"""Tools that know nothing of models: processes, devices, folders, resumable work, hooks, fingerprints, checks of
-arguments, errors of the Hub, names of files, tables,
-sizes, checksums.
+"""Tools that know nothing of models: processes, devices, folders, resumable work, hooks, fingerprints, checksums,
+readers, checks of arguments, errors of the Hub, names of files, tables, sizes.
 
 Comes in: plain values and functions. Goes out: the same work shared over processes, written atomically or resumed, and
 errors in one sentence.
