@@ -154,7 +154,7 @@ def test_gates_bring_the_model_nearer_to_the_experts_on_samples_that_they_did_no
     before, after = merges.loss("plain"), merges.loss("folded")
     assert after < 0.9 * before
     rounding = 0.02 if merges.kind == "half" else 1e-4  # of weights, which gates are no longer apart from
-    assert merges.folded.refined[0] == pytest.approx(before, rel=1e-4)
+    assert merges.folded.refined[0] == pytest.approx(before, rel=1e-3 if merges.kind == "half" else 1e-4)
     assert min(merges.folded.refined.values()) == pytest.approx(after, rel=rounding)
     scores = merges.scores("folded")
     assert sum(scores) >= sum(merges.scores("plain"))
