@@ -57,13 +57,17 @@ def only_user(lock: Path, message: str) -> Iterator[None]:
     """Hold the lock file `lock`, which goes with the process, and is removed in the end.
 
     Raises:
-        HfEsmError: with this message, if another one holds it.
+        HfEsmError: with this message, if another one holds it; if there is no permission to write there.
     """
     held = FileLock(lock, thread_local=False)
     try:
         held.acquire(blocking=False)
     except Timeout:
         raise HfEsmError(message) from None
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise HfEsmError(f"There is no permission to write to {lock.parent}. Choose another place.") from None
     try:
         yield
     finally:

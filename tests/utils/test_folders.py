@@ -1,5 +1,6 @@
 """Files and folders that appear when they are complete, whatever happens to their writers."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from hf_esm import HfEsmError
 from hf_esm.planning import check_replaceable
@@ -168,3 +170,16 @@ def test_a_folder_that_must_not_be_changed_is_refused_before_the_work(earlier, m
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place)
     with pytest.raises(HfEsmError, match=f"no permission to write to {place}. Choose another"):
         check_replaceable(earlier, overwrite=True)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_place_that_must_not_be_written_to_is_named(tmp_path, monkeypatch, number):
+    def fail(*args, **kwargs):
+        raise OSError(number, "no", str(tmp_path / ".out.lock"))
+
+    monkeypatch.setattr(FileLock, "acquire", fail)
+    with (
+        pytest.raises(HfEsmError, match=f"no permission to write to {tmp_path}. Choose"),
+        staging_folder(tmp_path / "out"),
+    ):
+        pass
