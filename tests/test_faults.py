@@ -2,12 +2,16 @@
 `python tests/support/faults.py --n 10000` and `--kills 1000` for more.
 """
 
+import json
 import random
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hf_esm import HfEsmError
 from support.faults import KINDS, try_faults
 from support.processes import run_script
 
@@ -50,3 +54,26 @@ def test_a_killed_writer_leaves_nothing_half_written_and_nothing_at_all_after_th
     seed, tests = random.randrange(10**6), Path(__file__).parent
     ran = run_script(KILLS, seed, tests, tests.parent, timeout=900)
     assert not ran.returncode, (seed, ran.output)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("modules.json", [3]),
+        ("sentence_bert_config.json", 3),
+        ("sentence_bert_config.json", {"transformer_task": 3}),
+        ("1_Pooling/config.json", [3]),
+        ("config_sentence_transformers.json", {"prompts": [3], "default_prompt_name": "query"}),
+        ("config_sentence_transformers.json", {"prompts": {"query": "q"}, "default_prompt_name": ["query"]}),
+        ("2_Dense/config.json", {"in_features": 32, "out_features": 16, "activation_function": 3}),
+    ],
+)
+def test_settings_of_an_embedding_model_that_are_of_another_kind(tmp_path, name, content):
+    """They are refused in a sentence that names the model, or not needed."""
+    kind = KINDS["embedders"]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    kind.make(folder)
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(HfEsmError, match=re.escape(str(folder))) if "task" not in str(content) else nullcontext():
+        kind.read(folder)

@@ -158,14 +158,14 @@ def transformer_path(folder: Path) -> str:
 
 def transformer_settings(folder: Path) -> dict[str, Any]:
     """Return the settings of the Transformer module in a folder; empty if there are none."""
-    return next(filter(None, (_read_json(folder / name) for name in TRANSFORMER_SETTINGS)), {})
+    return next(filter(None, (_read_settings(folder / name) for name in TRANSFORMER_SETTINGS)), {})
 
 
 def prompt_in(folder: Path) -> Prompt:
     """Return the prompt that a model in a folder reads before texts by default."""
     pooling = [entry["path"] for entry in _entries(folder) if _kind(entry) == "Pooling"]
-    configs = [_read_json(folder / path / CONFIG_FILE) or {} for path in pooling]
-    return _prompt_of(_read_json(folder / SENTENCE_SETTINGS) or {}, configs)
+    configs = [_read_settings(folder / path / CONFIG_FILE) for path in pooling]
+    return _prompt_of(_sentence_settings(folder), configs)
 
 
 def _prompt_of(settings: Mapping[str, Any], poolings: Iterable[Mapping[str, Any]]) -> Prompt:
@@ -188,19 +188,19 @@ def read_modules(folder: Path, title: str, allow_pickle: bool = False) -> Option
         return None
     place = folder / entries[0]["path"]
     transformer = transformer_settings(place)
-    if len(entries) == 1 and "classification" in transformer.get("transformer_task", ""):  # a cross-encoder
+    if len(entries) == 1 and "classification" in str(transformer.get("transformer_task")):  # a cross-encoder
         return None
-    configs = {_name(entry): _read_json(folder / entry["path"] / CONFIG_FILE) or {} for entry in entries[1:]}
+    configs = {_name(entry): _read_settings(folder / entry["path"] / CONFIG_FILE) for entry in entries[1:]}
     tensors: dict[str, Tensor] = {}
     for entry in entries[1:]:
         if _kind(entry) in ("Dense", "LayerNorm"):
             stored = _read_weights(folder / entry["path"], title, allow_pickle)
             tensors |= {f"{SENTENCE_MODULES}.{_name(entry)}.{name}": tensor for name, tensor in stored.items()}
-    settings = _read_json(folder / SENTENCE_SETTINGS) or {}
+    settings = _sentence_settings(folder)
     modules = SentenceModules(folder, tuple(entries), configs, transformer, settings, tensors)
     try:
         modules.head()
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise HfEsmError(
             f"{title}: its modules cannot be read: {' '.join(str(error).split())}. Save it again with Sentence "
             "Transformers."
@@ -259,7 +259,8 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
     entries = _read_json(path)
     if entries is None:
         return []
-    fields = [(entry.get("path"), entry.get("type")) for entry in entries] if isinstance(entries, list) else []
+    whole = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+    fields = [(entry.get("path"), entry.get("type")) for entry in entries] if whole else []
     if not fields or not all(isinstance(part, str) for field in fields for part in field):
         raise DamagedFileError(f"{path} is damaged. Copy or download it again.")
     if outside := [part for part, _ in fields if Path(part).is_absolute() or ".." in Path(part).parts]:
@@ -294,6 +295,23 @@ def _read_json(path: Path) -> Any:
         return None
     with reading(path):
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Return what a file of settings holds; nothing without the file."""
+    settings = _read_json(path)
+    if settings is not None and not isinstance(settings, dict):
+        raise DamagedFileError(f"{path} is damaged: it holds no settings by name. Copy or download it again.")
+    return settings or {}
+
+
+def _sentence_settings(folder: Path) -> dict[str, Any]:
+    path = folder / SENTENCE_SETTINGS
+    settings = _read_settings(path)
+    with reading(path):
+        if not isinstance(_default_prompt(settings), str):
+            raise ValueError("its default prompt is not a text")
+    return settings
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -5,7 +5,7 @@
 
 A reader may refuse a file by an `HfEsmError`, or read it. Another exception is a fault. So is a file that is read
 although its checksum, in it or in `hashes.json`, says that it was changed. Both are printed with the kind and the
-number, and `--seed … --kind … --only NUMBER --traceback` repeats one.
+number, and `--seed … --kind … --only NUMBER --traceback` repeats one. After Ctrl-C, the results so far are printed.
 """
 
 import argparse
@@ -17,8 +17,10 @@ import logging
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections import Counter
@@ -398,6 +400,10 @@ def reshape(path: Path, content: bytes, draw: random.Random) -> None:
 # ---- the loop
 
 
+# Set by Ctrl-C: an interrupt in the middle of a library would leave it in any state.
+stopped = threading.Event()
+
+
 @dataclass
 class Outcome:
     """What came of the changed files.
@@ -456,6 +462,8 @@ def try_faults(count: int, seed: int, kinds: list[str], only: int | None = None,
             KINDS[name].read(folder)  # readable until it is changed
         choose = random.Random(seed).choices(kinds, [KINDS[name].share for name in kinds], k=count)
         for number, name in enumerate(choose):
+            if stopped.is_set():
+                break
             if only in (None, number):
                 one(name, whole[name], random.Random(f"{seed} {number}"), number, outcome, show)
     return outcome
@@ -514,12 +522,13 @@ def main() -> int:
         print(f"{arguments.kills} killed writers (--seed {arguments.seed}), {len(faults)} faults")
         return bool(faults)
     kinds = arguments.kind or [*KINDS]
+    signal.signal(signal.SIGINT, lambda *_: stopped.set())
     outcome = try_faults(arguments.n, arguments.seed, kinds, arguments.only, arguments.traceback)
     print("\n".join(outcome.faults))
     for name in kinds:
         of_kind = {result: number for (kind, result), number in sorted(outcome.counts.items()) if kind == name}
         print(f"{name}: {', '.join(f'{number} {result}' for result, number in of_kind.items())}")
-    print(f"{arguments.n} changed files (--seed {arguments.seed}), {len(outcome.faults)} faults")
+    print(f"{outcome.counts.total()} changed files (--seed {arguments.seed}), {len(outcome.faults)} faults")
     return bool(outcome.faults)
 
 
