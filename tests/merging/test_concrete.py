@@ -1,6 +1,7 @@
 """Concrete merging: what is learned, step by step against autograd over the literal formula, and its state on disk."""
 
 import copy
+import re
 from dataclasses import asdict
 
 import pytest
@@ -144,7 +145,9 @@ def test_models_that_write_learn_at_the_first_token_of_an_answer(kind, decoder, 
     method = METHODS["layer-wise" if adapts else "task arithmetic"]
     merged = merge_models(base, experts, **given(method, calibration=samples)).load_model().state_dict()
     expected = literal(base, experts, samples, method, prefix="", decoder=decoder)
-    assert share_apart(merged, expected) < 0.03
+    # Over the one token that a decoder reads, attention is 1 whatever these are: rounding decides where they move.
+    idle = re.compile(r"decoder\..*SelfAttention\.[qk]\.")
+    assert share_apart(merged, {name: w for name, w in expected.items() if not idle.match(name)}) < 0.03
 
 
 @pytest.mark.parametrize("kind", [GPT2, T5], ids=["gpt2", "t5"])
