@@ -110,3 +110,19 @@ def statistics(models):
     from support.routed_toys import task_texts
 
     return {t: calibrate(models / t, task_texts(t), base=models / "base", progress=False) for t in "abc"}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A local Hub that can be told to fail."""
+    from support.hub import faulty_hub
+
+    server = faulty_hub()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """The home folder of the processes that use the Hub."""
+    return tmp_path_factory.mktemp("home")

@@ -10,24 +10,12 @@ from huggingface_hub import HfApi, constants
 
 from hf_esm import HfEsmError
 from hf_esm.checkpoints import downloads, whole_folder
-from support.hub import TOKEN, faulty_hub, process
+from support.hub import TOKEN, process
 
 
 pytestmark = pytest.mark.hub
 
 FILES = {"config.json": b'{"model_type": "bert"}', "model.safetensors": bytes(range(256))}
-
-
-@pytest.fixture(scope="module")
-def hub():
-    server = faulty_hub()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="module")

@@ -66,11 +66,6 @@ def hub():
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
 def online(hub, models, home):
     """A process with the toy models on the Hub."""
     with process(hub, home) as run:

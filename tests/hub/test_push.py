@@ -16,20 +16,13 @@ from hf_esm.checkpoints import whole_folder
 from hf_esm.cli.main import main
 from hf_esm.hub import push_folder
 from hf_esm.utils import hub_errors
-from support.hub import TOKEN, faulty_hub, process
+from support.hub import TOKEN, process
 
 
 pytestmark = pytest.mark.hub
 
 FEATURES = "routed/router_features.safetensors"
 STATISTICS = "esm_statistics.safetensors"
-
-
-@pytest.fixture(scope="module")
-def hub():
-    server = faulty_hub()
-    yield server
-    server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 from hf_esm import HfEsmError, RoutedModel, calibrate, evaluate, load_task_model
 from hf_esm.cli.main import main
 from hf_esm.hub import push_folder
-from support.hub import ABSENT, TOKEN, faulty_hub, process
+from support.hub import ABSENT, TOKEN, process
 from support.hub_server import HubServer, Repo
 from support.routed_toys import equal, expert, merge_bert, task_texts
 from support.tiny import snapshot
@@ -122,18 +122,6 @@ def test_experts_are_refused_over_another_model(models, merged):
 
 
 # ---- the Hub
-
-
-@pytest.fixture(scope="module")
-def hub():
-    server = faulty_hub()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="module")
