@@ -348,6 +348,8 @@ class MergeRun(PlannedRun):
                 if self.method.routes:
                     write_hashes(self.folder)
                 if self.output is not None:
+                    if self.options.resume_dir:
+                        self.work.publishing(self.folder)
                     publish_folder(self.folder, self.output, self.options.overwrite)
                 if self.options.resume_dir:
                     self.work.end()

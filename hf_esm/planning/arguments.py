@@ -10,7 +10,7 @@ from ..checkpoints import CALIBRATION_FOLDER, RECIPE_FILE, ModelSpec
 from ..data import DataSpec
 from ..errors import HfEsmError
 from ..methods import MergeMethod
-from ..utils import WORK_FOLDER, check_known, check_path, check_task_name, finite_number, recover
+from ..utils import WORK_FOLDER, check_known, check_path, check_task_names, end_published, finite_number, recover
 from .options import MergeOptions
 
 
@@ -48,7 +48,7 @@ def name_experts(experts: Any) -> dict[str, ModelSpec]:
             part names the task.
 
     Raises:
-        HfEsmError: if there is none, if a name is taken twice, or if it cannot be a task's name.
+        HfEsmError: if there is none, if a name is taken twice, in another case too, or if it cannot be a task's name.
     """
     if not isinstance(experts, Mapping):
         if isinstance(experts, (str, os.PathLike)) or not isinstance(experts, Iterable):
@@ -59,8 +59,7 @@ def name_experts(experts: Any) -> dict[str, ModelSpec]:
         if repeated := {name for name in names if names.count(name) > 1}:
             raise HfEsmError(f"Two experts are named {sorted(repeated)[0]!r}. Give each task a name of its own.")
         experts = dict(pairs)
-    for name in experts:
-        check_task_name(name)
+    check_task_names(experts)
     if not experts:
         raise HfEsmError("A merge takes one expert or more; `experts` has none.")
     return dict(experts)
@@ -194,6 +193,8 @@ def _check_output(options: MergeOptions, data: MergeData) -> None:
     resolved = output.resolve()
     if Path.cwd().is_relative_to(resolved):
         raise HfEsmError(f"`output_dir` {output} is the current folder, or contains it. Choose another folder.")
+    if options.resume_dir:
+        end_published(options.resume_dir, output)
     check_replaceable(output, options.overwrite, "output_dir")
     places: dict[str, Any] = {"`statistics_dir`": options.statistics_dir, "`resume_dir`": options.resume_dir}
     for name in ("calibration", "validation"):

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ..checkpoints import HEAD_WEIGHTS, HEADS_FOLDER, read_modules, write_lora_adapter
 from ..errors import HfEsmError
 from ..tuners.routed import RoutedExpertsLayer
-from ..utils import give_access, new_folder, publish_folder, read_tensors, recover, staging_folder
+from ..utils import add_folders, new_folder, publish_folder, read_tensors, recover, staging_folder
 from .experts import RoutedExperts, load_experts
 
 
@@ -53,10 +53,8 @@ def export_experts(
                 modules.save(staging / task, modules.tensors.__getitem__)
         if not output.exists():
             publish_folder(staging, output)
-        else:  # beside what is there
-            give_access(staging)
-            for task in tasks:
-                (staging / task).rename(output / task)
+        else:
+            add_folders(staging, output)
     return {task: output / task for task in tasks}
 
 

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import HfEsmError
-from ..utils import check_task_name, device_of, in_place, is_offloaded
+from ..utils import check_task_names, device_of, in_place, is_offloaded
 
 
 def check_tasks(tasks: Any) -> None:
     """Raise unless the tasks of an adapter are a list of different names, each of which can name a file."""
     if not isinstance(tasks, (list, tuple)) or not tasks or len(set(map(str, tasks))) < len(tasks):
         raise HfEsmError(f"`tasks` must be a list of tasks of different names, not {tasks!r}.")
-    for task in tasks:
-        check_task_name(task)
+    check_task_names(tasks)
 
 
 def recorded() -> bool:

@@ -19,8 +19,8 @@ from .devices import algebra_device, fast_products, reserve, roomy
 from .distributed import default_accelerator, gather, main_first, together
 from .fingerprints import code_identity, data_identity, files_identity, fingerprint, processor_identity
 from .folders import (
+    add_folders,
     atomic_file,
-    give_access,
     naming_full_disk,
     new_folder,
     only_user,
@@ -30,10 +30,10 @@ from .folders import (
 )
 from .hooks import Hook, hooked, remove_hooks
 from .hub_errors import ask_hub, plain_hub_errors
-from .names import check_path, check_task_name, stays_inside
+from .names import check_path, check_task_name, check_task_names, stays_inside
 from .offloading import device_of, in_place, is_offloaded
 from .readers import AGAIN, is_file, read_tensors, reading
-from .resume import WORK_FOLDER, Work
+from .resume import WORK_FOLDER, Work, end_published
 from .sentences import first_names, reason_of
 from .sizes import bytes_of, readable
 from .tables import markdown_table, markdown_text, plain_table, plain_text
@@ -45,6 +45,7 @@ __all__ = [
     "WORK_FOLDER",
     "Hook",
     "Work",
+    "add_folders",
     "algebra_device",
     "ask_hub",
     "atomic_file",
@@ -54,12 +55,14 @@ __all__ = [
     "check_path",
     "check_seal",
     "check_task_name",
+    "check_task_names",
     "closest_name",
     "code_identity",
     "data_identity",
     "default_accelerator",
     "device_of",
     "did_you_mean",
+    "end_published",
     "fast_products",
     "files_identity",
     "fingerprint",
@@ -67,7 +70,6 @@ __all__ = [
     "first_names",
     "from_arguments",
     "gather",
-    "give_access",
     "hooked",
     "in_place",
     "is_file",

@@ -112,14 +112,16 @@ def staging_folder(output: Path) -> Iterator[Path]:
 
 
 def recover(output: Path) -> None:
-    """Clean up after a writer of `output` that was killed: remove what it left; give back what it was replacing."""
+    """Clean up after a writer of `output` that was killed: remove what it left; give back what it was replacing; add
+    the folders that were whole and not all in `output`.
+    """
     if _lock(output).exists() or any(_leftovers(output)):
         with contextlib.suppress(HfEsmError), only_writer(output):
             _sweep(output)
 
 
 def _leftovers(output: Path) -> Iterator[Path]:
-    for kind in ("old", "incomplete"):
+    for kind in ("old", "incomplete", "added"):
         yield from output.parent.glob(f".{glob.escape(output.name)}.{kind}-*")
 
 
@@ -127,6 +129,8 @@ def _sweep(output: Path) -> None:
     for left in list(_leftovers(output)):
         if (left / _REPLACED).is_dir() and not output.exists():  # killed between the two steps of `publish_folder`
             (left / _REPLACED).rename(output)
+        if left.name.startswith(f".{output.name}.added-") and output.is_dir():  # killed inside `add_folders`
+            _move(left, output)
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -170,6 +174,32 @@ def publish_folder(folder: Path, output: Path, overwrite: bool = False) -> None:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def add_folders(folder: Path, output: Path) -> None:
+    """Give the complete folders in `folder` their names in the folder `output`, beside what is there: all or, after an
+    error, none. After a kill, the next `recover(output)` goes on. Access is as for `publish_folder`.
+    """
+    give_access(folder)
+    added = output.parent / f".{output.name}.added-{uuid.uuid4().hex[:8]}"
+    names = [path.name for path in folder.iterdir()]
+    folder.rename(added)
+    try:
+        _move(added, output)
+    except BaseException:
+        for name in names:
+            if not (added / name).exists():
+                (output / name).rename(added / name)
+        raise
+    finally:
+        shutil.rmtree(added, ignore_errors=True)
+
+
+def _move(folder: Path, output: Path) -> None:
+    """Move what is in a folder to another one that lacks it."""
+    for path in sorted(folder.iterdir()):
+        if not (output / path.name).exists():
+            path.rename(output / path.name)
 
 
 def give_access(folder: Path) -> None:

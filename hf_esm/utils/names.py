@@ -2,6 +2,8 @@
 
 import os
 import re
+import unicodedata
+from collections.abc import Iterable
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -51,6 +53,30 @@ none of base, static, none.
         raise HfEsmError(f"The task name {name[:20]!r}… has {len(name)} letters; use at most {_LONGEST_NAME}.")
     if len(name.encode()) > _LONGEST_FILE:
         raise HfEsmError(f"The task name {name[:20]!r}… has {len(name.encode())} bytes; use at most {_LONGEST_FILE}.")
+
+
+def check_task_names(names: Iterable[Any]) -> None:
+    """Raise unless all names can be names of tasks, side by side.
+
+    Raises:
+        HfEsmError: names the one that cannot be, or two that differ in case alone.
+
+    Example:
+        >>> from hf_esm.utils import check_task_names
+        >>> check_task_names(["law", "Law"])
+        Traceback (most recent call last):
+        hf_esm.errors.HfEsmError: The tasks 'law' and 'Law' are one folder where case does not count, as on Windows \
+and macOS. Rename one.
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        check_task_name(name)
+        other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise HfEsmError(
+                f"The tasks {other!r} and {name!r} are one folder where case does not count, as on Windows and macOS. "
+                "Rename one."
+            )
 
 
 def check_path(path: Any, name: str) -> None:

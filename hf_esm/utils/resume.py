@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Optional
 
@@ -15,7 +15,7 @@ from .folders import atomic_file, only_user
 WORK_FOLDER = "merge-in-progress"
 
 
-_MARK, _LOCK, _STAGING = "merge.json", "merge.lock", "staging"
+_MARK, _LOCK, _STAGING, _WHOLE = "merge.json", "merge.lock", "staging", "whole"
 
 
 class Work:
@@ -80,6 +80,7 @@ class Work:
         self._lock.enter_context(only_user(self.place / _LOCK, message))
         self.check()
         self._write(_MARK, json.dumps(self.key))
+        (self.folder / _WHOLE).unlink(missing_ok=True)
         if (self.folder / _STAGING).is_file():
             left = Path((self.folder / _STAGING).read_text(encoding="utf-8"))
             if ".incomplete-" in left.name:
@@ -87,14 +88,15 @@ class Work:
         self._write(_STAGING, str(staging.absolute()))
         return self.folder
 
+    def publishing(self, staging: Path) -> None:
+        """Note that the output in `staging` is whole and gets its name next; see `end_published`."""
+        self._write(_WHOLE, _identity(staging))
+
     def end(self) -> None:
         """Remove the work after the output was published, and the `resume_dir` if it is empty then."""
-        done = self.place / f"{WORK_FOLDER}.done"
-        shutil.rmtree(done, ignore_errors=True)
-        self.folder.rename(done)
-        shutil.rmtree(done, ignore_errors=True)
+        _remove(self.folder)
         self.release()
-        if not any(self.place.iterdir()):
+        with suppress(OSError):  # there is something else
             self.place.rmdir()
 
     def release(self) -> None:
@@ -104,3 +106,36 @@ class Work:
     def _write(self, name: str, text: str) -> None:
         with atomic_file(self.folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
+
+
+def end_published(resume_dir: str, output: Path) -> None:
+    """Remove the work of a merge that was killed after `output` had got its name, and the `resume_dir` if it is empty
+    then. Other work stays.
+    """
+    place = Path(resume_dir).expanduser()
+    folder, whole = place / WORK_FOLDER, place / WORK_FOLDER / _WHOLE
+    if not any(path.exists() for path in (whole, _done(folder), place / _LOCK)):
+        return
+    with suppress(HfEsmError), only_user(place / _LOCK, f"{folder} is in use by another merge."):
+        shutil.rmtree(_done(folder), ignore_errors=True)
+        if whole.is_file() and output.is_dir() and whole.read_text(encoding="utf-8") == _identity(output):
+            _remove(folder)
+    with suppress(OSError):  # there is something else, or another process was faster
+        place.rmdir()
+
+
+def _remove(folder: Path) -> None:
+    """Remove the folder of a merge's work, which is no work from the first step on."""
+    shutil.rmtree(_done(folder), ignore_errors=True)
+    folder.rename(_done(folder))
+    shutil.rmtree(_done(folder), ignore_errors=True)
+
+
+def _done(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.done")
+
+
+def _identity(folder: Path) -> str:
+    """What a folder keeps when it gets another name."""
+    status = folder.stat()
+    return f"{status.st_dev} {status.st_ino}"

@@ -64,6 +64,21 @@ def test_one_rule_for_the_names_of_tasks_wherever_they_come_from(name):
             take()
 
 
+ALIKE = [("A", "a"), ("straße", "STRASSE"), ("\u212b", "\u00e5")]
+
+
+@pytest.mark.parametrize("names", ALIKE, ids=ascii)
+def test_names_that_are_one_folder_on_other_systems_are_not_two_tasks(names):
+    for take in (
+        lambda: RoutedExpertsConfig(tasks=[*names], router="oracle"),
+        lambda: EssentialComponentsConfig(tasks=[*names], gates=True),
+        lambda: name_experts(dict.fromkeys(names, "x")),
+        lambda: name_experts([f"models/{name}" for name in names]),
+    ):
+        with pytest.raises(HfEsmError, match=r"as on Windows and macOS. Rename one.$"):
+            take()
+
+
 def test_names_that_can_be_tasks():
     RoutedExpertsConfig(tasks=["sst2", "SST-2", "v1.0", "_x", "-x", "überall", "字" * 60, "console"], router="oracle")
 

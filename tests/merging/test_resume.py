@@ -172,6 +172,17 @@ def test_nothing_is_lost_where_the_output_cannot_get_its_name(models, whole, tmp
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 
+def test_the_work_of_a_merge_that_was_killed_after_all_is_removed_by_the_next_run(models, tmp_path, monkeypatch):
+    options = {"output_dir": tmp_path / "out", "resume_dir": str(tmp_path / "work")}
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Work, "end", lambda self: (_ for _ in ()).throw(Stopped))
+        merge_models(**given(models, method="mean", calibration=None), **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "work"}
+    with pytest.raises(HfEsmError, match="out exists"):
+        merge_models(**given(models, method="mean", calibration=None), **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
 @pytest.mark.parametrize("damage", ["gone", "cut", "a flipped bit", "half a line, twice"])
 def test_merged_weights_that_are_not_there_are_not_believed_in(models, whole, tmp_path, damage):
     options = {"output_dir": tmp_path / "out", "resume_dir": str(tmp_path / "work")}

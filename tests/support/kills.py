@@ -5,8 +5,8 @@
 A step is a call that changes the disk: a file opened for writing, a rename, a removal, a new folder, a change of mode.
 The writer, a forked process, ends just before one of its steps, drawn at random; the file that it opened last may be
 cut off anywhere in what was written to it. Then what has the output's name must be absent, whole as it was before, or
-whole as it will be. The next run must succeed, must give the same files as a run that was not killed, and must leave
-nothing else. Where the output was whole already, and is not to be replaced, the next run is refused.
+whole as it will be. The next run must succeed, or is refused where the output was whole already and is not to be
+replaced. After it, there must be the same files as after a run that was not killed, and nothing else.
 """
 
 import gc
@@ -51,10 +51,17 @@ def merge(place: Path, *folders: str, method: str = "esm", **options: Any) -> No
     merge_models(models / "base", {task: models / task for task in "ab"}, progress=False, **options)
 
 
-def merge_adapters(place: Path, **options: Any) -> None:
+def learn(place: Path, **options: Any) -> None:
+    """Merge with steps of learning, whose state is saved every other step."""
+    samples = {task: task_texts(task, count=8) for task in "ab"}
+    with patch("hf_esm.merging.refining.SAVE_EVERY", 2), patch("hf_esm.merging.learning.SAVE_EVERY", 2):
+        merge(place, "resume_dir", **{"calibration": samples} | options)
+
+
+def merge_adapters(place: Path) -> None:
     models, experts = place / "models", {task: place / "models" / f"{task}-lora" for task in "ab"}
     output = {"output_dir": place / "work" / "out", "progress": False, "output": "lora"}
-    merge_models(models / "base", experts, method="mean", **output | options)
+    merge_models(models / "base", experts, method="mean", **output)
 
 
 def add(place: Path) -> None:
@@ -77,6 +84,7 @@ def save(place: Path) -> None:
 
 
 def export(place: Path) -> None:
+    """To a folder that may be there already."""
     RoutedModel.from_pretrained(place / "routed").export_lora(place / "work" / "out")
 
 
@@ -141,43 +149,49 @@ class Writer:
     Attributes:
         run: writes to `place / "work"`, and reads what else is in `place`.
         earlier: what is copied to `work` before, by its name in `place`.
-        remedy: options with which a run succeeds that is refused because its output is whole already.
         outputs: what appears at once, by its name in `work`.
         varies: patterns of files that hold times.
         share: how often it is drawn, compared with other kinds.
     """
 
-    run: Callable[..., None]
+    run: Callable[[Path], None]
     earlier: dict[str, str] = field(default_factory=dict)
-    remedy: dict[str, Any] = field(default_factory=dict)
     outputs: tuple[str, ...] = ("out",)
     varies: tuple[str, ...] = ("merge_report.json",)
     share: int = 10
 
 
-AGAIN = {"overwrite": True}
 OVER_MERGED, OVER_ROUTED = {"merged": "out"}, {"routed": "out"}
 
 
-def merging(*folders: str, **options: Any) -> Callable[..., None]:
-    return lambda place, **more: merge(place, *folders, **options | more)
+def merging(*folders: str, **options: Any) -> Callable[[Path], None]:
+    return lambda place: merge(place, *folders, **options)
+
+
+def learning(**options: Any) -> Callable[[Path], None]:
+    return lambda place: learn(place, **options)
 
 
 WRITERS = {
     "folder": Writer(folder, OVER_MERGED),
-    "merge": Writer(merge, remedy=AGAIN),
+    "merge": Writer(merge),
     "merge over another": Writer(merging(overwrite=True), OVER_MERGED),
-    "merge that keeps statistics": Writer(merging("statistics_dir"), remedy=AGAIN),
-    "merge that resumes": Writer(merging("resume_dir"), remedy=AGAIN, share=30),
+    "merge that keeps statistics": Writer(merging("statistics_dir")),
+    "merge that resumes": Writer(merging("resume_dir"), share=30),
     "merge that resumes over another": Writer(merging("resume_dir", overwrite=True), OVER_ROUTED, share=20),
-    "merge that does both": Writer(merging("resume_dir", "statistics_dir"), remedy=AGAIN, share=20),
-    "routed": Writer(merging(method="esm++"), remedy=AGAIN),
+    "merge that does both": Writer(merging("resume_dir", "statistics_dir"), share=20),
+    "routed": Writer(merging(method="esm++")),
     "routed that resumes": Writer(merging("resume_dir", method="esm++", overwrite=True), OVER_ROUTED, share=20),
-    "lora": Writer(merge_adapters, remedy=AGAIN),
+    "alpha": Writer(merging("resume_dir", alpha="auto")),
+    "refined": Writer(learning(refine={"components": 2, "steps": 7})),
+    "gates": Writer(learning(refine={"components": 2, "steps": 5, "keep_adapter": True}, method="mean")),
+    "mask": Writer(learning(method={"name": "concrete-adamerging", "steps": 3, "coefficient_steps": 3})),
+    "lora": Writer(merge_adapters),
     "added expert": Writer(add),
     "removed expert": Writer(remove),
     "saved model": Writer(save, OVER_ROUTED),
     "export": Writer(export),
+    "export beside others": Writer(export, OVER_MERGED, outputs=("out/a", "out/b")),
     "push": Writer(push, OVER_ROUTED),
     "components": Writer(components),
     "statistics": Writer(collect, {"statistics/c.safetensors": "a.safetensors"}, outputs=("a.safetensors",)),
@@ -262,7 +276,6 @@ def forked(
     steps: Steps,
     last: int | None = None,
     cut: float | None = None,
-    options: dict[str, Any] | None = None,
 ) -> Run:
     """Run a writer in a copy of this process, which is killed before step number `last`."""
     place = Path(steps.place).parent
@@ -278,7 +291,7 @@ def forked(
             tempfile.tempdir = str(place / "temporary")
             run, steps.count, steps.last, steps.cut = Run(), 0, last, cut
             try:
-                writer.run(place, **options or {})
+                writer.run(place)
                 steps.step()
             except HfEsmError as error:
                 run.refused = str(error)
@@ -362,10 +375,10 @@ class Killer:
             if run.error:
                 faults.append(run.error)
             faults += self._damaged()
-        whole = not self.writer.earlier and any((self.work / name).exists() for name in self.writer.outputs)
+        whole = any(self._contents(name) == below(self.after, name) for name in self.writer.outputs)
         run = forked(self.writer, self.steps)
-        if run.refused and whole and "exists" in run.refused:
-            run = forked(self.writer, self.steps, options=self.writer.remedy) if self.writer.remedy else Run()
+        if whole and "exists" in run.refused:
+            run = Run()
         faults += [said for said in (run.refused, run.error) if said]
         found = self._contents()
         left = found.keys() - self.after.keys()

@@ -13,7 +13,16 @@ from filelock import FileLock
 
 from hf_esm import HfEsmError
 from hf_esm.planning import check_replaceable
-from hf_esm.utils import atomic_file, new_folder, publish_folder, recover, staging_folder
+from hf_esm.utils import (
+    Work,
+    add_folders,
+    atomic_file,
+    end_published,
+    new_folder,
+    publish_folder,
+    recover,
+    staging_folder,
+)
 
 
 def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
@@ -183,3 +192,78 @@ def test_a_place_that_must_not_be_written_to_is_named(tmp_path, monkeypatch, num
         staging_folder(tmp_path / "out"),
     ):
         pass
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A folder that has `mine`, and one with the folders `a` and `b` to be added to it."""
+    for path in ("out/mine", "new/a", "new/b"):
+        (tmp_path / path).mkdir(parents=True)
+    return tmp_path / "out"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fail_from(monkeypatch, last, error):
+    """Let renames of this name fail."""
+    rename = Path.rename
+
+    def fail(path, target):
+        if (path.parent.name.startswith(".out.added-"), path.name) == (True, last):
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+
+
+def test_folders_are_added_beside_others_all_or_none(three, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no"):
+        fail_from(patch, "b", OSError("no"))
+        add_folders(tmp_path / "new", three)
+    assert names(tmp_path) == ["out"] and names(three) == ["mine"]
+    for name in "ab":
+        (tmp_path / "new" / name).mkdir(parents=True)
+    add_folders(tmp_path / "new", three)
+    assert names(tmp_path) == ["out"] and names(three) == ["a", "b", "mine"]
+
+
+def test_after_a_kill_the_next_writer_adds_the_other_folders(three, tmp_path):
+    (tmp_path / "new" / "a").rename(three / "a")
+    (tmp_path / "new").rename(tmp_path / ".out.added-x")
+    with pytest.raises(HfEsmError, match="exists"):
+        check_replaceable(three, overwrite=False)
+    assert names(tmp_path) == ["out"] and names(three) == ["a", "b", "mine"]
+
+
+@pytest.mark.parametrize("killed", ["before", "after", "inside"])
+def test_work_is_removed_whose_output_got_its_name_before_a_kill(tmp_path, killed):
+    work = Work(str(tmp_path / "resume_dir"), {"the samples": 1})
+    with staging_folder(tmp_path / "out") as staging:
+        (work.begin(staging) / "merged").touch()
+        work.publishing(staging)
+        if killed == "before":
+            (tmp_path / "out").mkdir()  # by another merge
+        else:
+            publish_folder(staging, tmp_path / "out")
+    work.release()
+    if killed == "inside":
+        work.folder.rename(tmp_path / "resume_dir" / "merge-in-progress.done")
+    end_published(tmp_path / "resume_dir", tmp_path / "out")
+    assert names(tmp_path) == (["out", "resume_dir"] if killed == "before" else ["out"])
+    if killed == "before":
+        assert (work.folder / "merged").exists()
+    end_published(tmp_path / "none", tmp_path / "out")
+
+
+def test_work_of_a_living_merge_stays(tmp_path):
+    work = Work(str(tmp_path / "resume_dir"), {"the samples": 1})
+    with staging_folder(tmp_path / "out") as staging:
+        work.begin(staging)
+        work.publishing(staging)
+        publish_folder(staging, tmp_path / "out")
+    end_published(tmp_path / "resume_dir", tmp_path / "out")
+    assert work.folder.is_dir()
+    work.end()
+    assert names(tmp_path) == ["out"]
