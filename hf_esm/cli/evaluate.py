@@ -7,14 +7,9 @@ from pathlib import Path
 from ..data import SampleOptions
 from ..errors import HfEsmError
 from ..evaluation import evaluate, update_card
+from ..metrics import BUILT_IN
 from .console import say
 from .flags import add_flags, add_trust_flags, count, options_of, pairs
-
-
-_METRICS = (
-    "accuracy, perplexity, mean-iou, exact-match, word-f1, similarity, mrr@10, recall@10, or a metric of the evaluate "
-    "library"
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", help="score the base, too; adapters are read over it (default: over that which they name)"
     )
-    parser.add_argument("--metric", default="accuracy", help=_METRICS)
+    parser.add_argument(
+        "--metric", default="accuracy", help=f"{', '.join(BUILT_IN)}, or a metric of the evaluate library"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the scores to this file, too")
     parser.add_argument("--card", action="store_true", help="write the scores into the model's card, too")
     parser.add_argument(

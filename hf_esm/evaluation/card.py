@@ -89,7 +89,8 @@ def _results_table(scores: Scores) -> list[str]:
     average = ["average", f"{scores.shown(scores.average)}{share}", *[""] * len(columns)]
     table = [["task", scores.metric, *columns], *rows, average]
     if scores.rows:
-        table = [[*row, cell] for row, cell in zip(table, ["rows", *map(str, scores.rows.values()), ""], strict=True)]
+        shown = [["95 % interval", "rows"], *([scores.shown_interval(t), str(n)] for t, n in scores.rows.items())]
+        table = [[*row, *cells] for row, cells in zip(table, [*shown, ["", ""]], strict=True)]
     worse = ["", f"Worse than the base: {', '.join(scores.below_base)}."] if scores.below_base else []
     return [*markdown_table(table), *worse]
 

@@ -30,7 +30,7 @@ from .interference import Interference, measure_interference
 CACHE = "cache"
 
 
-CELL_VERSION = 3  # of the cached files and of what their names depend on
+CELL_VERSION = 4  # of the cached files and of what their names depend on
 
 
 # Options of `merge_models` that `compare` does not take: it sets them itself.

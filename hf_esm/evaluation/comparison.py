@@ -21,7 +21,7 @@ from ..utils import check_known, only_user, staging_folder
 from .cells import NOT_COMPARED, Cell, CellStore, Inputs
 from .evaluator import check_by_task
 from .report import Comparison, write_report
-from .summary import DRAWS, summarise
+from .summary import summarise
 
 
 METHODS_COMPARED = ("esm", "mean", "task-arithmetic", "ties", "tsv-m", "iso-c", "iso-cts", "esm++")
@@ -218,6 +218,7 @@ def describe_rules(inputs: Inputs, seeds: Sequence[int]) -> list[str]:
         alpha = f"α, among 0.1, 0.2 … 3.0 (or a method's `largest_alpha`): {chosen}; the same rule for every method."
     return [
         alpha,
-        f"Measured on {rows} per task. Intervals hold 95 % of {DRAWS} draws of test rows, the same for all methods.",
+        f"Measured on {rows} per task. Intervals hold 95 % of {inputs.metric.draws} draws of test rows, the same for "
+        "all methods.",
         f"Samples: {inputs.options.num_samples or 'all'} per task, seeds {', '.join(map(str, seeds))}.",
     ]

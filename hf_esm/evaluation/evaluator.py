@@ -73,9 +73,10 @@ def evaluate(
             with the tokenizer or processor in its own folder.
         base: the base, to score as well, with the heads of the merged model; adapters among the experts are read over
             it. Without it, adapters are read over the base that they name, and no base is scored.
-        metric: `"accuracy"`, `"perplexity"`, `"mean-iou"`, `"exact-match"`, `"word-f1"`, for embedding models
-            `"similarity"`, `"mrr@10"` and `"recall@10"` on rows of two texts, the name of a metric of the `evaluate`
-            library, a function of predictions and references, or a `Metric`.
+        metric: `"accuracy"`, `"f1"`, `"f1-macro"`, `"mcc"`, `"spearman"` (of values), `"perplexity"`, `"mean-iou"`,
+            `"exact-match"`, `"word-f1"`, for embedding models `"similarity"`, `"mrr@10"` and `"recall@10"` on rows of
+            two texts, the name of a metric of the `evaluate` library, a function of predictions and references, or a
+            `Metric`.
         processor: tokenizer or processor, if the folders of the models hold none.
         route: for a routed model, `"routed"`, `"oracle"` (each task's expert for its rows, as always without a
             router), or `"static"` (no expert). The compressed experts of `tsv-c` are scored as `load_task_model` loads
@@ -91,7 +92,8 @@ def evaluate(
         trust_remote_code: run code that comes with a model.
 
     Returns:
-        Scores by task. Print them for a table, which names the tasks on which the model is worse than the base.
+        Scores by task, with their intervals and numbers of rows. Print them for a table, which names the tasks on
+        which the model is worse than the base.
 
     Raises:
         HfEsmError: if a model or rows cannot be read, or the metric cannot read the model's answers.

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from ..methods import MergeMethod, describe_method
-from ..metrics import Outcome, normalised
+from ..metrics import Outcome, interval_of, normalised
 from .cells import Cell
-
-
-DRAWS = 1000  # of the bootstrap
 
 
 @dataclass
@@ -24,6 +21,7 @@ class Row:
         method: name and settings of the method.
         alphas: α by seed; empty for a method without α.
         tasks: score by task, mean over seeds.
+        task_intervals: interval of the score by task.
         average: mean over tasks.
         normalised: mean over tasks of the score divided by the expert's score.
         interval: interval of `normalised`.
@@ -43,6 +41,7 @@ class Row:
     method: dict[str, Any]
     alphas: dict[int, float]
     tasks: dict[str, float]
+    task_intervals: dict[str, tuple[float, float]]
     average: float
     normalised: float
     interval: tuple[float, float]
@@ -65,9 +64,9 @@ class _ExpertScores:
     """Scores of the experts, and draws of test rows.
 
     Attributes:
-        draws: by task, indices of rows, `[DRAWS, N]` int64.
+        draws: by task, indices of rows, `[D, N]` int64.
         scores: by task, the expert's score.
-        drawn: by task, the expert's score on each draw, `[DRAWS]` float64.
+        drawn: by task, the expert's score on each draw, `[D]` float64.
         higher_is_better: whether more of the metric is better.
     """
 
@@ -81,7 +80,7 @@ class _ExpertScores:
         generator, draws = torch.Generator().manual_seed(0), {}
         for task, outcome in outcomes.items():
             count = len(outcome.labels)
-            draws[task] = torch.randint(count, (DRAWS, count), generator=generator)
+            draws[task] = torch.randint(count, (outcome.metric.draws, count), generator=generator)
         return cls(
             draws,
             {task: outcome.score for task, outcome in outcomes.items()},
@@ -95,12 +94,14 @@ class _ExpertScores:
         share = normalised(scores, self.scores, self.higher_is_better)
         return float("nan") if share is None else share
 
-    def normalised_draws(self, outcomes: Mapping[str, Outcome]) -> Tensor:
-        """`[DRAWS]` float64: the same on each draw."""
-        shares = []
-        for task, expert in self.drawn.items():
-            drawn = outcomes[task].scores_of_draws(self.draws[task])
-            shares.append(drawn / expert if self.higher_is_better else expert / drawn)
+    def drawn_scores(self, outcomes: Mapping[str, Outcome]) -> dict[str, Tensor]:
+        """By task, a model's score on each draw, `[D]` float64."""
+        return {task: outcomes[task].scores_of_draws(draws) for task, draws in self.draws.items()}
+
+    def normalised_draws(self, drawn: Mapping[str, Tensor]) -> Tensor:
+        """`[D]` float64: `normalised` on each draw."""
+        pairs = [(drawn[task], expert) for task, expert in self.drawn.items()]
+        shares = [score / expert if self.higher_is_better else expert / score for score, expert in pairs]
         return torch.stack(shares).mean(0)
 
 
@@ -129,30 +130,27 @@ def summarise(
         for name, outcomes in variants.items():
             shares = {seed: experts.normalised(by_task) for seed, by_task in outcomes.items()}
             value = sum(shares.values()) / len(shares)
-            draws = torch.stack([experts.normalised_draws(by_task) for by_task in outcomes.values()]).mean(0)
+            drawn = [experts.drawn_scores(by_task) for by_task in outcomes.values()]
+            draws = torch.stack([experts.normalised_draws(scores) for scores in drawn]).mean(0)
             first = first or (value, draws)
             rows.append(
                 Row(
                     label=name,
                     method=describe_method(method),
                     normalised=value,
-                    interval=_interval(draws),
+                    interval=interval_of(draws),
                     difference=value - first[0],
-                    difference_interval=_interval(draws - first[1]),
+                    difference_interval=interval_of(draws - first[1]),
                     by_seed=shares,
+                    task_intervals={
+                        task: interval_of(torch.stack([scores[task] for scores in drawn]).mean(0)) for task in drawn[0]
+                    },
                     **_scores(outcomes),
                     **_routes(outcomes),
                     **_costs(method, by_seed),
                 )
             )
     return rows
-
-
-def _interval(draws: Tensor) -> tuple[float, float]:
-    """95 % interval of the draws that have a score. On some draws an expert, which scores are divided by, has none."""
-    draws = torch.where(draws.isfinite(), draws, torch.nan)
-    low, high = draws.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def _scores(outcomes: Mapping[int, Mapping[str, Outcome]]) -> dict[str, Any]:

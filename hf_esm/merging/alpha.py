@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..architecture import canonical_names, untie
 from ..checkpoints import Checkpoint
 from ..errors import HfEsmError
-from ..metrics import LabelledSamples, Metric, load_labelled, resolve_metric, run
+from ..metrics import LabelledSamples, Metric, Outcome, load_labelled, resolve_metric, run
 from ..planning import MergeOptions, MergePlan
 from .updates import MergedUpdates
 
@@ -162,6 +162,7 @@ class TaskScore:
         metric: name of the metric, or `"score_fn"`.
         rows: number of rows; None for the caller's function.
         higher_is_better: False for errors, such as perplexity.
+        interval: 95 % interval of `merged`, of draws of the rows; None for the caller's function.
     """
 
     merged: float
@@ -170,6 +171,7 @@ class TaskScore:
     metric: str
     rows: Optional[int]
     higher_is_better: bool
+    interval: Optional[tuple[float, float]] = None
 
     @property
     def below_base(self) -> bool:
@@ -180,7 +182,13 @@ class TaskScore:
     def __str__(self) -> str:
         expert = "" if self.expert is None else f", expert {self.expert:.4g}"
         rows = "" if self.rows is None else f"; {self.rows} rows"
-        return f"{self.merged:.4g} (base {self.base:.4g}{expert}{rows})"
+        interval = f", 95 % {self.shown_interval}" if self.interval else ""
+        return f"{self.merged:.4g} (base {self.base:.4g}{expert}{rows}{interval})"
+
+    @property
+    def shown_interval(self) -> str:
+        """The interval as tables show it; empty without one."""
+        return "" if self.interval is None else f"{self.interval[0]:.4g} to {self.interval[1]:.4g}"
 
 
 class LabelScore:
@@ -215,11 +223,13 @@ class LabelScore:
         Args:
             weight: returns the merged model's weights by canonical name.
         """
-        merged, base = self._scores(weight), self._scores(self.plan.base.tensor)
-        tasks = [task for task in self.plan.experts if task in merged]
-        experts = {task: self._scores(self.plan.experts[task].tensor, task)[task] for task in tasks}
         higher, name = self.score_fn is not None or self.metric.higher_is_better, self.metric.name
         sign = 1 if higher else -1
+        outcomes = self._outcomes(weight) if self.score_fn is None else {}
+        merged = {task: sign * outcome.score for task, outcome in outcomes.items()} or self._scores(weight)
+        base = self._scores(self.plan.base.tensor)
+        tasks = [task for task in self.plan.experts if task in merged]
+        experts = {task: self._scores(self.plan.experts[task].tensor, task)[task] for task in tasks}
         return {
             task: TaskScore(
                 merged=sign * merged[task],
@@ -228,8 +238,16 @@ class LabelScore:
                 metric=name if self.score_fn is None else "score_fn",
                 rows=len(self.labelled[task].labels) if self.score_fn is None else None,
                 higher_is_better=higher,
+                interval=outcomes[task].interval if task in outcomes else None,
             )
             for task in merged
+        }
+
+    def _outcomes(self, weight: Callable[[str], torch.Tensor]) -> dict[str, Outcome]:
+        """Return the outcomes of a model on the labelled rows by task."""
+        self.models.set_weights(weight)
+        return {
+            t: run(self.models.by_task[t], data, self.metric, self.batch_size) for t, data in self.labelled.items()
         }
 
     def _scores(self, weight: Callable[[str], torch.Tensor], task: Optional[str] = None) -> dict[str, float]:

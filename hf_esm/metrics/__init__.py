@@ -7,13 +7,15 @@ was computed from, agreement with the expert, and pictures.
 from .agreement import ROUNDING, Agreement, ExpertAnswers, agreement_of, collect_answers, divergence
 from .answers import batches_of, in_vocabulary
 from .labels import LabelledSamples
-from .metric import ACCURACY, Metric, MetricSpec, load_labelled, resolve_metric
+from .metric import ACCURACY, Metric, load_labelled
+from .named import BUILT_IN, MetricSpec, resolve_metric
 from .plots import COLOURS, plot_alpha_curves, plot_energy, plot_matrix, plot_task_scores, require_matplotlib
-from .scores import Outcome, Scores, accuracy, normalised, run
+from .scores import Outcome, Scores, accuracy, interval_of, normalised, run
 
 
 __all__ = [
     "ACCURACY",
+    "BUILT_IN",
     "COLOURS",
     "ROUNDING",
     "Agreement",
@@ -29,6 +31,7 @@ __all__ = [
     "collect_answers",
     "divergence",
     "in_vocabulary",
+    "interval_of",
     "load_labelled",
     "normalised",
     "plot_alpha_curves",

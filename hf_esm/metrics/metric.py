@@ -1,9 +1,7 @@
-"""Metrics: the base class, one class for each kind of answer, and the built-in metrics."""
+"""Metrics: the base class, one class for each kind of answer, and the metrics of each kind."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, Optional
 
 import torch
@@ -12,7 +10,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..data import SampleOptions, read_rows
 from ..errors import HfEsmError
-from ..utils import did_you_mean
 from .labels import (
     LabelledSamples,
     RowReader,
@@ -41,6 +38,7 @@ class Metric:
         score: function of the outputs and labels of `N` rows that returns one number.
         higher_is_better: False for errors, such as perplexity.
         is_share: whether the score is the share of rows that are right, so that its standard error is known.
+        draws: number of draws of rows that an interval is made of.
         read: for a head of any other kind, such as a detector of objects: function of one sample's output tensors
             (by name, on the CPU: `logits`, `pred_boxes`, …) that returns what `score` needs of them.
 
@@ -59,6 +57,7 @@ class Metric:
     score: Callable[[Any, Any], float]
     higher_is_better: bool = True
     is_share: bool = False
+    draws: int = field(default=1000, kw_only=True)
     read: Optional[Callable[[dict[str, Tensor]], Any]] = field(default=None, kw_only=True)
 
     def __new__(cls, *args: Any, read: Optional[Callable] = None, **settings: Any) -> "Metric":
@@ -122,12 +121,25 @@ class AccuracyMetric(ClassMetric):
     def outputs(self, model: PreTrainedModel, data: LabelledSamples, batch_size: int) -> Tensor:
         if not model.can_generate() and model.config.num_labels == 1:
             kind = type(model).__name__
-            raise HfEsmError(f"{kind} gives one value, not a class. Choose a metric of values, such as 'mse'.")
+            raise HfEsmError(f"{kind} gives one value, not a class. Choose a metric of values, such as 'spearman'.")
         return super().outputs(model, data, batch_size)
 
     def scores_of_draws(self, outputs: Tensor, labels: Tensor, draws: Tensor) -> Tensor:
         right, counted = right_answers(outputs, labels)
         return right[draws].sum(1) / counted[draws].sum(1)
+
+
+@dataclass(frozen=True)
+class ValueMetric(ClassMetric):
+    """Score of the values of a head of one label, such as one of how alike two texts are."""
+
+    def outputs(self, model: PreTrainedModel, data: LabelledSamples, batch_size: int) -> Tensor:
+        if model.config.num_labels != 1 or model.can_generate():
+            raise HfEsmError(
+                f"{type(model).__name__} gives no value: {self.name} needs a head of one label. For classes, choose "
+                "'accuracy', 'f1-macro' or 'mcc'; for embeddings, 'similarity'."
+            )
+        return super().outputs(model, data, batch_size)
 
 
 @dataclass(frozen=True)
@@ -269,6 +281,9 @@ EXACT_MATCH = TextMetric.mean_of("exact-match", is_accepted, is_share=True)
 WORD_F1 = TextMetric.mean_of("word-f1", word_overlap)
 
 
+SPEARMAN = ValueMetric("spearman", spearman)
+
+
 SIMILARITY = PairMetric("similarity", spearman, scored=True)
 
 
@@ -276,15 +291,6 @@ MRR = PairMetric("mrr@10", reciprocal_rank)
 
 
 RECALL = PairMetric("recall@10", recall_at_10, is_share=True)
-
-
-BUILT_IN = {
-    metric.name: metric for metric in (ACCURACY, PERPLEXITY, MEAN_IOU, EXACT_MATCH, WORD_F1, SIMILARITY, MRR, RECALL)
-}
-
-
-# What users name a metric by: a built-in name, a name or folder of the `evaluate` library, a function, or a metric.
-MetricSpec = str | os.PathLike | Metric | Callable[..., float]
 
 
 def load_labelled(
@@ -320,98 +326,3 @@ def load_labelled(
         HfEsmError: if a row has no label, or one that the model does not know.
     """
     return metric.load(read_rows(data, title, options), RowReader(processor, config, title, options))
-
-
-def resolve_metric(metric: MetricSpec) -> Metric:
-    """Metric by name, or from a function `(predictions, references) -> float` of which more is better.
-
-    Built in are `"accuracy"` (of samples; of tokens for token classifiers; of all labels together where several may
-    hold), `"perplexity"` (causal and sequence-to-sequence language models), `"mean-iou"` (semantic segmentation:
-    pixels of a class that are rightly answered over all that are answered or labelled, mean over classes); for
-    models that answer in words, `"exact-match"` and `"word-f1"`, which compare words as SQuAD does (Rajpurkar et al.,
-    2016, arXiv 1606.05250); and, for embedding models, on rows of two texts, `"similarity"` (Spearman's correlation of
-    cosines with the rows' scores), `"mrr@10"` and `"recall@10"` (of each first text's own second text among those of
-    all rows).
-
-    The `evaluate` library loads any other name, from the Hub or a folder. Of several numbers that a metric computes,
-    the one with the metric's name counts, or else the first. A metric of strings (ROUGE, BLEU, word error rate) reads
-    the model's answers in words.
-
-    A function gets tensors, see `ClassMetric`; as in Transformers' Trainer, classes of tokens are padded, and
-    references are -100 where no class counts. For heads of other kinds, give a `Metric` with `read`.
-
-    Raises:
-        HfEsmError: if there is no such metric.
-    """
-    if isinstance(metric, Metric):
-        return metric
-    if callable(metric):
-        name = getattr(metric, "__name__", "score")
-        return ClassMetric(
-            name if name.isidentifier() else "score", lambda outputs, labels: float(metric(outputs, labels))
-        )
-    if isinstance(metric, str) and metric in BUILT_IN:
-        return BUILT_IN[metric]
-    return _library_metric(metric)
-
-
-def _library_metric(name: str | os.PathLike) -> Metric:
-    """Metric of the `evaluate` library; its features tell whether it compares texts."""
-    loaded = _load_from_library(name)
-    kinds = loaded.features if isinstance(loaded.features, list) else [loaded.features]
-    if any(not {"predictions", "references"} <= kind.keys() for kind in kinds):
-        raise HfEsmError(f"{name!r} does not compare predictions with references, so it cannot score a model.")
-    higher = not {str(name), loaded.name}.intersection(_ERRORS)
-    texts = [kind for kind in kinds if getattr(kind["predictions"], "dtype", "") == "string"]
-    if not texts:
-        return ClassMetric(str(name), _library_score_of_classes(loaded, name), higher)
-    single = all(getattr(kind["references"], "dtype", "") == "string" for kind in texts)
-    return TextMetric(str(name), _library_score_of_texts(loaded, name, single), higher, single=single)
-
-
-def _load_from_library(name: str | os.PathLike) -> Any:
-    meant = did_you_mean(name, BUILT_IN)
-    try:
-        import evaluate
-    except ImportError:
-        raise HfEsmError(
-            f"There is no metric {name!r}{meant}. Use {', '.join(BUILT_IN)}, a function, or, after "
-            "`pip install evaluate`, any name that `evaluate.load` knows."
-        ) from None
-    try:
-        return evaluate.load(str(name))
-    except (ImportError, OSError, ValueError, RuntimeError) as error:  # ImportError: some need a package of their own
-        raise HfEsmError(f"The evaluate library cannot load the metric {name!r}{meant}: {error}") from None
-
-
-def _library_score_of_classes(loaded: Any, name: Any) -> Callable[[Tensor, Tensor], float]:
-    def score(outputs: Tensor, labels: Tensor) -> float:
-        if labels.dim() == 2 and labels.dtype != torch.bool:  # classes of tokens
-            outputs, labels = outputs[labels != -100], labels[labels != -100]
-        return _computed(loaded, name, outputs.tolist(), labels.tolist())
-
-    return score
-
-
-def _library_score_of_texts(loaded: Any, name: Any, single: bool) -> Callable[[list[str], list[list[str]]], float]:
-    def score(answers: list[str], accepted: list[list[str]]) -> float:
-        if single:
-            return _computed(loaded, name, answers, [text for (text,) in accepted])
-        most = max(map(len, accepted))  # some metrics need the same number of right texts for every answer
-        return _computed(loaded, name, answers, [[*texts, *texts[:1] * (most - len(texts))] for texts in accepted])
-
-    return score
-
-
-def _computed(loaded: Any, name: Any, predictions: list, references: list) -> float:
-    """The number that a metric of the library computes."""
-    computed = loaded.compute(predictions=predictions, references=references)
-    if isinstance(computed, Mapping):
-        computed = computed.get(loaded.name, next(iter(computed.values())))
-    if not isinstance(computed, Real):
-        raise HfEsmError(f"The metric {name!r} gives {computed!r:.80}, not a number. Choose one that gives a number.")
-    return float(computed)
-
-
-# Metrics of the `evaluate` library of which less is better. The library itself does not say so.
-_ERRORS = ("brier_score", "cer", "character", "mae", "mape", "mase", "mse", "smape", "ter", "wer")

@@ -16,8 +16,8 @@ from .labels import LabelledSamples
 
 
 _NO_CLASS = (
-    "{kind} gives no class per sample or token; accuracy needs a classifier. For answers in words, use exact-match or "
-    "word-f1; for anything else, give a Metric with `read`."
+    "{kind} gives no class per sample or token; a metric of classes needs a classifier. For answers in words, use "
+    "exact-match or word-f1; for anything else, give a Metric with `read`."
 )
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import isfinite
 from typing import Any, Optional
 
 import torch
@@ -37,6 +39,12 @@ class Outcome:
         """Score on each draw of rows: `[D]` float64, from indices `[D, N]` int64, which may repeat."""
         return self.metric.scores_of_draws(self.outputs, self.labels, draws)
 
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the score, of draws of rows from a fixed seed."""
+        count, generator = len(self.labels), torch.Generator().manual_seed(0)
+        return interval_of(self.scores_of_draws(torch.randint(count, (self.metric.draws, count), generator=generator)))
+
     def routed_share(self, task: str) -> float:
         """Share of the rows whose likeliest task is `task`."""
         return self.routed_to.count(task) / len(self.routed_to)
@@ -55,6 +63,16 @@ class Outcome:
 
     def __repr__(self) -> str:
         return f"Outcome({self.metric.name} of {len(self.labels)} rows)"
+
+
+def interval_of(draws: Tensor) -> tuple[float, float]:
+    """95 % interval of the draws `[D]` float64 that have a score; NaN if none has.
+
+    A correlation has none on rows that are all alike, nor has a share of an expert's score that is 0.
+    """
+    draws = torch.where(draws.isfinite(), draws, torch.nan)
+    low, high = draws.nanquantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
+    return low, high
 
 
 def run(model: PreTrainedModel, data: LabelledSamples, metric: Metric = ACCURACY, batch_size: int = 32) -> Outcome:
@@ -111,6 +129,11 @@ class Scores:
         return {task: len(outcome.labels) for task, outcome in self.outcomes.items()}
 
     @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % interval of the model's score by task, of draws of its rows; see `Outcome.interval`."""
+        return {task: outcome.interval for task, outcome in self.outcomes.items()}
+
+    @property
     def below_base(self) -> list[str]:
         """Tasks on which the model is worse than the base, or has no score."""
         sign = 1 if self.higher_is_better else -1
@@ -122,6 +145,13 @@ class Scores:
             return ""
         return f"{100 * score:.1f}" if self.metric == ACCURACY.name else f"{score:.3f}"
 
+    def shown_interval(self, task: str) -> str:
+        """The interval of a task as tables show it; empty for a score without rows."""
+        if task not in self.outcomes:
+            return ""
+        low, high = self.intervals[task]
+        return f"{self.shown(low)} to {self.shown(high)}"
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "metric": self.metric,
@@ -129,6 +159,10 @@ class Scores:
             "expert": self.expert,
             "base": self.base,
             "rows": self.rows,
+            "intervals": {
+                task: list(interval) if all(map(isfinite, interval)) else None
+                for task, interval in self.intervals.items()
+            },
             "average": self.average,
             "normalised": self.normalised,
             **({"routing": self.routing} if self.routing else {}),
@@ -136,6 +170,8 @@ class Scores:
 
     def __str__(self) -> str:
         table = [["task", f"{self.metric:>8}"], *([task, self.shown(score)] for task, score in self.model.items())]
+        if self.outcomes:
+            table = _joined(table, ["95 %", *map(self.shown_interval, self.model)])
         for name, others in (("base", self.base), ("expert", self.expert)):
             if others:
                 table = _joined(table, [name, *(self.shown(others.get(task)) for task in self.model)])

@@ -11,7 +11,7 @@ from ..architecture import KINDS
 from ..data import RunOptions
 from ..errors import HfEsmError
 from ..methods import MergeMethod
-from ..metrics import Metric
+from ..metrics import BUILT_IN, Metric
 from ..utils import bytes_of, check_known, finite_number
 from .refinement import RefineSettings, resolve_refine
 
@@ -109,10 +109,7 @@ class MergeOptions(RunOptions):
     )
     metric: str | os.PathLike | Metric | Callable[..., float] = field(
         default="accuracy",
-        metadata={
-            "help": "what 'auto' goes by: accuracy, perplexity, mean-iou, exact-match, word-f1, similarity, mrr@10, "
-            "recall@10, or one of the evaluate library"
-        },
+        metadata={"help": f"what 'auto' goes by: {', '.join(BUILT_IN)}, or one of the evaluate library"},
     )
     output: str = field(
         default="model",

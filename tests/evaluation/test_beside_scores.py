@@ -67,7 +67,10 @@ def test_a_merge_that_labels_chose(merged_by_labels, data):
         below = score.merged < values[0]
         assert any(w.startswith(f"'{task}': the merged model scores less") for w in result.warnings) == below
         line = next(line for line in str(result).splitlines() if line.startswith("  accuracy"))
-        assert f"{task} {score.merged:.4g} (base {values[0]:.4g}, expert {values[1]:.4g}; {values[2]} rows)" in line
+        assert (
+            f"{task} {score.merged:.4g} (base {values[0]:.4g}, expert {values[1]:.4g}; {values[2]} rows, 95 % " in line
+        )
+        assert score.interval == pytest.approx(known.intervals[task]) and score.interval[0] <= score.merged
     stored = json.loads((result.output_dir / "merge_report.json").read_text())
     assert stored["scores"]["b"]["base"] == pytest.approx(found["b"].base)
     card = (result.output_dir / "README.md").read_text()
@@ -83,7 +86,7 @@ def test_a_model_that_is_evaluated(merged_by_labels, models, data):
     worse = [task for task in TASKS if scores.model[task] < scores.base[task]]
     assert scores.below_base == worse
     assert (f"worse than the base: {', '.join(worse)}" in str(scores)) == bool(worse)
-    assert str(scores).splitlines()[0].split() == ["task", "accuracy", "base", "expert", "rows"]
+    assert str(scores).splitlines()[0].split() == ["task", "accuracy", "95", "%", "base", "expert", "rows"]
     assert evaluate(merged_by_labels.output_dir, data).base == {}
 
 

@@ -21,7 +21,8 @@ from hf_esm.evaluation.comparison import describe_rules, name_methods
 from hf_esm.evaluation.report import comparison_table, write_report
 from hf_esm.evaluation.summary import summarise
 from hf_esm.methods.averaging import Mean, TaskArithmetic
-from hf_esm.metrics.metric import ACCURACY, AccuracyMetric, ClassMetric, Metric, resolve_metric
+from hf_esm.metrics.metric import ACCURACY, AccuracyMetric, ClassMetric, Metric
+from hf_esm.metrics.named import resolve_metric
 from hf_esm.metrics.scores import Outcome, Scores
 from hf_esm.planning.options import MergeOptions
 from hf_esm.utils import only_user

@@ -10,7 +10,8 @@ from transformers import AutoModel, BertTokenizerFast
 from hf_esm import HfEsmError, evaluate, merge_models
 from hf_esm.data.options import SampleOptions
 from hf_esm.metrics.labels import LabelledSamples
-from hf_esm.metrics.metric import ACCURACY, Metric, load_labelled, resolve_metric
+from hf_esm.metrics.metric import ACCURACY, Metric, load_labelled
+from hf_esm.metrics.named import resolve_metric
 from hf_esm.metrics.scores import run
 from support.helpers import perturbed, save
 from support.tiny import BERT, SPECIAL

@@ -13,7 +13,8 @@ from hf_esm import HfEsmError, Metric, evaluate, merge_models
 from hf_esm.calibration.collection import collect_statistics
 from hf_esm.data.options import SampleOptions
 from hf_esm.metrics.labels import LabelledSamples
-from hf_esm.metrics.metric import ACCURACY, PERPLEXITY, ClassMetric, ReadMetric, load_labelled, resolve_metric
+from hf_esm.metrics.metric import ACCURACY, PERPLEXITY, ClassMetric, ReadMetric, load_labelled
+from hf_esm.metrics.named import resolve_metric
 from hf_esm.metrics.outputs import classes_of, texts_of
 from hf_esm.metrics.scores import Scores, run
 from support.architectures import T5

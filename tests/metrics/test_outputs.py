@@ -11,7 +11,8 @@ from transformers import AutoModel
 
 from hf_esm import HfEsmError, evaluate, merge_models
 from hf_esm.data.options import SampleOptions
-from hf_esm.metrics.metric import ACCURACY, EXACT_MATCH, WORD_F1, Metric, load_labelled, resolve_metric
+from hf_esm.metrics.metric import ACCURACY, EXACT_MATCH, WORD_F1, Metric, load_labelled
+from hf_esm.metrics.named import resolve_metric
 from hf_esm.metrics.outputs import LONGEST_SPAN, classes_of, texts_of
 from hf_esm.metrics.scores import Outcome, run
 from support.architectures import ARCHITECTURES, T5

@@ -7,7 +7,8 @@ from scipy.stats import spearmanr
 from hf_esm import HfEsmError
 from hf_esm.data.options import SampleOptions
 from hf_esm.metrics.labels import LabelledSamples
-from hf_esm.metrics.metric import load_labelled, resolve_metric
+from hf_esm.metrics.metric import load_labelled
+from hf_esm.metrics.named import resolve_metric
 from hf_esm.metrics.pairs import cosines_of, embeddings_of, ranks_of, recall_at_10, reciprocal_rank, spearman
 from support.problems import SEEDS
 from support.tiny import BERT, GPT2, save_tokenizer

@@ -10,7 +10,8 @@ from transformers import SegformerConfig, SegformerImageProcessor, ViTConfig, Vi
 from hf_esm import HfEsmError, compare, evaluate, merge_models, update_card
 from hf_esm.data.options import SampleOptions
 from hf_esm.metrics.labels import LabelledSamples, read_map
-from hf_esm.metrics.metric import MEAN_IOU, load_labelled, resolve_metric
+from hf_esm.metrics.metric import MEAN_IOU, load_labelled
+from hf_esm.metrics.named import resolve_metric
 from hf_esm.metrics.outputs import overlaps_of
 from hf_esm.metrics.scores import run
 from support.helpers import Architecture, perturbed, save
