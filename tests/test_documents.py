@@ -9,8 +9,7 @@ import hf_esm
 
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/results.md", "docs/language_models.md"]
-DOCUMENTS += ["docs/evaluation.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/results.md", "docs/language_models.md", "docs/evaluation.md"]
 TESTS = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..errors import HfEsmError
 from .labels import LabelledSamples
-from .metric import ClassMetric, Metric
+from .metric import ClassMetric
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Metrics: the base class, one class for each kind of answer, and the metrics of each kind."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 

@@ -60,10 +60,10 @@ def resolve_metric(metric: MetricSpec) -> Metric:
     hold), `"f1"` (of class 1 of two), `"f1-macro"` (mean over classes, or over labels where several may hold), `"mcc"`
     (Matthews' correlation), `"spearman"` (of the values of a head of one label), `"perplexity"` (causal and
     sequence-to-sequence language models), `"mean-iou"` (semantic segmentation: pixels of a class that are rightly
-    answered over all that are answered or labelled, mean over classes); for models that answer in words, `"exact-match"` and `"word-f1"`, which compare words as SQuAD does (Rajpurkar et al.,
-    2016, arXiv 1606.05250); and, for embedding models, on rows of two texts, `"similarity"` (Spearman's correlation of
-    cosines with the rows' scores), `"mrr@10"` and `"recall@10"` (of each first text's own second text among those of
-    all rows).
+    answered over all that are answered or labelled, mean over classes); for models that answer in words,
+    `"exact-match"` and `"word-f1"`, which compare words as SQuAD does (Rajpurkar et al., 2016, arXiv 1606.05250); and,
+    for embedding models, on rows of two texts, `"similarity"` (Spearman's correlation of cosines with the rows'
+    scores), `"mrr@10"` and `"recall@10"` (of each first text's own second text among those of all rows).
 
     The `evaluate` library loads any other name, from the Hub or a folder. Of several numbers that a metric computes,
     the one with the metric's name counts, or else the first. A metric of strings (ROUGE, BLEU, word error rate) reads
