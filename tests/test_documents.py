@@ -9,7 +9,8 @@ import hf_esm
 
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/results.md", "docs/language_models.md", "docs/evaluation.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+DOCUMENTS += [f"docs/{name}.md" for name in ("results", "language_models", "evaluation")]
 TESTS = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
 
 
