@@ -37,7 +37,7 @@ def by_library(name, outputs, labels):
 
 
 @pytest.mark.parametrize(("name", "of"), [("f1", 2), ("f1-macro", 2), ("f1-macro", 5), ("mcc", 2), ("mcc", 4)])
-def test_scores_and_those_of_draws_are_the_librarys(generator, name, of):
+def test_scores_and_those_of_draws_are_those_of_the_library(generator, name, of):
     metric, (outputs, labels) = resolve_metric(name), classes(generator, 40, of)
     assert metric.score(outputs, labels) == pytest.approx(by_library(name, outputs, labels), abs=1e-12)
     draws = torch.randint(40, (20, 40), generator=generator)
