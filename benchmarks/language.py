@@ -67,7 +67,7 @@ from hf_esm.utils import files_identity, fingerprint, markdown_table
 
 
 # Methods that learn masks take hours, and methods that route write no single model.
-STATIC = [name for name in METHODS if not name.startswith("concrete") and not resolve_method(name).routes]
+STATIC = [name for name in METHODS if not (resolve_method(name).needs_samples or resolve_method(name).routes)]
 DEFAULT = "default"
 IGNORED = -100
 Row = dict[str, str]

@@ -36,7 +36,8 @@ from hf_esm import METHODS, Comparison, compare
 
 
 # Methods that learn take long: name them, as in `--methods "{name: concrete-task-arithmetic, steps: 200}"`.
-QUICK = ["esm", *(name for name in METHODS if name != "esm" and not name.startswith("concrete"))]
+# So does KnOTS on whole models, where what its experts share is no small basis.
+QUICK = ["esm", *(name for name in METHODS if name not in ("esm", "knots") and not METHODS[name]().needs_samples)]
 QUICK.append("{name: esm++, router: oracle}")
 
 

@@ -113,8 +113,9 @@ def merge_models(
             by task name are called with each task's model. Higher is better.
         output: `"model"`, or `"lora"`: one LoRA adapter of the base, loadable by PEFT and inference servers, where all
             experts are LoRA adapters that change linear maps alone, besides the tasks' heads. For `mean`,
-            `task-arithmetic`, `regmean`, `esm`, `tsv-m`, `iso-c` and `iso-cts`, refined or not, whose results lie in
-            the span of the experts' factors. `mean` and `task-arithmetic` read no weight of the base.
+            `task-arithmetic`, `regmean`, `esm`, `tsv-m`, `iso-c`, `iso-cts`, `cat`, `wudi` and `knots`, refined or
+            not, whose results lie in the span of the experts' factors. `mean` and `task-arithmetic` read no weight of
+            the base.
         rank: of the adapter that `output="lora"` writes; by default the sum of the experts' ranks, which is exact. A
             lower rank is the best one for the inputs in the experts' statistics, or in the plain norm without
             statistics, and the report states its error per layer. Otherwise the rank of each expert of `"esm++"` and

@@ -219,7 +219,7 @@ class MergeRun(PlannedRun):
             progress=self.progress,
         )
         with nullcontext() if plan.method.needs_samples else together(self.accelerator):
-            whole = whole_updates(plan, learn, self.progress("Preparing"))
+            whole = whole_updates(plan, inputs.statistics, learn, self.progress("Preparing"), self.in_factors)
             return {repr(method): method.prepare(whole) for method in plan.methods}
 
     def choose(self, inputs: Inputs, candidates: list[Candidate]) -> Chosen:

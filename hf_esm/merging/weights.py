@@ -77,7 +77,11 @@ class Worker:
 
 
 def whole_updates(
-    plan: MergePlan, learn_mask: Callable[[], Any], progress: Callable[[Iterable], Iterable]
+    plan: MergePlan,
+    statistics: Mapping[str, Optional[ActivationStatistics]],
+    learn_mask: Callable[[], Any],
+    progress: Callable[[Iterable], Iterable],
+    in_factors: bool = False,
 ) -> WholeUpdates:
     """Return the updates of all experts of a merge, as `MergeMethod.prepare` reads them."""
     names = [name for name in plan.heads.shared if name in plan.base.trained]
@@ -85,7 +89,11 @@ def whole_updates(
     def read(task: str) -> Iterator[Tensor]:
         return (plan.experts[task].update(name, plan.base.tensor(name)) for name in names)
 
-    return WholeUpdates(tuple(plan.experts), read, learn_mask, progress)
+    def stacks() -> Iterator[Stack]:
+        merger = (FactorMerger if in_factors else UnitMerger)(plan, statistics, {}, Worker())
+        return (stack for name in names if name not in plan.unchanged for stack in merger.stacks_of(name))
+
+    return WholeUpdates(tuple(plan.experts), read, stacks, learn_mask, progress)
 
 
 def merge_weights(
@@ -258,11 +266,7 @@ class UnitMerger:
     def merge(self, unit: list[str], updates: list[list[Tensor]]) -> dict[str, tuple[Tensor, WeightReport]]:
         """Return the merged update and the report of each weight of a unit, by name."""
         base, linear = self.plan.base, self.plan.base.linear.get(unit[0])
-        device = roomy(self.worker.device, merge_bytes(self.elements(unit), len(self.plan.experts)))
-        matrices = {
-            task: _matrices(weights, linear, device)
-            for task, weights in zip(self.plan.experts, zip(*updates, strict=True), strict=True)
-        }
+        matrices, device = self._matrices(unit, updates)
         merged = [self._merge_stack(stack, unit[0]) for stack in self._stacks(unit, matrices, device)]
         report = self._report(unit[0], merged, matrices)
         if len(unit) > 1:
@@ -274,6 +278,19 @@ class UnitMerger:
             name: (from_matrices(own_parts, linear).cpu(), replace(report, name=base.names[name]))
             for name, own_parts in zip(unit, parts, strict=True)
         }
+
+    def _matrices(
+        self, unit: list[str], updates: list[list[Tensor]]
+    ) -> tuple[dict[str, list[Tensor]], Optional[torch.device]]:
+        """Return the matrices of a unit's updates by task, and the device that they are on."""
+        linear = self.plan.base.linear.get(unit[0])
+        device = roomy(self.worker.device, merge_bytes(self.elements(unit), len(self.plan.experts)))
+        by_task = zip(self.plan.experts, zip(*updates, strict=True), strict=True)
+        return {task: _matrices(weights, linear, device) for task, weights in by_task}, device
+
+    def stacks_of(self, name: str) -> Iterator[Stack]:
+        """Read one weight of all experts, as the stacks that it is merged as by itself."""
+        return self._stacks([name], *self._matrices([name], self.read([name])))
 
     def _merge_stack(self, stack: Stack, name: str) -> Merged:
         """Merge one matrix or other parameter by the rule of its kind."""

@@ -8,7 +8,9 @@ from .averaging import Mean, TaskArithmetic
 from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic, LearnedMask, relaxed_mask, rescaled
 from .embeddings import merge_counted_embedding, merge_embedding
 from .essential import EssentialMerge, fuse_with_singular_values, share_subtracted
+from .interference import CAT, WUDI
 from .isotropic import IsoC, IsoCTS
+from .knots import KnOTS
 from .registry import METHODS, describe_method, register_method, resolve_method
 from .regression import RegMean
 from .routed import RoutedMerge
@@ -18,17 +20,20 @@ from .stack import InputStatistics, Merged, MergeMethod, Stack, WholeUpdates, bu
 
 
 __all__ = [
+    "CAT",
     "DARE",
     "METHODS",
     "TIES",
     "TSVC",
     "TSVM",
+    "WUDI",
     "ConcreteAdaMerging",
     "ConcreteTaskArithmetic",
     "EssentialMerge",
     "InputStatistics",
     "IsoC",
     "IsoCTS",
+    "KnOTS",
     "LearnedMask",
     "Mean",
     "MergeMethod",

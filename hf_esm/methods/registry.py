@@ -14,7 +14,9 @@ from ..utils import check_known, number_fields
 from .averaging import Mean, TaskArithmetic
 from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic
 from .essential import EssentialMerge
+from .interference import CAT, WUDI
 from .isotropic import IsoC, IsoCTS
+from .knots import KnOTS
 from .regression import RegMean
 from .routed import RoutedMerge
 from .singular_vectors import TSVC, TSVM
@@ -79,6 +81,9 @@ METHODS = MethodRegistry(
         "ties": TIES,
         "dare": DARE,
         "regmean": RegMean,
+        "wudi": WUDI,
+        "cat": CAT,
+        "knots": KnOTS,
         "concrete-task-arithmetic": ConcreteTaskArithmetic,
         "concrete-adamerging": ConcreteAdaMerging,
         "tsv-m": TSVM,

@@ -121,6 +121,8 @@ class WholeUpdates:
         tasks: names of the experts, in the order of a stack's updates.
         read: reads the updates of one task's expert, weight by weight, float32. Buffers such as running means are left
             out. Each call starts at the first weight.
+        stacks: reads every weight of all experts as a stack, in the basis of their factors if they are merged in it.
+            Each call starts at the first weight.
         learn_mask: learns a mask over the updates, and coefficients, on the calibration samples, with the settings of
             a Concrete method. A collective call: all processes make it.
         progress: wraps an iterable, to show how far it is.
@@ -128,6 +130,7 @@ class WholeUpdates:
 
     tasks: tuple[str, ...]
     read: Callable[[str], Iterator[Tensor]]
+    stacks: Callable[[], Iterator[Stack]]
     learn_mask: Callable[[], Any]
     progress: Callable[[Iterable], Iterable] = iter
 

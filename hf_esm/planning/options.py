@@ -49,7 +49,8 @@ class MergeOptions(RunOptions):
             model has, where templates differ.
         metric: what validation rows are scored by: a name, a function, or a `Metric`; see `metrics.resolve_metric`.
         output: `"model"`, or `"lora"` to write one LoRA adapter of the base, where all experts are LoRA adapters and
-            the method is one of `mean`, `task-arithmetic`, `regmean`, `esm`, `tsv-m`, `iso-c`, `iso-cts`.
+            the method is one of `mean`, `task-arithmetic`, `regmean`, `esm`, `tsv-m`, `iso-c`, `iso-cts`,
+            `cat`, `wudi`, `knots`.
         rank: of the adapter that `output="lora"` writes, by default the sum of the experts' ranks, which is exact; or
             of each expert of `method="esm++"` and `"tsv-c"`, per linear map, by default that of the method.
         heads: which weights each task keeps for itself: `"auto"`, `"merge"`, `"keep"`, or names of modules; see

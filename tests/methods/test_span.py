@@ -15,7 +15,8 @@ SHAPES = {"tall": (40, 12), "wide": (14, 30), "square": (24, 24)}
 
 
 def test_these_methods_keep_it():
-    assert {"mean", "task-arithmetic", "regmean", "esm", "esm-roberta", "tsv-m", "iso-c", "iso-cts"} <= set(KEEPING)
+    known = {"mean", "task-arithmetic", "regmean", "esm", "esm-roberta", "tsv-m", "iso-c", "iso-cts"}
+    assert known | {"wudi", "cat", "knots"} <= set(KEEPING)
     assert not {"ties", "dare"} & set(KEEPING)
 
 
@@ -35,7 +36,8 @@ def test_the_merge_of_coordinates_is_the_merge_of_updates_in_their_basis(method,
     cores = [core + torch.randn(2 * tasks, 1, generator=draw) * core.sum(0) / 9 for core in cores]
     inputs = [torch.randn(9, width, generator=draw) for _ in range(tasks)]
     statistics = [InputStatistics(x, x.mean(0), len(x)) for x in inputs] if calibrated else [None] * tasks
-    known = {"is_linear": True, "statistics": statistics, "weights": [1.0, -0.5, *[2.0] * (tasks - 2)]}
+    weights = [1.0, -0.5, *[2.0] * (tasks - 2)]
+    known = {"is_linear": True, "statistics": statistics, "thresholds": [0.1] * tasks, "weights": weights}
     resolved = resolve_method(method)
     if hasattr(resolved, "tolerance"):
         resolved.tolerance = 0.0  # randomised directions differ by as much

@@ -452,3 +452,79 @@ def kinship(base: list[Tensor], tuned: list[Tensor]) -> tuple[float, float]:
     cosines = [(w0 * w).sum() / (w0.norm() * w.norm()) for w0, w in pairs]
     sizes = [(w - w0).norm() / w0.norm() for w0, w in pairs]
     return tuple(torch.stack(values).quantile(0.5).item() for values in (cosines, sizes))
+
+
+def wudi(deltas: list[Tensor], ridge: float = 0.0, weights: list[float] | None = None) -> Tensor:
+    """The minimiser of `Σ_t |w_t| ‖(Δ − s_t Δ_t) Δ_tᵀ‖² / ‖Δ_t‖² + ridge · T / d_in · ‖Δ − Σ_t w_t Δ_t‖²`, `s_t` the
+    sign of `w_t`, that is nearest to `Σ_t w_t Δ_t`, as stacked least squares. An update that is zero has no term."""
+    weights = weights or [1.0] * len(deltas)
+    deltas = [delta.double() for delta in deltas]
+    total = sum(w * delta for w, delta in zip(weights, deltas))
+    terms = [(w, delta) for w, delta in zip(weights, deltas) if w and delta.norm() > 0]
+    if not terms:
+        return total
+    scale = (ridge * len(deltas) / deltas[0].shape[1]) ** 0.5
+    left = [abs(w) ** 0.5 * delta / delta.norm() for w, delta in terms]
+    right = [a @ ((1 if w > 0 else -1) * delta - total).T for a, (w, delta) in zip(left, terms)]
+    left.append(scale * torch.eye(total.shape[1], dtype=torch.float64))
+    right.append(torch.zeros(total.T.shape, dtype=torch.float64))
+    stacked = torch.cat(left)
+    return total + (torch.linalg.pinv(stacked, rtol=CUTOFF) @ torch.cat(right)).T
+
+
+def wudi_published(deltas: list[Tensor], steps: int, learning_rate: float) -> Tensor:
+    """The published loop: Adam on the loss as it is written, from the sum of the updates."""
+    stacked = torch.stack([delta.double() for delta in deltas])
+    merged = torch.nn.Parameter(stacked.sum(0))
+    adam = torch.optim.Adam([merged], lr=learning_rate)
+    sizes = stacked.flatten(1).square().sum(1)[:, None, None]
+    for _ in range(steps):
+        adam.zero_grad()
+        (((merged[None] - stacked) @ stacked.transpose(1, 2)).square() / sizes).sum().backward()
+        adam.step()
+    return merged.detach()
+
+
+def cat(deltas: list[Tensor], inputs: list[Tensor], removed: int, trade_off: float) -> Tensor:
+    """`Σ_i (Π_{k≠i} (I − B_k B_kᵀ)) Δ_i`, with `B_k` the top eigenvectors, of positive eigenvalues, of
+    `Σ_{i≠k} Δ_i (G_k − λ G_i) Δ_iᵀ`, `G = XᵀX / n`."""
+    deltas = [delta.double() for delta in deltas]
+    grams = [x.double().T @ x.double() / max(len(x), 1) for x in inputs]
+    projections = []
+    for k, gram in enumerate(grams):
+        conflict, size = torch.zeros(len(deltas[0]), len(deltas[0]), dtype=torch.float64), 0.0
+        for i, delta in enumerate(deltas):
+            if i != k:
+                size += float((delta @ gram @ delta.T).trace() + trade_off * (delta @ grams[i] @ delta.T).trace())
+                conflict = conflict + delta @ (gram - trade_off * grams[i]) @ delta.T
+        values, vectors = torch.linalg.eigh((conflict + conflict.T) / 2)
+        top = [j for j in reversed(range(len(values))) if values[j] > CUTOFF**2 * size][:removed]
+        projections.append(torch.eye(len(values), dtype=torch.float64) - vectors[:, top] @ vectors[:, top].T)
+    merged = torch.zeros_like(deltas[0])
+    for i, delta in enumerate(deltas):
+        for k, projection in enumerate(projections):
+            delta = projection @ delta if k != i else delta
+        merged = merged + delta
+    return merged
+
+
+def cat_of_vectors(deltas: list[Tensor], removed: int) -> Tensor:
+    """`Σ_i m_i ∘ Δ_i`, where `m_i` is 0 at the `removed` largest entries of `Σ_{j≠k} Δ_j²` of every other task `k`."""
+    merged = torch.zeros_like(deltas[0]).double()
+    for i, delta in enumerate(deltas):
+        delta = delta.double().clone()
+        for k in range(len(deltas)):
+            if k != i:
+                squares = sum(other.double() ** 2 for j, other in enumerate(deltas) if j != k)
+                delta[squares.argsort(descending=True)[:removed]] = 0
+        merged = merged + delta
+    return merged
+
+
+def knots(deltas: list[Tensor], merge: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """`U · merge(S V_1, …, S V_T)` of the SVD `U S [V_1 … V_T]` of the updates side by side."""
+    u, s, vh = svd(torch.cat([delta.double() for delta in deltas], dim=1))
+    r = numerical_rank(s)
+    if not r:
+        return torch.zeros_like(deltas[0]).double()
+    return u[:, :r] @ merge(list((s[:r, None] * vh[:r]).split(deltas[0].shape[1], dim=1)))
