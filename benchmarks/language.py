@@ -66,8 +66,9 @@ from hf_esm.methods import resolve_method
 from hf_esm.utils import files_identity, fingerprint, markdown_table
 
 
-# Methods that learn masks take hours, and methods that route write no single model.
+# Methods that learn masks take hours, methods that route write no single model, and some merge two experts alone.
 STATIC = [name for name in METHODS if not (resolve_method(name).needs_samples or resolve_method(name).routes)]
+STATIC = [name for name in STATIC if resolve_method(name).most_experts is None]
 DEFAULT = "default"
 IGNORED = -100
 Row = dict[str, str]

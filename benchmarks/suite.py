@@ -36,8 +36,9 @@ from hf_esm import METHODS, Comparison, compare
 
 
 # Methods that learn take long: name them, as in `--methods "{name: concrete-task-arithmetic, steps: 200}"`.
-# So does KnOTS on whole models, where what its experts share is no small basis.
+# So does KnOTS on whole models, where what its experts share is no small basis. Some merge two experts alone.
 QUICK = ["esm", *(name for name in METHODS if name not in ("esm", "knots") and not METHODS[name]().needs_samples)]
+QUICK = [name for name in QUICK if METHODS[name]().most_experts is None]
 QUICK.append("{name: esm++, router: oracle}")
 
 

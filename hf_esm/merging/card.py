@@ -53,6 +53,7 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
             for task, expert in plan.experts.items()
         ],
         method=plan.method.name,
+        papers=plan.method.papers,
         routed=plan.method.routes,
         decides=plan.method.decides,
         predicts=all("classification" in pipeline_of(type(e.skeleton).__name__) for e in plan.experts.values()),

@@ -206,7 +206,7 @@ class MergeRun(PlannedRun):
         updates = FactoredUpdates(plan, reports, files) if self.in_factors else MergedUpdates(base, reports, files)
         return Candidate(method, updates)
 
-    def _prepare(self, plan: MergePlan, inputs: Inputs) -> dict[str, list[float]]:
+    def _prepare(self, plan: MergePlan, inputs: Inputs) -> dict[str, list[Any]]:
         """Let the methods learn from the whole model; return the thresholds of all stacks by the methods' `repr`."""
         learn = partial(
             learn_mask,

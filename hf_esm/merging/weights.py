@@ -102,7 +102,7 @@ def merge_weights(
     scratch: Path,
     *,
     worker: Worker = Worker(),
-    thresholds: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    thresholds: Mapping[str, Sequence[Any]] = MappingProxyType({}),
     resumable: bool = False,
     in_factors: bool = False,
     progress: Callable[[Iterable], Iterable] = iter,
@@ -231,7 +231,7 @@ class UnitMerger:
         self,
         plan: MergePlan,
         statistics: Mapping[str, Optional[ActivationStatistics]],
-        thresholds: Mapping[str, Sequence[float]],
+        thresholds: Mapping[str, Sequence[Any]],
         worker: Worker,
     ):
         self.plan, self.statistics, self.thresholds, self.worker = plan, statistics, thresholds, worker

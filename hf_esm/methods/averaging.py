@@ -15,6 +15,7 @@ class Mean(MergeMethod):
     """The average of the experts' weights ("model soup", arXiv 2203.05482), weighted by the tasks' weights."""
 
     name: ClassVar[str] = "mean"
+    papers: ClassVar[tuple[str, ...]] = ("2203.05482",)
     tunable: ClassVar[bool] = False
     keeps_span: ClassVar[bool] = True
 
@@ -35,6 +36,7 @@ class TaskArithmetic(MergeMethod):
     """The sum of the updates, times α (arXiv 2212.04089; α = 0.3 is the published setting)."""
 
     name: ClassVar[str] = "task-arithmetic"
+    papers: ClassVar[tuple[str, ...]] = ("2212.04089",)
     default_alpha: ClassVar[float] = 0.3
     keeps_span: ClassVar[bool] = True
 

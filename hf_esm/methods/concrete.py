@@ -57,6 +57,7 @@ class ConcreteTaskArithmetic(MergeMethod):
     """
 
     name: ClassVar[str] = "concrete-task-arithmetic"
+    papers: ClassVar[tuple[str, ...]] = ("2312.06173",)
     needs_samples: ClassVar[bool] = True
     counts_embeddings: ClassVar[bool] = False  # the mask was learned on the sum of their updates
     gone: ClassVar[Mapping[str, str]] = {
@@ -130,6 +131,7 @@ class ConcreteAdaMerging(ConcreteTaskArithmetic):
     """
 
     name: ClassVar[str] = "concrete-adamerging"
+    papers: ClassVar[tuple[str, ...]] = ("2312.06173", "2310.02575")
     adapts: ClassVar[bool] = True
     of_classifiers: ClassVar[Mapping[str, Any]] = {
         **ConcreteTaskArithmetic.of_classifiers,

@@ -46,12 +46,16 @@ class EssentialMerge(MergeMethod):
     """
 
     name: ClassVar[str] = "esm"
+    papers: ClassVar[tuple[str, ...]] = ("2602.20208", "2606.19164")
     needs_statistics: ClassVar[bool] = True
     keeps_span: ClassVar[bool] = True
 
     gamma: float = field(
         default=0.0,
-        metadata={"help": "exponent of the eigenvalue weighting inside one task (2606.19164); published: 0.15"},
+        metadata={
+            "help": "exponent of the eigenvalue weighting inside one task (2606.19164); published: 0.15",
+            "search": (0.0, 0.5, "linear"),
+        },
     )
     task_exponent: float = field(
         default=0.0, metadata={"help": "polarized scaling between tasks (2602.20208); published: 2; 0 turns it off"}
@@ -64,7 +68,11 @@ class EssentialMerge(MergeMethod):
         default=0.0, metadata={"help": "scaling between layers of one type; published: 2; 0 turns it off"}
     )
     shrinkage: float = field(
-        default=3.0, metadata={"help": "weight of the identity in the inputs' second moments; published: 0"}
+        default=3.0,
+        metadata={
+            "help": "weight of the identity in the inputs' second moments; published: 0",
+            "search": (0.03, 10.0, "log"),
+        },
     )
     keep_singular_values: bool = field(
         default=True,
@@ -82,11 +90,15 @@ class EssentialMerge(MergeMethod):
             "help": "share of each task's directions, ⌊min(d)/T⌋, that is kept; published: 1",
             "above": 0,
             "most": 1,
+            "search": (0.3, 1.0, "linear"),
         },
     )
     sum_subtracted: float = field(
         default=0.13,
-        metadata={"help": "multiple of the updates' sum, at most of the matched norm, subtracted; published: 0"},
+        metadata={
+            "help": "multiple of the updates' sum, at most of the matched norm, subtracted; published: 0",
+            "search": (0.0, 0.3, "linear"),
+        },
     )
     tolerance: float = field(default=0.001, metadata=TOLERANCE)
     uncalibrated: tuple[str, ...] = field(

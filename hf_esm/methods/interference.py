@@ -72,6 +72,7 @@ class WUDI(MergeMethod):
     """WUDI: every linear map by the update that disturbs no expert's along its rows; everything else averaged."""
 
     name: ClassVar[str] = "wudi"
+    papers: ClassVar[tuple[str, ...]] = ("2503.08099",)
 
     solver: str = field(
         default="exact",
@@ -180,6 +181,7 @@ class CAT(MergeMethod):
     """
 
     name: ClassVar[str] = "cat"
+    papers: ClassVar[tuple[str, ...]] = ("2505.06977",)
     default_alpha: ClassVar[float] = 0.3
     needs_statistics: ClassVar[bool] = True
     keeps_span: ClassVar[bool] = True

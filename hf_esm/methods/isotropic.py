@@ -80,6 +80,7 @@ class IsoC(MergeMethod):
     """
 
     name: ClassVar[str] = "iso-c"
+    papers: ClassVar[tuple[str, ...]] = ("2502.04959",)
     default_alpha: ClassVar[float] = 1.5  # the middle of what is good on validation rows of eight text tasks
     keeps_span: ClassVar[bool] = True
 
@@ -99,6 +100,7 @@ class IsoCTS(MergeMethod):
     """
 
     name: ClassVar[str] = "iso-cts"
+    papers: ClassVar[tuple[str, ...]] = ("2502.04959",)
     default_alpha: ClassVar[float] = 2.0  # as above; the papers tune it
     keeps_span: ClassVar[bool] = True
 
@@ -108,6 +110,7 @@ class IsoCTS(MergeMethod):
             "help": "share of the directions that all tasks have in common; published: 0.8",
             "least": 0,
             "most": 1,
+            "search": (0.2, 1.0, "linear"),
         },
     )
     rank: str = field(default="numerical", metadata=RANK)

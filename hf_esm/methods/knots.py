@@ -40,6 +40,7 @@ class KnOTS(MergeMethod):
     """
 
     name: ClassVar[str] = "knots"
+    papers: ClassVar[tuple[str, ...]] = ("2410.19735",)
     keeps_span: ClassVar[bool] = True
 
     method: str | Mapping[str, Any] = field(

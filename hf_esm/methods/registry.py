@@ -14,13 +14,14 @@ from ..utils import check_known, number_fields
 from .averaging import Mean, TaskArithmetic
 from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic
 from .essential import EssentialMerge
+from .geometric import SLERP, Karcher, ModelStock, NuSLERP
 from .interference import CAT, WUDI
 from .isotropic import IsoC, IsoCTS
 from .knots import KnOTS
 from .regression import RegMean
 from .routed import RoutedMerge
 from .singular_vectors import TSVC, TSVM
-from .sparse import DARE, TIES
+from .sparse import DARE, DARETIES, DELLA, SCE, TIES, Breadcrumbs
 from .stack import MergeMethod
 
 
@@ -80,6 +81,14 @@ METHODS = MethodRegistry(
         "task-arithmetic": TaskArithmetic,
         "ties": TIES,
         "dare": DARE,
+        "dare-ties": DARETIES,
+        "breadcrumbs": Breadcrumbs,
+        "della": DELLA,
+        "sce": SCE,
+        "model-stock": ModelStock,
+        "slerp": SLERP,
+        "nuslerp": NuSLERP,
+        "karcher": Karcher,
         "regmean": RegMean,
         "wudi": WUDI,
         "cat": CAT,

@@ -57,6 +57,7 @@ class RegMean(MergeMethod):
     """RegMean: every linear map by least squares on the experts' inputs, everything else averaged."""
 
     name: ClassVar[str] = "regmean"
+    papers: ClassVar[tuple[str, ...]] = ("2212.09849",)
     needs_statistics: ClassVar[bool] = True
     keeps_span: ClassVar[bool] = True
 

@@ -63,6 +63,7 @@ class TSVM(MergeMethod):
     """
 
     name: ClassVar[str] = "tsv-m"
+    papers: ClassVar[tuple[str, ...]] = ("2412.00081",)
     keeps_span: ClassVar[bool] = True
 
     tolerance: float = field(default=0.001, metadata=TOLERANCE)
@@ -86,6 +87,7 @@ class TSVC(MergeMethod):
     """
 
     name: ClassVar[str] = "tsv-c"
+    papers: ClassVar[tuple[str, ...]] = ("2412.00081",)
     tunable: ClassVar[bool] = False
     router: ClassVar[str] = "static"
     keeps_bodies: ClassVar[bool] = True

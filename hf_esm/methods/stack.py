@@ -48,7 +48,8 @@ class Stack:
         statistics: per expert, the statistics of the map's inputs, or None. Only linear maps have statistics.
         counts: per expert, how often its samples read each row of an embedding, `[V]`; empty if that is not known of
             all experts.
-        thresholds: per expert, a magnitude that `MergeMethod.prepare` returned: of TIES, the smallest that is kept.
+        thresholds: per expert, what `MergeMethod.prepare` returned: of TIES, the smallest magnitude that is kept; of
+            Breadcrumbs, the largest and the smallest.
         depth: index of the block that holds the weight, and the number of blocks; None outside of blocks.
         weights: per expert, the caller's weight of its task; 1 by default, negative to negate a task.
         num_outputs: `d_out` of the map, if `updates` hold the updates in a basis of `s ≤ d_out` columns, `[s, d_in]`;
@@ -65,7 +66,7 @@ class Stack:
     routable: bool = False
     statistics: list[Optional[InputStatistics]] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
-    thresholds: list[float] = field(default_factory=list)
+    thresholds: list[Any] = field(default_factory=list)
     depth: Optional[tuple[int, int]] = None
     weights: list[float] = field(default_factory=list)
     num_outputs: Optional[int] = None
@@ -139,14 +140,18 @@ class WholeUpdates:
 class MergeMethod:
     """The base class of merge methods: a dataclass of settings, with `merge` for one weight of all experts.
 
-    The metadata of a setting's field may hold `help`, which the command line prints, and `least`, `most`, `above`,
-    `below` or `choices`, which every instance is checked against. See `register_method` for an example.
+    The metadata of a setting's field may hold `help`, which the command line prints, `least`, `most`, `above`, `below`
+    or `choices`, which every instance is checked against, and `search`, `(low, high, "linear" or "log")`: the range in
+    which values are worth trying, and how they are spread over it; a setting without it is not searched. See
+    `register_method` for an example.
 
     Attributes:
         name: the method's name in messages and recipes; `register_method` sets it on a class that has none.
+        papers: arXiv numbers of what defines the method, which the model card cites.
         default_alpha: scale of the merged update, where the caller sets none.
         tunable: whether α changes the merged model.
         largest_alpha: how far α is searched.
+        most_experts: how many experts the method merges at most; any number by default.
         needs_statistics: whether linear maps are merged with activation statistics.
         needs_samples: whether `prepare` learns on the calibration samples themselves.
         layer_exponent: exponent of the scale between layers of one type, `(‖Δ_M‖ / mean ‖Δ_M‖)^layer_exponent`; 0 for
@@ -172,9 +177,11 @@ class MergeMethod:
     """
 
     name: ClassVar[str] = ""
+    papers: ClassVar[tuple[str, ...]] = ()
     default_alpha: ClassVar[float] = 1.0
     tunable: ClassVar[bool] = True
     largest_alpha: ClassVar[float] = 3.0
+    most_experts: ClassVar[Optional[int]] = None
     needs_statistics: ClassVar[bool] = False
     needs_samples: ClassVar[bool] = False
     layer_exponent: ClassVar[float] = 0.0
@@ -203,16 +210,22 @@ class MergeMethod:
         raise NotImplementedError
 
     def check_weights(self, weights: Iterable[float]) -> None:
-        """Raise an error if the method cannot merge with these weights of the tasks; by default, it can.
+        """Raise an error if the method cannot merge with these weights of the tasks, or so many of them.
 
         Raises:
-            HfEsmError: names the method and the weights.
+            HfEsmError: names the method, and the weights or their number.
         """
+        count = len(list(weights))
+        if self.most_experts is not None and count > self.most_experts:
+            raise HfEsmError(
+                f"Method {self.name!r} merges {self.most_experts} experts, not {count}. Leave experts out, or use "
+                "'karcher', which merges any number."
+            )
 
-    def prepare(self, whole: WholeUpdates) -> list[float]:
+    def prepare(self, whole: WholeUpdates) -> list[Any]:
         """Compute what `merge` needs to know of the whole model; called once, before the first weight is merged.
 
-        Returns the `thresholds` of every stack, one per expert; by default, none.
+        Returns the `thresholds` of every stack, one entry per expert; by default, none.
         """
         return []
 

@@ -102,7 +102,8 @@ def check_fields(options: Any, where: str = "") -> None:
     A field's range is in its metadata: `least` and `most` are allowed values, `above` and `below` are not; `choices`
     lists all that are allowed, of which errors name those that are not empty. Where an annotation cannot be resolved,
     the type of the default counts. A tuple may be given as a list, a float as an int; numbers are finite. Fields of
-    any type but bool, int, float, str, tuple, list, mappings and classes are not checked.
+    any type but bool, int, float, str, tuple, list, mappings and classes are not checked. `help` and `search` in the
+    metadata are for others to read: see `MergeMethod`.
 
     Args:
         options: an instance of a dataclass.

@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
         "alpha": arguments(folder, alpha="auto", validation=rows, progress=False),
         "no statistics": arguments(folder, calibration=None, method="tsv-m"),
         "trimmed": arguments(folder, calibration=None, method="ties"),
-        "dropped": arguments(folder, calibration=None, method="dare"),
+        "dropped": arguments(folder, calibration=None, method="della"),
         "shards": arguments(folder, calibration=None, method="tsv-m", max_shard_size="20KB"),
         "routed": arguments(folder, method={"name": "esm++", "rank": 4}),
         "learned": arguments(

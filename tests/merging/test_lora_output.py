@@ -20,7 +20,19 @@ from support.tiny import BERT, GPT2, LLAMA, assert_refused, save_tokenizer
 
 
 RANKS = {"law": 3, "code": 2}
-SPANNING = ("mean", "task-arithmetic", "regmean", "esm", "esm-vit", "tsv-m", "iso-c", "iso-cts", "wudi", "auto")
+SPANNING = (
+    "mean",
+    "task-arithmetic",
+    "regmean",
+    "esm",
+    "esm-vit",
+    "tsv-m",
+    "iso-c",
+    "iso-cts",
+    "wudi",
+    "nuslerp",
+    "auto",
+)
 METHODS = (*SPANNING, "cat", "knots")  # the last two leave directions out
 CALIBRATION = {task: text_samples(seed) for seed, task in enumerate(RANKS)}
 
@@ -186,6 +198,7 @@ REFUSED = {
     "rows": ({"trainable_token_indices": [5, 9]}, {}, ["rows of single tokens", "Leave `output` out"]),
     "gates": ({}, {"refine": {"keep_adapter": True}, "calibration": CALIBRATION}, ["keep_adapter", "output"]),
     "ties": ({}, {"method": "ties"}, ["ties", "task-arithmetic", "iso-c"]),
+    "slerp": ({}, {"method": "slerp"}, ["what slerp makes", "nuslerp"]),
     "override": ({}, {"overrides": [{"match": "q_proj", "method": "dare"}]}, ["dare", "regmean"]),
     "routed": ({}, {"method": "tsv-c"}, ["tsv-c", "esm"]),
     "unknown": ({}, {"output": "lorra"}, ["output", "lora", "model"]),

@@ -14,6 +14,7 @@ from support.problems import relative_error
 from support.tiny import save_models
 
 
+DROPPING = ("ties", "dare", "dare-ties", "breadcrumbs", "della")
 every_method = pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("concrete")])
 
 
@@ -65,9 +66,10 @@ def test_weights_of_one_are_no_weights_and_are_not_recorded(models, tmp_path, me
     base, plain, other = (stored_tensors(folder) for folder in (models.base, tmp_path / "plain", tmp_path / "other"))
     changed = {name for name in plain if not torch.equal(plain[name], base[name])}
     same_as_plain = [plain[name].numel() for name in changed if torch.equal(plain[name], other[name])]
-    assert len(changed) >= (12 if "roberta" in method else 15)  # whose biases are the base's
+    # The biases of `esm-roberta` are the base's, and of `model-stock` all weights whose updates point apart.
+    assert len(changed) >= (12 if "roberta" in method else 8 if method == "model-stock" else 15)
     # Of a short vector, these methods may drop all that one expert changed.
-    assert same_as_plain == [] or (method in ("ties", "dare") and max(same_as_plain) < 50)
+    assert same_as_plain == [] or (method in DROPPING and max(same_as_plain) < 50)
     assert "weights" not in yaml.safe_load((tmp_path / "ones" / RECIPE_FILE).read_text())
 
 

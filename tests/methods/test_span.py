@@ -9,7 +9,10 @@ from hf_esm.methods import METHODS, InputStatistics, Stack, resolve_method
 from support.problems import relative_error
 
 
-KEEPING: list[Any] = [name for name, method in METHODS.items() if method().keeps_span and not method().routes]
+ANGLES = {"model-stock", "nuslerp"}  # see test_geometric.py: between these updates, whose signs differ, they take 0
+KEEPING: list[Any] = [
+    name for name, method in METHODS.items() if method().keeps_span and not method().routes and name not in ANGLES
+]
 PUBLISHED = [{"name": name, "rank": "published"} for name in ("iso-c", "iso-cts")]
 SHAPES = {"tall": (40, 12), "wide": (14, 30), "square": (24, 24)}
 
@@ -17,7 +20,9 @@ SHAPES = {"tall": (40, 12), "wide": (14, 30), "square": (24, 24)}
 def test_these_methods_keep_it():
     known = {"mean", "task-arithmetic", "regmean", "esm", "esm-roberta", "tsv-m", "iso-c", "iso-cts"}
     assert known | {"wudi", "cat", "knots"} <= set(KEEPING)
-    assert not {"ties", "dare"} & set(KEEPING)
+    assert all(METHODS[name]().keeps_span for name in ANGLES)
+    others = ("ties", "dare", "dare-ties", "breadcrumbs", "della", "sce", "slerp", "karcher")
+    assert not any(METHODS[name]().keeps_span for name in others)
 
 
 @pytest.mark.parametrize("calibrated", [True, False])

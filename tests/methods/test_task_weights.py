@@ -14,7 +14,7 @@ from support.problems import exact, random_problem, relative_error, seeds, shape
 WEIGHTS = (0.5, -1.25, 0.0, 2.0, 1.0)  # of the first tasks of a problem
 
 
-def stack(deltas, weights, inputs=(), thresholds=()):
+def stack(deltas, weights, inputs=(), thresholds=(), base=None):
     statistics = [exact(x) for x in inputs]
     return Stack(
         "layer.0.up.weight",
@@ -25,6 +25,7 @@ def stack(deltas, weights, inputs=(), thresholds=()):
         statistics=statistics,
         thresholds=list(thresholds),
         weights=list(weights),
+        read_base=lambda: torch.zeros_like(deltas[0]) if base is None else base,
     )
 
 
@@ -101,7 +102,7 @@ def test_ties_is_the_formula(seed):
 def test_dare_is_the_formula(seed):
     deltas, _ = random_problem(seed, (9, 20, 16, 4))
     method = DARE(0.4)
-    masks = [method.mask("layer.0.up.weight/0", place, deltas[0].shape) for place in range(4)]
+    masks = [method.uniform("layer.0.up.weight/0", place, deltas[0].shape) < 0.4 for place in range(4)]
     merged = method.merge(stack(deltas, WEIGHTS[:4])).update
     assert relative_error(merged, reference.dare(times(deltas, WEIGHTS), masks, 0.4)) < 1e-6
 
@@ -120,16 +121,18 @@ def test_concrete_is_the_formula(seed):
 @seeds
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_of_one_are_no_weights(seed, name):
-    deltas, inputs = random_problem(seed, (40, 18, 15, 3))
     method = METHODS[name]()
-    method.learned = LearnedMask({"layer.0.up.weight": [torch.randn(18, 15)]}, {"layer.0.up.weight": torch.ones(3)})
-    thresholds = [0.01, 0.02, 0.03]
+    tasks = method.most_experts or 3
+    deltas, inputs = random_problem(seed, (40, 18, 15, tasks))
+    mask, ones = torch.randn(18, 15), torch.ones(tasks)
+    method.learned = LearnedMask({"layer.0.up.weight": [mask]}, {"layer.0.up.weight": ones})
+    thresholds = [0.01, 0.02, 0.03][:tasks]
     for matrices, known in ((deltas, inputs), ([delta[0] for delta in deltas], ())):
         if not known:
             method.learned = LearnedMask({}, {})
-        merged = [method.merge(stack(matrices, w, known, thresholds)).update for w in ([], [1] * 3, [1.0] * 3)]
+        merged = [method.merge(stack(matrices, w, known, thresholds)).update for w in ([], [1] * tasks, [1.0] * tasks)]
         assert all(torch.equal(other, merged[0]) for other in merged)
-        method.check_weights([1.0] * 3)
+        method.check_weights([1.0] * tasks)
 
 
 @seeds

@@ -6,9 +6,11 @@ streaming, no import of `hf_esm`. Every function takes tensors of any dtype and 
 Shapes: an update `delta` is `[d_out, d_in]` as in `torch.nn.Linear`, the inputs `X` of that map `[n, d_in]`; lists
 run over the `T` tasks. Papers: *Model Merging in the Essential Subspace* (arXiv 2602.20208), *Essential Subspace
 Merging for Multi-Task Learning* (arXiv 2606.19164), *Task Singular Vectors* (arXiv 2412.00081), *No Task Left Behind*
-(Iso-C and Iso-CTS, arXiv 2502.04959), TIES (arXiv 2306.01708), DARE (arXiv 2311.03099), RegMean (arXiv 2212.09849).
+(Iso-C and Iso-CTS, arXiv 2502.04959), TIES (arXiv 2306.01708), DARE (arXiv 2311.03099), RegMean (arXiv 2212.09849),
+Model Breadcrumbs (arXiv 2312.06795), DELLA (arXiv 2406.11617), SCE (arXiv 2408.07990), Model Stock (arXiv 2403.19522).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -323,6 +325,102 @@ def ties(deltas: list[Tensor], density: float = 0.2) -> Tensor:
 def dare(deltas: list[Tensor], masks: list[Tensor], density: float = 0.1) -> Tensor:
     """`Σ (mask_t ∘ Δ_t) / density`; its α is 0.3."""
     return sum(delta.double() * mask / density for delta, mask in zip(deltas, masks))
+
+
+def disjoint_mean(deltas: list[Tensor]) -> Tensor:
+    """Entry by entry: the mean of the numbers that are not 0 and have the sign of the sum; 0 where there are none."""
+    merged = torch.zeros(deltas[0].numel(), dtype=torch.float64)
+    for place, numbers in enumerate(zip(*(delta.double().flatten().tolist() for delta in deltas))):
+        agreeing = [x for x in numbers if x * sum(numbers) > 0]
+        merged[place] = sum(agreeing) / max(len(agreeing), 1)
+    return merged.view(deltas[0].shape)
+
+
+def breadcrumbs(deltas: list[Tensor], density: float, gamma: float) -> Tensor:
+    """The sum of updates, each without its `⌊γ N⌋` largest entries (no more than leave `⌊density · N⌋`, at least one),
+    and of the rest only the `⌊density · N⌋` largest; no two entries of an update have one magnitude."""
+    total = torch.zeros(deltas[0].numel(), dtype=torch.float64)
+    for delta in deltas:
+        flat = delta.double().flatten()
+        kept = max(int(density * len(flat)), 1)
+        dropped = min(int(gamma * len(flat)), len(flat) - kept)
+        for place in flat.abs().sort(descending=True).indices[dropped : dropped + kept]:
+            total[place] += flat[place]
+    return total.view(deltas[0].shape)
+
+
+def della_shares(delta: Tensor, density: float, epsilon: float) -> Tensor:
+    """How likely an entry is kept: from `density − ε/2` for the smallest magnitude of a row, evenly with the rank, to
+    `density + ε/2` for the largest; `density` where a row has one entry."""
+    rows = delta.double().reshape(delta.shape[0], -1) if delta.dim() > 1 else delta.double().reshape(1, -1)
+    shares = torch.full_like(rows, density)
+    for row, values in enumerate(rows.abs().tolist()):
+        for place, value in enumerate(values):
+            rank = sum(other < value for other in values)
+            if len(values) > 1:
+                shares[row, place] += epsilon * (rank / (len(values) - 1) - 0.5)
+    return shares.view(delta.shape)
+
+
+def sce(deltas: list[Tensor], density: float = 1.0) -> Tensor:
+    """Select the `⌊τ n⌋` entries (at least one) of the `n` with a variance over the experts, by it, or all if `n = 0`;
+    weight the experts by the squares of what is selected; leave out signs that differ from that of the sum."""
+    stacked = torch.stack([delta.double().flatten() for delta in deltas])
+    variances = ((stacked - stacked.mean(0)) ** 2).mean(0)
+    variances[(stacked == stacked[0]).all(0)] = 0
+    varying = int((variances > 0).sum())
+    if varying:
+        selected = variances.sort(descending=True).indices[: max(int(density * varying), 1)]
+        mask = torch.zeros(len(variances), dtype=torch.float64)
+        mask[selected] = 1
+        stacked = stacked * mask
+    squares = [float((row**2).sum()) for row in stacked]
+    shares = [square / sum(squares) if sum(squares) else 1.0 for square in squares]
+    merged = torch.zeros(len(variances), dtype=torch.float64)
+    for place, numbers in enumerate(stacked.T.tolist()):
+        agreeing = [(share, x) for share, x in zip(shares, numbers) if x * sum(numbers) > 0]
+        if agreeing:
+            merged[place] = sum(share * x for share, x in agreeing) / sum(share for share, _ in agreeing)
+    return merged.view(deltas[0].shape)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """The cosine between two tensors; 0 if one is zero."""
+    product = float(a.double().norm() * b.double().norm())
+    return float((a.double() * b.double()).sum()) / product if product else 0.0
+
+
+def model_stock(deltas: list[Tensor]) -> Tensor:
+    """`t · mean Δ`, `t = N cos θ / (1 + (N − 1) cos θ)`, `cos θ` the mean over all pairs, 0 if that is negative."""
+    n = len(deltas)
+    pairs = [(a, b) for a in range(n) for b in range(a)]
+    c = max(sum(cosine(deltas[a], deltas[b]) for a, b in pairs) / len(pairs), 0.0) if pairs else 1.0
+    return n * c / (1 + (n - 1) * c) * mean(deltas)
+
+
+def slerp(first: Tensor, second: Tensor, t: float, straight_above: float = 1 - 1e-15) -> Tensor:
+    """`sin((1 − t) θ) / sin θ · v_1 + sin(t θ) / sin θ · v_2`; linear where `|cos θ|` is larger than a bound."""
+    c = cosine(first, second)
+    if abs(c) > straight_above:
+        return (1 - t) * first.double() + t * second.double()
+    angle = math.acos(c)
+    shares = [math.sin(share * angle) / math.sin(angle) for share in (1 - t, t)]
+    return shares[0] * first.double() + shares[1] * second.double()
+
+
+def karcher(tensors: list[Tensor], shares: list[float], steps: int = 2000) -> Tensor:
+    """`Σ a_t ‖W_t‖` times the unit tensor `u` that minimises `Σ a_t · angle(u, W_t)²`, by gradient descent."""
+    units = [tensor.double() / tensor.double().norm() for tensor in tensors]
+    u = sum(a * unit for a, unit in zip(shares, units))
+    u = (u / u.norm()).requires_grad_()
+    for _ in range(steps):
+        loss = sum(a * torch.acos((u / u.norm() * unit).sum().clamp(-1, 1)) ** 2 for a, unit in zip(shares, units))
+        (gradient,) = torch.autograd.grad(loss, u)
+        if gradient.norm() < 1e-9:
+            break
+        u = (u - 0.3 * gradient).detach()
+        u = (u / u.norm()).requires_grad_()
+    return sum(a * float(tensor.double().norm()) for a, tensor in zip(shares, tensors)) * u.detach()
 
 
 def counted_embedding(deltas: list[Tensor], counts: list[Tensor]) -> Tensor:
