@@ -141,7 +141,11 @@ def test_parts_without_end_are_not_built(monkeypatch):
 
 
 LAUGHS = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join(9 * [f'*a{i - 1}'])}]" for i in range(1, 12))]
-ALIASES = {"many": [*LAUGHS, "method: *a11"], "merged": [*LAUGHS, "method: {<<: {x: *a11}}"], "own": ["base: &a {x: *a}"]}
+ALIASES = {
+    "many": [*LAUGHS, "method: *a11"],
+    "merged": [*LAUGHS, "method: {<<: {x: *a11}}"],
+    "own": ["base: &a {x: *a}"],
+}
 
 
 @pytest.mark.parametrize("lines", ALIASES.values(), ids=ALIASES)
