@@ -30,8 +30,8 @@ task's expert named, and without experts, and how good the routes are, in % of t
 `--generate` adds a table of exact matches: the share of rows with a `label`, in %, whose greedy answer to `text` is
 the label and ends there.
 
-A method is a name, `default` (`merge_models` without `method`), or settings as YAML. `alpha` and `refine` among the
-settings are arguments of `merge_models`: "{name: regmean, alpha: 0.7}". The output folder holds `table.md`,
+A method is a name, `default` (`merge_models` without `method`), or settings as YAML. `alpha`, `refine` and `lines`
+among the settings are arguments of `merge_models`: "{name: regmean, alpha: 0.7}". The output folder holds `table.md`,
 `results.json` and a cache, so that a second run computes only what is new. After a change of the package's
 code, all merges are new. `--subsets` compares on all subsets of 2 and of 3 tasks, and writes `subsets.md` and
 `subsets.json`.
@@ -272,7 +272,7 @@ def merge_arguments(label: str, alpha: str) -> dict[str, Any]:
     """Arguments of `merge_models` for one entry of `--methods`."""
     read = yaml.safe_load(label)
     settings = dict(read) if isinstance(read, dict) else {"name": read}
-    arguments = {key: settings.pop(key) for key in ("alpha", "refine") if key in settings}
+    arguments = {key: settings.pop(key) for key in ("alpha", "refine", "lines") if key in settings}
     if settings != {"name": DEFAULT}:
         arguments["method"] = settings
     tunable = "method" not in arguments or resolve_method(settings).tunable

@@ -54,6 +54,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each draws other samples")
     parser.add_argument("--split-seed", type=int, default=0, help="seed of the draw of rows that alpha is chosen on")
     parser.add_argument("--alpha", choices=["auto", "default"], default="auto", help="default: without labels")
+    parser.add_argument(
+        "--lines", nargs="*", type=float, help="with the scale by depth of LiNeS: as published, or two end points"
+    )
     parser.add_argument("--subsets", action="store_true", help="on twelve subsets of the tasks")
     parser.add_argument("--output", type=Path, default=Path("suite_report"), help="folder of the report and its cache")
     args = parser.parse_args()
@@ -88,6 +91,8 @@ def comparison_of(args: argparse.Namespace, tasks: list[str], output: Path) -> C
         samples[task] = [{k: v for k, v in row.items() if k != "label"} for row in rest]
         test[task] = rows["test"]
     options: dict[str, Any] = {"validation": validation} if args.alpha == "auto" else {}
+    if args.lines is not None:
+        options["lines"] = dict(zip(("first", "last"), args.lines, strict=True)) if args.lines else True
     return compare(
         args.folder / "base",
         {task: args.folder / "experts" / task for task in tasks},

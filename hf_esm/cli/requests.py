@@ -49,8 +49,9 @@ def merge_request(arguments: argparse.Namespace, for_comparison: bool = False) -
         raise HfEsmError("Name a recipe, or --base and --expert TASK=MODEL for each expert.")
     request.setdefault("base", None)
     request |= _plain_values(options_of(arguments, MergeOptions))
-    if isinstance(words := getattr(arguments, "refine", None), list):
-        request["refine"] = _settings(words, "--refine") or True
+    for name in ("refine", "lines"):
+        if isinstance(words := getattr(arguments, name, None), list):
+            request[name] = _settings(words, f"--{name}") or True
     if arguments.set:
         method = request.get("method", "esm")
         if method == "auto":

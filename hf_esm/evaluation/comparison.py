@@ -16,7 +16,7 @@ from ..errors import HfEsmError
 from ..merging import merge_models
 from ..methods import MergeMethod, resolve_method
 from ..metrics import MetricSpec, resolve_metric
-from ..planning import MergeOptions, name_experts, task_weights
+from ..planning import LinesSettings, MergeOptions, name_experts, task_weights
 from ..utils import check_known, only_user, staging_folder
 from .cells import NOT_COMPARED, Cell, CellStore, Inputs
 from .evaluator import check_by_task
@@ -40,6 +40,7 @@ def compare(
     num_test: int = 0,
     processor: Any = None,
     token: Optional[str | bool] = None,
+    lines: Optional[bool | Mapping[str, Any] | LinesSettings] = None,
     weights: Optional[Mapping[str, float]] = None,
     overrides: Optional[Iterable[Mapping[str, Any]]] = None,
     tokenizer: Optional[str | Mapping[str, Any]] = None,
@@ -71,7 +72,7 @@ def compare(
             settings names the row of the report.
         seeds: seeds of the choice of samples. Methods that use samples are merged once for each seed.
         num_test: number of test rows per task, chosen at random; 0 takes all.
-        weights, overrides, tokenizer, chat_template, metric, heads, dtype, num_samples, statistics_samples,
+        lines, weights, overrides, tokenizer, chat_template, metric, heads, dtype, num_samples, statistics_samples,
             max_length, columns, batch_size, max_memory, allow_pickle, trust_remote_code, progress: options of every
             merge, see `MergeOptions`.
 
@@ -91,11 +92,10 @@ def compare(
         >>> [row.label for row in comparison.rows]
         ['mean', 'tsv-m']
     """
-    arguments = locals()
     experts, weights = task_weights(name_experts(experts), weights)
+    arguments: dict[str, Any] = locals()
     shared = {option.name for option in fields(MergeOptions)} - {*NOT_COMPARED, "output_dir"}
-    given: dict[str, Any] = {**{name: arguments[name] for name in shared}, "weights": weights}
-    options = MergeOptions(**given)
+    options = MergeOptions(**{name: arguments[name] for name in shared})
     named, folder = name_methods(methods), Path(output_dir).expanduser()
     seeds = (seeds,) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
     if base is None:

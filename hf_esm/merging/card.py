@@ -60,7 +60,7 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
         keeps_features=plan.method.needs_features,
         keeps_bodies=plan.method.keeps_bodies,
         alpha=result.scales,
-        overrides=list(map(str, plan.overrides)),
+        overrides=[*map(str, plan.overrides), *([str(plan.lines)] if plan.lines else [])],
         choice=result.choice,
         agreement=result.agreement,
         scores=result.scores,

@@ -12,6 +12,7 @@ from ..data import DataSpec
 from ..methods import EssentialMerge, MergeMethod, resolve_method
 from ..metrics import Metric
 from ..planning import (
+    LinesSettings,
     MergeData,
     MergeOptions,
     MergePlan,
@@ -33,6 +34,7 @@ def merge_models(
     calibration: Optional[Mapping[str, Any] | str | os.PathLike] = None,
     alpha: Optional[float | str | Mapping[str, float | str]] = None,
     refine: Optional[bool | Mapping[str, Any] | RefineSettings] = None,
+    lines: Optional[bool | Mapping[str, Any] | LinesSettings] = None,
     weights: Optional[Mapping[str, float]] = None,
     overrides: Optional[Iterable[Mapping[str, Any]]] = None,
     tokenizer: Optional[str | Mapping[str, Any]] = None,
@@ -91,6 +93,8 @@ def merge_models(
         refine: train gates on the experts' essential directions after the merge until the model answers as the experts
             do on unlabelled samples: True, or settings (see `RefineSettings`). By default, only `method="auto"`
             refines, and only models that write.
+        lines: let the scale of the merged update grow linearly with depth (LiNeS), by any method that has an α: True
+            for the published scale, or end points as factors of α, `{"first": 0.5, "last": 1.5}`; see `LinesSettings`.
         weights: weights of tasks in the merge by name; 1 for a task that is not named, negative to negate what its
             expert learned. A weight can also be in an expert's mapping, as `{"path": …, "weight": 0.5}`.
         overrides: other settings for some weights of the model, as

@@ -37,6 +37,7 @@ from ..planning import (
     plan_merge,
     plan_vocabulary,
     refining_bytes,
+    resolve_lines,
     resolve_overrides,
     resolve_refine,
     resolve_tokenizer,
@@ -191,6 +192,7 @@ class PlannedRun(Session):
             weights=self.options.weights,
             overrides=resolve_overrides(self.options.overrides, experts),
             scaled_kinds=self.options.alpha_by_kind,
+            lines=resolve_lines(self.options.lines),
         )
         routable = [opened.names[n] for n in plan.heads.shared if is_routable(n, opened.linear.get(n))]
         if method.routes and not any(map(method.routes_on, routable)):

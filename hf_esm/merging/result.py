@@ -104,6 +104,8 @@ class MergeResult:
             f"{self.plan.method.name}: {len(self.plan.experts)} experts merged, alpha {self.scales}",
             "  weights  " + ", ".join(counts),
         ]
+        if self.plan.lines:
+            lines.append(f"  depth    {self.plan.lines}")
         energies = [value for report in self.weights for value in report.energy_kept.values()]
         if energies:
             lines.append(f"  energy   {sum(energies) / len(energies):.1%} of the output shifts kept on average")

@@ -29,6 +29,7 @@ from ..utils import Work, bytes_of, gather, main_first, publish_folder, together
 from ..version import __version__
 from .alpha import LabelScore, read_validation
 from .choice import Candidate, Chosen, choose
+from .depth import scale_by_depth
 from .expert_statistics import (
     Inputs,
     calibrate_experts,
@@ -104,6 +105,7 @@ class MergeRun(PlannedRun):
             "the method or its settings": describe_method(self.named) if self.named else "auto",
             "`refine`": self.refining and asdict(self.refining),
             "`weights`": self.options.weights,
+            "`lines`": self.plan.lines and asdict(self.plan.lines),
             "`tokenizer`": self.options.tokenizer,
             "`overrides`": [override.describe() for override in self.plan.overrides],
             "`heads`": self.options.heads,
@@ -202,6 +204,7 @@ class MergeRun(PlannedRun):
         base = plan.base
         matrices = [name for name in reports if name in base.linear or len(base.shape(name)) == 2]
         scale_layers(reports, {name: plan.rule_of(name).method for name in matrices})
+        scale_by_depth(reports, plan)
         files = sorted(scratch.glob("updates-*.safetensors"))
         updates = FactoredUpdates(plan, reports, files) if self.in_factors else MergedUpdates(base, reports, files)
         return Candidate(method, updates)

@@ -30,6 +30,9 @@ class WeightReport:
         alpha: scale of the update that an override sets, in place of α.
         method_alpha: default scale of the method that an override names, in place of α unless that is of the kind.
         layer_scale: scale between layers of one type; 1 if the method has none.
+        depth_scale: what is added to the scale, and a factor of it, by depth (LiNeS): 0 and 1 without.
+        magnitudes: sums of the absolute entries of the merged update, and of the sum of the experts' updates; empty
+            unless the scale by depth depends on them.
         update_norms: Frobenius norm of each expert's update, by task.
         energy_kept: share of each expert's output shift that the kept directions carry, by task (ESM); of a mixture,
             the mean over its experts.
@@ -46,6 +49,8 @@ class WeightReport:
     alpha: Optional[float] = None
     method_alpha: Optional[float] = None
     layer_scale: float = 1.0
+    depth_scale: tuple[float, float] = (0.0, 1.0)
+    magnitudes: tuple[float, ...] = ()
     update_norms: dict[str, float] = field(default_factory=dict)
     energy_kept: dict[str, float] = field(default_factory=dict)
     rank: Optional[int] = None
@@ -54,8 +59,9 @@ class WeightReport:
     def scale(self, alpha: float, by_kind: Mapping[str, float]) -> float:
         """Return what multiplies the merged update, where α is a number, and another for some kinds of weights."""
         usual = alpha if self.method_alpha is None else self.method_alpha
-        scale = by_kind.get(self.kind, usual if self.scaled else 1.0)
-        return self.layer_scale * (scale if self.alpha is None else self.alpha)
+        scale = by_kind.get(self.kind, usual if self.scaled else 1.0) if self.alpha is None else self.alpha
+        added, factor = self.depth_scale
+        return self.layer_scale * (added + factor * scale)
 
 
 class MergedUpdates:

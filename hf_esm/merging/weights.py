@@ -1,12 +1,9 @@
 """Pass one of a merge: every weight of all experts is merged, one at a time, into scratch files."""
 
-import hashlib
-import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +11,6 @@ from typing import Any, Optional, TypeVar
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..architecture import (
@@ -28,12 +24,12 @@ from ..architecture import (
 )
 from ..calibration import ActivationStatistics
 from ..checkpoints import ShardedWriter
-from ..errors import DamagedFileError
 from ..linalg import norm
 from ..methods import Merged, MergeMethod, Stack, WholeUpdates, buffer_stack, mean_update, merge_embedding
 from ..planning import MergePlan, merge_bytes
-from ..utils import algebra_device, fast_products, reading, roomy
+from ..utils import algebra_device, fast_products, roomy
 from .jobs import Job, run_jobs
+from .journal import Journal, checksum
 from .spans import rank_of, span_of
 from .updates import WeightReport
 
@@ -122,7 +118,7 @@ def merge_weights(
     share = worker.share([unit for unit in units if not plan.unchanged.issuperset(unit)])
     merger = (FactorMerger if in_factors else UnitMerger)(plan, statistics, thresholds, worker)
     shapes = {name: torch.empty(merger.shape(name), device="meta") for unit in share for name in unit}
-    journal = _Journal(scratch / f"updates-{worker.rank}.journal")
+    journal = Journal(scratch / f"updates-{worker.rank}.journal")
     reports = journal.read() if resumable else {}
     jobs = [merger.job(unit) for unit in share if unit[0] not in reports]
     with (
@@ -136,66 +132,12 @@ def merge_weights(
             reports |= new
             if resumable:
                 writer.sync()  # the journal names only weights that are on the disk
-                journal.append(new, {name: _digest(update) for name, (update, _) in merged.items()})
+                journal.append(new, {name: checksum(update) for name, (update, _) in merged.items()})
     zeros = dict.fromkeys(plan.experts, 0.0)
     for name in (name for unit in unchanged for name in unit):
         known = {"kind": plan.weight_kinds.get(name, ""), "update_norms": zeros}
         reports[name] = WeightReport(plan.base.names[name], "unchanged", 0.0, scaled=False, **known)
     return reports
-
-
-class _Journal:
-    """Reports of the weights that a pass has merged, and checksums of their updates, one JSON object a line, for a
-    pass that resumes it.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def append(self, reports: Mapping[str, WeightReport], digests: Mapping[str, str]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({name: [asdict(reports[name]), digests[name]] for name in reports}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def read(self) -> dict[str, WeightReport]:
-        """Return the reports of an interrupted pass; without the file of its weights, there are none.
-
-        Half a line at the end is cut off.
-
-        Raises:
-            HfEsmError: if a line, or a weight that it names, is not what was written.
-        """
-        updates = self.path.with_suffix(".safetensors")
-        if not self.path.is_file() or not updates.is_file():
-            self.path.unlink(missing_ok=True)
-            return {}
-        reports: dict[str, WeightReport] = {}
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]
-        if lines != whole:
-            os.truncate(self.path, sum(map(len, whole)))
-        remedy = f"Remove {self.path.parent} to start again."
-        with reading(self.path, remedy=remedy):
-            digests: dict[str, str] = {}
-            for line in whole:
-                for name, (report, digest) in json.loads(line).items():
-                    reports[name], digests[name] = WeightReport(**report), digest
-        if not digests:
-            return {}
-        try:
-            with safe_open(updates, "pt") as file:
-                intact = all(_digest(file.get_tensor(name)) == digest for name, digest in digests.items())
-        except (SafetensorError, OSError):
-            intact = False
-        if not intact:
-            raise DamagedFileError(f"{updates} was changed after the merge was interrupted. {remedy}")
-        return reports
-
-
-def _digest(tensor: Tensor) -> str:
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(content.numpy().data).hexdigest()
 
 
 def merge_units(plan: MergePlan, statistics: Mapping[str, Optional[ActivationStatistics]]) -> list[list[str]]:
@@ -268,7 +210,7 @@ class UnitMerger:
         base, linear = self.plan.base, self.plan.base.linear.get(unit[0])
         matrices, device = self._matrices(unit, updates)
         merged = [self._merge_stack(stack, unit[0]) for stack in self._stacks(unit, matrices, device)]
-        report = self._report(unit[0], merged, matrices)
+        report = self._report(unit, merged, matrices)
         if len(unit) > 1:
             heights = [weights[0].shape[1 if linear.transposed else 0] for weights in updates]
             parts = [[part] for part in merged[0].update.split(heights)]
@@ -338,8 +280,9 @@ class UnitMerger:
             counted.append(expert.counts_of_rows(name, counts).to(device))
         return counted
 
-    def _report(self, name: str, merged: list[Merged], matrices: Mapping[str, list[Tensor]]) -> WeightReport:
-        """Return the report of a unit that begins with a weight, still without a name."""
+    def _report(self, unit: list[str], merged: list[Merged], matrices: Mapping[str, list[Tensor]]) -> WeightReport:
+        """Return the report of a unit, still without a name."""
+        name = unit[0]
         rule, trained = self.plan.rule_of(name), name in self.plan.base.trained  # α never scales a buffer
         energies = [part.info["energy_kept"] for part in merged if "energy_kept" in part.info]
         mean_energies = [sum(of_expert) / len(energies) for of_expert in zip(*energies, strict=True)]
@@ -353,7 +296,25 @@ class UnitMerger:
             method_alpha=rule.method.default_alpha if rule.overridden else None,
             update_norms={task: _norm(parts) for task, parts in matrices.items()},
             energy_kept=dict(zip(self.plan.experts, mean_energies, strict=True)) if energies else {},
+            magnitudes=self._magnitudes(unit, merged, matrices) if self.plan.lines and trained else (),
         )
+
+    def _magnitudes(
+        self, unit: list[str], merged: list[Merged], matrices: Mapping[str, list[Tensor]]
+    ) -> tuple[float, ...]:
+        """Return the sums of the absolute entries of a unit's merged update, and of the sum of its updates, as equal
+        shares of its weights.
+        """
+        weights = self.plan.rule_of(unit[0]).weights
+        by_part = zip(*matrices.values(), strict=True)
+        sums = [sum(w * update for w, update in zip(weights, part, strict=True)) for part in by_part]
+        sides = [part.update for part in merged], sums
+        norms = [math.fsum(float(self._whole(unit, part).abs().sum()) for part in side) for side in sides]
+        return tuple(size / len(unit) for size in norms)
+
+    def _whole(self, unit: list[str], matrix: Tensor) -> Tensor:
+        """Return a unit's update from what is merged of it."""
+        return matrix
 
 
 class FactorMerger(UnitMerger):
@@ -375,6 +336,11 @@ class FactorMerger(UnitMerger):
         base = self.plan.base
         rows = sum(base.shape(name)[1 if base.linear[name].transposed else 0] for name in unit)
         return (replace(stack, num_outputs=rows) for stack in super()._stacks(unit, matrices, device))
+
+    def _whole(self, unit: list[str], matrix: Tensor) -> Tensor:
+        bases = [span_of(self.plan.experts, name).basis.float() for name in unit]
+        cores = matrix.split([basis.shape[1] for basis in bases])
+        return torch.cat([basis @ core for basis, core in zip(bases, cores, strict=True)])
 
 
 def _matrices(weights: Sequence[Tensor], linear: Any, device: Optional[torch.device]) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """KnOTS (arXiv 2410.19735): updates merged in the basis that they share, for experts of low rank (LoRA)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Optional
@@ -76,7 +76,11 @@ class KnOTS(MergeMethod):
         """Whether linear maps are merged with activation statistics."""
         return self.inner.needs_statistics
 
-    def prepare(self, whole: WholeUpdates) -> list[float]:
+    def check_weights(self, weights: Iterable[float]) -> None:
+        """Raise an error if the other method cannot merge with these weights of the tasks, or so many of them."""
+        self.inner.check_weights(weights)
+
+    def prepare(self, whole: WholeUpdates) -> list[Any]:
         """Let the other method compute what it needs of all coordinates."""
 
         def read(task: str) -> Iterator[Tensor]:
@@ -91,12 +95,16 @@ class KnOTS(MergeMethod):
         update = merged.update if basis is None else (basis @ merged.update.double()).float()
         return replace(merged, update=update, how=f"{self.name} with {merged.how}")
 
-    @staticmethod
-    def _coordinates(stack: Stack) -> tuple[Optional[Tensor], Stack]:
+    def _coordinates(self, stack: Stack) -> tuple[Optional[Tensor], Stack]:
         """Return the basis of a matrix, and the stack of its coordinates, float32; None and the stack of the rest."""
         if not stack.is_matrix:
             return None, stack
         basis, coordinates = joint_coordinates(stack.updates)
-        return basis, replace(
-            stack, updates=[part.float() for part in coordinates], num_outputs=stack.num_outputs or len(basis)
+        updates, outputs = [part.float() for part in coordinates], stack.num_outputs or len(basis)
+        return basis, replace(stack, updates=updates, num_outputs=outputs, read_base=self._no_base)
+
+    def _no_base(self) -> Tensor:
+        raise HfEsmError(
+            f"{self.name}: '{self.inner.name}' reads the base's weight, which is not in the basis of the updates. "
+            "Name 'ties' or another method."
         )

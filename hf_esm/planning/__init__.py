@@ -6,6 +6,7 @@ Comes in: the caller's arguments, or a recipe. Goes out: a checked `MergePlan`, 
 from .arguments import MergeData, check_arguments, check_replaceable, name_experts, task_weights
 from .chat import choose_voice, endless_turns, merged_processor, tokenizer_of
 from .checks import check_disk, check_factors, check_memory, check_values
+from .depth import LinesSettings, resolve_lines
 from .kinship import check_trained
 from .low_rank import check_low_rank
 from .options import MergeOptions, torch_dtype
@@ -21,6 +22,7 @@ from .vocabulary import Vocabulary, plan_vocabulary
 __all__ = [
     "BASE",
     "RECIPE_VERSION",
+    "LinesSettings",
     "MergeData",
     "MergeOptions",
     "MergePlan",
@@ -49,6 +51,7 @@ __all__ = [
     "plan_vocabulary",
     "read_yaml",
     "refining_bytes",
+    "resolve_lines",
     "resolve_overrides",
     "resolve_refine",
     "resolve_tokenizer",

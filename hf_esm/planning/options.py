@@ -13,6 +13,7 @@ from ..errors import HfEsmError
 from ..methods import MergeMethod
 from ..metrics import BUILT_IN, Metric
 from ..utils import bytes_of, check_known, finite_number
+from .depth import LinesSettings, resolve_lines
 from .refinement import RefineSettings, resolve_refine
 
 
@@ -29,6 +30,8 @@ class MergeOptions(RunOptions):
             other; other kinds keep the method's default.
         refine: train gates on the experts' essential directions after the merge: True, or settings, see
             `RefineSettings`. By default, only `method="auto"` refines, and only models that write.
+        lines: let the scale of the merged update grow linearly with depth, by any method that has an α: True, or end
+            points as factors of α, `{"first": 0.5, "last": 1.5}`, see `LinesSettings`.
         num_samples: number of samples per task, chosen at random if there are more; 0 takes all. Where agreement
             chooses or refines, they are split: statistics are taken from some, agreement from the others.
         statistics_samples: number of samples per task that statistics are taken from; 0 takes all, and leaves none for
@@ -86,6 +89,9 @@ class MergeOptions(RunOptions):
     )
     refine: Optional[bool | Mapping[str, Any] | RefineSettings] = field(
         default=None, metadata={"help": "train gates on the experts' essential directions after the merge"}
+    )
+    lines: Optional[bool | Mapping[str, Any] | LinesSettings] = field(
+        default=None, metadata={"help": "let the scale of the merged update grow with depth (LiNeS)"}
     )
     num_samples: int = field(
         default=64, metadata={"help": "samples per task, chosen at random; 0 takes all", "least": 0}
@@ -148,6 +154,7 @@ class MergeOptions(RunOptions):
             self.alpha = _scale(self.alpha, "`alpha`")
         super().__post_init__()
         resolve_refine(self.refine)
+        resolve_lines(self.lines)
         torch_dtype(self.dtype)
         bytes_of(self.max_shard_size, "max_shard_size")
 

@@ -17,6 +17,7 @@ from ..errors import HfEsmError
 from ..methods import MergeMethod
 from ..utils import check_known, first_names, plain_text, readable
 from .compatibility import check_architecture, check_complete, check_weights, differing_settings, part_of
+from .depth import LinesSettings, check_lines
 from .heads import HeadPlan, plan_heads
 from .kinship import check_related
 from .modules import with_common_modules
@@ -56,6 +57,7 @@ class MergePlan:
         weight_kinds: by canonical name, what each merged weight is (see `architecture.KINDS`); empty for none of them.
         overrides: other settings for some weights, as the caller gave them.
         overridden: by canonical name, what the overrides set for a weight.
+        lines: how the scale of merged updates grows with depth, if it does.
     """
 
     base: Checkpoint
@@ -82,6 +84,7 @@ class MergePlan:
     weight_kinds: dict[str, str] = field(default_factory=dict)
     overrides: Sequence[Override] = ()
     overridden: dict[str, Override] = field(default_factory=dict)
+    lines: Optional[LinesSettings] = None
 
     def rule_of(self, name: str) -> Rule:
         """Return how a weight is merged, by its canonical name."""
@@ -132,6 +135,7 @@ class MergePlan:
         if self.voice != BASE:
             lines.append(f"  chat       template, special tokens and settings of generation of '{self.voice}'")
         lines += [f"  override   {override}" for override in self.overrides]
+        lines += [f"  depth      {self.lines}"] if self.lines else []
         lines += [f"  samples    {line}" for line in self.passes]
         return "\n".join(lines + [f"  warning    {warning}" for warning in self.warnings])
 
@@ -165,6 +169,7 @@ def plan_merge(
     weights: Optional[Mapping[str, float]] = None,
     overrides: Sequence[Override] = (),
     scaled_kinds: Iterable[str] = (),
+    lines: Optional[LinesSettings] = None,
 ) -> MergePlan:
     """Check that the experts are fine-tunes of the base, and plan their merge.
 
@@ -178,6 +183,7 @@ def plan_merge(
         weights: of tasks in the merge; 1 for a task that is not named.
         overrides: other settings for some weights.
         scaled_kinds: kinds of weights with an α of their own.
+        lines: how the scale of merged updates grows with depth, if it does.
 
     Raises:
         HfEsmError: if an expert is of another architecture, shape or base, or lacks weights, if a method cannot merge
@@ -185,6 +191,7 @@ def plan_merge(
     """
     weights_of = tuple(float((weights or {}).get(task, 1)) for task in experts)
     method.check_weights(weights_of)
+    check_lines(lines, method)
     base, experts, warnings = with_common_modules(base, experts)
     parts = set(map(part_of, base.names))
     check_complete(base, [name for name in base.missing if part_of(name) in parts])
@@ -227,6 +234,7 @@ def plan_merge(
         weight_kinds=kinds,
         overrides=overrides,
         overridden=select_overrides(base, kinds, overrides),
+        lines=lines,
     )
     _check_overridden(plan)
     return plan

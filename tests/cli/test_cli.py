@@ -468,7 +468,7 @@ def test_help_names_every_option_and_says_what_it_is(capsys, command, options):
     for field in fields(options):
         assert f"  --{field.name.replace('_', '-')}" in said
         assert field.metadata["help"].replace(" ", "") in flat
-        if isinstance(field.default, bool) or field.name == "refine":
+        if isinstance(field.default, bool) or field.name in ("refine", "lines"):
             assert f"--no-{field.name.replace('_', '-')}" in said
     default = {"evaluate": 0, "calibrate": 32}.get(command, 64)
     assert f"0takesall(default:{default})" in flat

@@ -150,6 +150,10 @@ def test_knots_with_ties_is_the_formula(seed):
 
 def test_knots_takes_the_defaults_of_the_other_method_and_refuses_what_merges_no_weight_alone():
     assert [KnOTS(name).default_alpha for name in ("ties", "dare")] == [1.0, 0.3]
+    with pytest.raises(HfEsmError, match=r"'mean': the weights 1, -1 sum to 0"):
+        KnOTS("mean").check_weights([1.0, -1.0])
+    with pytest.raises(HfEsmError, match="'karcher' reads the base's weight, which is not in the basis"):
+        KnOTS("karcher").merge(stack(random_problem(0, (9, 20, 16, 3))[0]))
     assert KnOTS("regmean").needs_statistics and not KnOTS("mean").tunable
     for name in ("esm++", "concrete-adamerging", "knots"):
         with pytest.raises(HfEsmError, match=r"does not merge one weight alone\. Name 'ties' or another"):

@@ -523,6 +523,12 @@ def layer_scales(norms: list[float], exponent: float) -> list[float]:
     return relative_power(torch.tensor(norms, dtype=torch.float64), exponent).tolist()
 
 
+def lines(sums: list[Tensor], merged: list[Tensor], tasks: int) -> float:
+    """LiNeS' scale of the first block: `‖Σ_t Δ_t‖₁ / (T ‖Δ_M‖₁)`, each norm over the whole model."""
+    whole, found = (torch.cat([part.double().flatten() for part in parts]) for parts in (sums, merged))
+    return float(whole.abs().sum() / found.abs().sum() / tasks)
+
+
 def recombine(base: Tensor, delta: Tensor, alpha: float, layer_scale: float = 1.0) -> Tensor:
     """`W_M = W0 + α · β · Δ_M`."""
     return base.double() + alpha * layer_scale * delta.double()
