@@ -8,9 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..calibration import ActivationStatistics
-from ..checkpoints import RECIPE_FILE, STATISTICS_FILE
+from ..checkpoints import HASHES_FILE, RECIPE_FILE, STATISTICS_FILE
 from ..errors import HfEsmError
-from ..hub import push_folder
+from ..hub import push_folder, verify_routed
 from .console import say
 from .flags import count
 
@@ -35,6 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.model).expanduser()
     if not (folder / RECIPE_FILE).is_file():
         raise HfEsmError(f"{arguments.model}: not a folder that `hf-esm merge` wrote.")
+    if (folder / HASHES_FILE).is_file():  # what goes up can be loaded
+        verify_routed(folder, arguments.model, allow_pickle=True)
     rank = arguments.compress_statistics
     with _compressed(folder, rank) if rank else nullcontext(folder) as pushed:
         commit = push_folder(

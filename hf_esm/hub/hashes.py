@@ -15,6 +15,7 @@ from ..checkpoints import (
     PICTURES_FOLDER,
     RECIPE_FILE,
     REPORT_FILE,
+    STATISTICS_FILE,
     check_routed,
     read_routed_settings,
     weight_files,
@@ -23,8 +24,8 @@ from ..errors import DamagedFileError
 from ..utils import reading, stays_inside
 
 
-# Files and folders that do not change the model's output.
-_LEFT_OUT = (HASHES_FILE, CARD_FILE, PICTURES_FOLDER, CALIBRATION_FOLDER, RECIPE_FILE, REPORT_FILE)
+# Files and folders that do not change the model's output. Statistics have a checksum of their own.
+_LEFT_OUT = (HASHES_FILE, CARD_FILE, PICTURES_FOLDER, CALIBRATION_FOLDER, RECIPE_FILE, REPORT_FILE, STATISTICS_FILE)
 
 # Kinds of files that a library may load because they are there.
 _LOADED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.py")

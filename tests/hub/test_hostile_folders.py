@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from hf_esm import (
+    ActivationStatistics,
     EssentialComponentsConfig,
     HfEsmError,
     RoutedExpertsConfig,
@@ -19,6 +20,7 @@ from hf_esm import (
     merge_models,
 )
 from hf_esm.checkpoints import open_checkpoint, resolve_source
+from hf_esm.cli import parser
 from hf_esm.cli.main import main
 from hf_esm.hub import write_hashes
 from hf_esm.planning import name_experts
@@ -83,27 +85,98 @@ def test_names_that_can_be_tasks():
     RoutedExpertsConfig(tasks=["sst2", "SST-2", "v1.0", "_x", "-x", "überall", "字" * 60, "console"], router="oracle")
 
 
+BASE = WRITTEN.parent / "base"
+
+# Every command that reads a model. Those of `AS_ROUTED` read all that a routed model has; `chat` sees first that the
+# model does not write, and the others take the folder for the static model that it also is, or for an adapter.
+AS_ROUTED = ("export", "add", "predict", "explain", "evaluate", "push")
 COMMANDS = {
-    "export": ["export", "{folder}", "-o", "{out}"],
-    "add": ["add", "{folder}", "--expert", "c={folder}", "-o", "{out}"],
-    "predict": ["predict", "{folder}", "{rows}"],
-    "explain": ["explain", "{folder}", "{rows}"],
-    "evaluate": ["evaluate", "{folder}", "--data", "a={rows}"],
-    "push": ["push", "{folder}", "me/x", "--adapter-over", "me/y"],
+    "export": "export {folder} -o {out}",
+    "add": "add {folder} --expert c={folder} -o {out}",
+    "predict": "predict {folder} {rows}",
+    "explain": "explain {folder} {rows}",
+    "evaluate": "evaluate {folder} --data a={rows} --json {out}",
+    "chat": "chat {folder} --message x",
+    "push": "push {folder} me/x --adapter-over me/y",
+    "calibrate": "calibrate {folder} {rows} -o {out}",
+    "inspect": "inspect --base {base} --expert a={folder} --method mean",
+    "inspect a recipe": "inspect {recipe}",
+    "merge": "merge --base {base} --expert a={folder} --method mean --output-dir {out}",
+    "merge a recipe": "merge {recipe} --output-dir {out}",
+    "compare a recipe": "compare {recipe} --methods mean --test a={rows} --output-dir {out}",
+    "components": "components {base} {folder} {rows} --rank 2 --output-dir {out}",
+    "fuse": "fuse {folder}/routed {components} --base {folder} --output-dir {out}",
 }
+
+LABEL = "x | ![p](http://h/p.png)\n\n# Owned\n<script>`"
+
+
+def rename_task(folder: Path) -> str:
+    rewrite(folder, "routed/adapter_config.json", tasks=["../../x", "b"])
+    return "'../../x' cannot be the name of a task"
+
+
+def move_shard(folder: Path) -> str:
+    (folder / "model.safetensors").rename(folder.parent / "stolen.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "../stolen.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_hashes(folder)
+    return "model.safetensors.index.json names '../stolen.safetensors', which is not in the model's folder"
+
+
+def list_outside(folder: Path) -> str:
+    hashes = json.loads((folder / "hashes.json").read_text())
+    (folder / "hashes.json").write_text(json.dumps(hashes | {"../stolen.safetensors": "0" * 64}))
+    return "hashes.json names '../stolen.safetensors'"
+
+
+def add_code(folder: Path) -> str:
+    (folder / "modeling.py").write_text("raise SystemExit")
+    return "modeling.py was added to the model"
+
+
+def owned_labels(folder: Path) -> str:
+    for place in ("config.json", "heads/a/config.json"):
+        label = f"{LABEL}\x1b[2J"
+        rewrite(folder, place, id2label={"0": label, "1": "y"}, label2id={label: 0, "y": 1})
+    return ""
+
+
+HOSTILE = [rename_task, move_shard, list_outside, add_code, owned_labels]
+
+
+def test_every_command_is_tried():
+    assert {words.split()[0] for words in COMMANDS.values()} == parser.COMMANDS.keys() - {"demo"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_command_follows_a_task_out_of_the_folder(command, folder, tmp_path, capsys):
-    rewrite(folder, "routed/adapter_config.json", tasks=["../../x", "b"])
+@pytest.mark.parametrize("harm", HOSTILE, ids=lambda harm: harm.__name__)
+def test_every_command_over_the_folder_of_a_stranger(harm, command, folder, tmp_path, capsys):
+    """It is refused in one line, or does its work; nothing is written elsewhere, and no label reaches the terminal."""
+    says = harm(folder)
     (tmp_path / "rows.jsonl").write_text('{"text": "good", "label": 0}\n')
-    before = sorted(tmp_path.rglob("*"))
-    places = {"folder": folder, "out": tmp_path / "up" / "out", "rows": tmp_path / "rows.jsonl"}
-    assert main([word.format(**places) for word in COMMANDS[command]]) == 2
-    error = capsys.readouterr().err
-    assert "'../../x' cannot be the name of a task" in error
-    assert "adapter_config.json" in error
-    assert sorted(tmp_path.rglob("*")) == before
+    places = {"folder": folder, "base": BASE, "out": tmp_path / "up" / "out", "rows": tmp_path / "rows.jsonl"}
+    places["components"] = WRITTEN.parent / "essential_components"
+    places["recipe"] = tmp_path / "recipe.yaml"
+    recipe = {"base": str(BASE), "experts": {"a": {"path": str(folder), "task": "a"}}, "method": "mean"}
+    places["recipe"].write_text(json.dumps(recipe))
+    before = contents(tmp_path)
+    status = main([word.format(**places) for word in COMMANDS[command].split()])
+    printed = capsys.readouterr()
+    assert status in (0, 2), printed.err
+    if command in AS_ROUTED and says:
+        assert status == 2 and says in printed.err
+    if command.split()[0] in ("merge", "inspect", "compare") and harm is move_shard:
+        assert status == 2 and says in printed.err
+    assert "internal error" not in printed.err
+    assert "\x1b[2J" not in printed.out + printed.err
+    shutil.rmtree(places["out"], ignore_errors=True)
+    places["out"].unlink(missing_ok=True)
+    assert contents(tmp_path) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.parametrize("name", OUTSIDE, ids=repr)
@@ -156,6 +229,15 @@ def test_a_file_that_its_owner_changed_gets_the_hash_that_the_message_names(fold
     RoutedModel.from_pretrained(folder)
 
 
+def test_statistics_that_are_saved_into_the_folder_leave_it_whole(folder):
+    statistics = ActivationStatistics.load(WRITTEN.parent / "statistics.safetensors")
+    statistics.save(folder)
+    RoutedModel.from_pretrained(folder)
+    assert list(ActivationStatistics.load(folder)) == list(statistics)
+    write_hashes(folder)
+    assert "esm_statistics" not in (folder / "hashes.json").read_text()
+
+
 def test_settings_of_generation_that_the_first_version_did_not_list_are_read(folder):
     for name in ("generation_config.json", "chat_template.jinja"):
         (folder / name).write_text("{}")
@@ -180,9 +262,6 @@ def test_a_pickled_static_model_is_read_only_where_that_is_allowed(folder, capsy
     assert main(["predict", str(folder), str(folder / "rows.txt")]) == 2
     assert "pass --allow-pickle if you trust it" in capsys.readouterr().err
     assert main(["predict", str(folder), str(folder / "rows.txt"), "--allow-pickle"]) == 0
-
-
-LABEL = "x | ![p](http://h/p.png)\n\n# Owned\n<script>`"
 
 
 def test_labels_and_licences_are_text_in_the_card(tmp_path):
