@@ -66,9 +66,9 @@ from hf_esm.methods import resolve_method
 from hf_esm.utils import files_identity, fingerprint, markdown_table
 
 
-# Methods that learn masks take hours, methods that route write no single model, and some merge two experts alone.
-STATIC = [name for name in METHODS if not (resolve_method(name).needs_samples or resolve_method(name).routes)]
-STATIC = [name for name in STATIC if resolve_method(name).most_experts is None]
+# Methods that learn take hours, methods that route write no single model, and some merge two experts alone.
+_METHODS = {name: resolve_method(name) for name in METHODS}
+STATIC = [name for name, m in _METHODS.items() if not (m.needs_samples or m.routes or m.chooses or m.most_experts)]
 DEFAULT = "default"
 IGNORED = -100
 Row = dict[str, str]

@@ -277,6 +277,7 @@ REMEDIES = {  # what is called, and the names of the tests that call it
     "allow_pickle=True": "test_a_pickled_expert_is_merged_where_that_is_allowed "
     "test_a_pickled_adapter_is_read_where_that_is_allowed test_pickled_dense_modules_are_read_where_that_is_allowed",
     "alpha='auto'": "test_alpha_is_chosen_on_validation_files",
+    "method='auto'": "test_labelled_rows_choose_the_method_without_being_asked_for_alpha",
     "chat_template={}": "test_templates_that_differ_are_refused_until_one_is_named",
     "columns={'label': …}": "test_a_words_label_is_that_of_its_first_token",
     "dtype='bfloat16'": FLOATS,

@@ -171,7 +171,7 @@ def compare_methods(output: Path, data: DigitData, settings: DemoSettings, seed:
         start = time.perf_counter()
         merged = merge_models(base, experts, calibration=calibration, method=method, **options)
         seconds = time.perf_counter() - start
-        searched = merged.seconds["choosing alpha"]
+        searched = merged.seconds["choosing"]
         merges[method] = {
             "alpha": merged.alpha,
             "alpha_scores": merged.alpha_scores,

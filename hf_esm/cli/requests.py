@@ -12,7 +12,7 @@ import yaml
 
 from ..errors import HfEsmError
 from ..methods import METHODS
-from ..planning import MergeOptions, RefineSettings, load_recipe, read_yaml
+from ..planning import MergeOptions, RefineSettings, load_recipe
 from .flags import add_flags, options_of, pairs
 from .parser import CommandParser
 
@@ -24,7 +24,9 @@ def add_merge_arguments(parser: CommandParser, leave_out: Collection[str] = ()) 
     parser.add_argument("--base", help="Hub id or folder of the base (default: that of all adapters)")
     parser.add_argument("--expert", action="append", metavar="TASK=MODEL", help="an expert; repeat for each")
     parser.add_argument("--calibration", action="append", metavar="TASK=FILE", help="its samples or statistics")
-    parser.add_argument("--validation", action="append", metavar="TASK=FILE", help="labelled rows, for --alpha auto")
+    parser.add_argument(
+        "--validation", action="append", metavar="TASK=FILE", help="labelled rows, for --method auto and --alpha auto"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -79,8 +81,8 @@ def _settings(words: Iterable[str], flag: str) -> dict[str, Any]:
 def yaml_value(text: str, flag: str) -> Any:
     """The value that a text is in YAML, such as `0.2`, `true` or `[query, key]`."""
     try:
-        return read_yaml(text)
-    except (yaml.YAMLError, RecursionError):
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
         raise HfEsmError(f"{flag}: {text!r} is not a YAML value.") from None
 
 

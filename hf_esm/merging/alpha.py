@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from math import inf, isnan
 from typing import Any, Optional
 
@@ -13,12 +12,12 @@ from transformers import PreTrainedModel
 from ..architecture import canonical_names, untie
 from ..checkpoints import Checkpoint
 from ..errors import HfEsmError
-from ..metrics import LabelledSamples, Metric, Outcome, load_labelled, resolve_metric, run
+from ..metrics import LabelledSamples, Outcome, load_labelled, resolve_metric, run
 from ..planning import MergeOptions, MergePlan
-from .updates import MergedUpdates
+from .contest import FINE, Scored, first_rows
 
 
-COARSE, FINE, LARGEST = 0.3, 0.1, 3.0
+COARSE, LARGEST = 0.3, 3.0
 
 
 def coarse_grid(largest: float = LARGEST) -> list[float]:
@@ -128,22 +127,6 @@ class CandidateModels:
             parameter.copy_(weight(name))
 
 
-def score_candidates(
-    models: CandidateModels,
-    validation: Mapping[str, LabelledSamples],
-    score_fn: Optional[Callable[[Any], float] | Mapping[str, Callable[[Any], float]]],
-    metric: Metric,
-    batch_size: int,
-) -> dict[str, float]:
-    """Return one score per task, higher is better: the metric on the task's rows, or what `score_fn` returns."""
-    if models.whole is not None:
-        return {"merged": _number(score_fn(models.whole))}
-    if score_fn is not None:
-        return {task: _number(score(models.by_task[task])) for task, score in score_fn.items()}
-    sign = 1 if metric.higher_is_better else -1
-    return {t: sign * run(models.by_task[t], data, metric, batch_size).score for t, data in validation.items()}
-
-
 def _number(score: Any) -> float:
     try:
         return float(score)
@@ -195,7 +178,7 @@ class LabelScore:
     """Scores merged models on labelled rows, or by the caller's function.
 
     Attributes:
-        rows: number of rows that a score is a share of; None if it is none.
+        share_of: number of rows that a score is a share of; None if it is none.
     """
 
     def __init__(
@@ -210,12 +193,42 @@ class LabelScore:
         self.labelled, self.score_fn, self.batch_size = labelled, score_fn, options.batch_size
         self.metric = resolve_metric(options.metric)
         share = score_fn is None and self.metric.is_share
-        self.rows = sum(len(data.labels) for data in labelled.values()) if share else None
+        self.share_of = sum(len(data.labels) for data in labelled.values()) if share else None
 
-    def score(self, updates: MergedUpdates, alpha: float, by_kind: Mapping[str, float]) -> float:
-        """Return the mean score over all tasks at a scale, and other scales for some kinds of weights."""
-        scores = self._scores(partial(updates.weight, alpha=alpha, by_kind=by_kind))
-        return sum(scores.values()) / len(scores)
+    def scored(self, weight: Callable[[str], torch.Tensor], share: float = 1.0) -> Scored:
+        """Return the mean score over all tasks of a model, by its weights; higher is better.
+
+        Args:
+            share: of each task's rows, the first of them; the caller's function always scores the whole model.
+        """
+        self.models.set_weights(weight)
+        if self.score_fn is not None:
+            scores = list(self._by_function().values())
+            return Scored({}, lambda draws: torch.tensor([sum(scores) / len(scores)]).double())
+        rows = first_rows(self.rows, share)
+        outcomes = {t: self._outcome(t, data.first(rows[t])) for t, data in self.labelled.items()}
+        sign = 1 if self.metric.higher_is_better else -1
+
+        def of_draws(draws: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            scores = [outcomes[task].scores_of_draws(draw) for task, draw in draws.items()]
+            return sign * torch.stack(scores).mean(0)
+
+        return Scored(rows, of_draws, self.metric.higher_is_better)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Number of rows by task; empty if the caller's function scores."""
+        return {task: len(data.labels) for task, data in self.labelled.items()} if self.score_fn is None else {}
+
+    def _outcome(self, task: str, data: LabelledSamples) -> Outcome:
+        return run(self.models.by_task[task], data, self.metric, self.batch_size)
+
+    def _by_function(self, task: Optional[str] = None) -> dict[str, float]:
+        """Return what the caller's function says of the models, by task (of all or of one) or as `"merged"`."""
+        if self.models.whole is not None:
+            return {"merged": _number(self.score_fn(self.models.whole))}
+        functions = self.score_fn.items()
+        return {name: _number(score(self.models.by_task[name])) for name, score in functions if task in (None, name)}
 
     def compare(self, weight: Callable[[str], torch.Tensor]) -> dict[str, TaskScore]:
         """Return the scores of a merged model by task, with those of the base and of each task's expert.
@@ -224,17 +237,16 @@ class LabelScore:
             weight: returns the merged model's weights by canonical name.
         """
         higher, name = self.score_fn is not None or self.metric.higher_is_better, self.metric.name
-        sign = 1 if higher else -1
         outcomes = self._outcomes(weight) if self.score_fn is None else {}
-        merged = {task: sign * outcome.score for task, outcome in outcomes.items()} or self._scores(weight)
+        merged = {task: outcome.score for task, outcome in outcomes.items()} or self._scores(weight)
         base = self._scores(self.plan.base.tensor)
         tasks = [task for task in self.plan.experts if task in merged]
         experts = {task: self._scores(self.plan.experts[task].tensor, task)[task] for task in tasks}
         return {
             task: TaskScore(
-                merged=sign * merged[task],
-                base=sign * base[task],
-                expert=sign * experts[task] if task in experts else None,
+                merged=merged[task],
+                base=base[task],
+                expert=experts.get(task),
                 metric=name if self.score_fn is None else "score_fn",
                 rows=len(self.labelled[task].labels) if self.score_fn is None else None,
                 higher_is_better=higher,
@@ -246,18 +258,14 @@ class LabelScore:
     def _outcomes(self, weight: Callable[[str], torch.Tensor]) -> dict[str, Outcome]:
         """Return the outcomes of a model on the labelled rows by task."""
         self.models.set_weights(weight)
-        return {
-            t: run(self.models.by_task[t], data, self.metric, self.batch_size) for t, data in self.labelled.items()
-        }
+        return {task: self._outcome(task, data) for task, data in self.labelled.items()}
 
     def _scores(self, weight: Callable[[str], torch.Tensor], task: Optional[str] = None) -> dict[str, float]:
-        """Return the scores of a model, higher is better, of all tasks or of one."""
+        """Return the scores of a model as the metric states them, of all tasks or of one."""
         self.models.set_weights(weight)
-        labelled, score_fn = self.labelled, self.score_fn
-        if task is not None:
-            labelled = {task: labelled[task]} if score_fn is None else labelled
-            score_fn = {task: score_fn[task]} if score_fn is not None else None
-        return score_candidates(self.models, labelled, score_fn, self.metric, self.batch_size)
+        if self.score_fn is not None:
+            return self._by_function(task)
+        return {t: self._outcome(t, data).score for t, data in self.labelled.items() if task in (None, t)}
 
 
 def read_validation(

@@ -10,6 +10,7 @@ from ..hub import pipeline_of, template
 from ..planning import BASE
 from ..utils import markdown_text, plain_text
 from ..version import __version__
+from .contest import STANDING_COLUMNS
 from .result import MergeResult
 
 
@@ -62,6 +63,7 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
         alpha=result.scales,
         overrides=[*map(str, plan.overrides), *([str(plan.lines)] if plan.lines else [])],
         choice=result.choice,
+        places=[STANDING_COLUMNS, *result.places] if result.standings else [],
         agreement=result.agreement,
         scores=result.scores,
         refined=bool(result.refined),

@@ -11,10 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architecture import writes
-from ..methods import EssentialMerge, MergeMethod, RegMean
+from ..errors import HfEsmError
+from ..methods import AutoMerge, EssentialMerge, MergeMethod, RegMean, resolve_method
 from ..planning import MergeOptions, MergePlan
 from ..utils import gather, together
-from .alpha import COARSE, FINE, LARGEST, LabelScore, TaskScore, search_alpha
+from .alpha import COARSE, LARGEST, LabelScore, TaskScore, search_alpha
+from .contest import FINE, Entrant, Scored, Standing, first_alphas, halve
 from .expert_statistics import Inputs
 from .gates import RefinedWeights
 from .judging import Judge, TaskAgreement
@@ -29,13 +31,30 @@ ROUNDS = 2  # of the search by kind of weight
 Search = Callable[[Callable[[float], float], float, float], tuple[float, dict[float, float]]]
 
 
-def default_methods(model: PreTrainedModel) -> list[MergeMethod]:
-    """Return the methods that `method="auto"` chooses from, the best guess first; the base tells the kind of model.
+def methods_to_choose_from(named: MergeMethod, model: PreTrainedModel, labelled: bool) -> list[MergeMethod]:
+    """Return the methods that `"auto"` chooses from, the best guess first.
 
-    Updates of classifiers add up, so that ESM is best; those of language models are large and contradict each other,
-    so that a least-squares fit may be better.
+    Updates of classifiers add up, so that ESM is best; other methods are tried where labelled rows can tell. Updates
+    of language models are large and contradict each other, so that a least-squares fit may be better.
+
+    Args:
+        named: the method `"auto"`, which may name the others, or any other for what is chosen by default.
+        model: the base, which tells the kind of model.
+        labelled: whether there are labelled rows, or a function that scores models.
+
+    Raises:
+        HfEsmError: names the method that cannot be one of several.
     """
-    return [RegMean(), EssentialMerge()] if writes(model) else [EssentialMerge()]
+    if not (isinstance(named, AutoMerge) and named.methods):
+        if writes(model):
+            return [RegMean(), EssentialMerge()]
+        return [EssentialMerge(), *map(resolve_method, ("tsv-m", "iso-cts"))] if labelled else [EssentialMerge()]
+    methods = [resolve_method(method) for method in named.methods]
+    for method in methods:
+        if method.routes or method.needs_samples or method.chooses:
+            does = "writes experts" if method.routes else "learns from samples" if method.needs_samples else "chooses"
+            raise HfEsmError(f"Method 'auto': {method.name!r} {does}, so it is not one of several. Leave it out.")
+    return methods
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,10 @@ class Candidate:
     @property
     def reports(self) -> dict[str, WeightReport]:
         return self.updates.reports
+
+    def without_updates(self) -> "Candidate":
+        """Return the same with α = 0 for every weight: the base."""
+        return replace(self, updates=self.updates.scaled_by(0.0))
 
 
 def climb_alpha(
@@ -102,6 +125,8 @@ class Chosen:
         scores_by_task: scores on the labelled rows, or by the caller's function, if these chose α.
         refined: the loss on the samples that are held back by step, if the model was refined.
         gated: the gates, if the model was refined.
+        standings: the places of all candidates, the best one first, if methods were chosen.
+        is_base: whether the base scores higher than every candidate, so that its weights are written.
     """
 
     candidate: Candidate
@@ -117,6 +142,8 @@ class Chosen:
     scores_by_task: dict[str, TaskScore] = field(default_factory=dict)
     refined: dict[int, float] = field(default_factory=dict)
     gated: Optional[RefinedWeights] = None
+    standings: list[Standing] = field(default_factory=list)
+    is_base: bool = False
 
     @property
     def adapter(self) -> Optional[RefinedWeights]:
@@ -143,11 +170,16 @@ class Chosen:
             if score.below_base
         ]
         warnings += [f"'{task}': the merged model agrees less with the expert than the base does." for task in worse]
-        if worse and not sum(found.merged - found.base for found in self.agreement.values()) >= 0:
-            models = "every merged model does; the best of these" if self.rival else "the merged model does, which"
+        if self.is_base:
+            what = "and the weights were then refined" if self.refined else "so its weights are written, with alpha 0"
             warnings.append(
-                f"The base agrees more with the experts than {models} is written. Use the experts themselves, or "
-                "route them: `method='esm++'`."
+                f"The base scores higher than every merged model, {what}. Use the experts themselves, or route them: "
+                "`method='esm++'`."
+            )
+        elif worse and not sum(found.merged - found.base for found in self.agreement.values()) >= 0:
+            warnings.append(
+                "The base agrees more with the experts than the merged model does, which is written. Use the experts "
+                "themselves, or route them: `method='esm++'`."
             )
         return warnings
 
@@ -161,25 +193,29 @@ def choose(
     accelerator: Accelerator,
     progress: Callable[[str], Callable[[Iterable], Iterable]],
 ) -> Chosen:
-    """Return the method and α: by labels, if α is searched and there are any, else by agreement, else by default.
+    """Return the method and α: by labels, if anything is searched and there are any, else by agreement or default.
 
-    The main process decides. Every process has a judge, if there are answers.
+    Where methods are chosen, the model is never worse than the mean of the updates or than the base on the rows that
+    chose it. The main process decides. Every process has a judge, if there are answers.
     """
     judge: Optional[Judge] = None
     found: Optional[_Found] = None
+    searched = options.searches_alpha or len(candidates) > 1
     with together(accelerator):
         if inputs.answers:
             judge = Judge(plan, inputs.answers, accelerator, options.batch_size)
         if accelerator.is_main_process:
-            if options.searches_alpha and (inputs.labelled or score_fn is not None):
+            if searched and (inputs.labelled or score_fn is not None):
                 labels = LabelScore(plan, inputs.labelled, score_fn, accelerator, options)
-                found = _by_labels(candidates, labels, options, judge, progress("Choosing alpha"))
-            elif judge is not None and (options.searches_alpha or len(candidates) > 1):
+                found = _by_labels(candidates, labels, options, judge, progress("Choosing"))
+            elif judge is not None and searched:
                 found = _by_agreement(candidates, judge, options)
             else:
                 found = _Found(0, *_given_scale(candidates[0].method, options))
     found = gather(accelerator, found)[0]
     candidate = candidates[found.index]
+    if found.is_base:
+        candidate, found = candidate.without_updates(), replace(found, alpha=0.0, by_kind={})
     return Chosen(
         candidate,
         found.alpha,
@@ -190,25 +226,41 @@ def choose(
         found.note,
         judge,
         next((candidate for candidate in candidates if not candidate.method.tunable), None),
+        standings=found.standings,
+        is_base=found.is_base,
     )
 
 
 @dataclass(frozen=True)
 class _Found:
-    """Index of a candidate, its scales, its score, the scores by α, what chose them, and a line for the user."""
+    """What was found to be best.
+
+    Attributes:
+        index: of the candidate.
+        alpha, by_kind: its scales.
+        scored: its score on all rows, if it was measured.
+        scores: the scores by α.
+        by: what chose; see `Chosen`.
+        note: a line for the user.
+        standings: the places of all candidates, if methods are chosen, the best one first.
+        is_base: whether the base is better than every candidate.
+    """
 
     index: int
     alpha: float
     by_kind: dict[str, float] = field(default_factory=dict)
-    score: float = -inf
+    scored: Optional[Scored] = None
     scores: dict[float, float] = field(default_factory=dict)
     by: str = "default"
     note: str = ""
+    standings: list[Standing] = field(default_factory=list)
+    is_base: bool = False
 
     def same_as(self, other: "_Found") -> bool:
         """Return whether two choices differ by less than a coarse step of the search."""
         pairs = [(self.alpha, other.alpha), *((self.by_kind[k], other.by_kind[k]) for k in self.by_kind)]
-        return self.index == other.index and all(abs(one - two) < COARSE / 2 for one, two in pairs)
+        same = self.index == other.index and self.is_base == other.is_base
+        return same and all(abs(one - two) < COARSE / 2 for one, two in pairs)
 
     @property
     def scales(self) -> str:
@@ -223,41 +275,99 @@ def _given_scale(method: MergeMethod, options: MergeOptions) -> tuple[float, dic
     return alpha, {kind: default if a == "auto" else a for kind, a in options.alpha_by_kind.items()}
 
 
-def _best_scales(
-    index: int, candidate: Candidate, scorer: Judge | LabelScore, options: MergeOptions, search: Search, rival: bool
-) -> _Found:
-    """Return the best α of a candidate, or the best of one kind of weights after the other; a rival keeps its own."""
-    alpha, by_kind = (candidate.method.default_alpha, {}) if rival else _given_scale(candidate.method, options)
-    scores: dict[float, float] = {}
-    largest = candidate.method.largest_alpha
-    if not rival and options.alpha in (None, "auto"):
-        alpha, scores = search(lambda alpha: scorer.score(candidate.updates, alpha, by_kind), alpha, largest)
-    for kind in [kind for kind in by_kind if options.alpha_by_kind[kind] == "auto"] * ROUNDS:
+@dataclass(frozen=True)
+class _Contest:
+    """The choice among candidates on the rows of one scorer.
 
-        def score_of_kind(own: float, kind: str = kind) -> float:
-            return scorer.score(candidate.updates, alpha, {**by_kind, kind: own})
+    Attributes:
+        candidates: the merges; beside others, one without α is the rival that is measured at the end.
+        scorer: scores models.
+        options: options of the merge.
+        search: of α on all rows.
+    """
 
-        by_kind[kind], _ = search(score_of_kind, by_kind[kind], largest)
-    score = scores[alpha] if scores else scorer.score(candidate.updates, alpha, by_kind)
-    return _Found(index, alpha, by_kind, score, scores)
+    candidates: list[Candidate]
+    scorer: Judge | LabelScore
+    options: MergeOptions
+    search: Search
 
+    def score(self, index: int, alpha: float, by_kind: Mapping[str, float], share: float = 1.0) -> Scored:
+        """Return the score of a candidate on the first share of every task's rows."""
+        updates = self.candidates[index].updates
+        return self.scorer.scored(partial(updates.weight, alpha=alpha, by_kind=by_kind), share)
 
-def _all_scales(
-    candidates: list[Candidate], scorer: Judge | LabelScore, options: MergeOptions, search: Search
-) -> list[_Found]:
-    """Return the best scales of every candidate. Beside others, a method without α is a rival."""
-    return [
-        _best_scales(i, candidate, scorer, options, search, len(candidates) > 1 and not candidate.method.tunable)
-        for i, candidate in enumerate(candidates)
-    ]
+    def run(self) -> _Found:
+        """Return the best candidate at its best scales, with the places of all if there are several."""
+        several = len(self.candidates) > 1
+        rivals = [i for i, candidate in enumerate(self.candidates) if several and not candidate.method.tunable]
+        entrants = [self._entrant(i) for i in range(len(self.candidates)) if i not in rivals]
+        left = halve(entrants, lambda i, alpha, share: self.score(i, alpha, self._by_kind(i), share), self.scorer.rows)
+        found = [self._best_scales(entrant) for entrant in left]
+        found += [self._measured(_Found(i, self.candidates[i].method.default_alpha)) for i in rivals]
+        best = max(found, key=lambda found: found.scored.score)
+        if not several:
+            return best
+        base = self.scorer.scored(self.candidates[0].updates.base.tensor)
+        is_base = base.score > best.scored.score
+        winner = base if is_base else best.scored
+        methods = [candidate.method for candidate in self.candidates]
+        places = [(methods[f.index], f.scales, f.scored) for f in found]
+        places += [(methods[e.index], f"alpha {e.alpha:g}", e.scored) for e in entrants if e not in left]
+        named = [(method.name, scales if method.tunable else "", scored) for method, scales, scored in places]
+        standings = [Standing.of(*place, winner) for place in (*named, ("base", "", base))]
+        standings.sort(key=lambda place: (-place.rows, place.behind))
+        return replace(best, standings=standings, is_base=is_base)
+
+    def _by_kind(self, index: int) -> dict[str, float]:
+        return _given_scale(self.candidates[index].method, self.options)[1]
+
+    def _entrant(self, index: int) -> Entrant:
+        method = self.candidates[index].method
+        alpha, _ = _given_scale(method, self.options)
+        searched = self.options.alpha in (None, "auto")
+        return Entrant(index, first_alphas(alpha, method.largest_alpha) if searched else [alpha], alpha)
+
+    def _measured(self, found: _Found) -> _Found:
+        return replace(found, scored=self.score(found.index, found.alpha, found.by_kind))
+
+    def _best_scales(self, entrant: Entrant) -> _Found:
+        """Return the best α of a candidate on all rows, or the best of one kind of weights after the other."""
+        options, index, known = self.options, entrant.index, {}
+        largest = self.candidates[index].method.largest_alpha
+        alpha, by_kind = entrant.alpha, self._by_kind(index)
+        scores: dict[float, float] = {}
+
+        def number(alpha: float) -> float:
+            known[alpha] = self.score(index, alpha, by_kind)
+            return known[alpha].score
+
+        if options.alpha in (None, "auto"):
+            alpha, scores = self.search(number, alpha, largest)
+        for kind in [kind for kind in by_kind if options.alpha_by_kind[kind] == "auto"] * ROUNDS:
+
+            def score_of_kind(own: float, kind: str = kind) -> float:
+                return self.score(index, alpha, {**by_kind, kind: own}).score
+
+            by_kind[kind], _ = self.search(score_of_kind, by_kind[kind], largest)
+        found = _Found(index, alpha, by_kind, known.get(alpha) if not by_kind else None, scores)
+        return found if found.scored else self._measured(found)
 
 
 def _by_agreement(candidates: list[Candidate], judge: Judge, options: MergeOptions) -> _Found:
     """Choose the candidate, and its α unless that is given, whose model agrees most with the experts."""
-    found = _all_scales(candidates, judge, options, climb_alpha)
-    values = ", ".join(f"{candidates[f.index].method.name} {f.score:.3f} at {f.scales}" for f in found)
-    best = max(found, key=lambda found: found.score)
-    return replace(best, by="agreement", note=f"by agreement with the experts, without labels: {values}")
+    found = _Contest(candidates, judge, options, climb_alpha).run()
+    note = f"by agreement with the experts, without labels{_why(candidates, found)}"
+    return replace(found, by="agreement", note=note)
+
+
+def _why(candidates: list[Candidate], found: _Found) -> str:
+    """Return the words that say how good the best candidate is, and how far the next one is behind."""
+    if not found.standings:
+        return f": {candidates[found.index].method.name} {found.scored.score:.3f} at {found.scales}"
+    first, second = found.standings[:2]  # of which the second may be the mean or the base
+    words = f": {first.method} {first.score:.3f}" + (f" at {first.scales}" if first.scales else "")
+    interval = f" ({second.low:.3f} to {second.high:.3f})" if second.rows else ""
+    return f"{words}; {second.method} is {second.behind:.3f} behind{interval}"
 
 
 def _by_labels(
@@ -270,12 +380,14 @@ def _by_labels(
     """Choose the candidate and its α with the best score on labelled rows, or by the caller's function."""
 
     def search(score: Callable[[float], float], start: float, largest: float) -> tuple[float, dict[float, float]]:
-        return search_alpha(score, progress, default=start, rows=labels.rows, largest=largest)
+        return search_alpha(score, progress, default=start, rows=labels.share_of, largest=largest)
 
-    best = max(_all_scales(candidates, labels, options, search), key=lambda found: found.score)
+    best = _Contest(candidates, labels, options, search).run()
     note = "by " + ("labelled rows" if labels.score_fn is None else "the given function")
+    note += _why(candidates, best) if best.standings else ""
     if judge is not None:
         other = _by_agreement(candidates, judge, options)
-        same, chosen = other.same_as(best), f"{candidates[other.index].method.name} at {other.scales}"
+        chosen = "the base" if other.is_base else f"{candidates[other.index].method.name} at {other.scales}"
+        same = other.same_as(best)
         note += "; agreement with the experts chooses the same" if same else f"; agreement would choose {chosen}"
     return replace(best, by="labels", note=note)

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import inf, isnan
 from pathlib import Path
 from typing import Optional
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from ..metrics import Agreement, ExpertAnswers, agreement_of, collect_answers, i
 from ..planning import MergeOptions, MergePlan, Vocabulary
 from ..utils import together
 from .alpha import CandidateModels
-from .updates import MergedUpdates
+from .contest import Scored, first_rows
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,21 @@ class Judge:
             for task, answers in self.answers.items()
         }
 
-    def score(self, updates: MergedUpdates, alpha: float, by_kind: Mapping[str, float]) -> float:
-        """Return the mean agreement over all tasks at a scale, and other scales for some kinds of weights.
+    @property
+    def rows(self) -> dict[str, int]:
+        """Number of samples by task."""
+        return {task: len(answers.samples) for task, answers in self.answers.items()}
 
-        It is the number to choose by; NaN counts as the worst.
-        """
-        return self.mean(self.measure(partial(updates.weight, alpha=alpha, by_kind=by_kind)), self.base)
+    def scored(self, weight: Callable[[str], Tensor], share: float = 1.0) -> Scored:
+        """Return the mean agreement over all tasks of a model, by its weights, on the first share of their samples."""
+        rows = first_rows(self.rows, share)
+        found = self.measure(weight, {task: range(count) for task, count in rows.items()})
+
+        def of_draws(draws: Mapping[str, Tensor]) -> Tensor:
+            scores = [self.weights[t] * found[t].scores_of_draws(self.base[t], draw) for t, draw in draws.items()]
+            return torch.stack(scores).mean(0)
+
+        return Scored(rows, of_draws)
 
     def mean(self, agreements: Mapping[str, Agreement], base: Mapping[str, Agreement]) -> float:
         """Return the weighted mean over all tasks of `Agreement.score`."""

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from ..checkpoints import Access, ModelSpec
 from ..data import DataSpec
-from ..methods import EssentialMerge, MergeMethod, resolve_method
+from ..methods import MergeMethod, resolve_method
 from ..metrics import Metric
 from ..planning import (
     LinesSettings,
@@ -76,9 +76,11 @@ def merge_models(
         experts: models by task name, each given like the base, or as the folder or id of a PEFT adapter, as a live
             `PeftModel`, or as `{"path": …, "task": …}` for one task of a routed model. Or a list of folders and ids,
             whose last part names the task.
-        method: name of a method, `{"name": …, setting: value}`, an instance of its class, or `"auto"`: ESM; for models
-            that write (language models), ESM or RegMean, whichever agrees more with the experts on samples that the
-            statistics were not taken from, then refined.
+        method: name of a method, `{"name": …, setting: value}`, an instance of its class, or `"auto"`, the best of
+            several at its best α: by labelled rows (`validation`, `score_fn`), else by agreement with the experts on
+            samples that the statistics were not taken from. Without labels, classifiers are merged by ESM; models that
+            write (language models) by ESM or RegMean, and then refined. `{"name": "auto", "methods": […]}` names other
+            candidates. The result scores no less than the mean of the experts, or the base, on the rows that chose it.
         calibration: by task name, unlabelled samples: strings, pairs of strings, rows (`text`, `text_pair`, `image`,
             `audio`, or the columns that `columns` names), ready model inputs (`input_ids`, …), images, a
             `datasets.Dataset`, a `DataLoader`, a data file, or `{"path": …}` for `datasets.load_dataset`. Or
@@ -111,9 +113,9 @@ def merge_models(
             their token counts, whatever α is.
         chat_template: the task, or `"base"`, whose chat template, special tokens and settings of generation the merged
             model has, where templates differ.
-        validation: by task name, labelled rows (column `label`), for `alpha="auto"`.
+        validation: by task name, labelled rows (column `label`), for `method="auto"` and `alpha="auto"`.
         metric: what validation rows are scored by; see `hf_esm.metrics.resolve_metric`.
-        score_fn: used by `alpha="auto"` instead of `validation`. A function is called with the merged model; functions
+        score_fn: used instead of `validation`. A function is called with the merged model; functions
             by task name are called with each task's model. Higher is better.
         output: `"model"`, or `"lora"`: one LoRA adapter of the base, loadable by PEFT and inference servers, where all
             experts are LoRA adapters that change linear maps alone, besides the tasks' heads. For `mean`,
@@ -171,9 +173,9 @@ def merge_models(
         'BertForSequenceClassification'
     """
     options = from_arguments(MergeOptions, locals())
-    merge_method = None if options.method in ("auto", {"name": "auto"}) else resolve_method(options.method)
+    merge_method = resolve_method(options.method)
     if rank is not None and output != "lora":
-        merge_method = (merge_method or EssentialMerge()).with_rank(rank)
+        merge_method = merge_method.with_rank(rank)
     experts, options.weights = task_weights(name_experts(experts), options.weights)
     data = MergeData(calibration, validation, score_fn, processor)
     check_arguments(options, merge_method, experts, data)

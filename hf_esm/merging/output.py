@@ -202,6 +202,7 @@ def _write_report(result: MergeResult) -> None:
         "alpha_scores": result.alpha_scores,
         "chosen_by": result.chosen_by,
         "choice": result.choice,
+        "standings": [asdict(place) for place in result.standings],
         "scores": {task: asdict(score) for task, score in result.scores.items()},
         "agreement": {task: asdict(found) for task, found in result.agreement.items()},
         "refined": result.refined,

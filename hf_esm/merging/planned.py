@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Optional
 
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 from ..architecture import is_routable, reads_prompts, writes
 from ..checkpoints import (
@@ -46,7 +47,7 @@ from ..planning import (
 )
 from ..tuners.routed import check_separable
 from ..utils import bytes_of, main_first, readable
-from .choice import default_methods
+from .choice import methods_to_choose_from
 from .expert_statistics import Needs
 from .generation import merged_generation
 from .session import Session
@@ -56,7 +57,7 @@ class PlannedRun(Session):
     """The steps of a merge that read headers, and samples of the weights.
 
     Attributes:
-        named: the method that the caller named, with its settings; None for `"auto"`.
+        named: the method that the caller named, with its settings.
         data: the caller's data.
         sources: the models by task, the base as `"base"`; known after `open_models`.
         processors: tokenizer or processor of every source; known after `open_models`.
@@ -79,7 +80,7 @@ class PlannedRun(Session):
     def __init__(
         self,
         options: MergeOptions,
-        method: Optional[MergeMethod],
+        method: MergeMethod,
         data: MergeData,
         accelerator: Accelerator,
         callback: Optional[Callable[[str, int, int], None]] = None,
@@ -113,8 +114,8 @@ class PlannedRun(Session):
             self.sources, self.plan = main_first(self.accelerator, read)
         base = self.plan.base.skeleton
         static = self.method.static_method
-        self.automatic = self.named is None or (static == "auto" and writes(base))
-        self.static_methods = default_methods(base) if self.automatic else [self.method]
+        self.automatic = self.named.chooses or (static == "auto" and writes(base))
+        self.static_methods = self._candidates(base) if self.automatic else [self.method]
         if not self.automatic and static not in ("auto", "own"):
             self.static_methods = [resolve_method(static)]
         if len(self.static_methods) > 1:
@@ -139,6 +140,9 @@ class PlannedRun(Session):
             self.plan.refining_bytes = refining_bytes(self.plan, self.refining)
             self._leave_out_what_does_not_fit()
         self.plan.passes = self._passes()
+
+    def _candidates(self, base: PreTrainedModel) -> list[MergeMethod]:
+        return methods_to_choose_from(self.named, base, self.data.is_labelled)
 
     def _leave_out_what_does_not_fit(self) -> None:
         """Do not refine where only the default would, and memory is too little for it."""
@@ -177,7 +181,7 @@ class PlannedRun(Session):
         vocabulary, voice, warnings = self._plan_tokens(sources, opened, checkpoints)
         if vocabulary is not None:
             opened, checkpoints = vocabulary.base, dict(vocabulary.experts)
-        method = self.named or default_methods(opened.skeleton)[0]
+        method = self._candidates(opened.skeleton)[0] if self.named.chooses else self.named
         method = method.for_model(reads_prompts(opened.skeleton), writes(opened.skeleton))
         if method.decides:
             for checkpoint in (opened, *checkpoints.values()):
@@ -243,7 +247,9 @@ class PlannedRun(Session):
         """Return warnings of arguments that have no effect, and of steps that need more memory than is allowed."""
         options, plan = self.options, self.plan
         unused = [name for name in ("validation", "score_fn") if getattr(self.data, name) is not None]
-        warnings = [f"`{name}` is only used with `alpha='auto'`." for name in unused if not self.searched]
+        warnings = [
+            f"`{name}` is only used with `method='auto'` or `alpha='auto'`." for name in unused if not self.labelled
+        ]
         held = plan.base.nbytes if options.output == "lora" else plan.output_bytes
         if options.max_memory and held > bytes_of(options.max_memory, "max_memory"):
             causes = {"`alpha='auto'`": self.searched, plan.method.name: plan.method.routes}
@@ -276,7 +282,7 @@ class PlannedRun(Session):
     @property
     def labelled(self) -> bool:
         """Whether labels, or a function of the caller's, choose α."""
-        return self.searched and (self.data.validation is not None or self.data.score_fn is not None)
+        return (self.searched or len(self.static_methods) > 1) and self.data.is_labelled
 
     @property
     def _truncates(self) -> bool:
@@ -286,7 +292,7 @@ class PlannedRun(Session):
 
     def needs(self) -> Needs:
         """Return what the merge uses of its samples."""
-        compared = len(self.static_methods) > 1 or (self.searched and not self.labelled)
+        compared = (self.searched or len(self.static_methods) > 1) and not self.labelled
         components = self.refining is not None and self.refining.components > 0
         return Needs(
             statistics=components or self._truncates or any(m.needs_statistics for m in self.methods),

@@ -11,7 +11,9 @@ from ..checkpoints import load_task_model
 from ..hub import push_folder
 from ..planning import MergePlan
 from ..routing import RoutedModel
+from ..utils import plain_table
 from .alpha import TaskScore
+from .contest import STANDING_COLUMNS, Standing
 from .judging import TaskAgreement
 from .updates import WeightReport
 
@@ -36,6 +38,7 @@ class MergeResult:
             statistics nor gates were made from; empty if there were none.
         scores: by task, or as `"merged"`, the score of the merged model, of the base and of the expert on the rows
             that chose α; empty if labels did not choose it.
+        standings: places of all candidates and of the base, if methods were chosen.
         refined: divergence from the experts by step of refining, as a share of the base's; empty if not refined.
     """
 
@@ -52,6 +55,7 @@ class MergeResult:
     scores: dict[str, TaskScore] = field(default_factory=dict)
     refined: dict[int, float] = field(default_factory=dict)
     alpha_by_kind: dict[str, float] = field(default_factory=dict)
+    standings: list[Standing] = field(default_factory=list)
     _temporary: Any = field(default=None)
 
     def load_model(self, **kwargs: Any) -> PreTrainedModel:
@@ -95,6 +99,11 @@ class MergeResult:
         """α in words, with those of kinds of weights."""
         return f"{self.alpha:g}" + "".join(f", {kind} {alpha:g}" for kind, alpha in self.alpha_by_kind.items())
 
+    @property
+    def places(self) -> list[tuple[str, ...]]:
+        """`standings` as cells of a table, with the columns `STANDING_COLUMNS`."""
+        return [place.cells for place in self.standings]
+
     def __str__(self) -> str:
         rules = Counter(report.how for report in self.weights)
         counts = [
@@ -115,6 +124,8 @@ class MergeResult:
             lines.append(f"  adapter  rank {rank}; relative error {mean:.3g} on average, at most {max(errors):.3g}")
         if self.choice:
             lines.append(f"  chosen   {self.choice}")
+        if self.standings:
+            lines += [f"    {line}" for line in plain_table([list(STANDING_COLUMNS), *map(list, self.places)])]
         if self.refined:
             first, last = self.refined[0], min(self.refined.values())
             lines.append(f"  refined  divergence from the experts {first:.3f} → {last:.3f} of the base's")

@@ -19,6 +19,7 @@ from ..hub import write_hashes
 from ..methods import Mean, MergeMethod, describe_method, weights_cancel
 from ..planning import (
     MergePlan,
+    Override,
     check_disk,
     check_factors,
     check_memory,
@@ -79,7 +80,7 @@ class MergeRun(PlannedRun):
             read_by = {
                 name: with_prompt(processors["base"], default_prompt_of(own)) for name, own in processors.items()
             }
-        labelled = read_validation(plan, data.validation, read_by, options) if self.searched else {}
+        labelled = read_validation(plan, data.validation, read_by, options) if self.labelled else {}
         return Inputs(processors, gathered.statistics, gathered.samples, gathered.agreement_samples, labelled)
 
     def find_work(self, inputs: Inputs) -> None:
@@ -102,7 +103,7 @@ class MergeRun(PlannedRun):
             "the base": identities.pop("base"),
             "the experts": identities,
             "the samples or statistics": [statistics, inputs.samples, inputs.agreement_samples],
-            "the method or its settings": describe_method(self.named) if self.named else "auto",
+            "the method or its settings": describe_method(self.named),
             "`refine`": self.refining and asdict(self.refining),
             "`weights`": self.options.weights,
             "`lines`": self.plan.lines and asdict(self.plan.lines),
@@ -227,7 +228,7 @@ class MergeRun(PlannedRun):
 
     def choose(self, inputs: Inputs, candidates: list[Candidate]) -> Chosen:
         """Choose the method and α."""
-        with self.stage("choosing alpha", joined=False):
+        with self.stage("choosing", joined=False):
             return choose(
                 self.plan, candidates, inputs, self.data.score_fn, self.options, self.accelerator, self.progress
             )
@@ -269,7 +270,8 @@ class MergeRun(PlannedRun):
         method = chosen.candidate.method
         if self.method.routes:
             method = self.method.with_static_method(method.name) if self.automatic else self.method
-        self.plan = replace(self.plan, method=method)
+        overrides = [*self.plan.overrides, Override(match=".", alpha=0.0)] if chosen.is_base else self.plan.overrides
+        self.plan = replace(self.plan, method=method, overrides=overrides)
         reports = chosen.candidate.reports
         return MergeResult(
             output_dir=self.folder,
@@ -285,6 +287,7 @@ class MergeRun(PlannedRun):
             agreement=chosen.agreement,
             scores=chosen.scores_by_task,
             refined=chosen.refined,
+            standings=chosen.standings,
         )
 
     def write(self, result: MergeResult, inputs: Inputs, chosen: Chosen) -> None:

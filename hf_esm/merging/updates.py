@@ -1,7 +1,8 @@
 """The outcome of pass one: unscaled merged updates on disk, and the report of each weight."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Optional
@@ -90,6 +91,12 @@ class MergedUpdates:
         if update is None:
             return weight
         return torch.add(weight.float(), update, alpha=self.reports[name].scale(alpha, by_kind))
+
+    def scaled_by(self, alpha: float) -> "MergedUpdates":
+        """Return the same updates with one α for every weight, whatever α is asked for later."""
+        other = copy(self)
+        other.reports = {name: replace(report, alpha=alpha) for name, report in self.reports.items()}
+        return other
 
     def update(self, name: str) -> Optional[Tensor]:
         """Return the unscaled merged update, float32, as the weight is stored; None if nothing was merged."""

@@ -4,6 +4,7 @@ Comes in: a `Stack`, one weight of all experts as updates of the base. Goes out:
 write a `MergeMethod` with `merge(stack) -> Merged` and register it under a name: see `register_method`.
 """
 
+from .automatic import AutoMerge
 from .averaging import Mean, TaskArithmetic
 from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic, LearnedMask, relaxed_mask, rescaled
 from .embeddings import merge_counted_embedding, merge_embedding
@@ -27,6 +28,7 @@ __all__ = [
     "TSVC",
     "TSVM",
     "WUDI",
+    "AutoMerge",
     "ConcreteAdaMerging",
     "ConcreteTaskArithmetic",
     "EssentialMerge",

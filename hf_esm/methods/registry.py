@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 from ..errors import HfEsmError
 from ..utils import check_known, number_fields
+from .automatic import AutoMerge
 from .averaging import Mean, TaskArithmetic
 from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic
 from .essential import EssentialMerge
@@ -77,6 +78,7 @@ class MethodRegistry(UserDict[str, MethodFactory]):
 
 METHODS = MethodRegistry(
     {
+        "auto": AutoMerge,
         "mean": Mean,
         "task-arithmetic": TaskArithmetic,
         "ties": TIES,

@@ -153,6 +153,7 @@ class MergeMethod:
         largest_alpha: how far α is searched.
         most_experts: how many experts the method merges at most; any number by default.
         needs_statistics: whether linear maps are merged with activation statistics.
+        chooses: whether the merge chooses one of several methods, instead of calling `merge`.
         needs_samples: whether `prepare` learns on the calibration samples themselves.
         layer_exponent: exponent of the scale between layers of one type, `(‖Δ_M‖ / mean ‖Δ_M‖)^layer_exponent`; 0 for
             no scale.
@@ -183,6 +184,7 @@ class MergeMethod:
     largest_alpha: ClassVar[float] = 3.0
     most_experts: ClassVar[Optional[int]] = None
     needs_statistics: ClassVar[bool] = False
+    chooses: ClassVar[bool] = False
     needs_samples: ClassVar[bool] = False
     layer_exponent: ClassVar[float] = 0.0
     tolerance: ClassVar[float] = 0.0

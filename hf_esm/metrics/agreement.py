@@ -94,21 +94,38 @@ def _is_whole(answer: Answer) -> bool:
     return len(answer) > 1 and all(len(value) == count and value.isfinite().all() for value in answer.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Agreement:
-    """How near a model's answers are to an expert's on the samples of one task.
+    """How near a model's answers are to an expert's on `N` samples of one task.
 
     Attributes:
         kind: kind of the answers; see `ExpertAnswers`.
-        divergence: mean divergence of the model's answers from the expert's; see `divergence`.
-        equal: share of equal best answers, in [0, 1]: tokens, classes, or sets of labels; None for values and vectors.
-        count: number of tokens, samples or other answers that were compared.
+        divergences: `[N]` float64, the divergences of each sample's answers from the expert's, summed up; see
+            `divergence`.
+        equals: `[N]` float64, how many of each sample's best answers equal the expert's: tokens, classes, or sets of
+            labels; None for values and vectors.
+        counts: `[N]` float64, numbers of answers that were compared: tokens, samples or others.
     """
 
     kind: str
-    divergence: float
-    equal: Optional[float]
-    count: int
+    divergences: Tensor
+    equals: Optional[Tensor]
+    counts: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of answers that were compared."""
+        return int(self.counts.sum())
+
+    @property
+    def divergence(self) -> float:
+        """Mean divergence of the model's answers from the expert's; 0 if there are none."""
+        return float(self.divergences.sum()) / max(self.count, 1)
+
+    @property
+    def equal(self) -> Optional[float]:
+        """Share of equal best answers, in [0, 1]; None for values and vectors, or without answers."""
+        return float(self.equals.sum()) / self.count if self.equals is not None and self.count else None
 
     def score(self, base: "Agreement") -> float:
         """Return the number to choose models by: higher is better, and 1 is the expert itself.
@@ -124,6 +141,15 @@ class Agreement:
         It is 0 for all models if the base answers as the expert does, up to rounding: there is nothing to gain.
         """
         return 1 - self.divergence / base.divergence if base.divergence > ROUNDING else 0.0
+
+    def scores_of_draws(self, base: "Agreement", draws: Tensor) -> Tensor:
+        """Return `score` on each draw of samples: `[D]` float64, from indices `[D, M]` int64, which may repeat."""
+        counts = self.counts[draws].sum(1).clamp_min(1)
+        if self.kind == "classes" and self.equals is not None:
+            return self.equals[draws].sum(1) / counts
+        at_base = base.divergences[draws].sum(1) / counts
+        gains = 1 - self.divergences[draws].sum(1) / counts / at_base
+        return torch.where(at_base > ROUNDING, gains, torch.zeros_like(gains))
 
 
 def collect_answers(
@@ -189,7 +215,7 @@ def divergence(model: PreTrainedModel, answers: ExpertAnswers, indices: Iterable
         token.
     """
     kind, total, count = KINDS[answers.kind], torch.zeros(()), 0
-    for rows, answer in _compared(model, answers, list(indices), None):
+    for _, rows, answer in _compared(model, answers, list(indices), None):
         total = total + kind.divergences(rows, answer).sum()
         count += len(rows)
     return total / max(count, 1)
@@ -200,22 +226,26 @@ def agreement_of(
     model: PreTrainedModel, answers: ExpertAnswers, indices: Optional[Sequence[int]] = None, *, batch_size: int = 8
 ) -> Agreement:
     """Compare a model's answers with the expert's on the samples, or on some of them."""
-    kind, total, equal, count = KINDS[answers.kind], 0.0, [], 0
-    chosen = range(len(answers.samples)) if indices is None else indices
+    kind, chosen = KINDS[answers.kind], list(range(len(answers.samples)) if indices is None else indices)
+    counts, divergences, equals = (torch.zeros(len(chosen), dtype=torch.float64) for _ in range(3))
+    known = True
     with _in_evaluation(model):
-        for rows, answer in _compared(model, answers, list(chosen), batch_size):
-            total += float(kind.divergences(rows, answer).double().sum())
-            count += len(rows)
-            equal.append(kind.equal(rows, answer))
-    known = count > 0 and all(share is not None for share in equal)
-    shares = sum(int(share.sum()) for share in equal) / count if known else None
-    return Agreement(answers.kind, total / max(count, 1), shares, count)
+        for at, rows, answer in _compared(model, answers, chosen, batch_size):
+            counts.index_add_(0, at, torch.ones(len(at), dtype=torch.float64))
+            divergences.index_add_(0, at, kind.divergences(rows, answer).double().cpu())
+            equal = kind.equal(rows, answer)
+            known = known and equal is not None
+            if known:
+                equals.index_add_(0, at, equal.double().cpu())
+    return Agreement(answers.kind, divergences, equals if known and counts.any() else None, counts)
 
 
 def _compared(
     model: PreTrainedModel, answers: ExpertAnswers, indices: list[int], batch_size: Optional[int]
-) -> Iterator[tuple[Tensor, Answer]]:
-    """Run the model, batch by batch, and yield `[n, …]` rows of its output with the expert's answers to them."""
+) -> Iterator[tuple[Tensor, Tensor, Answer]]:
+    """Run the model, batch by batch, and yield places in `indices`, `[n]` int64 on the CPU, `[n, …]` rows of the
+    output, and the expert's answers to them.
+    """
     kind, samples = KINDS[answers.kind], [answers.samples[i] for i in indices]
     for group in batches_of(model, answers.kind, samples, batch_size or max(len(samples), 1)):
         batch = _batch(model, [samples[i] for i in group])
@@ -223,7 +253,8 @@ def _compared(
         parts = [answers.answers[indices[i]] for i in group]
         joined = {name: _joined([part[name] for part in parts]).to(rows.device) for name in parts[0]}
         at = torch.arange(len(group)).repeat_interleave(torch.tensor([len(part["positions"]) for part in parts]))
-        yield rows[at.to(rows.device), joined.pop("positions").long()], joined
+        compared = rows[at.to(rows.device), joined.pop("positions").long()]
+        yield torch.tensor(group)[at], compared, joined
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

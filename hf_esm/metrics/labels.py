@@ -35,6 +35,11 @@ class LabelledSamples:
     tokenizer: Any = None
     partners: list[Sample] = field(default_factory=list)
 
+    def first(self, count: int) -> "LabelledSamples":
+        """Return the first rows."""
+        parts = (self.samples, self.labels, self.contexts, self.tokenizer, self.partners)
+        return LabelledSamples(*(part if part is self.tokenizer else part[:count] for part in parts))
+
     def decode(self, tokens: Tensor) -> str:
         """Text of an answer's tokens, `[L]` int64."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()

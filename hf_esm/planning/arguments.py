@@ -33,6 +33,11 @@ class MergeData:
     score_fn: Optional[Callable[[Any], float] | Mapping[str, Callable[[Any], float]]] = None
     processor: Any = None
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether there are labelled rows, or functions that score models."""
+        return self.validation is not None or self.score_fn is not None
+
     def calibration_of(self, task: str) -> Any:
         """Return the samples or statistics of one task as the caller passed them; None if there are none."""
         if isinstance(self.calibration, (str, os.PathLike)):
@@ -106,12 +111,12 @@ def _named(expert: Any) -> tuple[str, Any]:
 
 
 def check_arguments(
-    options: MergeOptions, method: Optional[MergeMethod], experts: Mapping[str, ModelSpec], data: MergeData
+    options: MergeOptions, method: MergeMethod, experts: Mapping[str, ModelSpec], data: MergeData
 ) -> None:
     """Raise an error for arguments that cannot be right, whatever the files hold.
 
     Args:
-        method: the method that the caller named, if any.
+        method: the method that the caller named.
 
     Raises:
         HfEsmError: on data of a wrong kind or of unknown tasks, on a search of `alpha` without data, and on folders
@@ -123,7 +128,7 @@ def check_arguments(
             check_known(by_task, experts, "expert", f"`{name}`")
     if options.tokenizer is not None and data.processor is not None:
         raise HfEsmError("`tokenizer` and `processor` both say what the merged model reads. Leave one out.")
-    if options.searches_alpha:
+    if options.searches_alpha or (method.chooses and data.is_labelled):
         _check_search(options, method, experts, data)
     for name in ("output_dir", "statistics_dir", "resume_dir"):
         _check_folder(options, name)
@@ -151,13 +156,13 @@ def _check_kinds(data: MergeData) -> None:
 
 
 def _check_search(
-    options: MergeOptions, method: Optional[MergeMethod], experts: Mapping[str, ModelSpec], data: MergeData
+    options: MergeOptions, method: MergeMethod, experts: Mapping[str, ModelSpec], data: MergeData
 ) -> None:
     """Raise an error if alpha cannot be searched."""
-    if options.alpha == "auto" and method is not None and not method.tunable:
+    if options.alpha == "auto" and not method.tunable:
         raise HfEsmError(f"The method {method.name!r} has no alpha to choose. Leave `alpha` out.")
-    if data.validation is None and data.score_fn is None:
-        if data.calibration is None and method is not None and not method.needs_statistics:
+    if not data.is_labelled:
+        if data.calibration is None and not method.needs_statistics:
             raise HfEsmError(
                 "`alpha='auto'` needs unlabelled samples (`calibration`) or labelled rows (`validation`) per task, or "
                 "a function that scores models (`score_fn`). Or pass a number as `alpha`."
@@ -166,7 +171,10 @@ def _check_search(
     name = "validation" if data.score_fn is None else "score_fn"
     scored = getattr(data, name)
     if isinstance(scored, Mapping) and (lacking := sorted(experts.keys() - scored.keys())):
-        raise HfEsmError(f"`alpha='auto'`: `{name}` has nothing for {lacking[0]!r}. Add it, or give `alpha` a number.")
+        raise HfEsmError(
+            f"`{name}` has nothing for {lacking[0]!r}. Add it, or leave `{name}` out, so that agreement with the "
+            "experts chooses."
+        )
 
 
 def _check_folder(options: MergeOptions, name: str) -> None:

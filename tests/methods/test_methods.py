@@ -38,7 +38,11 @@ settings = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 
 
 # Those that are functions of a layer's stack alone, of any number of experts.
-UNLEARNED = [n for n in METHODS if not METHODS[n]().needs_samples and METHODS[n]().most_experts is None]
+UNLEARNED = [
+    name
+    for name, method in ((name, METHODS[name]()) for name in METHODS)
+    if not (method.needs_samples or method.chooses) and method.most_experts is None
+]
 
 
 def stack(deltas, statistics=None, name="layer.0.up.weight", is_linear=True):

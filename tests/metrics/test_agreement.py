@@ -26,6 +26,10 @@ EOS = 2
 WHOLE = 10**6  # more tokens than any vocabulary has
 
 
+def figures(agreement):
+    return agreement.kind, agreement.divergence, agreement.equal, agreement.count
+
+
 def answers_of(model, samples, **settings):
     return collect_answers(model, samples, progress=False, **settings)
 
@@ -224,7 +228,7 @@ def test_a_decoder_is_compared_up_to_the_end_of_its_own_inputs():
     assert agreement_of(base, of_targets).divergence == pytest.approx(found.divergence, rel=1e-5, abs=1e-6)
     assert agreement_of(base, of_targets).count == 3
     both = answers_of(expert, [{"input_ids": source, "decoder_input_ids": ids, "labels": targets[:2]}], top=WHOLE)
-    assert agreement_of(base, both) == found
+    assert figures(agreement_of(base, both)) == figures(found)
     bart = ARCHITECTURES["bart"].build()
     begun = [{"input_ids": source, "decoder_input_ids": torch.tensor([EOS, 7, 8, EOS])}]
     assert agreement_of(bart, answers_of(bart, begun)).count == 3  # BART begins with its end-of-sequence token
@@ -373,7 +377,8 @@ def test_a_text_of_one_token_predicts_nothing():
     with_one, without = agreement_of(base, answers), agreement_of(base, answers, range(1, len(samples)))
     assert with_one.count == without.count == sum(len(s["input_ids"]) - 1 for s in samples)
     assert with_one.divergence == pytest.approx(without.divergence, rel=1e-5, abs=1e-6)
-    assert agreement_of(base, answers, [0]) == Agreement("tokens", 0.0, None, 0)
+    nothing = agreement_of(base, answers, [0])
+    assert (nothing.divergence, nothing.equal, nothing.count) == (0.0, None, 0)
     loss = divergence(base, answers, [0])
     loss.backward()
     assert loss.detach() == 0
@@ -402,7 +407,7 @@ def test_answers_come_back_from_their_file(architecture, tmp_path):
     for one, other in zip(loaded.answers, answers.answers, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
-    assert agreement_of(base, loaded) == agreement_of(base, answers)
+    assert figures(agreement_of(base, loaded)) == figures(agreement_of(base, answers))
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):
@@ -477,3 +482,21 @@ def test_answers_in_another_vocabulary_are_the_same_distribution(seed, listed, s
         assert torch.allclose(probabilities[:, -1], 1 - expected.sum(1), atol=1e-6)
     assert torch.allclose(probabilities[:, : new.shape[1]], expected.gather(1, new), atol=1e-6)
     assert (probabilities[:, : new.shape[1]].diff(dim=1) <= 1e-9).all()  # the best first
+
+
+@seeds
+@pytest.mark.parametrize("kind", ["classes", "tokens"])
+def test_a_score_on_draws_is_that_of_the_drawn_samples(seed, kind):
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(1, 5, (6,), generator=generator).double()
+    divergences, at_base = torch.rand(2, 6, dtype=torch.float64, generator=generator)
+    equals = (counts * torch.rand(6, dtype=torch.float64, generator=generator)).floor()
+    model, base = Agreement(kind, divergences, equals, counts), Agreement(kind, at_base, equals, counts)
+    draws = torch.randint(6, (9, 4), generator=generator)
+    found = model.scores_of_draws(base, draws).tolist()
+    for draw, score in zip(draws.tolist(), found, strict=True):
+        drawn = [sum(float(values[i]) for i in draw) for values in (divergences, at_base, equals, counts)]
+        assert score == pytest.approx(drawn[2] / drawn[3] if kind == "classes" else 1 - drawn[0] / drawn[1])
+    assert model.scores_of_draws(base, torch.arange(6)[None]).tolist() == pytest.approx([model.score(base)])
+    nothing = Agreement("tokens", torch.zeros(2).double(), None, torch.zeros(2).double())
+    assert nothing.scores_of_draws(nothing, torch.tensor([[0, 1]])).tolist() == [0.0]

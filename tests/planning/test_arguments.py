@@ -449,11 +449,11 @@ REFUSED = {
     ),
     "auto-with-validation-of-one-task": (
         options(alpha="auto", validation={"left": [{"input_ids": [5], "label": 0}]}),
-        ["alpha='auto'", "'right'"],
+        ["validation", "'right'"],
     ),
     "auto-with-a-score-of-one-task": (
         options(alpha="auto", score_fn={"left": lambda model: 0.0}),
-        ["alpha='auto'", "score_fn", "'right'"],
+        ["score_fn", "'right'"],
     ),
     "auto-without-alpha": (labelled(0, method="mean", calibration=None), ["'mean'", "Leave `alpha` out"]),
     "label-out-of-range": (labelled(3), ["validation of 'left'", "label 3", "3 classes"]),
