@@ -1,5 +1,6 @@
 """The settings of a model, read from its folder."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from ..errors import HfEsmError
@@ -17,8 +19,9 @@ from .layout import ADAPTER_CONFIG, CONFIG_FILE
 
 # Settings that say how many modules a model has, or how many names Transformers makes up; more than a model can have.
 _COUNTS = re.compile(r"(layers?|depths?|num_blocks|num_stages|num_labels)$")
-_MOST = 1_000_000
-_MOST_LAYERS = 10_000
+_MOST = 100_000
+_MOST_LAYERS = 1_000
+_MOST_WEIGHTS = 300_000  # matrices and vectors, of whatever size; the largest mixtures have less than 100,000
 
 _CORRECT = "Correct it, or copy or download it again."
 
@@ -62,8 +65,16 @@ def buildable(title: str) -> Iterator[None]:
     """Turn exceptions of Transformers, about a config or weights that make no model, into one sentence.
 
     Raises:
-        HfEsmError: for every exception inside the block, but for those that tell of too little memory.
+        HfEsmError: for every exception inside the block, but for those that tell of too little memory; if a model of
+            more weights is built than a model can have.
     """
+    built = itertools.count(1)
+
+    def count(*_: Any) -> None:
+        if next(built) > _MOST_WEIGHTS:
+            raise HfEsmError(f"{title}: its {CONFIG_FILE} asks for more than {_MOST_WEIGHTS:,} weights. {_CORRECT}")
+
+    counting = register_module_parameter_registration_hook(count)
     try:
         yield
     except (HfEsmError, MemoryError, torch.OutOfMemoryError):
@@ -75,6 +86,8 @@ def buildable(title: str) -> Iterator[None]:
         raise HfEsmError(
             f"{title}: Transformers cannot make the model that its {CONFIG_FILE} describes: {reason}. {_CORRECT}"
         ) from error
+    finally:
+        counting.remove()
 
 
 def _counts(settings: Any) -> Iterator[tuple[str, int]]:

@@ -1,7 +1,9 @@
 """The head of each task: saved, loaded, attached to a shared body."""
 
 import copy
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,14 +19,14 @@ from ..architecture import body_prefix, untie
 from ..errors import HfEsmError
 from ..utils import check_known, device_of, is_offloaded, read_tensors
 from .adapter_settings import read_settings
-from .base import Checkpoint, quiet_loading, quiet_peft
+from .base import Checkpoint, build_skeleton, quiet_loading, quiet_peft
 from .configs import buildable, read_config
 from .conversion import written_config
 from .embedding import with_modules
 from .layout import ADAPTER_CONFIG, BODY_WEIGHTS, CONFIG_FILE, HEAD_WEIGHTS, HEADS_FOLDER
 from .repositories import whole_folder
 from .sources import Access, ModelSource, open_checkpoint, resolve_class
-from .stored import weight_files
+from .stored import TensorFiles
 
 
 def save_head(folder: Path, task: str, expert: Checkpoint, names: list[str]) -> None:
@@ -91,7 +93,6 @@ def load_task_model(
     check_known([task], tasks, "task", str(model))
     if (folder / ADAPTER_CONFIG).is_file():
         return attach_head(_load_adapted(folder, token, kwargs), folder, task)
-    weight_files(folder, str(model), allow_pickle)
     head_folder = folder / HEADS_FOLDER / task
     trusted = bool(kwargs.get("trust_remote_code"))
     access = Access(allow_pickle=allow_pickle, trust_remote_code=trusted)
@@ -99,6 +100,8 @@ def load_task_model(
     # The head's config states the dtype of the expert, not that of the merged body.
     config.dtype = read_config(folder, str(model), trusted).dtype
     head = _load_head(head_folder)
+    stored = TensorFiles.open(folder, str(model), allow_pickle).headers
+    _check_size(model_class, config, [*(shape for shape, _ in stored.values()), *(t.shape for t in head.values())])
     with buildable(str(model)), quiet_loading():  # the weights that it would report as new are the head's
         loaded, report = model_class.from_pretrained(
             folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -127,6 +130,21 @@ def load_task_model(
         source = ModelSource(f"'{task}' of {model}", folder=folder, access=access, task=task)
         open_checkpoint(source).put_on(loaded)
     return with_modules(loaded.eval(), folder)
+
+
+def _check_size(model_class: type[PreTrainedModel], config: Any, stored: list[Sequence[int]]) -> None:
+    """Raise if a head's config describes far more numbers than there are, before memory is taken for them.
+
+    Args:
+        stored: shapes of all stored weights.
+    """
+    asked = sum(weight.numel() for weight in build_skeleton(model_class, config).parameters())
+    held = sum(map(math.prod, stored))
+    if asked > 2 * held + 1_000_000:
+        raise HfEsmError(
+            f"{config.name_or_path}: its {CONFIG_FILE} describes {asked:,} weights, but the model and the head hold "
+            f"{held:,}. Merge again."
+        )
 
 
 def load_base_with_head(base: Checkpoint, folder: Path, task: str, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -12,7 +12,7 @@ import yaml
 
 from ..errors import HfEsmError
 from ..methods import METHODS
-from ..planning import MergeOptions, RefineSettings, load_recipe
+from ..planning import MergeOptions, RefineSettings, load_recipe, read_yaml
 from .flags import add_flags, options_of, pairs
 from .parser import CommandParser
 
@@ -81,8 +81,8 @@ def _settings(words: Iterable[str], flag: str) -> dict[str, Any]:
 def yaml_value(text: str, flag: str) -> Any:
     """The value that a text is in YAML, such as `0.2`, `true` or `[query, key]`."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return read_yaml(text)
+    except (yaml.YAMLError, RecursionError):
         raise HfEsmError(f"{flag}: {text!r} is not a YAML value.") from None
 
 

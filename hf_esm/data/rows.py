@@ -1,5 +1,7 @@
 """Rows of whatever users call data: files, lists, columns, data sets, loaders and data frames."""
 
+import codecs
+import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -82,7 +84,34 @@ def _read_file(path: Path, title: str, **arguments: Any) -> Any:
         raise HfEsmError(f"{title}: {path} is empty.")
     if path.suffix not in _BUILDERS:
         raise HfEsmError(f"{title}: {path} is none of {', '.join(_BUILDERS)} or .safetensors.")
+    if _BUILDERS[path.suffix] == "json" and (place := _null_row(path)):
+        raise HfEsmError(f"{title}: {path}: {place} is null, not a row. Remove it.")
     return _load({"split": "train", **arguments, "path": _BUILDERS[path.suffix], "data_files": str(path)}, title)
+
+
+def _null_row(path: Path) -> str:
+    """Say where a file of JSON has null in the place of a row, at which pyarrow 26 ends the process; else nothing."""
+    lines_of_json = None  # not known yet
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            text = line.removeprefix(codecs.BOM_UTF8).strip()
+            if text.startswith(b"null") and lines_of_json is not False:
+                return f"line {number}"
+            if text and lines_of_json is None:
+                lines_of_json = not text.startswith(b"[") and _is_json(text)
+    if lines_of_json:
+        return ""
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    rows = json.loads(content) if b"null" in content and _is_json(content) else []
+    return f"entry {rows.index(None) + 1}" if isinstance(rows, list) and None in rows else ""
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _load(arguments: dict[str, Any], title: str) -> Any:

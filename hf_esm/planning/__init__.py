@@ -12,7 +12,7 @@ from .low_rank import check_low_rank
 from .options import MergeOptions, torch_dtype
 from .overrides import Override, Rule, resolve_overrides
 from .plan import MergePlan, calibrated_widths, counted_rows, plan_merge
-from .recipe import RECIPE_VERSION, absolute_path, load_recipe
+from .recipe import RECIPE_VERSION, absolute_path, load_recipe, read_yaml
 from .refinement import RefineSettings, refining_bytes, resolve_refine
 from .resources import merge_bytes
 from .token_sources import BASE, resolve_tokenizer
@@ -49,6 +49,7 @@ __all__ = [
     "name_experts",
     "plan_merge",
     "plan_vocabulary",
+    "read_yaml",
     "refining_bytes",
     "resolve_lines",
     "resolve_overrides",

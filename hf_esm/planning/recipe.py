@@ -1,10 +1,11 @@
 """Recipes: the arguments of `merge_models` written down in YAML."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import yaml
 
@@ -25,14 +26,50 @@ _COMPARED = ("methods", "test", "seeds", "num_test")
 _WRITTEN_ONLY = ("recipe_version", "hf_esm_version")
 
 
+_MOST_REPEATED = 10_000  # values that aliases (`*name`) stand for
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """A YAML loader that refuses a repeated key; plain YAML would forget the first value."""
+    """A YAML loader that refuses a repeated key, of which plain YAML would forget the first value, and aliases that
+    stand for more values than memory, or a message, can hold.
+    """
+
+    def get_single_node(self) -> Optional[yaml.Node]:
+        node = super().get_single_node()
+        sizes: dict[int, float] = {}
+        if node is not None and _size(node, sizes) - len(sizes) > _MOST_REPEATED:
+            reason = f"its aliases stand for more than {_MOST_REPEATED} values, or for themselves"
+            raise yaml.composer.ComposerError(None, None, reason, node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         if repeated := [key for key in keys if keys.count(key) > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"{repeated[0]!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """Return how many values a node holds, those that aliases stand for counted each time.
+
+    Args:
+        sizes: of the nodes that are known, by their `id`; infinite inside of themselves.
+    """
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        inside = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for entry in inside for part in (entry if isinstance(entry, tuple) else [entry])]
+        sizes[id(node)] = 1 + sum(_size(part, sizes) for part in parts)
+    return sizes[id(node)]
+
+
+def read_yaml(text: str) -> Any:
+    """Return what a YAML text says.
+
+    Raises:
+        YAMLError: if it is none, repeats a key, or has aliases that stand for too much.
+    """
+    return yaml.load(text, _StrictLoader)
 
 
 def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[str, Any]:
@@ -77,7 +114,7 @@ def _missing_settings(method: Mapping[str, Any]) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping."""
     try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        recipe = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise HfEsmError(f"{path}: cannot read the recipe ({error.strerror}).") from None
     except UnicodeDecodeError:

@@ -9,16 +9,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from hf_esm import HfEsmError, calibrate, load_recipe, load_task_model, merge_models
 from hf_esm.calibration import ActivationStatistics
 from hf_esm.checkpoints import load_processor, open_checkpoint, read_modules, resolve_source
+from hf_esm.checkpoints.configs import buildable
 from hf_esm.cli.main import main
 from hf_esm.data import SampleOptions, read_rows
+from hf_esm.planning import read_yaml
 from hf_esm.utils import atomic_file, staging_folder
 from support.toys import base_model, write_models
 
@@ -93,13 +95,69 @@ def test_what_is_nested_too_deeply_is_damaged(models, tmp_path):
     assert "Put the value in quotes" in refusal(load_recipe, tmp_path / "recipe.yaml")
 
 
-@pytest.mark.parametrize("key", ["num_hidden_layers", "num_labels"])
-def test_a_model_that_does_not_fit_anywhere_is_not_built(key, models, tmp_path):
-    settings = json.loads((models / "a" / "config.json").read_text()) | {key: 2**31, "id2label": None}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    message = refusal(lambda: open_checkpoint(resolve_source(str(tmp_path), "model")))
-    assert f"says {key} = 2147483648" in message
+# Keys of a config that ask for a huge model, and what is said of them.
+HUGE = {
+    "num_hidden_layers": "says num_hidden_layers = 2147483648",
+    "num_labels": "says num_labels = 2147483648",
+    "vocab_size": "its own config.json describes (2147483648, 32)",
+    "max_position_embeddings": "its own config.json describes (2147483648, 32)",
+    "hidden_size": "its config.json describes",
+}
+
+
+@pytest.fixture
+def little_memory():
+    """Let the process have 16 GB more than it has."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**34, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("key", HUGE)
+def test_a_model_that_does_not_fit_anywhere_is_not_built(key, models, tmp_path, little_memory):
+    folder = shutil.copytree(models / "a", tmp_path / "a")
+    settings = json.loads((folder / "config.json").read_text()) | {key: 2**31}
+    (folder / "config.json").write_text(json.dumps(settings | ({"id2label": None} if key == "num_labels" else {})))
+    assert HUGE[key] in refusal(lambda: open_checkpoint(resolve_source(str(folder), "model")))
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size"])
+def test_a_head_that_asks_for_a_huge_body_is_refused(key, models, tmp_path, little_memory):
+    experts = {task: models / task for task in "ab"}
+    merge_models(models / "base", experts, method="mean", output_dir=tmp_path / "out", progress=False)
+    path = tmp_path / "out" / "heads" / "a" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 2**31}))
+    assert "weights, but the model and the head hold " in refusal(load_task_model, tmp_path / "out", "a")
+
+
+def test_parts_without_end_are_not_built(monkeypatch):
+    """Of whatever name the setting is that asks for them."""
+    with pytest.raises(HfEsmError, match=r"x: its config.json asks for more than 20 weights"), buildable("x"):
+        monkeypatch.setattr("hf_esm.checkpoints.configs._MOST_WEIGHTS", 20)
+        torch.nn.ModuleList(torch.nn.LayerNorm(1, device="meta") for _ in range(2**31))
+    torch.nn.ModuleList(torch.nn.LayerNorm(1) for _ in range(30))
+
+
+LAUGHS = ["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join(9 * [f'*a{i - 1}'])}]" for i in range(1, 12))]
+ALIASES = {
+    "many": [*LAUGHS, "method: *a11"],
+    "merged": [*LAUGHS, "method: {<<: {x: *a11}}"],
+    "own": ["base: &a {x: *a}"],
+}
+
+
+@pytest.mark.parametrize("lines", ALIASES.values(), ids=ALIASES)
+def test_aliases_that_stand_for_more_than_memory_holds_are_refused(lines, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("\n".join([*lines, "experts: {}"]))
+    with pytest.raises(HfEsmError, match="its aliases stand for more than 10000 values") as caught:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert len(str(caught.value)) < 400
+    text = "{a: &a [x, x], b: [*a, *a]}"
+    assert read_yaml(text) == {"a": ["x", "x"], "b": [["x", "x"]] * 2}
+    assert main(["merge", "--base", "x", "--expert", "a=b/c", "--alpha", "{a: &a [*a]}"]) == 2
+    assert "is not a YAML value" in capsys.readouterr().err
 
 
 def run(*words: str, **options) -> subprocess.CompletedProcess:

@@ -567,3 +567,35 @@ def test_a_sample_that_is_passed_twice_is_written_twice(tmp_path):
     save_samples([sample, sample], tmp_path / "samples.safetensors")
     found = load_samples(tmp_path / "samples.safetensors")
     assert [row["input_ids"].tolist() for row in found] == [[3, 4, 5]] * 2
+
+
+NULL_ROWS = {
+    "null": "line 1",
+    "\ufeffnull\n": "line 1",
+    '\n null {"text": "a"}': "line 2",
+    '{"text": "a"}\n{"text": null}\nnull\n': "line 3",
+    '[null, {"text": "a"}]': "entry 1",
+    '[\n{"text": "a"},\nnull\n]': "entry 2",
+}
+
+
+@pytest.mark.parametrize("content", NULL_ROWS, ids=ascii)
+def test_null_in_the_place_of_a_row_is_refused_and_ends_no_process(content, tmp_path):
+    for suffix in ("json", "jsonl"):
+        path = tmp_path / f"rows.{suffix}"
+        path.write_text(content)
+        with pytest.raises(HfEsmError, match=rf"samples: .*rows.{suffix}: {NULL_ROWS[content]} is null, not a row"):
+            read_rows(path, "samples", SampleOptions())
+
+
+def test_null_inside_of_a_row_is_a_value(tmp_path):
+    for name, content in {
+        "a.jsonl": '{"text": "a", "x": null}\n{"text": "b", "x": 1}\n',
+        "b.json": '[{"text": "a", "x": null}, {"text": "b", "x": 1}]',
+        "c.json": '[\n{"text": "a", "x":\nnull\n}, {"text": "b",\n"x": 1}]',
+    }.items():
+        (tmp_path / name).write_text(content)
+        assert read_rows(tmp_path / name, "samples", SampleOptions()) == [
+            {"text": "a", "x": None},
+            {"text": "b", "x": 1},
+        ]
