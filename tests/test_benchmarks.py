@@ -1,4 +1,4 @@
-"""Runs benchmarks/language.py as users run it, on a folder of toy language models."""
+"""Runs benchmarks/language.py as users run it, on a folder of toy language models; and against_mergekit.py."""
 
 import gzip
 import json
@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from hf_esm import RoutedModel, merge_models
+from hf_esm.methods import resolve_method
 from hf_esm.tuners.routed import Decisions, decide, route
 from support.routed_toys import task_texts, tuned
 from support.tiny import GPT2, save_tokenizer
@@ -207,3 +209,36 @@ def test_subsets_of_two_tasks(run):
 )
 def test_an_entry_of_methods_becomes_arguments_of_the_merge(label, alpha, expected):
     assert runpy.run_path(str(SCRIPT))["merge_arguments"](label, alpha) == expected
+
+
+def test_merges_are_compared_with_another_program_entry_by_entry(tmp_path, monkeypatch, capsys):
+    """mergekit itself is no dependency of the tests: the literal mean stands in for it."""
+    script = runpy.run_path(str(SCRIPT.with_name("against_mergekit.py")))["main"].__globals__
+
+    def in_this_process(work, cases, count, dtype, python):
+        for case in cases:
+            job = script["ours" if python is None else "theirs"](work, case, ["expert0", "expert1"], dtype)
+            if python is None:
+                script["merge_ours"]([job])
+                continue
+            config, out = job
+            models = [dict(script["tensors"](Path(model["model"]))) for model in config["models"]]
+            merged = {k: (sum(model[k].double() for model in models) / 2).to(w.dtype) for k, w in models[0].items()}
+            Path(out).mkdir()
+            save_file(merged, Path(out) / "model.safetensors")
+        return 2.5, 1.5, 3_000_000
+
+    monkeypatch.setitem(script, "run", in_this_process)
+    sizes = ["--experts=2", "--hidden=16", "--intermediate=24", "--layers=1", "--vocabulary=20"]
+    given = [str(tmp_path), "--mergekit=python", "--cases", "linear", "ties", *sizes]
+    monkeypatch.setattr(sys, "argv", ["against_mergekit.py", *given])
+    script["main"]()
+    linear, ties = (line.split("|")[1:-1] for line in (tmp_path / "table.md").read_text().splitlines()[2:])
+    label, difference, ours, theirs, ratio, equal, *off, seconds, _, peak, _ = (cell.strip() for cell in linear)
+    assert (label, ours, theirs, ratio, equal) == ("linear", "100.0 %", "100.0 %", "1.000", "100.00 %")
+    assert float(difference) < 1e-6 and off[0] == off[1] and (seconds, peak) == ("2.5 (1.5)", "3")
+    assert float(ties[1]) > 0.1 and ties[5].strip() != "100.00 %"
+    assert not (tmp_path / "models").exists() and "2 experts of 0.0 M parameters" in capsys.readouterr().out
+    assert len({case.label for case in script["CASES"]}) == len(script["CASES"])
+    for case in script["CASES"]:
+        assert resolve_method(case.ours).most_experts in (None, case.experts)

@@ -136,9 +136,8 @@ class Breadcrumbs(MergeMethod):
 
     Of `N` entries, the `⌊gamma · N⌋` largest are dropped, and of the rest the `⌊density · N⌋` largest (at least one)
     are kept, with all that are as large as the first or the last of these. If `density + gamma` is above 1, fewer of
-    the largest are dropped. As in the paper, each weight is ranked by itself (the published code ranks each row). In
-    mergekit, whose settings have the same names, a weight of so few entries that `gamma · N` is below 1 is dropped
-    whole; here it loses its smallest entries alone.
+    the largest are dropped. As in the paper, each weight is ranked by itself (the published code ranks each row).
+    mergekit's settings have the same names; it keeps exactly `⌊density · N⌋` entries, also none.
     """
 
     name: ClassVar[str] = "breadcrumbs"
