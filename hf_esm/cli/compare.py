@@ -34,6 +34,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--seeds", action="extend", nargs="+", type=int, help="seeds of the choice of samples (default: 0)"
     )
     parser.add_argument("--num-test", type=int, help="test rows per task, chosen at random (default: all)")
+    parser.add_argument("--keep", choices=["best"], help="keep the best merged model in the report's folder best/")
     parser.add_argument("--card", metavar="FOLDER", help="put the report into the card of this merged model, too")
 
 
@@ -43,8 +44,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise HfEsmError(f"--card {arguments.card}: not a folder that `hf-esm merge` wrote.")
     if not request.get("output_dir"):
         raise HfEsmError("Say where to write the report: --output-dir FOLDER (or output_dir in the recipe).")
-    say(compare(**request))
+    found = compare(**request)
+    say(found)
     say(f"\n{Path(request['output_dir']) / REPORT}")
+    if found.kept:
+        say(found.kept)
     if arguments.card:
         say(add_comparison(arguments.card, request["output_dir"]))
 
@@ -61,7 +65,7 @@ def _comparison_request(arguments: argparse.Namespace) -> dict[str, Any]:
     request["methods"] = _compared_methods(arguments, request)
     if request.get("alpha") not in (None, "auto"):
         logger.warning("compare chooses the α of every method by one rule and ignores %s.", request["alpha"])
-    for name in ("seeds", "num_test"):
+    for name in ("seeds", "num_test", "keep"):
         if getattr(arguments, name) is not None:
             request[name] = getattr(arguments, name)
     return {name: value for name, value in request.items() if name not in NOT_COMPARED}

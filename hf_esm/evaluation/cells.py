@@ -3,25 +3,26 @@
 import hashlib
 import json
 import os
+import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from math import inf, isnan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Optional
 
 import psutil
 
-from ..calibration import ActivationStatistics
 from ..checkpoints import CALIBRATION_FOLDER, Access, ModelSpec, model_identity, resolve_source
 from ..data import DataSpec, SampleOptions
 from ..errors import HfEsmError
-from ..merging import PlannedRun, merge_models
-from ..methods import Mean, MergeMethod, describe_method
-from ..metrics import Metric, Outcome
+from ..merging import MergeResult, merge_models, statistics_of_experts
+from ..methods import EssentialMerge, Mean, MergeMethod, describe_method
+from ..metrics import Metric, Outcome, normalised
 from ..planning import MergeData, MergeOptions
-from ..utils import atomic_file, code_identity, data_identity, default_accelerator, fingerprint, processor_identity
+from ..utils import atomic_file, code_identity, data_identity, fingerprint, processor_identity
 from ..version import __version__
 from .evaluator import Measurement
 from .interference import Interference, measure_interference
@@ -46,6 +47,10 @@ NOT_COMPARED = {
     "resume_dir",
     "max_shard_size",
 }
+
+
+# Arguments of a merge that a cell does not depend on, or that its key holds in another form.
+_NO_PART = {"method", "processor", "token", "cache_dir"}
 
 
 @dataclass
@@ -99,6 +104,8 @@ class Inputs:
         base, experts, test, calibration, validation, num_test, processor, token: see `compare`.
         options: options of every merge.
         metric: what scores the test rows and the validation rows.
+        accelerator: what merges run under: an `Accelerator`, or `Alone` where several processes share the cells.
+        keep: whether the best merged model is kept.
     """
 
     base: ModelSpec
@@ -111,6 +118,8 @@ class Inputs:
     token: Optional[str | bool]
     options: MergeOptions
     metric: Metric
+    accelerator: Any = None
+    keep: bool = False
 
     @property
     def access(self) -> Access:
@@ -152,12 +161,14 @@ class CellStore:
 
     Attributes:
         inputs: what the methods share.
-        folder: folder of the comparison.
+        cache: folder of the results, and of the statistics and answers that the merges share.
         scratch: folder for merged models.
+        kept: folder of the best model that this process has merged and kept.
     """
 
-    def __init__(self, inputs: Inputs, folder: Path, scratch: Path):
-        self.inputs, self.folder, self.scratch = inputs, folder, scratch
+    def __init__(self, inputs: Inputs, cache: Path, scratch: Path):
+        self.inputs, self.cache, self.scratch = inputs, cache, scratch
+        self.kept, self._best = scratch / f"kept-{os.getpid()}", -inf
         models = {"base": inputs.base, **inputs.experts}
         self._identity = [
             {name: model_identity(resolve_source(spec, name, inputs.access)) for name, spec in models.items()},
@@ -189,8 +200,7 @@ class CellStore:
         def measure() -> dict[str, Any]:
             with TemporaryDirectory(dir=self.scratch) as scratch:
                 target = Path(scratch) / "model"  # any merged model has the heads
-                arguments = {**inputs.merge_arguments(Mean(), 0), "overrides": None, "calibration": None}
-                merge_models(inputs.base, inputs.experts, output_dir=str(target), **arguments)
+                self.merge(Mean(), 0, target, overrides=None, calibration=None)
                 return _plain_outcomes(inputs.measurement.base_outcomes(inputs.base, target))
 
         key = [self._test_identity, inputs.options.heads]
@@ -199,38 +209,42 @@ class CellStore:
     def cell(self, method: MergeMethod, seed: int) -> Cell:
         """The cell of a method and a seed."""
         arguments = self.inputs.merge_arguments(method, seed)
-        known = {name: value for name, value in arguments.items() if name not in ("method", "processor", "token")}
+        known = {name: value for name, value in arguments.items() if name not in _NO_PART}
         known |= {name: data_identity(arguments[name]) for name in ("calibration", "validation")}
         known["metric"] = self.inputs.metric.name  # the test identity holds its code
         code = code_identity(type(method))  # a method of another package changes without a version of hf_esm
         key = [describe_method(method), code, known, self._test_identity]
-        stored = self._cached("cell", key, lambda: self._merge_and_measure(method, seed, arguments).as_dict())
+        stored = self._cached("cell", key, lambda: self._merge_and_measure(method, seed).as_dict())
         return Cell.from_dict(stored, self.inputs.metric)
 
-    def interference(self, method: MergeMethod, seed: int) -> Interference:
-        """Interference between the experts, with the cached statistics of a seed if any method needed them.
-
-        Args:
-            method: any method; it decides nothing but what a merge plan needs to know.
-        """
-        folder, inputs = self._statistics_folder(seed), self.inputs
-        files = {task: folder / f"{task}.safetensors" for task in inputs.experts}
-        complete = all(path.is_file() for path in files.values())
+    def interference(self, methods: Iterable[MergeMethod], seed: int) -> Interference:
+        """Interference between the experts, with statistics on the samples of a seed if any method needs them."""
+        inputs, needed = self.inputs, any(method.needs_statistics for method in methods)
+        method = EssentialMerge() if needed else Mean()
+        data = MergeData(inputs.calibration if needed else None, processor=inputs.processor)
+        options = replace(
+            inputs.options, refine=False, overrides=None, seed=seed, cache_dir=str(self.cache), progress=False
+        )
 
         def measure() -> dict[str, Any]:
-            data, options = MergeData(processor=inputs.processor), replace(inputs.options, refine=False)
-            planned = PlannedRun(options, method, data, default_accelerator())
-            planned.open_models(inputs.base, inputs.experts, inputs.access, headers_only=False)
-            statistics = {t: ActivationStatistics.load(path) if complete else None for t, path in files.items()}
-            return measure_interference(planned.plan, statistics).as_dict()
+            models = (inputs.base, inputs.experts)
+            plan, statistics = statistics_of_experts(*models, method, data, options, inputs.access, inputs.accelerator)
+            return measure_interference(plan, statistics).as_dict()
 
-        key = [complete, str(folder), inputs.options.heads]
+        samples = {f.name: getattr(options, f.name) for f in fields(SampleOptions)} if needed else {}
+        key = [data_identity(data.calibration), samples, inputs.options.heads]
         return Interference.from_dict(self._cached("interference", key, measure))
+
+    def merge(self, method: MergeMethod, seed: int, target: Path, **changes: Any) -> MergeResult:
+        """Merge as a cell does, into a folder."""
+        arguments = {**self.inputs.merge_arguments(method, seed), "cache_dir": str(self.cache), **changes}
+        models = (self.inputs.base, self.inputs.experts)
+        return merge_models(*models, output_dir=str(target), accelerator=self.inputs.accelerator, **arguments)
 
     def _cached(self, kind: str, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A result as plain data, from its file, or computed and written if the file is missing or damaged."""
         name = fingerprint(CELL_VERSION, __version__, self._identity, key)
-        path = self.folder / CACHE / f"{kind}-{name}.json"
+        path = self.cache / f"{kind}-{name}.json"
         if (known := _read(path)) is not None:
             return known
         try:
@@ -244,28 +258,15 @@ class CellStore:
             partial.write_text(json.dumps({"sha256": _digest(result), "result": result}), encoding="utf-8")
         return result
 
-    def _statistics_folder(self, seed: int) -> Path:
-        """Folder of the statistics of one choice of samples, which all methods use."""
-        samples = {f.name: getattr(self.inputs.options, f.name) for f in fields(SampleOptions) if f.name != "seed"}
-        key = fingerprint(__version__, self._identity, data_identity(self.inputs.calibration), samples, seed)
-        return self.folder / CACHE / f"statistics-{key}"
-
-    def _merge_and_measure(self, method: MergeMethod, seed: int, arguments: dict[str, Any]) -> Cell:
+    def _merge_and_measure(self, method: MergeMethod, seed: int) -> Cell:
         inputs = self.inputs
-        if self.inputs.uses_samples(method) and not method.needs_samples:
-            statistics = self._statistics_folder(seed)
-            complete = all((statistics / f"{task}.safetensors").is_file() for task in inputs.experts)
-            if complete and not method.needs_features:  # features of the merged model come from the samples themselves
-                arguments = {**arguments, "calibration": statistics}
-            elif not isinstance(inputs.calibration, (str, os.PathLike)) and inputs.calibration is not None:
-                arguments = {**arguments, "statistics_dir": str(statistics)}
         with TemporaryDirectory(dir=self.scratch) as scratch:
             target = Path(scratch) / "model"
             with _peak_memory() as memory:
-                merged = merge_models(inputs.base, inputs.experts, output_dir=str(target), **arguments)
+                merged = self.merge(method, seed, target)
             weights = [path for path in target.rglob("*.safetensors") if CALIBRATION_FOLDER not in path.parts]
             measure = inputs.measurement.merged_outcomes
-            return Cell(
+            cell = Cell(
                 alpha=merged.alpha,
                 alpha_scores=merged.alpha_scores,
                 outcomes=measure(target, str(target)),
@@ -274,6 +275,31 @@ class CellStore:
                 memory=memory[0],
                 size=sum(path.stat().st_size for path in weights),
             )
+            if inputs.keep:
+                self._keep(method, seed, target, cell)
+            return cell
+
+    def _keep(self, method: MergeMethod, seed: int, target: Path, cell: Cell) -> None:
+        """Keep a merged model if it is the best so far that this process has merged."""
+        score = standing(cell.outcomes, self.expert_outcomes())
+        if score > self._best:
+            self._best = score
+            shutil.rmtree(self.kept, ignore_errors=True)
+            self.kept.mkdir()
+            target.rename(self.kept / self.name_of(method, seed))
+
+    def name_of(self, method: MergeMethod, seed: int) -> str:
+        """Name of a kept model's folder."""
+        return f"model-{fingerprint(describe_method(method), seed)}"
+
+
+def standing(outcomes: Mapping[str, Outcome], experts: Mapping[str, Outcome]) -> float:
+    """The number that models are ordered by: their share of the experts' scores, or else their mean score."""
+    scores = {task: outcome.score for task, outcome in outcomes.items()}
+    higher = next(iter(outcomes.values())).metric.higher_is_better
+    share = normalised(scores, {task: outcome.score for task, outcome in experts.items()}, higher)
+    value = share if share is not None else (1 if higher else -1) * sum(scores.values()) / len(scores)
+    return -inf if isnan(value) else value
 
 
 def _read(path: Path) -> Optional[dict[str, Any]]:

@@ -7,21 +7,17 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import tqdm
 
 from ..checkpoints import Access, ModelSpec, base_of_adapters, resolve_source
 from ..data import DataSpec
 from ..errors import HfEsmError
-from ..merging import merge_models
 from ..methods import MergeMethod, resolve_method
 from ..metrics import MetricSpec, resolve_metric
 from ..planning import LinesSettings, MergeOptions, name_experts, task_weights
-from ..utils import check_known, only_user, staging_folder
-from .cells import NOT_COMPARED, Cell, CellStore, Inputs
-from .evaluator import check_by_task
-from .report import Comparison, write_report
-from .summary import summarise
+from ..utils import Alone, default_accelerator
+from .cells import NOT_COMPARED, Inputs
+from .comparing import BEST, ComparisonRun
+from .report import Comparison
 
 
 METHODS_COMPARED = ("esm", "mean", "task-arithmetic", "ties", "tsv-m", "iso-c", "iso-cts", "esm++")
@@ -38,6 +34,7 @@ def compare(
     validation: Optional[Mapping[str, DataSpec]] = None,
     seeds: int | Sequence[int] = (0,),
     num_test: int = 0,
+    keep: Optional[str] = None,
     processor: Any = None,
     token: Optional[str | bool] = None,
     lines: Optional[bool | Mapping[str, Any] | LinesSettings] = None,
@@ -54,6 +51,7 @@ def compare(
     columns: Optional[Mapping[str, str]] = None,
     batch_size: int = 8,
     max_memory: Optional[int | float | str] = None,
+    cache_dir: Optional[str | os.PathLike] = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     progress: bool = True,
@@ -61,8 +59,9 @@ def compare(
     """Merge the same experts by several methods, and measure every merged model on every task.
 
     One rule chooses α for all methods: with validation rows that of `alpha="auto"`, else each method's default.
-    Results are cached in `output_dir/cache`, so that a second run computes only what is new, such as another method or
-    more seeds. The merged models themselves are not kept.
+    Results are cached, so that a second run computes only what is new, such as another method or more seeds; all
+    merges share statistics and answers of the experts. Under `accelerate launch`, each process merges and measures
+    some of the models.
 
     Args:
         base, experts, calibration, validation, processor, token: see `merge_models`.
@@ -71,6 +70,10 @@ def compare(
         methods: names, or settings as in recipes: `["esm", {"name": "esm", "shrinkage": 0.0}]`. `label` in the
             settings names the row of the report.
         seeds: seeds of the choice of samples. Methods that use samples are merged once for each seed.
+        keep: `"best"` to keep the merged model that is best on the test rows, in `output_dir/best`, with the recipe
+            that repeats its merge. With several seeds, the model of the first one.
+        cache_dir: folder of all that is measured and computed, by default `output_dir/cache`. Merges with this
+            `cache_dir` use the same statistics and answers.
         num_test: number of test rows per task, chosen at random; 0 takes all.
         lines, weights, overrides, tokenizer, chat_template, metric, heads, dtype, num_samples, statistics_samples,
             max_length, columns, batch_size, max_memory, allow_pickle, trust_remote_code, progress: options of every
@@ -96,7 +99,7 @@ def compare(
     arguments: dict[str, Any] = locals()
     shared = {option.name for option in fields(MergeOptions)} - {*NOT_COMPARED, "output_dir"}
     options = MergeOptions(**{name: arguments[name] for name in shared})
-    named, folder = name_methods(methods), Path(output_dir).expanduser()
+    accelerator = default_accelerator()
     seeds = (seeds,) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
     if base is None:
         access = Access(token, allow_pickle, trust_remote_code)
@@ -112,25 +115,18 @@ def compare(
         token=token,
         options=options,
         metric=resolve_metric(metric),
+        accelerator=Alone(accelerator) if accelerator.num_processes > 1 else accelerator,
+        keep=_check_keep(keep),
     )
-    _check(inputs, named, seeds)
-    busy = f"Another comparison writes to {folder}. Wait until that has ended, or choose another `output_dir`."
-    with only_user(_make_folder(folder) / ".lock", busy), staging_folder(folder / "merging") as scratch:
-        store = CellStore(inputs, folder, scratch)
-        expert_outcomes, base_outcomes = store.expert_outcomes(), store.base_outcomes()
-        cells = _merge_all(store, named, seeds)
-        comparison = Comparison(
-            rows=summarise(named, cells, expert_outcomes),
-            experts={task: outcome.score for task, outcome in expert_outcomes.items()},
-            base={task: outcome.score for task, outcome in base_outcomes.items()},
-            num_rows={task: len(outcome.labels) for task, outcome in expert_outcomes.items()},
-            metric=inputs.metric.name,
-            higher_is_better=inputs.metric.higher_is_better,
-            how=describe_rules(inputs, seeds),
-            interference=store.interference(next(iter(named.values())), seeds[0]),
-        )
-        write_report(comparison, folder)
-    return comparison
+    run = ComparisonRun(inputs, name_methods(methods), seeds, Path(output_dir).expanduser(), accelerator)
+    run.check()
+    return run.run(describe_rules(inputs, seeds))
+
+
+def _check_keep(keep: Optional[str]) -> bool:
+    if keep not in (None, BEST):
+        raise HfEsmError(f"`keep` must be {BEST!r} or None, not {keep!r}.")
+    return keep is not None
 
 
 def name_methods(methods: Sequence[Any]) -> dict[str, MergeMethod]:
@@ -160,47 +156,6 @@ def _label_of(entry: Any, method: MergeMethod) -> str:
     changed = [name for name in entry if name != "name" and getattr(method, name) != getattr(default, name)]
     settings = ", ".join(f"{name} {entry[name]}" for name in changed)
     return entry["name"] + (f" ({settings})" if settings else "")
-
-
-def _check(inputs: Inputs, methods: Mapping[str, MergeMethod], seeds: Sequence[int]) -> None:
-    """Raise `HfEsmError` for all that can be seen before any weight is read."""
-    if PartialState().num_processes > 1:
-        raise HfEsmError("compare runs in one process; start it without `accelerate launch`.")
-    check_by_task(inputs.test, "`test`")
-    check_known(inputs.test, inputs.experts, "expert", "`test`")
-    if missing := inputs.experts.keys() - inputs.test.keys():
-        raise HfEsmError(
-            f"`test`: there are no rows for the expert {min(missing)!r}. Add them, or leave the expert out."
-        )
-    if not seeds:
-        raise HfEsmError("`seeds` must hold at least one seed.")
-    for method in methods.values():
-        merge_models(inputs.base, inputs.experts, dry_run=True, **inputs.merge_arguments(method, seeds[0]))
-
-
-def _make_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HfEsmError(
-            f"{folder}: this folder cannot be made ({error.strerror}). Choose another `output_dir`."
-        ) from None
-    return folder
-
-
-def _merge_all(
-    store: CellStore, methods: Mapping[str, MergeMethod], seeds: Sequence[int]
-) -> dict[str, dict[int, Cell]]:
-    """Cells by label and seed. A method that uses no samples has a cell for the first seed alone."""
-    jobs = [
-        (label, seed)
-        for label, method in methods.items()
-        for seed in (seeds if store.inputs.uses_samples(method) else seeds[:1])
-    ]
-    cells: dict[str, dict[int, Cell]] = {label: {} for label in methods}
-    for label, seed in tqdm(jobs, desc="Comparing", disable=not store.inputs.options.progress):
-        cells[label][seed] = store.cell(methods[label], seed)
-    return cells
 
 
 def describe_rules(inputs: Inputs, seeds: Sequence[int]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from ..errors import HfEsmError
 from ..metrics import (
@@ -41,6 +41,7 @@ class Comparison:
         base: score of the base on each task, with the task's head; empty if the base has no answers.
         num_rows: number of test rows by task.
         higher_is_better: False for errors, such as perplexity.
+        kept: folder of the model that was kept, if any.
     """
 
     rows: list[Row]
@@ -52,6 +53,7 @@ class Comparison:
     base: dict[str, float] = field(default_factory=dict)
     num_rows: dict[str, int] = field(default_factory=dict)
     higher_is_better: bool = True
+    kept: Optional[Path] = None
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -8,6 +8,7 @@ from .components import essential_components, fuse_adapters, fuse_components
 from .merge import merge_models
 from .planned import PlannedRun
 from .result import MergeResult
+from .run import statistics_of_experts
 
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "fuse_adapters",
     "fuse_components",
     "merge_models",
+    "statistics_of_experts",
 ]

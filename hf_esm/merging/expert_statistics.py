@@ -16,7 +16,8 @@ from ..data import Sample, encode, is_samples_file, prompts_of, read_rows, sampl
 from ..errors import HfEsmError
 from ..metrics import ExpertAnswers, LabelledSamples
 from ..planning import MergeData, MergeOptions, MergePlan, calibrated_widths, counted_rows
-from ..utils import atomic_file, check_known, fingerprint, together
+from ..utils import atomic_file, check_known, fingerprint, gather, together
+from .cache import InputCache, readable_statistics
 
 
 @dataclass(frozen=True)
@@ -279,25 +280,32 @@ def calibrate_experts(
     scratch: Path,
     progress: Callable[[Iterable], Iterable] = iter,
     with_features: bool = False,
+    *,
+    cache: Optional[InputCache] = None,
 ) -> dict[str, ActivationStatistics]:
     """Return the statistics of every expert that has samples. One model is in memory at a time.
 
     The statistics of an expert are a file before the next expert is loaded. Files that an interrupted merge left in
-    `options.resume_dir` are used again. Statistics that are kept, or that make a router, include the features of the
-    base.
+    `options.resume_dir`, and files in the cache, are used again. Statistics that are kept, or that make a router,
+    include the features of the base.
 
     Args:
         scratch: folder for statistics that are not kept in `options.statistics_dir`.
         with_features: include the features of the base even if the statistics are not kept.
+        cache: keeps the statistics for other merges.
     """
     paths = {task: scratch / f"statistics-{task}.safetensors" for task in samples}
     folder = Path(options.statistics_dir).expanduser() if options.statistics_dir else None
     saved = {task: folder / f"{task}.safetensors" for task in samples} if folder else {}
-    if saved and not options.resume_dir:
-        paths = saved
-    done = {task for task, path in paths.items() if options.resume_dir and path.is_file()}
+    cached = {task: cache.statistics(task, rows) for task, rows in samples.items()} if cache else {}
+    if (saved or cached) and not options.resume_dir:
+        paths = cached or saved
+    known = [task for task, path in cached.items() if readable_statistics(path)]
+    known = gather(accelerator, known)[0]  # one answer for all processes, which calibrate together
+    paths |= {task: cached[task] for task in known}
+    done = {*known, *(task for task, path in paths.items() if options.resume_dir and path.is_file())}
     waiting = {task: rows for task, rows in samples.items() if task not in done}
-    with_base = bool(saved) or with_features
+    with_base = bool(saved or cached) or with_features
     read = {task: plan.in_merged_tokens(task, rows) for task, rows in waiting.items()} if with_base else {}
     pooled = pool_inputs(plan.base, read, options, accelerator, scratch)
     readings: dict[Any, Reading] = {}
@@ -309,14 +317,14 @@ def calibrate_experts(
         collected.pooled = pooled.get(task, {})
         with together(accelerator):
             if accelerator.is_main_process:
-                collected.save(paths[task], compact=folder is not None)
+                collected.save(paths[task], compact=bool(saved or cached))
         del collected
-    if saved and options.resume_dir:
-        with together(accelerator):
-            for task, path in paths.items() if accelerator.is_main_process else ():
-                with atomic_file(saved[task]) as partial:
+    with together(accelerator):
+        for task, path in paths.items() if accelerator.is_main_process else ():
+            for place in (files[task] for files in (saved, cached) if files and files[task] != path):
+                with atomic_file(place) as partial:
                     shutil.copy2(path, partial)
-        paths = saved
+    paths = saved or cached or paths
     return {task: ActivationStatistics.load(path) for task, path in paths.items()}
 
 
@@ -326,11 +334,18 @@ def count_tokens(
     options: MergeOptions,
     accelerator: Accelerator,
     scratch: Path,
+    cache: Optional[InputCache] = None,
 ) -> dict[str, ActivationStatistics]:
-    """Return token counts alone of every expert, for methods that need no other statistics."""
+    """Return token counts alone of every expert, for methods that need no other statistics; of an expert that has
+    statistics in the cache, these.
+    """
     loader = ExpertLoader()
+    paths = {task: cache.statistics(task, rows) for task, rows in samples.items()} if cache else {}
+    known = gather(accelerator, [task for task, path in paths.items() if readable_statistics(path)])[0]
     return {
-        task: calibrate_checkpoint(
+        task: ActivationStatistics.load(paths[task])
+        if task in known
+        else calibrate_checkpoint(
             plan.experts[task], rows, options, accelerator, scratch, task, counts_only=True, loader=loader
         )
         for task, rows in samples.items()

@@ -13,10 +13,12 @@ from torch import Tensor
 from ..calibration import loaded_model, with_decoder_inputs
 from ..checkpoints import ExpertLoader
 from ..data import Sample, load_samples, save_samples
+from ..errors import HfEsmError
 from ..metrics import Agreement, ExpertAnswers, agreement_of, collect_answers, in_vocabulary
 from ..planning import MergeOptions, MergePlan, Vocabulary
 from ..utils import together
 from .alpha import CandidateModels
+from .cache import InputCache
 from .contest import Scored, first_rows
 
 
@@ -40,21 +42,25 @@ def ask_experts(
     accelerator: Accelerator,
     folder: Path,
     progress: Callable[[Iterable], Iterable] = iter,
+    cache: Optional[InputCache] = None,
 ) -> dict[str, ExpertAnswers]:
     """Return every expert's answers on samples of its task.
 
     The processes share the tasks. One expert at a time is in memory, and its answers are a file before the next is
-    loaded; files that an interrupted merge left are used again.
+    loaded; files that an interrupted merge left, and files in the cache, are used again.
 
     Args:
         samples: by task, other samples than the statistics were taken from.
         folder: for the files.
+        cache: keeps the files for other merges.
     """
     paths = {task: (folder / f"asked-{task}.safetensors", folder / f"answers-{task}.safetensors") for task in samples}
+    if cache is not None:
+        paths = {task: cache.answers(task, rows) for task, rows in samples.items()}
     with together(accelerator):
         mine = list(samples)[accelerator.process_index :: accelerator.num_processes]
         loader = ExpertLoader()
-        for task in progress([task for task in mine if not paths[task][1].is_file()]):
+        for task in progress([task for task in mine if not _readable(*paths[task])]):
             with loaded_model(plan.experts[task], accelerator, options.max_memory, folder, loader) as expert:
                 asked = with_decoder_inputs(expert, samples[task], options.batch_size)
                 if plan.vocabulary is not None:
@@ -68,6 +74,15 @@ def ask_experts(
             save_samples(asked, paths[task][0])
             answers.save(paths[task][1])
     return {task: ExpertAnswers.load(path, load_samples(asked)) for task, (asked, path) in paths.items()}
+
+
+def _readable(asked: Path, answers: Path) -> bool:
+    """Return whether answers and their samples can be read; experts are asked again for damaged ones."""
+    try:
+        ExpertAnswers.load(answers, load_samples(asked))
+    except (HfEsmError, OSError):
+        return False
+    return True
 
 
 def _in_merged_tokens(answers: ExpertAnswers, vocabulary: Vocabulary, task: str) -> ExpertAnswers:

@@ -57,6 +57,7 @@ def merge_models(
     batch_size: int = 8,
     max_memory: Optional[int | float | str] = None,
     statistics_dir: Optional[str | os.PathLike] = None,
+    cache_dir: Optional[str | os.PathLike] = None,
     resume_dir: Optional[str | os.PathLike] = None,
     processor: Any = None,
     token: Optional[str | bool] = None,
@@ -142,6 +143,8 @@ def merge_models(
         batch_size: number of samples per batch and process.
         max_memory: memory for calibrating and merging: `"16GB"`, or a number of bytes.
         statistics_dir: folder in which the activation statistics are kept for later merges.
+        cache_dir: folder of statistics and experts' answers by what they depend on, so that later merges and
+            comparisons of the same experts (also by other methods) compute none of them again.
         resume_dir: folder for work in progress; after an interruption, the same call continues from there.
         processor: tokenizer or processor of all models, for models that have none in their folders.
         token: access token for the Hub.

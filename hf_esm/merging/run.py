@@ -1,23 +1,21 @@
 """The steps of one merge."""
 
 import shutil
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, Optional
 
 from ..calibration import ActivationStatistics, factor_bytes
-from ..checkpoints import (
-    REFINED_FOLDER,
-    differing_processors,
-    model_identity,
-)
+from ..checkpoints import REFINED_FOLDER, Access, ModelSpec, differing_processors, model_identity
 from ..data import Sample, default_prompt_of, with_prompt
 from ..errors import HfEsmError
 from ..hub import write_hashes
 from ..methods import Mean, MergeMethod, describe_method, weights_cancel
 from ..planning import (
+    MergeData,
+    MergeOptions,
     MergePlan,
     Override,
     check_disk,
@@ -29,6 +27,7 @@ from ..planning import (
 from ..utils import Work, bytes_of, gather, main_first, publish_folder, together
 from ..version import __version__
 from .alpha import LabelScore, read_validation
+from .cache import InputCache
 from .choice import Candidate, Chosen, choose
 from .depth import scale_by_depth
 from .expert_statistics import (
@@ -73,7 +72,7 @@ class MergeRun(PlannedRun):
         if self.output is not None:
             to_calibrate = gathered.samples if self.needs().statistics else {}
             factors = sum(factor_bytes(plan.experts[task], rows, shared=True) for task, rows in to_calibrate.items())
-            check_disk(plan, self.output, factors, options.statistics_dir, options.resume_dir)
+            check_disk(plan, self.output, factors, options.statistics_dir or options.cache_dir, options.resume_dir)
         processors = {**processors, "base": merged_processor(processors, self.tokenizer, plan.voice)}
         read_by = processors
         if plan.vocabulary:
@@ -125,19 +124,40 @@ class MergeRun(PlannedRun):
 
     # The merge.
 
+    @cached_property
+    def cache(self) -> Optional[InputCache]:
+        """The cache of statistics and answers, if the caller named one."""
+        return InputCache.of(self.plan, self.sources, self.options)
+
+    @contextmanager
+    def _cache_locked(self) -> Iterator[None]:
+        """Keep other merges from computing at once what both would put into the cache."""
+        with ExitStack() as held:
+            with together(self.accelerator):
+                if self.cache is not None and self.accelerator.is_main_process:
+                    held.enter_context(self.cache.locked())
+            yield
+
     def calibrate(self, inputs: Inputs) -> Inputs:
         """Collect the statistics of the experts that have samples, or token counts alone if no method needs more."""
         plan, options, needs = self.plan, self.options, self.needs()
         embeddings = plan.base.embeddings & (set(plan.heads.shared) - plan.unchanged)
         collected: dict[str, ActivationStatistics] = {}
-        with self.stage("calibrating", joined=False):
+        with self.stage("calibrating", joined=False), self._cache_locked():
             if needs.statistics:
                 progress = self.progress("Calibrating")
                 collected = calibrate_experts(
-                    plan, inputs.samples, options, self.accelerator, self.scratch, progress, needs.features
+                    plan,
+                    inputs.samples,
+                    options,
+                    self.accelerator,
+                    self.scratch,
+                    progress,
+                    needs.features,
+                    cache=self.cache,
                 )
             elif embeddings and all(t in inputs.samples or s is not None for t, s in inputs.statistics.items()):
-                collected = count_tokens(plan, inputs.samples, options, self.accelerator, self.scratch)
+                collected = count_tokens(plan, inputs.samples, options, self.accelerator, self.scratch, self.cache)
         inputs = replace(inputs, statistics={**inputs.statistics, **collected})
         if needs.statistics:
             self.warn(*missing_statistics(plan, inputs.statistics))
@@ -154,7 +174,7 @@ class MergeRun(PlannedRun):
         if self.refining and (few := too_few_to_refine(inputs.agreement_samples)):
             self.warn(f"'{few}' has one sample beside those of the statistics, so that nothing is refined.")
             self.refining = None
-        with self.stage("asking experts", joined=False):
+        with self.stage("asking experts", joined=False), self._cache_locked():
             answers = ask_experts(
                 self.plan,
                 inputs.agreement_samples,
@@ -162,6 +182,7 @@ class MergeRun(PlannedRun):
                 self.accelerator,
                 self.scratch,
                 self.progress("Asking experts"),
+                self.cache,
             )
         return replace(inputs, answers=answers)
 
@@ -363,6 +384,26 @@ class MergeRun(PlannedRun):
             result._temporary = self.cleanup.pop_all()
         else:
             result.output_dir = self.output
+
+
+def statistics_of_experts(
+    base: ModelSpec,
+    experts: Mapping[str, ModelSpec],
+    method: MergeMethod,
+    data: MergeData,
+    options: MergeOptions,
+    access: Access,
+    accelerator: Any,
+) -> tuple[MergePlan, Mapping[str, Optional[ActivationStatistics]]]:
+    """Return the plan of a merge, and the statistics that its method needs: those in `options.cache_dir`, as far as an
+    earlier merge has left them there.
+    """
+    run = MergeRun(options, method, data, accelerator)
+    run.open_models(base, experts, access, headers_only=False)
+    inputs = run.read_inputs()
+    run.find_work(inputs)
+    with run.workspace():
+        return run.plan, run.calibrate(inputs).statistics
 
 
 def _check_refinable(plan: MergePlan, samples: Mapping[str, list[Sample]]) -> None:

@@ -170,13 +170,12 @@ class Scores:
 
     def __str__(self) -> str:
         table = [["task", f"{self.metric:>8}"], *([task, self.shown(score)] for task, score in self.model.items())]
-        if self.outcomes:
-            table = _joined(table, ["95 %", *map(self.shown_interval, self.model)])
         for name, others in (("base", self.base), ("expert", self.expert)):
             if others:
                 table = _joined(table, [name, *(self.shown(others.get(task)) for task in self.model)])
         if self.rows:
             table = _joined(table, ["rows", *(str(self.rows.get(task, "")) for task in self.model)])
+            table = _joined(table, ["95 %", *map(self.shown_interval, self.model)])
         if self.routing:
             shares = [f"{100 * self.routing[task]:.1f}" if task in self.routing else "" for task in self.model]
             table = _joined(table, ["task found", *shares])

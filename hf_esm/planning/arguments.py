@@ -130,7 +130,7 @@ def check_arguments(
         raise HfEsmError("`tokenizer` and `processor` both say what the merged model reads. Leave one out.")
     if options.searches_alpha or (method.chooses and data.is_labelled):
         _check_search(options, method, experts, data)
-    for name in ("output_dir", "statistics_dir", "resume_dir"):
+    for name in ("output_dir", "statistics_dir", "cache_dir", "resume_dir"):
         _check_folder(options, name)
     if options.output_dir:
         _check_output(options, data)
@@ -204,7 +204,7 @@ def _check_output(options: MergeOptions, data: MergeData) -> None:
     if options.resume_dir:
         end_published(options.resume_dir, output)
     check_replaceable(output, options.overwrite, "output_dir")
-    places: dict[str, Any] = {"`statistics_dir`": options.statistics_dir, "`resume_dir`": options.resume_dir}
+    places: dict[str, Any] = {f"`{n}`": getattr(options, n) for n in ("statistics_dir", "cache_dir", "resume_dir")}
     for name in ("calibration", "validation"):
         passed = getattr(data, name)
         by_task = passed if isinstance(passed, Mapping) else {"all": passed}

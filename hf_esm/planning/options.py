@@ -64,6 +64,8 @@ class MergeOptions(RunOptions):
         overwrite: replace an earlier merged model in the output folder, when the new one is complete.
         max_shard_size: size of the largest file of weights: `"5GB"`, or a number of bytes.
         statistics_dir: folder in which the activation statistics are kept for later merges, one file per task.
+        cache_dir: folder of statistics and experts' answers by what they depend on, so that later merges and
+            comparisons of the same experts compute none of them again.
         resume_dir: folder for work in progress (statistics, learned masks, merged weights). After an interruption, the
             same call continues from there. The work is removed when the merge has succeeded.
 
@@ -141,6 +143,10 @@ class MergeOptions(RunOptions):
     max_shard_size: str | int | float = field(default="5GB", metadata={"help": "largest file of weights"})
     statistics_dir: Optional[str | os.PathLike] = field(
         default=None, metadata={"help": "folder to keep the activation statistics in, for later merges"}
+    )
+    cache_dir: Optional[str | os.PathLike] = field(
+        default=None,
+        metadata={"help": "folder of statistics and answers that merges and comparisons share"},
     )
     resume_dir: Optional[str | os.PathLike] = field(
         default=None, metadata={"help": "folder to keep work in progress in; an interrupted merge continues there"}

@@ -20,7 +20,7 @@ RECIPE_VERSION = 1
 _MODELS_AND_DATA = ("base", "experts", "calibration", "validation")
 
 
-_COMPARED = ("methods", "test", "seeds", "num_test")
+_COMPARED = ("methods", "test", "seeds", "num_test", "keep")
 
 
 _WRITTEN_ONLY = ("recipe_version", "hf_esm_version")
@@ -76,7 +76,7 @@ def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[s
     """Read a recipe: `merge_models(**load_recipe("recipe.yaml"))`, or `compare` with `for_comparison=True`.
 
     A relative path in a recipe starts at the folder of the recipe, if a file or folder exists there. Keys that only
-    `compare` reads (`methods`, `test`, `seeds`, `num_test`) are left out for a merge, so that one recipe serves both.
+    `compare` reads (such as `methods` and `test`) are left out for a merge, so that one recipe serves both.
 
     Raises:
         HfEsmError: if the recipe is missing, is not YAML, is of another format version, lacks a key, or has an unknown

@@ -16,7 +16,7 @@ from .arguments import (
 )
 from .checksums import UNSEALED, check_seal, seal
 from .devices import algebra_device, fast_products, reserve, roomy
-from .distributed import default_accelerator, gather, main_first, together
+from .distributed import Alone, default_accelerator, gather, main_first, together
 from .fingerprints import code_identity, data_identity, files_identity, fingerprint, processor_identity
 from .folders import (
     add_folders,
@@ -43,6 +43,7 @@ __all__ = [
     "AGAIN",
     "UNSEALED",
     "WORK_FOLDER",
+    "Alone",
     "Hook",
     "Work",
     "add_folders",

@@ -15,6 +15,31 @@ from ..errors import HfEsmError
 T = TypeVar("T")
 
 
+class Alone:
+    """What one process of several works under while it does a whole task by itself: an `Accelerator` on its device,
+    with one process.
+    """
+
+    num_processes = 1
+    process_index = local_process_index = 0
+    is_main_process = is_local_main_process = True
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+
+    @property
+    def device(self) -> Any:
+        return self._accelerator.device
+
+    def wait_for_everyone(self) -> None:
+        """Return at once: there is no one else."""
+
+    @contextmanager
+    def split_between_processes(self, inputs: T, apply_padding: bool = False) -> Iterator[T]:
+        """All of the inputs."""
+        yield inputs
+
+
 # While one process chooses α, writes or downloads, the others wait; the default of PyTorch is ten minutes on GPUs.
 _PATIENCE = timedelta(days=7)
 

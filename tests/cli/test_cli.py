@@ -256,10 +256,13 @@ def test_evaluate_prints_and_writes_accuracies_beside_the_experts(models, merged
     normalised = sum(accuracy[task] / expert[task] for task in data) / 2
     command = ["evaluate", merged, *named("data", data)]
     assert run(*command, *named("expert", {task: models / task for task in data}), "--json", tmp_path / "s.json") == 0
+    intervals = evaluate(merged, data).intervals
+    shown = {task: f"{100 * low:.1f} to {100 * high:.1f}" for task, (low, high) in intervals.items()}
+    width = max(map(len, shown.values()))
     assert capsys.readouterr().out.splitlines() == [
-        "task     accuracy  expert  rows",
-        f"a        {100 * accuracy['a']:8.1f}    66.7    12",
-        f"b        {100 * accuracy['b']:8.1f}    66.7    12",
+        f"task     accuracy  expert  rows  {'95 %':>{width}}",
+        f"a        {100 * accuracy['a']:8.1f}    66.7    12  {shown['a']:>{width}}",
+        f"b        {100 * accuracy['b']:8.1f}    66.7    12  {shown['b']:>{width}}",
         f"average  {100 * average:8.1f}  ({100 * normalised:.1f} % of the experts)",
     ]
     scores = json.loads((tmp_path / "s.json").read_text())
@@ -269,6 +272,7 @@ def test_evaluate_prints_and_writes_accuracies_beside_the_experts(models, merged
         "expert": pytest.approx(expert),
         "base": {},
         "rows": {"a": 12, "b": 12},
+        "intervals": {task: pytest.approx(interval) for task, interval in intervals.items()},
         "average": pytest.approx(average),
         "normalised": pytest.approx(normalised),
     }
@@ -298,7 +302,7 @@ def test_evaluate_takes_a_lora_expert_and_a_plain_classifier(models, tmp_path, c
     assert run("evaluate", models / "c", *data) == 0
     found = classes(AutoModelForSequenceClassification.from_pretrained(models / "c"), tokenizer, rows)
     share = sum(label == row["label"] for label, row in zip(found, rows)) / len(rows)
-    assert capsys.readouterr().out.splitlines()[1].split() == ["c", f"{100 * share:.1f}", "6"]
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["c", f"{100 * share:.1f}", "6"]
 
 
 def test_experts_are_scored_with_their_own_tokenizer_over_the_base_that_is_given(models, tmp_path, capsys):

@@ -86,7 +86,7 @@ def test_a_model_that_is_evaluated(merged_by_labels, models, data):
     worse = [task for task in TASKS if scores.model[task] < scores.base[task]]
     assert scores.below_base == worse
     assert (f"worse than the base: {', '.join(worse)}" in str(scores)) == bool(worse)
-    assert str(scores).splitlines()[0].split() == ["task", "accuracy", "95", "%", "base", "expert", "rows"]
+    assert str(scores).splitlines()[0].split() == ["task", "accuracy", "base", "expert", "rows", "95", "%"]
     assert evaluate(merged_by_labels.output_dir, data).base == {}
 
 

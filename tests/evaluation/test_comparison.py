@@ -8,6 +8,7 @@ import shutil
 from dataclasses import fields
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import pytest
@@ -55,6 +56,7 @@ def arguments(models):
 
 
 NOTHING = Interference(["a"], [])
+NOT_MADE = SimpleNamespace(kept=None)
 METHODS = ["mean", "esm", {"name": "esm", "shrinkage": 0.0}, {"name": "esm++", "rank": 4, "label": "routed"}, "tsv-c"]
 
 
@@ -141,10 +143,13 @@ def test_a_second_run_does_only_what_is_new(arguments, compared, monkeypatch):
     def watched(*args, **options):
         if not options.get("dry_run"):
             made.append(options["method"].name)
-            assert options["calibration"] is None or "statistics" in str(options["calibration"])
         return merge(*args, **options)
 
+    def calibrated(*args, **options):
+        raise AssertionError("all statistics are in the cache")
+
     monkeypatch.setattr("hf_esm.evaluation.cells.merge_models", watched)
+    monkeypatch.setattr("hf_esm.merging.expert_statistics.calibrate_checkpoint", calibrated)
     again = compare(**arguments, methods=METHODS, seeds=(0, 1), output_dir=folder)
     assert made == []
     assert again.as_dict() == found.as_dict()
@@ -256,7 +261,7 @@ def test_bad_input_is_refused_before_anything_is_merged(arguments, tmp_path, cha
 )
 def test_the_command_compares_what_it_is_told_to(tmp_path, monkeypatch, recipe, flags, labels):
     asked = {}
-    monkeypatch.setattr("hf_esm.cli.compare.compare", lambda **request: asked.update(request))
+    monkeypatch.setattr("hf_esm.cli.compare.compare", lambda **request: asked.update(request) or NOT_MADE)
     path = tmp_path / "recipe.yaml"
     path.write_text(f"base: b\nexperts: {{a: a, b: b}}\ntest: {{a: a.jsonl}}\noutput_dir: r\n{recipe}\n")
     flags = flags.split() + (["{name: esm++, rank: 4}"] if flags == "--methods" else [])

@@ -1,11 +1,6 @@
 """Two processes merge as one does, from the same statistics and from their own shards."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +14,7 @@ from hf_esm.checkpoints.layout import ADAPTER_WEIGHTS
 from hf_esm.data import save_samples
 from support.helpers import perturbed, save
 from support.problems import relative_error
-from support.processes import start_script
+from support.processes import launch
 from support.refining_toys import TASKS, samples_of
 from support.tiny import LLAMA
 from support.toys import LABELS, largest_difference, texts, weights, write_models, write_rows
@@ -92,44 +87,6 @@ def folder(tmp_path_factory):
     (folder / "cases.json").write_text(json.dumps(cases))
     launch(Path(__file__).parents[1] / "support" / "merge_on_ranks.py", folder)
     return folder
-
-
-RANK_1 = """
-import runpy, sys, warnings
-warnings.simplefilter("ignore")
-runpy.run_path(sys.argv.pop(1), run_name="__main__")
-"""
-
-
-def launch(script, folder):
-    """Run a script on two processes: the first under `accelerate launch --cpu --num_processes 2`, the second with the
-    variables that the launcher sets. On CPUs Accelerate leaves starting the others to MPI, which sets them, too.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    flags = {"--num_processes": "2", "--num_machines": "1", "--mixed_precision": "no", "--dynamo_backend": "no"}
-    flags = ["--cpu", *(part for pair in flags.items() for part in pair), "--main_process_port", port]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    second = {**common, "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    first = subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *flags, str(script), str(folder)],
-        env={**os.environ, **common, "RANK": "0", "LOCAL_RANK": "0", "PYTHONWARNINGS": "ignore"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    output = folder / "output of rank 1"
-    process = start_script(RANK_1, script, folder, output=output, environment={**second, "ACCELERATE_USE_CPU": "true"})
-    try:
-        said = first.communicate(timeout=240)[0]
-        process.join(60)
-    finally:
-        if first.poll() is None:
-            os.killpg(first.pid, signal.SIGKILL)
-        process.kill()
-    assert [first.returncode, process.exitcode] == [0, 0], said + output.read_text()
 
 
 def ranks(folder, name):

@@ -4,6 +4,9 @@ Neither `hf_esm` nor `peft` is loaded in that process. It starts when the first 
 """
 
 import os
+import signal
+import socket
+import subprocess
 import sys
 import traceback
 from multiprocessing import get_context
@@ -50,3 +53,41 @@ def execute(code: str, arguments: list[str], output: str, environment: dict[str,
     except Exception:
         traceback.print_exc()
         sys.exit(1)
+
+
+RANK_1 = """
+import runpy, sys, warnings
+warnings.simplefilter("ignore")
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def launch(script, folder):
+    """Run a script on two processes: the first under `accelerate launch --cpu --num_processes 2`, the second with the
+    variables that the launcher sets. On CPUs Accelerate leaves starting the others to MPI, which sets them, too.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    flags = {"--num_processes": "2", "--num_machines": "1", "--mixed_precision": "no", "--dynamo_backend": "no"}
+    flags = ["--cpu", *(part for pair in flags.items() for part in pair), "--main_process_port", port]
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    second = {**common, "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    first = subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", *flags, str(script), str(folder)],
+        env={**os.environ, **common, "RANK": "0", "LOCAL_RANK": "0", "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    output = folder / "output of rank 1"
+    process = start_script(RANK_1, script, folder, output=output, environment={**second, "ACCELERATE_USE_CPU": "true"})
+    try:
+        said = first.communicate(timeout=240)[0]
+        process.join(60)
+    finally:
+        if first.poll() is None:
+            os.killpg(first.pid, signal.SIGKILL)
+        process.kill()
+    assert [first.returncode, process.exitcode] == [0, 0], said + output.read_text()
