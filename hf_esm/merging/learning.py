@@ -1,4 +1,6 @@
-"""Learns the mask and the coefficients of the Concrete methods on unlabelled samples (arXiv 2312.06173)."""
+"""Learns the mask and the coefficients of the Concrete methods (arXiv 2312.06173) and of AdaMerging (2310.02575) on
+unlabelled samples.
+"""
 
 import random
 from collections.abc import Callable, Iterable, Mapping
@@ -34,7 +36,7 @@ def learn_mask(
     folder: Optional[Path] = None,
     progress: Callable[[str], Callable[[Iterable], Iterable]] = lambda title: iter,
 ) -> LearnedMask:
-    """Learn the mask, and the coefficients if they are learned, of the Concrete method of a plan.
+    """Learn the mask and the coefficients of a plan's method, or the one of them that it learns.
 
     Every process takes its share of the tasks; gradients are summed over processes.
 
@@ -53,10 +55,11 @@ def learn_mask(
     learner = _Learner(plan, samples, accelerator, batch_size, seed)
     state = learner.saved_state(folder / "concrete.safetensors") if folder is not None else None
     done = state.resume().get("step", 0) if state is not None else 0
-    stages = [("Learning the mask", 0, method.steps, learner.mask_step)]
+    mask_steps = method.steps if method.masks else 0
+    stages = [("Learning the mask", 0, mask_steps, learner.mask_step)] if method.masks else []
     if method.adapts:
-        total = method.steps + method.coefficient_steps
-        stages.append(("Learning the coefficients", method.steps, total, learner.coefficient_step))
+        total = mask_steps + method.coefficient_steps
+        stages.append(("Learning the coefficients", mask_steps, total, learner.coefficient_step))
     for title, start, end, take_step in stages:
         for step in progress(title)(range(max(start, done), end)):
             take_step(step)
@@ -72,9 +75,10 @@ class _Learner:
         body: the shared parameters that are learned on, by canonical name.
         base: the base's weights by the same names, float32.
         updates: `[T, …]` by the same names, float32; `[1, …]`, the sum over tasks, if coefficients are not learned.
-        logits: of the mask, by the same names.
+        logits: of the mask, by the same names; empty if none is learned.
         coefficients: `[T]` or `[1]` by the same names; one tensor under all names, unless they are per weight.
-        adapted: the same after the step that precedes a step of the mask; empty if coefficients are not learned.
+        adapted: the same after the step that precedes a step of the mask; empty unless mask and coefficients are
+            learned.
     """
 
     def __init__(
@@ -106,14 +110,16 @@ class _Learner:
         for name in self.body:
             self._read(name)
         self.coefficients = self._initial_coefficients()
-        self.optimizers = {"mask": torch.optim.Adam(list(self.logits.values()), lr=self.method.learning_rate)}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.adapted: dict[str, Tensor] = {}
-        if self.method.adapts:
+        if self.method.masks:
+            self.optimizers["mask"] = torch.optim.Adam(list(self.logits.values()), lr=self.method.learning_rate)
+        if self.method.masks and self.method.adapts:
             self.adapted = self._initial_coefficients()
-            self.optimizers |= {
-                "inner": torch.optim.Adam(self.distinct(self.adapted), lr=self.method.inner_rate),
-                "coefficient": torch.optim.Adam(self.distinct(self.coefficients), lr=self.method.coefficient_rate),
-            }
+            self.optimizers["inner"] = torch.optim.Adam(self.distinct(self.adapted), lr=self.method.inner_rate)
+        if self.method.adapts:
+            coefficients, rate = self.distinct(self.coefficients), self.method.coefficient_rate
+            self.optimizers["coefficient"] = torch.optim.Adam(coefficients, lr=rate)
 
     def _average_buffers(self, body: Mapping[str, Tensor]) -> None:
         """Set the buffers of the shared body, which have no gradient, to the experts' average."""
@@ -142,7 +148,8 @@ class _Learner:
             updates = updates.sum(0)[None]
         self.base[name] = weight.float().to(device)
         self.updates[name] = updates.to(device)
-        self.logits[name] = torch.zeros_like(self.base[name])
+        if self.method.masks:
+            self.logits[name] = torch.zeros_like(self.base[name])
 
     def _initial_coefficients(self) -> dict[str, Tensor]:
         count = len(self.tasks) if self.method.adapts else 1
@@ -204,6 +211,9 @@ class _Learner:
             yield name, relaxed_mask(self.logits[name], uniform, self.method.temperature)
 
     def _final_masks(self) -> Iterable[tuple[str, Tensor]]:
+        """Yield the masks that the merge ends with by name; a number that is 1 if none are learned."""
+        if not self.method.masks:
+            return ((name, torch.ones((), device=self.accelerator.device)) for name in self.body)
         if self.method.mask == "relaxed":
             return self._relaxed_masks(self.method.steps)  # with noise that no step of learning had
         return ((name, rescaled(logits.sigmoid())) for name, logits in self.logits.items())
@@ -258,7 +268,10 @@ class _Learner:
         self.optimizers.clear()  # their state is larger than the masks, which are made now
         names, linear = self.plan.base.names, self.plan.base.linear
         return LearnedMask(
-            {names[name]: to_matrices(mask.cpu(), linear.get(name)) for name, mask in self._final_masks()},
+            {
+                names[name]: to_matrices(mask.cpu().expand(self.base[name].shape), linear.get(name))
+                for name, mask in self._final_masks()
+            },
             {names[n]: self._used(value).cpu().expand(len(self.tasks)) for n, value in self.coefficients.items()},
         )
 
@@ -281,8 +294,8 @@ def entropies(model: Any, samples: list[Sample], task: str) -> Tensor:
         logits = logits[torch.arange(len(samples)), torch.tensor(lengths) - 1]
     if logits is None or logits.dim() != 2 or logits.shape[1] < 2:
         raise HfEsmError(
-            f"'{task}': a {type(model).__name__} neither writes nor is a classifier of several labels. The Concrete "
-            "methods learn from how sure such models are; choose another method."
+            f"'{task}': a {type(model).__name__} neither writes nor is a classifier of several labels. "
+            "Concrete and AdaMerging learn from how sure such models are; choose another method."
         )
     log_probabilities = logits.log_softmax(-1)
     return -(log_probabilities.exp() * log_probabilities).sum(-1)

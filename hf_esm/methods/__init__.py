@@ -6,7 +6,7 @@ write a `MergeMethod` with `merge(stack) -> Merged` and register it under a name
 
 from .automatic import AutoMerge
 from .averaging import Mean, TaskArithmetic
-from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic, LearnedMask, relaxed_mask, rescaled
+from .concrete import AdaMerging, ConcreteAdaMerging, ConcreteTaskArithmetic, LearnedMask, relaxed_mask, rescaled
 from .embeddings import merge_counted_embedding, merge_embedding
 from .essential import EssentialMerge, fuse_with_singular_values, share_subtracted
 from .interference import CAT, WUDI
@@ -28,6 +28,7 @@ __all__ = [
     "TSVC",
     "TSVM",
     "WUDI",
+    "AdaMerging",
     "AutoMerge",
     "ConcreteAdaMerging",
     "ConcreteTaskArithmetic",

@@ -1,4 +1,6 @@
-"""Concrete subspace learning (arXiv 2312.06173): task arithmetic and AdaMerging (2310.02575) under a learned mask."""
+"""AdaMerging (arXiv 2310.02575), and Concrete subspace learning (2312.06173): AdaMerging or task arithmetic under a
+learned mask.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -41,7 +43,85 @@ class LearnedMask:
 
 
 @dataclass
-class ConcreteTaskArithmetic(MergeMethod):
+class LearnedMerge(MergeMethod):
+    """Base of the methods that learn on unlabelled samples how sure the merged models are of their answers."""
+
+    needs_samples: ClassVar[bool] = True
+    counts_embeddings: ClassVar[bool] = False  # what is learned is learned on the sum of their updates
+    masks: ClassVar[bool] = True  # whether a mask is learned
+    adapts: ClassVar[bool] = False  # whether coefficients are learned
+    learned: ClassVar[Optional[LearnedMask]] = None  # set on the instance by `prepare`
+
+    def prepare(self, whole: WholeUpdates) -> list[Any]:
+        """Learn the mask, and the coefficients if they are learned, on the calibration samples."""
+        self.learned = whole.learn_mask()
+        return []
+
+    def merge(self, stack: Stack) -> Merged:
+        if self.learned is None:
+            learned = "the mask has" if self.masks else "the coefficients have"
+            raise HfEsmError(f"{self.name}: {learned} not been learned. `merge_models` learns.")
+        learned = self.learned.of(stack.name, stack.part)
+        if learned is None:  # a buffer, which has no gradient
+            return mean_update(stack, scaled=True)
+        mask, coefficients = learned
+        merged = sum(c * update for c, update in zip(coefficients.tolist(), stack.weighted, strict=True))
+        return Merged(merged * mask.to(stack.updates[0].device), self.name)
+
+
+@dataclass
+class AdaMerging(LearnedMerge):
+    """AdaMerging: task arithmetic with coefficients in [0, 1], learned per task, or per task and weight.
+
+    Adam minimises the sum of the tasks' mean softmax entropies, one batch of calibration samples per task and step: of
+    a classifier's answer, or of the first token that a model that writes answers a prompt with, as in the published
+    settings of Concrete for Flan-T5. Memory while learning: three bodies in float32 (base, merged, its gradient), one
+    per task, and all heads.
+
+    Deviations from the published code: samples are the caller's, where the paper takes the whole test split, and every
+    step draws its batches anew. As published, coefficients beyond [0, 1] count as 0 or 1.
+    """
+
+    name: ClassVar[str] = "adamerging"
+    papers: ClassVar[tuple[str, ...]] = ("2310.02575",)
+    masks: ClassVar[bool] = False
+    adapts: ClassVar[bool] = True
+
+    granularity: str = field(
+        default="layer",
+        metadata={
+            "help": "a coefficient per task and weight (layer), or per task (task)",
+            "choices": ("layer", "task"),
+        },
+    )
+    coefficient: float = field(default=0.3, metadata={"help": "start of every coefficient", "least": 0, "most": 1})
+    steps: int = field(default=500, metadata={"help": "steps of learning; published: 500", "least": 0})
+    learning_rate: float = field(
+        default=1e-3, metadata={"help": "of the coefficients (Adam); published: 0.001", "above": 0}
+    )
+    batch_size: int = field(default=16, metadata={"help": "samples per task and step", "least": 1})
+
+    @property
+    def layer_wise(self) -> bool:
+        """Whether there is a coefficient per task and weight."""
+        return self.granularity == "layer"
+
+    @property
+    def coefficient_steps(self) -> int:
+        """Steps of learning the coefficients: all."""
+        return self.steps
+
+    @property
+    def coefficient_rate(self) -> float:
+        """Learning rate of the coefficients."""
+        return self.learning_rate
+
+    def bodies_to_learn(self, tasks: int) -> int:
+        return 3 + tasks
+
+
+@dataclass
+class ConcreteTaskArithmetic(LearnedMerge):
     """Task arithmetic under a mask over all weights, learned so that the models are sure of unlabelled samples.
 
     The mask has one logit per weight, shared by all tasks. Adam minimises the sum of the tasks' mean softmax
@@ -58,16 +138,12 @@ class ConcreteTaskArithmetic(MergeMethod):
 
     name: ClassVar[str] = "concrete-task-arithmetic"
     papers: ClassVar[tuple[str, ...]] = ("2312.06173",)
-    needs_samples: ClassVar[bool] = True
-    counts_embeddings: ClassVar[bool] = False  # the mask was learned on the sum of their updates
     gone: ClassVar[Mapping[str, str]] = {
         "expected_mask": "Leave it out: the mask's expectation is the default; `mask: relaxed` is the published draw."
     }
     of_classifiers: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-3, "batch_size": 16}  # CLIP's
     of_writers: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-4, "batch_size": 8}  # Flan-T5's
-    adapts: ClassVar[bool] = False  # whether coefficients are learned
     layer_wise: ClassVar[bool] = False
-    learned: ClassVar[Optional[LearnedMask]] = None  # set on the instance by `prepare`
 
     coefficient: float = field(default=0.3, metadata={"help": "of every update"})
     steps: int = field(default=2000, metadata={"help": "steps of learning the mask", "least": 0})
@@ -98,21 +174,6 @@ class ConcreteTaskArithmetic(MergeMethod):
 
     def bodies_to_learn(self, tasks: int) -> int:
         return 6 + tasks if self.adapts else 7
-
-    def prepare(self, whole: WholeUpdates) -> list[float]:
-        """Learn the mask, and the coefficients if they are learned, on the calibration samples."""
-        self.learned = whole.learn_mask()
-        return []
-
-    def merge(self, stack: Stack) -> Merged:
-        if self.learned is None:
-            raise HfEsmError(f"{self.name}: the mask has not been learned. `merge_models` learns it.")
-        learned = self.learned.of(stack.name, stack.part)
-        if learned is None:  # a buffer, which has no gradient
-            return mean_update(stack, scaled=True)
-        mask, coefficients = learned
-        merged = sum(c * update for c, update in zip(coefficients.tolist(), stack.weighted, strict=True))
-        return Merged(merged * mask.to(stack.updates[0].device), self.name)
 
 
 @dataclass

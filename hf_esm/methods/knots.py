@@ -51,7 +51,7 @@ class KnOTS(MergeMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         inner = self.inner
-        if inner.routes or inner.needs_samples or inner.name == self.name:
+        if inner.routes or inner.needs_samples or inner.chooses or inner.name == self.name:
             raise HfEsmError(f"{self.name}: '{inner.name}' does not merge one weight alone. Name 'ties' or another.")
 
     @cached_property

@@ -13,7 +13,7 @@ from ..errors import HfEsmError
 from ..utils import check_known, number_fields
 from .automatic import AutoMerge
 from .averaging import Mean, TaskArithmetic
-from .concrete import ConcreteAdaMerging, ConcreteTaskArithmetic
+from .concrete import AdaMerging, ConcreteAdaMerging, ConcreteTaskArithmetic
 from .essential import EssentialMerge
 from .geometric import SLERP, Karcher, ModelStock, NuSLERP
 from .interference import CAT, WUDI
@@ -95,6 +95,7 @@ METHODS = MethodRegistry(
         "wudi": WUDI,
         "cat": CAT,
         "knots": KnOTS,
+        "adamerging": AdaMerging,
         "concrete-task-arithmetic": ConcreteTaskArithmetic,
         "concrete-adamerging": ConcreteAdaMerging,
         "tsv-m": TSVM,

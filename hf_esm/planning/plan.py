@@ -244,8 +244,8 @@ def _check_overridden(plan: MergePlan) -> None:
     """Raise an error if a method cannot merge as the overrides say."""
     if plan.method.needs_samples and any(override.method is not None for override in plan.overrides):
         raise HfEsmError(
-            f"`overrides`: {plan.method.name} learns one mask over the whole model, so that no weight can have "
-            "another method. Leave `method` out."
+            f"`overrides`: {plan.method.name} learns on the whole model, so that no weight can have another "
+            "method. Leave `method` out."
         )
     for rule in map(plan.rule_of, plan.overridden):
         rule.method.check_weights(rule.weights)

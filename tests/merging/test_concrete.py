@@ -12,7 +12,7 @@ from transformers import BertForSequenceClassification
 
 from hf_esm import HfEsmError, merge_models
 from hf_esm.methods import LearnedMask, resolve_method
-from hf_esm.methods.concrete import ConcreteAdaMerging, ConcreteTaskArithmetic
+from hf_esm.methods.concrete import AdaMerging, ConcreteAdaMerging, ConcreteTaskArithmetic
 from hf_esm.utils.resume import WORK_FOLDER
 from support import reference
 from support.architectures import T5
@@ -76,7 +76,15 @@ def literal(base, experts, samples, method, prefix="bert.", decoder=None):
         return {name: torch.rand(weights[name].shape, generator=generator).double() for name in changed}
 
     settings = asdict(method)
-    groups = ("layer" if settings.pop("layer_wise") else "task") if isinstance(method, ConcreteAdaMerging) else ""
+    if isinstance(method, AdaMerging):  # as the Concrete method after no step of a mask, which is 1 then
+        settings = {
+            "coefficient": method.coefficient,
+            "coefficient_steps": method.steps,
+            "coefficient_rate": method.learning_rate,
+            **{"steps": 0, "learning_rate": 1.0, "mask": "expected", "layer_wise": method.granularity == "layer"},
+            **{"batch_size": 0, "temperature": 0.5},
+        }
+    groups = ("layer" if settings.pop("layer_wise") else "task") if method.adapts else ""
     del settings["batch_size"], settings["temperature"]
     given = {name: weights[name] for name in changed}
     return reference.concrete(given, {n: updates[n] for n in changed}, entropy, uniform, groups=groups, **settings)
@@ -128,6 +136,37 @@ def test_the_merge_is_the_literal_loop(method, kinds, mask):
     assert len(expected) == 12 and share_apart(result.load_model().state_dict(), expected) < 0.03
 
 
+ADAMERGING = {
+    "task": AdaMerging("task", steps=4, learning_rate=0.03, batch_size=5),
+    "layer": AdaMerging(steps=4, learning_rate=0.03, batch_size=5),
+    "clamped": AdaMerging(steps=5, learning_rate=0.35, batch_size=5),
+}
+
+
+@pytest.mark.parametrize("kinds", ["two", "four of low rank"])
+@pytest.mark.parametrize("method", ADAMERGING.values(), ids=ADAMERGING)
+def test_adamerging_is_the_literal_loop(method, kinds):
+    base = base_model()
+    experts = {f"t{i}": expert_of(base, i, kind, 0.3 / 4) for i, kind in enumerate(EXPERTS[kinds])}
+    samples = {task: encoded(texts(i, count=5)) for i, task in enumerate(experts)}
+    found = merge_models(base, experts, **given(method, calibration=samples)).load_model().state_dict()
+    expected = literal(base, experts, samples, method)
+    assert all(relative_error(found[name], weight) < 1e-4 for name, weight in expected.items()) and len(expected) == 12
+
+
+def test_adamerging_without_a_step_is_task_arithmetic_and_one_expert_is_merged():
+    base = base_model()
+    experts = {f"t{i}": expert_of(base, i, "full", 0.1) for i in range(2)}
+    for tasks in (["t0", "t1"], ["t0"]):
+        samples = {task: encoded(texts(1, count=5)) for task in tasks}
+        chosen = {task: experts[task] for task in tasks}
+        found, plain = (
+            merge_models(base, chosen, **given(method, calibration=samples)).load_model().state_dict()
+            for method in (AdaMerging(steps=0), "task-arithmetic")
+        )
+        assert all(relative_error(found[n], w) < 1e-5 for n, w in plain.items() if "embeddings" not in n)
+
+
 WRITERS = {"llama": (LLAMA, None), "gpt2": (GPT2, None), "t5": (T5, 0)}
 
 
@@ -137,12 +176,12 @@ def prompts(seed, count=4):
 
 
 @pytest.mark.parametrize(("kind", "decoder"), WRITERS.values(), ids=WRITERS)
-@pytest.mark.parametrize("adapts", [False, True])
-def test_models_that_write_learn_at_the_first_token_of_an_answer(kind, decoder, adapts):
+@pytest.mark.parametrize("method", ["layer-wise", "task arithmetic", "adamerging"])
+def test_models_that_write_learn_at_the_first_token_of_an_answer(kind, decoder, method):
     base = kind.build()
     experts = {task: tuned(base, seed) for seed, task in enumerate("ab", 1)}
     samples = {task: prompts(seed) for seed, task in enumerate("ab")}
-    method = METHODS["layer-wise" if adapts else "task arithmetic"]
+    method = ADAMERGING["layer"] if method == "adamerging" else METHODS[method]
     merged = merge_models(base, experts, **given(method, calibration=samples)).load_model().state_dict()
     expected = literal(base, experts, samples, method, prefix="", decoder=decoder)
     # Over the one token that a decoder reads, attention is 1 whatever these are: rounding decides where they move.

@@ -15,7 +15,7 @@ from support.tiny import save_models
 
 
 DROPPING = ("ties", "dare", "dare-ties", "breadcrumbs", "della")
-every_method = pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("concrete")])
+every_method = pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name]().needs_samples])
 
 
 @pytest.fixture(scope="module")

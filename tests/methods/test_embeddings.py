@@ -62,5 +62,5 @@ def test_without_counts_embeddings_are_averaged_and_alpha_scales_neither():
 def test_only_published_settings_keep_a_rule_of_their_own():
     own = {name for name in METHODS if not METHODS[name]().counts_embeddings}
     published = {"esm-roberta", "esm-vit", "esm++-roberta", "esm++-vit"}
-    assert own == published | {"concrete-task-arithmetic", "concrete-adamerging"}
+    assert own == published | {"adamerging", "concrete-task-arithmetic", "concrete-adamerging"}
     assert not EssentialMerge(published_embeddings=True).counts_embeddings

@@ -155,6 +155,6 @@ def test_knots_takes_the_defaults_of_the_other_method_and_refuses_what_merges_no
     with pytest.raises(HfEsmError, match="'karcher' reads the base's weight, which is not in the basis"):
         KnOTS("karcher").merge(stack(random_problem(0, (9, 20, 16, 3))[0]))
     assert KnOTS("regmean").needs_statistics and not KnOTS("mean").tunable
-    for name in ("esm++", "concrete-adamerging", "knots"):
+    for name in ("esm++", "concrete-adamerging", "knots", "auto"):
         with pytest.raises(HfEsmError, match=r"does not merge one weight alone\. Name 'ties' or another"):
             KnOTS(name)

@@ -148,7 +148,7 @@ def test_what_is_wrong_is_named(entries, says):
         ({"match": "self_atn", "alpha": 1}, "mean", "matches 'self_atn' (did you mean 'self_attn'?); names are like"),
         ({"match": "mlp", "kind": "attention", "alpha": 1}, "mean", "that matches 'mlp' is of kind 'attention'"),
         ({"kind": "bias", "alpha": 1}, "mean", "is of kind 'bias'; there are attention, mlp, norm, embedding, head."),
-        ({"kind": "mlp", "method": "mean"}, "concrete-task-arithmetic", "one mask over the whole model"),
+        ({"kind": "mlp", "method": "mean"}, "concrete-task-arithmetic", "learns on the whole model"),
         ({"kind": "mlp", "method": "mean", "weights": {"law": -1}}, "esm", "sum to 0"),
     ],
 )
