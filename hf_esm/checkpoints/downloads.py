@@ -1,5 +1,6 @@
 """What the Hub client has in its cache: hashed at its first use, and downloaded again if it is damaged."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterable
@@ -76,18 +77,17 @@ def check_downloads(title: str, repo_id: str, folder: Path, token: Optional[str 
 def _is_intact(folder: Path, file: RepoFile) -> bool:
     """Whether a file of a snapshot has the hash that the Hub names."""
     path = folder / file.path
-    expected = file.lfs.sha256 if file.lfs else file.blob_id
-    note = folder.parents[1] / _NOTES / expected
+    note = folder.parents[1] / _NOTES / file.blob_id
     try:
         status = path.stat()
         state = f"{status.st_size} {status.st_mtime_ns}"
         known = (str(path.resolve()), state)
         if known in _checked or _read(note) == state:
             return True
-        found = _hash(path, bool(file.lfs))
+        intact = _has_hash(path, file.blob_id)
     except FileNotFoundError:  # another process has just deleted it
         return False
-    if found != expected:
+    if not intact:
         return False
     _checked.add(known)
     with suppress(OSError):
@@ -103,10 +103,22 @@ def _read(note: Path) -> str:
         return ""
 
 
-def _hash(path: Path, in_lfs: bool) -> str:
-    """Return the hash by which the Hub names a file: of those that Git itself stores another one than of others."""
+def _has_hash(path: Path, blob_id: str) -> bool:
+    """Return whether a file has the hash by which the Hub names it: Git's, of the file or, where the file is in LFS,
+    of the pointer with its SHA-256. The client's listing does not say which.
+    """
     with path.open("rb") as file:
-        return sha_fileobj(file).hex() if in_lfs else git_hash(file.read())
+        digest, size = sha_fileobj(file).hex(), file.tell()
+        if _blob(path).name == digest:  # the client names what is in LFS by the hash that the Hub told it
+            return True
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {size}\n"
+        if git_hash(pointer.encode()) == blob_id:
+            return True
+        file.seek(0)
+        found = hashlib.sha1(b"blob %d\0" % size)
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest() == blob_id
 
 
 def _blob(path: Path) -> Path:

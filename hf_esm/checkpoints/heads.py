@@ -118,9 +118,7 @@ def load_task_model(
     with buildable(str(head_folder)):
         unknown = loaded.load_state_dict(head, strict=False).unexpected_keys
     if unknown:
-        raise HfEsmError(
-            f"{head_folder / HEAD_WEIGHTS}: {model_class.__name__} has no place for {unknown[:3]}. Merge again."
-        )
+        raise _no_place(head_folder, model_class, unknown)
     if (head_folder / BODY_WEIGHTS).is_file():
         if any(weight.is_meta for weight in loaded.state_dict().values()):
             raise HfEsmError(
@@ -130,6 +128,11 @@ def load_task_model(
         source = ModelSource(f"'{task}' of {model}", folder=folder, access=access, task=task)
         open_checkpoint(source).put_on(loaded)
     return with_modules(loaded.eval(), folder)
+
+
+def _no_place(head_folder: Path, model_class: type, names: list[str]) -> HfEsmError:
+    name = model_class.__name__
+    return HfEsmError(f"{head_folder / HEAD_WEIGHTS}: {name} has no place for {names[:3]}. Merge again.")
 
 
 def _check_size(model_class: type[PreTrainedModel], config: Any, stored: list[Sequence[int]]) -> None:
@@ -196,6 +199,8 @@ def attach_head(model: PreTrainedModel, folder: Path, task: str) -> PreTrainedMo
     head = _load_head(head_folder)
     with buildable(str(head_folder)), torch.device("meta"):
         fresh = model_class(config)
+    if unknown := [name for name in head if name not in fresh.state_dict()]:
+        raise _no_place(head_folder, model_class, unknown)
     if type(fresh) is type(model):
         attached = _graft(model, fresh, list(head))
         settings = {name: value for name, value in vars(fresh).items() if not name.startswith("_")}

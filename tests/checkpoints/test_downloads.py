@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from hashlib import sha1, sha256
 from pathlib import Path
 from typing import Optional
 
@@ -112,14 +113,14 @@ def hashed(name: str) -> list[str]:
     """The files that are read for their hash, when a process opens a model twice."""
     names = []
 
-    def noted(path: Path, in_lfs: bool) -> str:
+    def noted(path: Path, blob_id: str) -> bool:
         names.append(path.name)
-        return inner(path, in_lfs)
+        return inner(path, blob_id)
 
     with pytest.MonkeyPatch.context() as patch:
-        inner = downloads._hash
+        inner = downloads._has_hash
         patch.setattr(downloads, "_checked", set())
-        patch.setattr(downloads, "_hash", noted)
+        patch.setattr(downloads, "_has_hash", noted)
         read(name)
         read(name)
     return sorted(names)
@@ -131,3 +132,15 @@ def test_a_cache_that_may_not_be_written_is_hashed_once_in_a_process(online, hom
         shutil.rmtree(folder)
         folder.write_text("")  # in the place of the folder, which then cannot be made
     assert online(hashed, model) == sorted([".gitattributes", *FILES])
+
+
+def test_the_hash_by_which_git_names_a_file_is_that_of_its_pointer_in_lfs(tmp_path):
+    """Also where the cache has no links, whose target is named by the hash."""
+    path, content = tmp_path / "model.safetensors", b"weights"
+    path.write_bytes(content)
+    pointer = (
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256(content).hexdigest()}\nsize 7\n".encode()
+    )
+    for stored in (pointer, content):
+        assert downloads._has_hash(path, sha1(b"blob %d\0" % len(stored) + stored).hexdigest())
+    assert not downloads._has_hash(path, sha1(b"blob 7\0Weights").hexdigest())

@@ -229,6 +229,14 @@ def test_a_file_that_its_owner_changed_gets_the_hash_that_the_message_names(fold
     RoutedModel.from_pretrained(folder)
 
 
+def test_a_head_of_a_class_that_lacks_its_weights_is_refused(folder):
+    rewrite(folder, "heads/b/config.json", architectures=["BertModel"])
+    weights = load_file(folder / "heads" / "b" / "head.safetensors")
+    assert all(name.startswith(("bert.", "classifier.")) for name in weights)
+    with pytest.raises(HfEsmError, match=r"head\.safetensors: BertModel has no place for .* Merge again"):
+        RoutedModel.from_pretrained(folder).task_model("b")
+
+
 def test_statistics_that_are_saved_into_the_folder_leave_it_whole(folder):
     statistics = ActivationStatistics.load(WRITTEN.parent / "statistics.safetensors")
     statistics.save(folder)

@@ -264,10 +264,15 @@ class Handler(BaseHTTPRequestHandler):
         self.answer([self.entry(path, files[path]) for path in paths if path in files])
 
     def entry(self, path: str, content: bytes) -> dict[str, Any]:
-        oid = hashlib.sha256(content).hexdigest()
+        oid, size = hashlib.sha256(content).hexdigest(), len(content)
         lfs = {"lfs": {"oid": oid, "size": len(content), "pointerSize": 130}} if oid in self.hub.blobs else {}
+        if lfs:  # Git itself has a pointer
+            content = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (
+                oid.encode(),
+                len(content),
+            )
         blob_id = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        return {"type": "file", "oid": blob_id, "size": len(content), "path": path, **lfs}
+        return {"type": "file", "oid": blob_id, "size": size, "path": path, **lfs}
 
     def resolve(self, id: str, rev: str, path: str) -> None:
         repo = self.repo(id)
