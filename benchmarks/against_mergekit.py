@@ -79,7 +79,7 @@ CASES = [
         {**ONE, "density": 0.3, "gamma": 0.01},
         0.3,
     ),
-    Case("sce", "sce", {"name": "sce"}),
+    Case("sce", "sce", {"name": "sce", "density": 1.0}),
     Case("sce, 30 % selected", "sce", {"name": "sce", "density": 0.3}, {"select_topk": 0.3}),
     Case(
         "dare_ties, all kept",

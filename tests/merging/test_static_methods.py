@@ -40,8 +40,8 @@ def updates_of(models, *tasks):
 
 FORMULAS = {  # method, and what it makes of one weight's base and updates
     "ties": ({"density_scope": "tensor"}, lambda _, updates: reference.ties(updates, 0.2)),
-    "breadcrumbs": ({"density": 0.5}, lambda _, updates: 0.3 * kept(updates, 0.5, 0.01)),
-    "sce": ({}, lambda _, updates: reference.sce(updates)),
+    "breadcrumbs": ({"density": 0.5}, lambda _, updates: 0.6 * kept(updates, 0.5, 0.01)),
+    "sce": ({"density": 1.0}, lambda _, updates: reference.sce(updates)),
     "model-stock": ({}, lambda _, updates: reference.model_stock(updates)),
     "nuslerp": ({}, lambda _, updates: reference.slerp(*updates, 0.5)),
     "slerp": ({"t": 0.3}, lambda w, updates: reference.slerp(w + updates[0], w + updates[1], 0.3, 0.9995) - w),
