@@ -143,6 +143,7 @@ class Inputs:
             "seed": seed,
             "progress": False,
             "alpha": "auto" if tuned else None,
+            "lines": self.options.lines if method.tunable else None,
             "calibration": self.calibration if uses_data else None,
             "validation": self.validation if tuned else None,
             "processor": self.processor,
@@ -222,9 +223,8 @@ class CellStore:
         inputs, needed = self.inputs, any(method.needs_statistics for method in methods)
         method = EssentialMerge() if needed else Mean()
         data = MergeData(inputs.calibration if needed else None, processor=inputs.processor)
-        options = replace(
-            inputs.options, refine=False, overrides=None, seed=seed, cache_dir=str(self.cache), progress=False
-        )
+        plain = {"refine": False, "overrides": None, "lines": None}
+        options = replace(inputs.options, **plain, seed=seed, cache_dir=str(self.cache), progress=False)
 
         def measure() -> dict[str, Any]:
             models = (inputs.base, inputs.experts)

@@ -187,7 +187,7 @@ def _write_recipe(
         "refine": asdict(refining) if refining else False,
         **({"output": options.output, "rank": options.rank} if options.output != "model" else {}),
         **({"overrides": [override.describe() for override in plan.overrides]} if plan.overrides else {}),
-        **({"lines": plan.lines.describe()} if plan.lines else {}),
+        **({"lines": plan.lines.describe()} if plan.lines and plan.method.tunable else {}),
         **{name: _plain(getattr(options, name)) for name in _RECORDED if getattr(options, name) is not None},
     }
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)

@@ -22,6 +22,7 @@ from hf_esm import (
     register_method,
 )
 from hf_esm.cli.main import main
+from hf_esm.evaluation.cells import Inputs
 from hf_esm.methods.registry import describe_method, resolve_method
 from hf_esm.methods.sparse import magnitude_threshold
 from support.toys import texts, weights, write_models, write_rows
@@ -101,6 +102,20 @@ def test_a_registered_method_is_compared(models, tmp_path):
     test = {task: str(models / f"{task}.jsonl") for task in "ab"}
     found = compare(**arguments(models), test=test, methods=["mean", "median"], output_dir=tmp_path / "report")
     assert [row.label for row in found.rows] == ["mean", "median"]
+
+
+def test_a_comparison_by_depth_scales_the_methods_that_have_an_alpha(models, tmp_path, monkeypatch):
+    test, given = {task: str(models / f"{task}.jsonl") for task in "ab"}, []
+    merge = Inputs.merge_arguments
+    monkeypatch.setattr(Inputs, "merge_arguments", lambda *args: given.append(merge(*args)) or given[-1])
+    found = compare(
+        **arguments(models), test=test, methods=["mean", "task-arithmetic"], lines=True, output_dir=tmp_path / "report"
+    )
+    assert [row.label for row in found.rows] == ["mean", "task-arithmetic"]
+    assert {(merged["method"].name, merged["lines"]) for merged in given} == {
+        ("mean", None),
+        ("task-arithmetic", True),
+    }
 
 
 @pytest.mark.slow
