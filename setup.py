@@ -54,6 +54,7 @@ setup(
         ],
         "embedding": ["sentence-transformers>=6.2"],
         "quantised": ["bitsandbytes>=0.46.1", "compressed-tensors>=0.15"],
+        "search": ["optuna>=4"],
         "extras": ["evaluate", "onnx", "onnxruntime", "onnxscript"],
         "quality": ["pytest", "ruff", "ty", "typos"],
     },

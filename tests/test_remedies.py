@@ -317,6 +317,7 @@ REMEDIES = {  # what is called, and the names of the tests that call it
     "pip install -U": LIBRARIES,
     "pip install evaluate": LIBRARIES,
     "pip install hf_esm[demo]": LIBRARIES,
+    "pip install hf_esm[search]": "test_without_optuna_its_extra_is_named",
     "pip install pillow": LIBRARIES,
     "pip install sentence-transformers": LIBRARIES,
     "private=True": "test_files_that_tell_something_of_the_samples_are_named_before_they_go_up",

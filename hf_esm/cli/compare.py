@@ -10,10 +10,10 @@ from typing import Any
 
 from ..checkpoints import RECIPE_FILE
 from ..errors import HfEsmError
-from ..evaluation import METHODS_COMPARED, NOT_COMPARED, REPORT, add_comparison, compare
+from ..evaluation import METHODS_COMPARED, NOT_COMPARED, PICTURES, REPORT, add_comparison, compare
 from ..methods import resolve_method
 from .console import say
-from .flags import pairs
+from .flags import count, pairs
 from .parser import CommandParser
 from .requests import add_merge_arguments, merge_request, yaml_value
 
@@ -35,6 +35,8 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("--num-test", type=int, help="test rows per task, chosen at random (default: all)")
     parser.add_argument("--keep", choices=["best"], help="keep the best merged model in the report's folder best/")
+    parser.add_argument("--pictures", choices=PICTURES, help="which pictures to draw (default: usual)")
+    parser.add_argument("--search", type=count, metavar="N", help="search the methods' settings with N trials each")
     parser.add_argument("--card", metavar="FOLDER", help="put the report into the card of this merged model, too")
 
 
@@ -65,7 +67,7 @@ def _comparison_request(arguments: argparse.Namespace) -> dict[str, Any]:
     request["methods"] = _compared_methods(arguments, request)
     if request.get("alpha") not in (None, "auto"):
         logger.warning("compare chooses the α of every method by one rule and ignores %s.", request["alpha"])
-    for name in ("seeds", "num_test", "keep"):
+    for name in ("seeds", "num_test", "keep", "pictures", "search"):
         if getattr(arguments, name) is not None:
             request[name] = getattr(arguments, name)
     return {name: value for name, value in request.items() if name not in NOT_COMPARED}

@@ -9,12 +9,14 @@ from .cells import NOT_COMPARED
 from .comparison import METHODS_COMPARED, compare
 from .evaluator import evaluate
 from .interference import Interference, measure_interference
+from .pictures import PICTURES
 from .report import REPORT, Comparison
 
 
 __all__ = [
     "METHODS_COMPARED",
     "NOT_COMPARED",
+    "PICTURES",
     "REPORT",
     "Comparison",
     "Interference",

@@ -209,14 +209,16 @@ class CellStore:
 
     def cell(self, method: MergeMethod, seed: int) -> Cell:
         """The cell of a method and a seed."""
-        arguments = self.inputs.merge_arguments(method, seed)
+        key = self._cell_key(method, self.inputs.merge_arguments(method, seed))
+        stored = self._cached("cell", key, lambda: self._merge_and_measure(method, seed).as_dict())
+        return Cell.from_dict(stored, self.inputs.metric)
+
+    def _cell_key(self, method: MergeMethod, arguments: Mapping[str, Any]) -> list[Any]:
         known = {name: value for name, value in arguments.items() if name not in _NO_PART}
         known |= {name: data_identity(arguments[name]) for name in ("calibration", "validation")}
         known["metric"] = self.inputs.metric.name  # the test identity holds its code
         code = code_identity(type(method))  # a method of another package changes without a version of hf_esm
-        key = [describe_method(method), code, known, self._test_identity]
-        stored = self._cached("cell", key, lambda: self._merge_and_measure(method, seed).as_dict())
-        return Cell.from_dict(stored, self.inputs.metric)
+        return [describe_method(method), code, known, self._test_identity]
 
     def interference(self, methods: Iterable[MergeMethod], seed: int) -> Interference:
         """Interference between the experts, with statistics on the samples of a seed if any method needs them."""
@@ -234,6 +236,43 @@ class CellStore:
         samples = {f.name: getattr(options, f.name) for f in fields(SampleOptions)} if needed else {}
         key = [data_identity(data.calibration), samples, inputs.options.heads]
         return Interference.from_dict(self._cached("interference", key, measure))
+
+    def search_score(self, method: MergeMethod, seed: int) -> float:
+        """Score that settings are searched by, higher is better: mean of the validation rows' scores by task, or,
+        without such rows, mean agreement with the experts.
+        """
+        inputs = self.inputs
+        by_agreement = {"alpha": "auto", "calibration": inputs.calibration} if inputs.validation is None else {}
+        arguments = {**inputs.merge_arguments(method, seed), **by_agreement}
+
+        def measure() -> dict[str, Any]:
+            with TemporaryDirectory(dir=self.scratch) as scratch:
+                target = Path(scratch) / "model"
+                merged = self.merge(method, seed, target, **by_agreement)
+                if inputs.validation is None:
+                    if not merged.agreement:
+                        raise HfEsmError(
+                            "`search`: all samples are taken for statistics, and none are left for agreement. Pass "
+                            "more as `calibration`, or `validation` rows."
+                        )
+                    return {"score": sum(found.merged for found in merged.agreement.values()) / len(merged.agreement)}
+                measurement = replace(inputs.measurement, data=inputs.validation, options=self._all_rows)
+                scores = [outcome.score for outcome in measurement.merged_outcomes(target, str(target)).values()]
+                return {"score": (1 if inputs.metric.higher_is_better else -1) * sum(scores) / len(scores)}
+
+        key = [*self._cell_key(method, arguments), "search"]
+        return self._cached("trial", key, measure)["score"]
+
+    @property
+    def _all_rows(self) -> SampleOptions:
+        return SampleOptions(0, 0, self.inputs.options.max_length, self.inputs.options.columns)
+
+    def search_identity(self, seed: int) -> list[Any]:
+        """What the scores of a search depend on, besides the method."""
+        arguments = self.inputs.merge_arguments(Mean(), seed)
+        data = [data_identity(part) for part in (self.inputs.calibration, self.inputs.validation)]
+        shared = {n: v for n, v in arguments.items() if n not in {*_NO_PART, "calibration", "validation", "alpha"}}
+        return [CELL_VERSION, __version__, self._identity, data, shared | {"metric": self.inputs.metric.name}]
 
     def merge(self, method: MergeMethod, seed: int, target: Path, **changes: Any) -> MergeResult:
         """Merge as a cell does, into a folder."""

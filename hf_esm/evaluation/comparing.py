@@ -18,7 +18,9 @@ from ..planning import check_replaceable
 from ..utils import check_known, gather, main_first, only_user, publish_folder, recover, staging_folder, together
 from .cells import CACHE, Cell, CellStore, Inputs
 from .evaluator import check_by_task
+from .pictures import PICTURES
 from .report import Comparison, write_report
+from .search import Found, check_searchable, ranges_of, search_settings
 from .summary import Row, summarise
 
 
@@ -35,6 +37,8 @@ class ComparisonRun:
         seeds: seeds of the choice of samples.
         folder: folder of the report.
         accelerator: what tells which process this is.
+        pictures: `usual`, `all` or `none`.
+        search: number of settings to try for each method whose settings declare a range; 0 searches nothing.
     """
 
     inputs: Inputs
@@ -42,6 +46,8 @@ class ComparisonRun:
     seeds: Sequence[int]
     folder: Path
     accelerator: Accelerator
+    pictures: str = "usual"
+    search: int = 0
 
     def check(self) -> None:
         """Raise `HfEsmError` for all that can be seen before any weight is read."""
@@ -52,8 +58,12 @@ class ComparisonRun:
             raise HfEsmError(
                 f"`test`: there are no rows for the expert {min(missing)!r}. Add them, or leave the expert out."
             )
+        if self.pictures not in PICTURES:
+            raise HfEsmError(f"`pictures` must be one of {', '.join(PICTURES)}, not {self.pictures!r}.")
         if not self.seeds:
             raise HfEsmError("`seeds` must hold at least one seed.")
+        if self.search:
+            check_searchable(self.methods, self.search, inputs.validation, inputs.calibration)
         if inputs.keep:
             check_replaceable(self.folder / BEST, overwrite=True, name="output_dir")
         main_first(self.accelerator, self._check_merges)
@@ -73,13 +83,16 @@ class ComparisonRun:
         with self._workspace() as scratch:
             cache = Path(self.inputs.options.cache_dir or self.folder / CACHE).expanduser()
             store = CellStore(self.inputs, cache, scratch)
+            found = self._search(store, cache, scratch) if self.search else []
             self._measure(store, scratch)
             comparison = self._comparison(store, how)
+            comparison.searches = found
+            comparison.how += map(str, found)
             with together(self.accelerator):
                 if self.accelerator.is_main_process:
                     if self.inputs.keep:
                         self._write_best(store, scratch, comparison)
-                    write_report(comparison, self.folder)
+                    write_report(comparison, self.folder, self.pictures)
         return gather(self.accelerator, comparison)[0]
 
     @contextmanager
@@ -104,6 +117,28 @@ class ComparisonRun:
             for label, method in self.methods.items()
             for seed in (self.seeds if self.inputs.uses_samples(method) else self.seeds[:1])
         ]
+
+    def _search(self, store: CellStore, cache: Path, scratch: Path) -> list[Found]:
+        """Search the settings of the methods, and add a row for what was found. The processes share the methods."""
+        rows = "the validation rows" if self.inputs.validation is not None else "agreement with the experts"
+        options = {"trials": self.search, "folder": cache, "identity": store.search_identity(self.seeds[0])}
+        searched = [label for label, method in self.methods.items() if ranges_of(method)]
+
+        def search(label: str) -> Found:
+            method = self.methods[label]
+            score = partial(store.search_score, seed=self.seeds[0])
+            return search_settings(label, method, score, scored_on=rows, **options)
+
+        self._share([partial(search, label) for label in searched], scratch, "Searching")
+        found = gather(self.accelerator, [search(label) for label in searched] if self._is_main else None)[0]
+        for result in found:
+            if result.method != self.methods[result.label]:
+                self.methods[f"{result.label} (searched)"] = result.method
+        return found
+
+    @property
+    def _is_main(self) -> bool:
+        return self.accelerator.is_main_process
 
     def _measure(self, store: CellStore, scratch: Path) -> None:
         """Fill the store. Each process takes the next job that no other has taken."""

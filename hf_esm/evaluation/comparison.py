@@ -35,6 +35,8 @@ def compare(
     seeds: int | Sequence[int] = (0,),
     num_test: int = 0,
     keep: Optional[str] = None,
+    pictures: str = "usual",
+    search: int = 0,
     processor: Any = None,
     token: Optional[str | bool] = None,
     lines: Optional[bool | Mapping[str, Any] | LinesSettings] = None,
@@ -72,6 +74,9 @@ def compare(
         seeds: seeds of the choice of samples. Methods that use samples are merged once for each seed.
         keep: `"best"` to keep the merged model that is best on the test rows, in `output_dir/best`, with the recipe
             that repeats its merge. With several seeds, the model of the first one.
+        pictures: `"usual"`, `"all"` (interference by block, too) or `"none"`. Drawing needs matplotlib.
+        search: number of settings to try for each method whose settings declare a range (`metadata["search"]`), by
+            Optuna, on the `validation` rows or else on agreement with the experts. What is found is a row of its own.
         cache_dir: folder of all that is measured and computed, by default `output_dir/cache`. Merges with this
             `cache_dir` use the same statistics and answers.
         num_test: number of test rows per task, chosen at random; 0 takes all.
@@ -118,7 +123,9 @@ def compare(
         accelerator=Alone(accelerator) if accelerator.num_processes > 1 else accelerator,
         keep=_check_keep(keep),
     )
-    run = ComparisonRun(inputs, name_methods(methods), seeds, Path(output_dir).expanduser(), accelerator)
+    run = ComparisonRun(
+        inputs, name_methods(methods), seeds, Path(output_dir).expanduser(), accelerator, pictures, search
+    )
     run.check()
     return run.run(describe_rules(inputs, seeds))
 

@@ -9,18 +9,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..errors import HfEsmError
-from ..metrics import (
-    ACCURACY,
-    COLOURS,
-    normalised,
-    plot_alpha_curves,
-    plot_energy,
-    plot_matrix,
-    plot_task_scores,
-)
+from ..metrics import ACCURACY, normalised
 from ..utils import atomic_file, markdown_table, plain_table
 from ..version import __version__
 from .interference import Interference
+from .pictures import draw, draw_importance
+from .search import Found
 from .summary import Row
 
 
@@ -41,6 +35,7 @@ class Comparison:
         base: score of the base on each task, with the task's head; empty if the base has no answers.
         num_rows: number of test rows by task.
         higher_is_better: False for errors, such as perplexity.
+        searches: what was found by searching settings.
         kept: folder of the model that was kept, if any.
     """
 
@@ -54,6 +49,7 @@ class Comparison:
     num_rows: dict[str, int] = field(default_factory=dict)
     higher_is_better: bool = True
     kept: Optional[Path] = None
+    searches: list[Found] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -65,6 +61,7 @@ class Comparison:
             "how": self.how,
             "rows": [_without_nan(asdict(row)) for row in self.rows],
             "interference": self.interference.as_dict(),
+            "searches": [found.as_dict() for found in self.searches],
         }
 
     def __str__(self) -> str:
@@ -96,15 +93,26 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def write_report(comparison: Comparison, folder: Path) -> None:
-    """Write `report.md`, `report.json` and, if matplotlib is installed, the pictures."""
+def write_report(comparison: Comparison, folder: Path, pictures: str = "usual") -> None:
+    """Write `report.md`, `report.json` and, if matplotlib is installed, the `pictures`: `usual`, `all` or `none`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for earlier in folder.glob("routing-*.png"):  # an earlier report may have had more of them
+    for earlier in folder.glob("*.png"):  # an earlier report may have had more of them
         earlier.unlink()
-    try:
-        comparison.pictures = _draw(comparison, folder)
-    except HfEsmError as error:  # without matplotlib
-        comparison.how.append(f"No pictures: {error}")
+    if pictures != "none":
+        try:
+            comparison.pictures = draw(
+                comparison.rows,
+                comparison.experts,
+                comparison.base,
+                comparison.interference,
+                metric=comparison.metric,
+                higher_is_better=comparison.higher_is_better,
+                folder=folder,
+                every=pictures == "all",
+            )
+            comparison.pictures |= draw_importance(comparison.searches, folder)
+        except HfEsmError as error:  # without matplotlib
+            comparison.how.append(f"No pictures: {error}")
     data = json.dumps(comparison.as_dict(), indent=1, ensure_ascii=False)
     _write(folder / DATA, data + "\n")
     lines = [
@@ -118,6 +126,10 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     ]
     sti = comparison.interference.sti
     lines += [f"Singular task interference (STI) between the experts: {sti:.3g}, mean over linear maps.", ""]
+    for found in comparison.searches:
+        table = [["setting", "found", "importance"]]
+        table += [[n, f"{v:.4g}", f"{100 * found.importance.get(n, 0):.0f} %"] for n, v in found.settings.items()]
+        lines += [f"## What was found for {found.label}", "", *markdown_table(table), ""]
     for title, path in comparison.pictures.items():
         lines += [f"## {title}", "", f"![{title}]({path.name})", ""]
     _write(folder / REPORT, "\n".join(lines))
@@ -182,38 +194,3 @@ def _costs(row: Row) -> list[str]:
     share = sum(row.routing.values()) / len(row.routing) if row.routing else None
     routed = "" if share is None else f"{100 * share:.1f} %"
     return [routed, f"{row.seconds:.1f} s", f"{row.memory / 1e6:.0f} MB", f"{row.size / 1e6:.0f} MB"]
-
-
-def _draw(comparison: Comparison, folder: Path) -> dict[str, Path]:
-    """Draw the pictures; returns the files by title. Of more methods than there are colours, the best are drawn."""
-    best = sorted(comparison.rows, key=lambda row: -row.normalised)[: len(COLOURS)]
-    shown = [row for row in comparison.rows if row in best]
-    pictures: dict[str, Path] = {}
-    if _in_percent(comparison):
-        title = "Score by task"
-        bars = {row.label: row.tasks for row in shown}
-        pictures[title] = plot_task_scores(bars, comparison.experts, folder / "scores.png", title)
-    if curves := _alpha_curves(shown):
-        title = "Validation score by α"
-        pictures[title] = plot_alpha_curves(curves, folder / "alpha.png", title, comparison.metric)
-    if energy := comparison.interference.energy():
-        title = "Energy of the output shift kept, by rank"
-        pictures[title] = plot_energy(energy, folder / "energy.png", title)
-    tasks, overlap = list(comparison.experts), comparison.interference.overlap
-    title = "Overlap of the tasks' subspaces"
-    pictures[title] = plot_matrix(overlap, tasks, folder / "interference.png", title, "task", "task")
-    for number, row in enumerate(row for row in comparison.rows if row.confusion):
-        title = f"Where {row.label} sends the rows of each task"
-        path = folder / f"routing-{number}.png"
-        pictures[title] = plot_matrix(row.confusion, tasks, path, title, "taken for", "rows of")
-    return pictures
-
-
-def _alpha_curves(rows: list[Row]) -> Mapping[str, Mapping[float, float]]:
-    """Validation scores by α of the first seed. A routed model has those of its static model, which are drawn once."""
-    curves: dict[str, dict[float, float]] = {}
-    for row in rows:
-        scores = next(iter(row.alpha_scores.values()), None)
-        if scores and scores not in curves.values():
-            curves[row.label] = scores
-    return curves

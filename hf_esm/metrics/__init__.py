@@ -6,17 +6,27 @@ was computed from, agreement with the expert, and pictures.
 
 from .agreement import ROUNDING, Agreement, ExpertAnswers, agreement_of, collect_answers, divergence
 from .answers import batches_of, in_vocabulary
+from .drawing import colour_of, require_matplotlib
 from .labels import LabelledSamples
 from .metric import ACCURACY, Metric, load_labelled
 from .named import BUILT_IN, MetricSpec, resolve_metric
-from .plots import COLOURS, plot_alpha_curves, plot_energy, plot_matrix, plot_task_scores, require_matplotlib
+from .plots import (
+    MOST_METHODS,
+    plot_alpha_curves,
+    plot_bars,
+    plot_curves,
+    plot_energy,
+    plot_kept_shares,
+    plot_matrix,
+    plot_task_scores,
+)
 from .scores import Outcome, Scores, accuracy, interval_of, normalised, run
 
 
 __all__ = [
     "ACCURACY",
     "BUILT_IN",
-    "COLOURS",
+    "MOST_METHODS",
     "ROUNDING",
     "Agreement",
     "ExpertAnswers",
@@ -29,13 +39,17 @@ __all__ = [
     "agreement_of",
     "batches_of",
     "collect_answers",
+    "colour_of",
     "divergence",
     "in_vocabulary",
     "interval_of",
     "load_labelled",
     "normalised",
     "plot_alpha_curves",
+    "plot_bars",
+    "plot_curves",
     "plot_energy",
+    "plot_kept_shares",
     "plot_matrix",
     "plot_task_scores",
     "require_matplotlib",

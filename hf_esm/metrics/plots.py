@@ -1,22 +1,30 @@
-"""Pictures of scores, drawn from plain data, so that any table of results can be drawn."""
+"""Pictures of scores, drawn from plain data, so that any table of results can be drawn.
+
+Every picture has a title, a caption, and axes with units. A method has the same colour in all of them.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from ..errors import HfEsmError
-from ..utils import atomic_file
-
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart. A picture has one colour per method.
-COLOURS = ("#999999", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#F0E442", "#0072B2")
+from .drawing import REFERENCE, in_percent, plain_axes, require_matplotlib, styles_of, written
 
 
 AVERAGE = "average"
 
 
+MOST_METHODS = 12  # in one picture of bars
+
+
 BARS_WITH_NUMBERS = 48  # more bars are too narrow for a number on each
+
+
+INTERVALS = "Bars over the ends show 95 % intervals of draws of the rows."
+
+
+Interval = tuple[float, float]
 
 
 def plot_task_scores(
@@ -27,6 +35,8 @@ def plot_task_scores(
     *,
     ylabel: str = "test accuracy",
     reference_label: str = "expert of the task",
+    intervals: Optional[Mapping[str, Mapping[str, Interval]]] = None,
+    methods: Optional[Mapping[str, str]] = None,
 ) -> Path:
     """Draw grouped bars: a group per task and one for the average, a bar per method, the reference as a line.
 
@@ -40,6 +50,8 @@ def plot_task_scores(
         title: title of the picture.
         ylabel: what the scores measure.
         reference_label: what the reference is.
+        intervals: `{method: {task: (low, high)}}`, drawn as error bars.
+        methods: names of the methods by label, which decide the colours; by default the first word of the label.
 
     Returns:
         The path.
@@ -48,18 +60,22 @@ def plot_task_scores(
         HfEsmError: without matplotlib; if there is nothing to draw; if a method has no score for a task.
     """
     figure_class = require_matplotlib()
-    tasks, methods = list(reference), list(scores)
+    tasks, labels = list(reference), list(scores)
     _check_scores(scores, tasks)
     places = [*range(len(tasks)), len(tasks) + 0.25]  # the average is a little apart
-    numbered = len(methods) * len(places) <= BARS_WITH_NUMBERS
-    inches = max(7.0, 1.6 + (0.36 if numbered else 0.2) * len(places) * max(len(methods), 3))
-    figure = figure_class(figsize=(inches, 4.8), dpi=150)
+    numbered = len(labels) * len(places) <= BARS_WITH_NUMBERS and not intervals
+    inches = max(7.0, 1.6 + (0.36 if numbered else 0.2) * len(places) * max(len(labels), 3))
+    figure = figure_class(figsize=(min(inches, 18.0), 4.8))
     axes = figure.add_subplot()
-    references, width = _with_average(reference, tasks), 0.8 / len(methods)
-    for i, method in enumerate(methods):
-        heights = _with_average(scores[method], tasks)
+    references, width = _with_average(reference, tasks), 0.8 / len(labels)
+    styles = styles_of(labels, methods)
+    for i, label in enumerate(labels):
+        heights, style = _with_average(scores[label], tasks), styles[label]
         left = [place - 0.4 + (i + 0.5) * width for place in places]
-        bars = axes.bar(left, heights, 0.92 * width, color=COLOURS[i], label=method, zorder=2)
+        look = {"color": style.colour, "hatch": style.hatch, "edgecolor": "white", "lw": 0}
+        bars = axes.bar(left, heights, 0.92 * width, label=label, zorder=2, **look)
+        if intervals:
+            _error_bars(axes, left, [scores[label][task] for task in tasks], [intervals[label][t] for t in tasks])
         if numbered:
             _write_numbers(axes, bars, heights, references)
     ends = [(place - 0.42, place + 0.42) for place in places]
@@ -67,23 +83,33 @@ def plot_task_scores(
     lowest = min(0.0, *(score for by_task in scores.values() for score in by_task.values()))
     _style_score_axes(axes, places, [*tasks, AVERAGE], lowest)
     axes.set_ylabel(ylabel)
-    columns = min(len(methods) + 1, int(inches / 1.9))
-    rows = -(-(len(methods) + 1) // columns)
-    axes.set_title(title, loc="left", fontweight="bold", pad=12 + 18 * rows)
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns, frameon=False, columnspacing=1.4)
-    return _written(figure, path)
+    axes.set_xlabel("task")
+    columns = min(len(labels) + 1, max(int(min(inches, 18.0) / 2.2), 1))
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False, columnspacing=1.4)
+    axes.set_title(title, loc="left", fontweight="bold")
+    caption = f"Bars: models merged by each method. Lines: {reference_label}. {INTERVALS if intervals else ''}"
+    return written(figure, path, caption.strip())
 
 
 def _check_scores(scores: Mapping[str, Mapping[str, float]], tasks: Sequence[str]) -> None:
     if not tasks or not scores:
         raise HfEsmError("There is nothing to draw: give at least one method and one task.")
-    if len(scores) > len(COLOURS):
-        raise HfEsmError(f"{len(scores)} methods do not fit in one picture. Draw {len(COLOURS)} at most.")
+    if len(scores) > MOST_METHODS:
+        raise HfEsmError(f"{len(scores)} methods do not fit in one picture. Draw {MOST_METHODS} at most.")
     for method, by_task in scores.items():
         if missing := [task for task in tasks if task not in by_task]:
             raise HfEsmError(
                 f"Method {method!r} has no score for the task {missing[0]!r}. Measure it, or drop the task."
             )
+
+
+def _error_bars(axes: Any, places: Sequence[float], values: Sequence[float], intervals: Sequence[Interval]) -> None:
+    """Draw vertical intervals, as far as they are known."""
+    for place, value, (low, high) in zip(places, values, intervals):
+        if low == low and high == high:
+            errors = [[max(value - low, 0.0)], [max(high - value, 0.0)]]
+            look = {"ecolor": REFERENCE, "elinewidth": 0.9, "capsize": 1.5, "zorder": 4}
+            axes.errorbar([place], [value], errors, fmt="none", **look)
 
 
 def _write_numbers(axes: Any, bars: Any, heights: Sequence[float], references: Sequence[float]) -> None:
@@ -105,7 +131,7 @@ def _write_numbers(axes: Any, bars: Any, heights: Sequence[float], references: S
 def _style_score_axes(axes: Any, places: Sequence[float], groups: Sequence[str], lowest: float) -> None:
     axes.set_ylim(lowest, 1.05)
     axes.set_yticks([i / 5 for i in range(6)])
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    in_percent(axes.yaxis)
     axes.set_xlim(places[0] - 0.6, places[-1] + 0.6)
     axes.set_xticks(places, groups, rotation=30 if len(groups) > 11 else 0)
     axes.get_xticklabels()[-1].set_fontweight("bold")
@@ -115,58 +141,121 @@ def _style_score_axes(axes: Any, places: Sequence[float], groups: Sequence[str],
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def require_matplotlib() -> Any:
-    """Function that makes matplotlib figures, which draw with Agg.
-
-    Unlike pyplot's, these figures need no display and no backend, and are freed when nothing refers to them.
-
-    Raises:
-        HfEsmError: if matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise HfEsmError("Drawing needs matplotlib, which is not installed: pip install hf_esm[demo]") from None
-
-    def figure(**options: Any) -> Figure:
-        new = Figure(**options)
-        FigureCanvasAgg(new)
-        return new
-
-    return figure
-
-
 def _with_average(scores: Mapping[str, float], tasks: list[str]) -> list[float]:
     values = [float(scores[task]) for task in tasks]
     return [*values, sum(values) / len(values)]
 
 
-def plot_alpha_curves(
-    curves: Mapping[str, Mapping[float, float]], path: str | os.PathLike, title: str, ylabel: str
+def plot_kept_shares(
+    shares: Mapping[str, tuple[float, float, float]],
+    path: str | os.PathLike,
+    title: str,
+    *,
+    base: Optional[float] = None,
+    methods: Optional[Mapping[str, str]] = None,
 ) -> Path:
-    """Draw lines: the mean validation score by α, `{method: {alpha: score}}`, with a mark at each method's best."""
-    figure, axes = _axes(require_matplotlib(), title)
-    for colour, (method, scores) in zip(COLOURS, curves.items(), strict=False):
+    """Draw a mark per method with its interval: `{label: (share, low, high)}`, the mean share of the experts' scores;
+    the experts and the base are lines.
+    """
+    figure, axes = plain_axes(title, (7.0, 1.6 + 0.32 * len(shares)))
+    styles = styles_of(shares, methods)
+    for place, (label, (share, low, high)) in enumerate(shares.items()):
+        known = [[max(share - low, 0.0)], [max(high - share, 0.0)]] if low == low and high == high else None
+        colour = styles[label].colour
+        axes.errorbar([share], [place], xerr=known, fmt="o", color=colour, ecolor=colour, capsize=2.5, label=label)
+    axes.axvline(1.0, color=REFERENCE, lw=1.2, label="the experts")
+    if base is not None:
+        axes.axvline(base, color=REFERENCE, lw=1.2, ls="--", label="the base")
+    axes.set_yticks(range(len(shares)), list(shares))
+    axes.invert_yaxis()
+    in_percent(axes.xaxis)
+    axes.set_xlabel("score as a share of the expert's, mean over tasks")
+    axes.set_ylabel("method")
+    lines = "The line is the experts" + ("; the dashed line is the base." if base is not None else ".")
+    return written(figure, path, f"Marks: merged models, with 95 % intervals of draws of the rows. {lines}")
+
+
+def plot_alpha_curves(
+    curves: Mapping[str, Mapping[float, float]],
+    path: str | os.PathLike,
+    title: str,
+    ylabel: str,
+    *,
+    chosen: Mapping[str, float],
+    methods: Optional[Mapping[str, str]] = None,
+) -> Path:
+    """Draw lines: the score by α, `{label: {alpha: score}}`, with a mark at the chosen α, `{label: alpha}`."""
+    figure, axes = plain_axes(title)
+    for (label, scores), style in zip(curves.items(), styles_of(curves, methods).values(), strict=True):
         places = sorted(scores)
-        axes.plot(places, [scores[alpha] for alpha in places], color=colour, lw=1.6, label=method)
-        best = max(places, key=lambda alpha: scores[alpha])
-        axes.plot([best], [scores[best]], "o", color=colour, ms=5)
-    axes.set_xlabel("α")
-    axes.set_ylabel(f"{ylabel} on validation rows")
-    return _save(figure, axes, path)
+        heights = [scores[alpha] for alpha in places]
+        axes.plot(places, heights, color=style.colour, ls=style.line, lw=1.6, label=label)
+        if (alpha := chosen.get(label)) in scores:
+            axes.plot([alpha], [scores[alpha]], "o", color=style.colour, ms=6, markeredgecolor="black", zorder=4)
+    axes.set_xlabel("α, the scale of the merged update")
+    axes.set_ylabel(ylabel)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    return written(figure, path, "Lines: scores that α was chosen by. Marks: the chosen α, as in the table.")
+
+
+def plot_curves(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | os.PathLike,
+    title: str,
+    *,
+    xlabel: str,
+    ylabel: str,
+    caption: str,
+    shares: bool = True,
+    log: bool = False,
+    methods: Optional[Mapping[str, str]] = None,
+) -> Path:
+    """Draw lines with marks, `{label: [(x, y), …]}`.
+
+    Args:
+        shares: whether the values are shares, which are written in percent.
+        log: whether the horizontal axis is logarithmic, to the base of 2.
+    """
+    figure, axes = plain_axes(title)
+    for (label, points), style in zip(curves.items(), styles_of(curves, methods).values(), strict=True):
+        axes.plot(*zip(*points), "o", color=style.colour, ls=style.line, lw=1.6, ms=4, label=label)
+    if log:
+        axes.set_xscale("log", base=2)
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    if shares:
+        in_percent(axes.yaxis)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    return written(figure, path, caption)
 
 
 def plot_energy(energies: Mapping[str, Any], path: str | os.PathLike, title: str) -> Path:
     """Draw lines: the share of the output shift's energy that is kept, `{kind: [(rank as a share, energy), …]}`."""
-    figure, axes = _axes(require_matplotlib(), title)
-    for colour, (kind, points) in zip(COLOURS[1:], energies.items(), strict=False):
-        axes.plot(*zip(*points), "o-", color=colour, lw=1.6, ms=4, label=f"{kind} directions")
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("rank, as a share of the smaller side")
-    axes.set_ylabel("energy kept")
-    axes.set_ylim(0, 1.05)
-    return _save(figure, axes, path)
+    return plot_curves(
+        {f"{kind} directions": points for kind, points in energies.items()},
+        path,
+        title,
+        xlabel="rank, as a share of the smaller side",
+        ylabel="energy kept",
+        caption="The share of the output shift's energy that the leading directions carry, mean over linear maps and "
+        "tasks.",
+        log=True,
+        methods={"essential directions": "esm", "singular directions": "tsv-m"},
+    )
+
+
+def plot_bars(values: Mapping[str, float], path: str | os.PathLike, title: str, xlabel: str, caption: str) -> Path:
+    """Draw horizontal bars of shares, `{name: share}`, the largest on top."""
+    figure, axes = plain_axes(title, (7.0, 1.4 + 0.32 * len(values)))
+    names = sorted(values, key=lambda name: values[name])
+    axes.barh(range(len(names)), [values[name] for name in names], color="#56B4E9", zorder=2)
+    axes.set_yticks(range(len(names)), names)
+    in_percent(axes.xaxis)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel("setting")
+    return written(figure, path, caption)
 
 
 def plot_matrix(
@@ -179,7 +268,7 @@ def plot_matrix(
 ) -> Path:
     """Draw a heat map of shares, `[T, T]` in [0, 1], first row on top, with the shares written in percent."""
     size = 2.2 + 0.62 * len(names)
-    figure = require_matplotlib()(figsize=(size, size), dpi=150)
+    figure = require_matplotlib()(figsize=(size, size))
     axes = figure.add_subplot()
     axes.imshow(values, cmap="Blues", vmin=0, vmax=1)
     for i, row in enumerate(values):
@@ -189,30 +278,7 @@ def plot_matrix(
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    return _written(figure, path)
-
-
-def _axes(figure_class: Any, title: str) -> tuple[Any, Any]:
-    figure = figure_class(figsize=(7.0, 4.2), dpi=150)
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontweight="bold")
-    axes.grid(color="#dddddd", lw=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Any, axes: Any, path: str | os.PathLike) -> Path:
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    return _written(figure, path)
-
-
-def _written(figure: Any, path: str | os.PathLike) -> Path:
-    path = Path(path)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, bbox_inches="tight", pad_inches=0.15)
-    return path
+    return written(figure, path, "Shares in percent; darker is more.")

@@ -20,7 +20,7 @@ RECIPE_VERSION = 1
 _MODELS_AND_DATA = ("base", "experts", "calibration", "validation")
 
 
-_COMPARED = ("methods", "test", "seeds", "num_test", "keep")
+_COMPARED = ("methods", "test", "seeds", "num_test", "keep", "pictures", "search")
 
 
 _WRITTEN_ONLY = ("recipe_version", "hf_esm_version")

@@ -17,7 +17,8 @@ from hf_esm import HfEsmError, load_task_model
 from hf_esm.cli import demo
 from hf_esm.cli.demo import BASE, EXPERTS, reload_difference, run_demo
 from hf_esm.cli.digits import TASKS, DemoSettings, load_digit_data
-from hf_esm.metrics.plots import COLOURS, plot_task_scores
+from hf_esm.metrics.drawing import colour_of
+from hf_esm.metrics.plots import MOST_METHODS, plot_task_scores
 from hf_esm.metrics.scores import accuracy
 from support.processes import run_script
 
@@ -211,14 +212,14 @@ REFERENCE = {"a": 0.97, "b": 0.95}
 
 def test_picture_has_a_bar_for_every_score(tmp_path):
     few = assert_picture(plot_task_scores(SCORES, REFERENCE, tmp_path / "new" / "few.png", "Two methods"))
-    mean, esm = (bar_heights(few, colour) for colour in COLOURS[:2])
+    mean, esm = (bar_heights(few, colour) for colour in map(colour_of, ("mean", "esm")))
     unit = esm[1] / 0.9
     assert esm == pytest.approx(
         [0.99 * unit, 0.9 * unit, 0.945 * unit], abs=6
     )  # 6 pixels: 1 %, the line of the reference
     assert mean == pytest.approx([0.5 * unit, 0.02 * unit, 0.26 * unit], abs=6)
     tasks = [f"task{i}" for i in range(12)]
-    many = {f"method{i}": dict.fromkeys(tasks, 0.5) for i in range(len(COLOURS))}
+    many = {f"method{i}": dict.fromkeys(tasks, 0.5) for i in range(MOST_METHODS)}
     wide = assert_picture(plot_task_scores(many, dict.fromkeys(tasks, 0.9), tmp_path / "many.png", "Many"))
     assert wide.shape[1] > few.shape[1]
     assert (tmp_path / "few.svg") == plot_task_scores(SCORES, REFERENCE, tmp_path / "few.svg", "Vectors")
@@ -241,7 +242,7 @@ def test_picture_errors_are_plain(tmp_path, monkeypatch):
     with pytest.raises(HfEsmError, match="'mean' has no score for the task 'c'"):
         plot_task_scores(SCORES, {**REFERENCE, "c": 1.0}, tmp_path / "a.png", "Title")
     with pytest.raises(HfEsmError, match="do not fit"):
-        plot_task_scores({str(i): REFERENCE for i in range(9)}, REFERENCE, tmp_path / "a.png", "Title")
+        plot_task_scores({str(i): REFERENCE for i in range(MOST_METHODS + 1)}, REFERENCE, tmp_path / "a.png", "Title")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(HfEsmError, match=r"pip install hf_esm\[demo\]"):
         plot_task_scores(SCORES, REFERENCE, tmp_path / "a.png", "Title")
