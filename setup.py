@@ -54,7 +54,7 @@ setup(
         ],
         "embedding": ["sentence-transformers>=6.2"],
         "quantised": ["bitsandbytes>=0.46.1", "compressed-tensors>=0.15"],
-        "search": ["optuna>=4"],
+        "search": ["optuna>=4", "scikit-learn"],
         "extras": ["evaluate", "onnx", "onnxruntime", "onnxscript"],
         "quality": ["pytest", "ruff", "ty", "typos"],
     },

@@ -88,7 +88,7 @@ def draw(
 
 def draw_importance(searches: list[Found], folder: Path) -> dict[str, Path]:
     """Draw which settings mattered in each search; return the files by title."""
-    caption = "Share of the variation of the scores that each setting explains (PED-ANOVA)."
+    caption = "Share of the variation of the scores that each setting explains (fANOVA)."
     pictures = {}
     for number, found in enumerate(search for search in searches if search.importance):
         title, path = f"What mattered in {found.label}", folder / f"search-{number}.png"

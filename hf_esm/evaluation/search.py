@@ -24,8 +24,8 @@ class Found:
         settings: these settings by name.
         score: their score; higher is better.
         default_score: the score of the settings that the search began with.
-        importance: by setting, the share of the variation of the scores that it explains (PED-ANOVA,
-            arXiv 2304.10255); empty if all scores are equal.
+        importance: by setting, the share of the variation of the scores that it explains (fANOVA,
+            Hutter et al., 2014); empty if all scores are equal.
         trials: number of settings that were tried.
         scored_on: what the score is, in words.
     """
@@ -130,7 +130,7 @@ def _importance(optuna: Any, study: Any, known: list[Any]) -> dict[str, float]:
     values = {trial.value for trial in known}
     if len(values) < 2 or len(known) < 4:
         return {}
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return {name: 0.0 if isnan(share) else float(share) for name, share in shares.items()}
 
