@@ -15,6 +15,7 @@ from ..version import __version__
 COMMANDS = {
     "merge": "merge experts into one model",
     "inspect": "check a merge before it is done",
+    "convert": "write a recipe of mergekit as one of hf_esm",
     "calibrate": "collect one expert's activation statistics",
     "evaluate": "score a merged model on every task's rows",
     "compare": "measure several methods on your experts and rows",

@@ -16,7 +16,7 @@ from ..methods import AutoMerge, EssentialMerge, MergeMethod, RegMean, resolve_m
 from ..planning import MergeOptions, MergePlan
 from ..utils import gather, together
 from .alpha import COARSE, LARGEST, LabelScore, TaskScore, search_alpha
-from .contest import FINE, Entrant, Scored, Standing, first_alphas, halve
+from .contest import FINE, Scored, Standing, finalists, first_alphas, first_share, nearest_as_good, winner_of
 from .expert_statistics import Inputs
 from .gates import RefinedWeights
 from .judging import Judge, TaskAgreement
@@ -280,7 +280,7 @@ class _Contest:
     """The choice among candidates on the rows of one scorer.
 
     Attributes:
-        candidates: the merges; beside others, one without α is the rival that is measured at the end.
+        candidates: the merges, the best guess first; beside others, one without α is a rival that is measured only.
         scorer: scores models.
         options: options of the merge.
         search: of α on all rows.
@@ -291,66 +291,84 @@ class _Contest:
     options: MergeOptions
     search: Search
 
-    def score(self, index: int, alpha: float, by_kind: Mapping[str, float], share: float = 1.0) -> Scored:
-        """Return the score of a candidate on the first share of every task's rows."""
-        updates = self.candidates[index].updates
-        return self.scorer.scored(partial(updates.weight, alpha=alpha, by_kind=by_kind), share)
-
     def run(self) -> _Found:
-        """Return the best candidate at its best scales, with the places of all if there are several."""
-        several = len(self.candidates) > 1
-        rivals = [i for i, candidate in enumerate(self.candidates) if several and not candidate.method.tunable]
-        entrants = [self._entrant(i) for i in range(len(self.candidates)) if i not in rivals]
-        left = halve(entrants, lambda i, alpha, share: self.score(i, alpha, self._by_kind(i), share), self.scorer.rows)
-        found = [self._best_scales(entrant) for entrant in left]
-        found += [self._measured(_Found(i, self.candidates[i].method.default_alpha)) for i in rivals]
-        best = max(found, key=lambda found: found.scored.score)
-        if not several:
-            return best
-        base = self.scorer.scored(self.candidates[0].updates.base.tensor)
-        is_base = base.score > best.scored.score
+        """Return the best candidate at its best scales, with the places of all if there are several.
+
+        All are scored at several α on a quarter of the rows; the best two at their best α on all rows; α of the best
+        one is then searched. A candidate is left for a later one, and the default α for another, only if the rows tell
+        the difference.
+        """
+        candidates = self.candidates
+        if len(candidates) == 1:
+            return self._best_scales(_Found(0, *_given_scale(candidates[0].method, self.options)))
+        share = first_share(self.scorer.rows)
+        first = [self._first(i, share) for i in range(len(candidates))]
+        base = self._base(share)
+        tunable = [i for i, candidate in enumerate(candidates) if candidate.method.tunable]
+        chosen = [tunable[i] for i in finalists([first[i].scored for i in tunable])]
+        final = [first[i] if share == 1 else self._measured(first[i]) for i in chosen]
+        best = self._best_scales(final[winner_of([found.scored for found in final])])
+        others = [f for f in (*final, *(f for f in first if f.index not in chosen)) if f.index != best.index]
+        for i, rival in enumerate(others):
+            if rival.index not in tunable and rival.scored.leads(best.scored):
+                others[i] = rival = self._measured(rival)
+                if rival.scored.leads(best.scored):
+                    others[i], best = best, rival
+        if base.leads(best.scored):
+            base = self._base(1.0)
+        is_base, names = base.leads(best.scored), [candidate.method for candidate in candidates]
+        places = [(names[f.index].name, f.scales if names[f.index].tunable else "", f.scored) for f in (best, *others)]
         winner = base if is_base else best.scored
-        methods = [candidate.method for candidate in self.candidates]
-        places = [(methods[f.index], f.scales, f.scored) for f in found]
-        places += [(methods[e.index], f"alpha {e.alpha:g}", e.scored) for e in entrants if e not in left]
-        named = [(method.name, scales if method.tunable else "", scored) for method, scales, scored in places]
-        standings = [Standing.of(*place, winner) for place in (*named, ("base", "", base))]
-        standings.sort(key=lambda place: (-place.rows, place.behind))
+        standings = [Standing.of(*place, winner) for place in (*places, ("base", "", base))]
+        standings.sort(key=lambda place: (place.behind != 0, -place.rows, place.behind))
         return replace(best, standings=standings, is_base=is_base)
 
-    def _by_kind(self, index: int) -> dict[str, float]:
-        return _given_scale(self.candidates[index].method, self.options)[1]
+    def _base(self, share: float) -> Scored:
+        return self.scorer.scored(self.candidates[0].updates.base.tensor, share)
 
-    def _entrant(self, index: int) -> Entrant:
+    def score(self, found: _Found, share: float = 1.0) -> Scored:
+        """Return the score of a candidate at its scales on the first share of every task's rows."""
+        updates = self.candidates[found.index].updates
+        return self.scorer.scored(partial(updates.weight, alpha=found.alpha, by_kind=found.by_kind), share)
+
+    def _measured(self, found: _Found, share: float = 1.0) -> _Found:
+        return replace(found, scored=self.score(found, share))
+
+    def _first(self, index: int, share: float) -> _Found:
+        """Return the best α of a few for one candidate, on the first share of the rows."""
         method = self.candidates[index].method
-        alpha, _ = _given_scale(method, self.options)
-        searched = self.options.alpha in (None, "auto")
-        return Entrant(index, first_alphas(alpha, method.largest_alpha) if searched else [alpha], alpha)
+        alpha, by_kind = _given_scale(method, self.options)
+        if not method.tunable:
+            return self._measured(_Found(index, method.default_alpha), share)
+        alphas = first_alphas(alpha, method.largest_alpha) if self.options.alpha in (None, "auto") else [alpha]
+        tried = [self._measured(_Found(index, alpha, by_kind), share) for alpha in alphas]
+        return max(tried, key=lambda found: found.scored.score)
 
-    def _measured(self, found: _Found) -> _Found:
-        return replace(found, scored=self.score(found.index, found.alpha, found.by_kind))
-
-    def _best_scales(self, entrant: Entrant) -> _Found:
+    def _best_scales(self, found: _Found) -> _Found:
         """Return the best α of a candidate on all rows, or the best of one kind of weights after the other."""
-        options, index, known = self.options, entrant.index, {}
-        largest = self.candidates[index].method.largest_alpha
-        alpha, by_kind = entrant.alpha, self._by_kind(index)
+        options, known = self.options, {found.alpha: found.scored} if found.scored else {}
+        method = self.candidates[found.index].method
+        alpha, by_kind = found.alpha, dict(found.by_kind)
         scores: dict[float, float] = {}
 
         def number(alpha: float) -> float:
-            known[alpha] = self.score(index, alpha, by_kind)
+            if alpha not in known:
+                known[alpha] = self.score(replace(found, alpha=alpha))
             return known[alpha].score
 
         if options.alpha in (None, "auto"):
-            alpha, scores = self.search(number, alpha, largest)
+            alpha, scores = self.search(number, alpha, method.largest_alpha)
+            alpha = nearest_as_good({alpha: known[alpha] for alpha in scores}, method.default_alpha)
         for kind in [kind for kind in by_kind if options.alpha_by_kind[kind] == "auto"] * ROUNDS:
 
             def score_of_kind(own: float, kind: str = kind) -> float:
-                return self.score(index, alpha, {**by_kind, kind: own}).score
+                return self.score(replace(found, alpha=alpha, by_kind={**by_kind, kind: own})).score
 
-            by_kind[kind], _ = self.search(score_of_kind, by_kind[kind], largest)
-        found = _Found(index, alpha, by_kind, known.get(alpha) if not by_kind else None, scores)
-        return found if found.scored else self._measured(found)
+            by_kind[kind], _ = self.search(score_of_kind, by_kind[kind], method.largest_alpha)
+        best = replace(
+            found, alpha=alpha, by_kind=by_kind, scores=scores, scored=None if by_kind else known.get(alpha)
+        )
+        return best if best.scored else self._measured(best)
 
 
 def _by_agreement(candidates: list[Candidate], judge: Judge, options: MergeOptions) -> _Found:
@@ -382,7 +400,11 @@ def _by_labels(
     def search(score: Callable[[float], float], start: float, largest: float) -> tuple[float, dict[float, float]]:
         return search_alpha(score, progress, default=start, rows=labels.share_of, largest=largest)
 
-    best = _Contest(candidates, labels, options, search).run()
+    best = _Contest(candidates, labels, options, search if len(candidates) == 1 else climb_alpha).run()
+    if best.scored.score == -inf:
+        raise HfEsmError(
+            "Every score is NaN. Check `score_fn` or the metric, or name a method and give `alpha` a number."
+        )
     note = "by " + ("labelled rows" if labels.score_fn is None else "the given function")
     note += _why(candidates, best) if best.standings else ""
     if judge is not None:

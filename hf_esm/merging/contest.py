@@ -1,20 +1,19 @@
 """The best of several merges: candidates are halved while the rows that they are scored on grow."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, inf, isnan
-from typing import Optional
 
 import torch
 from torch import Tensor
 
 
 FINE = 0.1  # the step of α
-SHARES = (0.25, 0.5)  # of the rows, in the rounds before the last
+SHARE = 0.25  # of the rows, in the first round
 SCALES = (0.5, 1.0, 1.5)  # of a method's default α, in the first round
 FINALISTS = 2
-FEWEST = 8  # rows of a task in the first round
+FEWEST = 8  # rows of a task in the first round, if not all rows are taken
 DRAWS = 1000  # of the bootstrap
 
 
@@ -43,17 +42,31 @@ class Scored:
         value = float(self.of_draws({task: torch.arange(count)[None] for task, count in rows.items()}))
         return -inf if isnan(value) else value
 
-    def behind(self, best: "Scored") -> tuple[float, float, float]:
-        """Return how far the score is behind that of another model on the same rows, and the 95 % interval of that.
-
-        Both are scored on the same draws of rows. Where the score is not one of rows, the interval is the number.
-        """
+    def differences(self, best: "Scored") -> Tensor:
+        """Return how far the score is behind that of another model on draws of the same rows, `[D]` float64."""
         generator = torch.Generator().manual_seed(0)
         draws = {t: torch.randint(max(n, 1), (DRAWS, n), generator=generator) for t, n in self.rows.items()}
         differences = best.of_draws(draws) - self.of_draws(draws)
-        known = differences[differences.isfinite()]
+        return differences[differences.isfinite()]
+
+    def behind(self, best: "Scored") -> tuple[float, float, float]:
+        """Return how far the score is behind that of another model on the same rows, and the 95 % interval of that.
+
+        Where the score is not one of rows, the interval is the number.
+        """
+        known = self.differences(best)
         low, high = known.quantile(torch.tensor([0.025, 0.975]).double()).tolist() if len(known) else (inf, inf)
         return best.on(self.rows) - self.score, low, high
+
+    def leads(self, other: "Scored") -> bool:
+        """Return whether the score is higher than that of another model on the same rows."""
+        return self.score > other.on(self.rows)
+
+    def as_good_as(self, best: "Scored") -> bool:
+        """Return whether the score is at most one standard error behind that of another model on the same rows."""
+        known = self.differences(best)
+        error = float(known.std()) if len(known) > 1 else 0.0
+        return self.score == best.on(self.rows) or best.on(self.rows) - self.score <= error
 
 
 STANDING_COLUMNS = ("candidate", "at", "score", "rows", "behind (95 %)")
@@ -100,21 +113,9 @@ def first_rows(rows: Mapping[str, int], share: float) -> dict[str, int]:
     return {task: ceil(share * count) for task, count in rows.items()}
 
 
-@dataclass
-class Entrant:
-    """A candidate in the rounds before the last.
-
-    Attributes:
-        index: of the candidate.
-        alphas: values of α to try in the next round.
-        alpha: the best of those that were tried.
-        scored: the score at `alpha` in the last round that the candidate took part in; None before the first.
-    """
-
-    index: int
-    alphas: list[float]
-    alpha: float
-    scored: Optional[Scored] = None
+def first_share(rows: Mapping[str, int]) -> float:
+    """Return the share of the rows that the first round takes: a quarter, or all if they are few or there are none."""
+    return SHARE if rows and min(rows.values()) * SHARE >= FEWEST else 1.0
 
 
 def first_alphas(default: float, largest: float) -> list[float]:
@@ -123,28 +124,24 @@ def first_alphas(default: float, largest: float) -> list[float]:
     return list(dict.fromkeys([default, *scaled]))
 
 
-def halve(
-    entrants: list[Entrant], score: Callable[[int, float, float], Scored], rows: Mapping[str, int]
-) -> list[Entrant]:
-    """Score all candidates at several α on a quarter of the rows, the better half of them on half of the rows, and
-    return the best two, or all if there are fewer, with the α that was best for them.
-
-    Without rows, or with fewer than eight of a task in a quarter, nothing is scored and all are returned.
-
-    Args:
-        entrants: changed in place: `alpha` and `scored` are those of the last round of each.
-        score: returns the score of a candidate by its index, at an α, on the first share of every task's rows.
-        rows: number of rows by task.
+def finalists(scored: Sequence[Scored]) -> list[int]:
+    """Return the indices of the candidates that are scored on all rows: the best two, and the first one if it is as
+    good as the best.
     """
-    left = entrants
-    if len(left) < 2 or not rows or min(rows.values()) * SHARES[0] < FEWEST:
-        return left
-    for share in SHARES:
-        for entrant in left:
-            found = {alpha: score(entrant.index, alpha, share) for alpha in entrant.alphas}
-            entrant.alpha = max(found, key=lambda alpha: found[alpha].score)
-            entrant.scored, entrant.alphas = found[entrant.alpha], [entrant.alpha]
-        left = sorted(left, key=lambda entrant: -entrant.scored.score)[: max(ceil(len(left) / 2), FINALISTS)]
-        if len(left) <= FINALISTS:
-            break
-    return left[:FINALISTS]
+    order = sorted(range(len(scored)), key=lambda i: -scored[i].score)
+    left = order[:FINALISTS]
+    return sorted(left if 0 in left or not scored[0].as_good_as(scored[order[0]]) else [0, *left])
+
+
+def winner_of(scored: Sequence[Scored]) -> int:
+    """Return the index of the first candidate that is as good as the best one, so that a candidate is left for a later
+    one only if the rows tell the difference.
+    """
+    best = max(scored, key=lambda candidate: candidate.score)
+    return next(i for i, candidate in enumerate(scored) if candidate.as_good_as(best))
+
+
+def nearest_as_good(scored: Mapping[float, Scored], default: float) -> float:
+    """Return the α nearest to the default that is as good as the best one."""
+    best = max(scored.values(), key=lambda one: one.score)
+    return min((alpha for alpha, one in scored.items() if one.as_good_as(best)), key=lambda a: (abs(a - default), a))

@@ -77,10 +77,28 @@ def magnitude_of_rank(tensor: Tensor, rank: int) -> Tensor:
     return tensor.abs().flatten().kthvalue(tensor.numel() - rank + 1).values
 
 
-def elected_mean(updates: Tensor) -> Tensor:
-    """Return the mean over the experts (dimension 0) of the entries that have the sign of their sum, without zeros."""
+# By what a method divides the sum of the entries that agree in sign.
+NORMALIZE: dict[str, Any] = {
+    "help": "what the sum of the entries that agree in sign is divided by: count, their number; weights, the sum of "
+    "their tasks' weights (mergekit's `normalize: true`); none, nothing (`normalize: false`)",
+    "choices": ("count", "weights", "none"),
+}
+
+
+def elected_mean(updates: Tensor, weights: Iterable[float], normalize: str) -> Tensor:
+    """Merge the entries that have the sign of their sum, without zeros.
+
+    Args:
+        updates: of the experts (dimension 0), times their weights.
+        weights: of the experts.
+        normalize: see `NORMALIZE`.
+    """
     agreeing = updates * (updates.sign() == updates.sum(0).sign())
-    return agreeing.sum(0) / agreeing.count_nonzero(0).clamp_min(1)
+    if normalize == "none":
+        return agreeing.sum(0)
+    shares = (agreeing != 0) * _per_expert(weights if normalize == "weights" else [1.0] * len(updates), updates)
+    total = shares.sum(0)
+    return agreeing.sum(0) / torch.where(total == 0, 1, total)
 
 
 def _per_expert(values: Iterable[Any], updates: Tensor) -> Tensor:
@@ -96,7 +114,7 @@ class TIES(MergeMethod):
 
     Of every expert's update only the largest entries are kept, and all that are as large as the last of these; of
     these, the entries that agree with the sign of their sum; of these, the mean. A task's weight multiplies what is
-    kept of its update (in mergekit, it also weights the mean).
+    kept of its update, and with `normalize: weights` the mean, as in mergekit.
     """
 
     name: ClassVar[str] = "ties"
@@ -112,6 +130,7 @@ class TIES(MergeMethod):
         },
     )
     density_scope: str = field(default="model", metadata=SCOPE)
+    normalize: str = field(default="count", metadata=NORMALIZE)
 
     def prepare(self, whole: WholeUpdates) -> list[float]:
         """Return, per expert, the smallest magnitude among the entries of the whole update that are kept."""
@@ -126,7 +145,7 @@ class TIES(MergeMethod):
             rank = max(int(self.density * updates[0].numel()), 1)
             thresholds = [magnitude_of_rank(update, rank) for update in updates]
         updates = updates * (updates.abs() >= _per_expert(thresholds, updates)) * _per_expert(stack.weights, updates)
-        return Merged(elected_mean(updates), self.name)
+        return Merged(elected_mean(updates, stack.weights, self.normalize), self.name)
 
 
 @dataclass
@@ -240,14 +259,16 @@ class DARETIES(DARE):
     up; of these, the mean of the entries that agree with the sign of their sum.
 
     No entry is trimmed by magnitude: the published code trims to more entries than the draw leaves. mergekit sums the
-    entries that agree, unless `normalize` is true.
+    entries that agree (`normalize: none`), unless its `normalize` is true.
     """
 
     name: ClassVar[str] = "dare-ties"
     papers: ClassVar[tuple[str, ...]] = ("2311.03099", "2306.01708")
 
+    normalize: str = field(default="count", metadata=NORMALIZE)
+
     def merge(self, stack: Stack) -> Merged:
-        return Merged(elected_mean(torch.stack(self.drawn(stack))), self.name)
+        return Merged(elected_mean(torch.stack(self.drawn(stack)), stack.weights, self.normalize), self.name)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from .checks import check_disk, check_factors, check_memory, check_values
 from .depth import LinesSettings, resolve_lines
 from .kinship import check_trained
 from .low_rank import check_low_rank
+from .mergekit import convert_mergekit
 from .options import MergeOptions, torch_dtype
 from .overrides import Override, Rule, resolve_overrides
 from .plan import MergePlan, calibrated_widths, counted_rows, plan_merge
@@ -41,6 +42,7 @@ __all__ = [
     "check_trained",
     "check_values",
     "choose_voice",
+    "convert_mergekit",
     "counted_rows",
     "endless_turns",
     "load_recipe",

@@ -180,7 +180,8 @@ def kinds_of(base: Checkpoint, names: Iterable[str]) -> dict[str, str]:
 
 
 def select_overrides(base: Checkpoint, kinds: Mapping[str, str], overrides: Sequence[Override]) -> dict[str, Override]:
-    """Return by canonical name what is set for each weight that an override selects: key by key, the last one's.
+    """Return by canonical name what is set for each weight that an override selects: key by key, and of `weights`
+    task by task, the last one's.
 
     Lists are interpolated at the weight's block. Weights before all blocks take the first number, those after them the
     last.
@@ -200,7 +201,10 @@ def select_overrides(base: Checkpoint, kinds: Mapping[str, str], overrides: Sequ
         for name in found:
             new = override.at(places[name])
             set_here = {f.name: getattr(new, f.name) for f in fields(new) if getattr(new, f.name) is not None}
-            selected[name] = replace(selected.get(name, Override()), **set_here)
+            known = selected.get(name, Override())
+            if new.weights is not None:
+                set_here["weights"] = {**(known.weights or {}), **new.weights}
+            selected[name] = replace(known, **set_here)
     return selected
 
 

@@ -84,7 +84,9 @@ def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[s
     """
     check_path(path, "recipe")
     path = Path(path)
-    recipe = _read_yaml(path)
+    recipe = read_mapping(path)
+    if "merge_method" in recipe:
+        raise HfEsmError(f"{path} is a recipe of mergekit. Convert it: hf-esm convert {path}")
     version = recipe.get("recipe_version", RECIPE_VERSION)
     if version != RECIPE_VERSION:
         raise HfEsmError(
@@ -111,8 +113,12 @@ def _missing_settings(method: Mapping[str, Any]) -> dict[str, Any]:
     return {"published_embeddings": True} if "sum_subtracted" in method else {}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping."""
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        HfEsmError: if it is missing, or is something else.
+    """
     try:
         recipe = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,0 +1,35 @@
+"""Write a recipe of mergekit as a recipe of hf_esm. What differs is printed; what cannot be converted is refused."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+
+from ..errors import HfEsmError
+from ..planning import convert_mergekit
+from ..utils import atomic_file
+from .console import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="mergekit's YAML file")
+    parser.add_argument("-o", "--output", help="file to write (default: printed)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.add_argument("--base", metavar="MODEL", help="checkpoint that all models were tuned from")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output).expanduser() if arguments.output else None
+    if output is not None and output.exists() and not arguments.overwrite:
+        raise HfEsmError(f"{output} exists. Choose another `output`, or pass `overwrite=True`.")
+    recipe, notes = convert_mergekit(arguments.recipe, arguments.base)
+    text = f"# Converted from {arguments.recipe}\n" + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    for note in notes:
+        say(f"note: {note}", file=sys.stderr)
+    if output is None:
+        say(text.rstrip())
+        return
+    with atomic_file(output) as partial:
+        partial.write_text(text, encoding="utf-8")
+    say(f"{output}: hf-esm merge {output} --output-dir FOLDER")
