@@ -86,7 +86,7 @@ def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[s
     path = Path(path)
     recipe = read_mapping(path)
     if "merge_method" in recipe:
-        raise HfEsmError(f"{path} is a recipe of mergekit. Convert it: hf-esm convert {path}")
+        raise HfEsmError(f"{path} is a recipe of mergekit. Convert it: `hf-esm convert {path}`.")
     version = recipe.get("recipe_version", RECIPE_VERSION)
     if version != RECIPE_VERSION:
         raise HfEsmError(

@@ -265,8 +265,8 @@ def test_a_recipe_of_mergekit_given_by_mistake_says_so_and_is_converted_on_the_c
     path, _, _ = kit_recipe(models, "ties", tmp_path)
     assert main(["merge", str(path)]) == 2
     said = capsys.readouterr().err
-    assert f"is a recipe of mergekit. Convert it: hf-esm convert {path}" in said
-    assert main(said.strip().rpartition("hf-esm ")[2].split()) == 0
+    assert f"is a recipe of mergekit. Convert it: `hf-esm convert {path}`" in said
+    assert main(said.strip().rpartition("`hf-esm ")[2].rstrip("`.").split()) == 0
     printed = capsys.readouterr()
     assert yaml.safe_load(printed.out)["method"]["name"] == "ties" and "note: int8_mask" in printed.err
     written = tmp_path / "recipe.yaml"
