@@ -293,7 +293,7 @@ REMEDIES = {  # what is called, and the names of the tests that call it
     "hf-esm calibrate": "test_statistics_that_calibrate_writes_stand_for_the_data",
     "hf-esm calibrate --base": "test_statistics_that_calibrate_writes_stand_for_the_data",
     "hf-esm chat": "test_a_conversation_is_that_of_the_model",
-    "hf-esm convert": "test_a_recipe_of_mergekit_given_by_mistake_says_so_and_is_converted_on_the_command_line",
+    "hf-esm convert {}": "test_a_recipe_of_mergekit_given_by_mistake_says_so_and_is_converted_on_the_command_line",
     "hf-esm export": "test_export_and_add_write_what_the_api_writes",
     "hf-esm merge": "test_a_merge_from_a_recipe_or_from_flags_alone",
     "hf-esm predict": "test_predict_and_explain_say_what_the_api_says",

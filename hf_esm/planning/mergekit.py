@@ -3,12 +3,12 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 from ..errors import HfEsmError
 from ..utils import check_known, check_task_name
+from .mergekit_methods import METHODS, REFUSED, SIGNS
 from .recipe import read_mapping
 
 
@@ -25,59 +25,6 @@ _KEYS = (
     "chat_template",
     "parameters",
 )
-_SPARSE = {"density_scope": "tensor"}
-_SIGNS = {True: "weights", False: "none"}  # our `normalize`, by mergekit's
-
-
-@dataclass(frozen=True)
-class _Method:
-    """One of mergekit's methods.
-
-    Attributes:
-        name: of ours.
-        settings: our settings that mergekit's formula amounts to.
-        parameters: our settings by those of mergekit.
-        normalize: mergekit's default of `normalize`; None if the method has none.
-        signs: whether `normalize` is a setting of ours, instead of a part of α.
-        on_weights: whether whole weights are merged, so that one of the models may serve mergekit as the base.
-    """
-
-    name: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    parameters: Mapping[str, str] = field(default_factory=dict)
-    normalize: Optional[bool] = None
-    signs: bool = False
-    on_weights: bool = False
-
-
-_DENSITY = {"density": "density"}
-_METHODS = {
-    "linear": _Method("mean", normalize=True, on_weights=True),
-    "task_arithmetic": _Method("task-arithmetic", normalize=False),
-    "ties": _Method("ties", {**_SPARSE, "density": 1.0}, _DENSITY, normalize=True, signs=True),
-    "dare_linear": _Method("dare", {"density": 1.0}, _DENSITY, normalize=False),
-    "dare_ties": _Method("dare-ties", {"density": 1.0}, _DENSITY, normalize=False, signs=True),
-    "breadcrumbs": _Method(
-        "breadcrumbs", {**_SPARSE, "density": 1.0, "gamma": 0.01}, {**_DENSITY, "gamma": "gamma"}, normalize=False
-    ),
-    "della": _Method(
-        "della", {"density": 1.0, "epsilon": 0.3}, {**_DENSITY, "epsilon": "epsilon"}, normalize=True, signs=True
-    ),
-    "sce": _Method("sce", {"density": 1.0}, {"select_topk": "density"}),
-    "model_stock": _Method("model-stock"),
-    "slerp": _Method("slerp", parameters={"t": "t"}, on_weights=True),
-    "nuslerp": _Method("nuslerp", on_weights=True),
-    "karcher": _Method("karcher", parameters={"max_iter": "max_iter", "tol": "tol"}, on_weights=True),
-}
-_REFUSED = {
-    "passthrough": "it stacks layers into a model of another depth, and hf_esm merges layer by layer",
-    "breadcrumbs_ties": "hf_esm has 'breadcrumbs' and 'ties', not both in one",
-    "della_linear": "hf_esm has 'della', which elects signs",
-    "multislerp": "hf_esm has 'slerp' and 'karcher'",
-    "arcee_fusion": "hf_esm has no method like it",
-    "nearswap": "hf_esm has no method like it",
-    "ram": "hf_esm has no method like it",
-}
 # What mergekit's settings say that needs no setting of ours.
 _WITHOUT_EFFECT = {"int8_mask": "int8_mask: saves memory in mergekit and changes no weight; hf_esm needs no mask"}
 
@@ -114,10 +61,10 @@ class _Conversion:
         self.path, self.config = path, config
         check_known(config, _KEYS, "key", f"{path}: mergekit's recipe")
         name = config["merge_method"]
-        if name in _REFUSED:
-            self._refuse(f"merge_method {name}: {_REFUSED[name]}")
-        check_known([name], _METHODS, "merge_method", str(path))
-        self.method, self.kit_name = _METHODS[name], name
+        if name in REFUSED:
+            self._refuse(f"merge_method {name}: {REFUSED[name]}")
+        check_known([name], METHODS, "merge_method", str(path))
+        self.method, self.kit_name = METHODS[name], name
         self.notes: list[str] = []
         self.overrides: list[dict[str, Any]] = []
         self.settings = dict(self.method.settings)
@@ -320,7 +267,7 @@ class _Conversion:
         divisor = 1.0
         normalize = self.globals.get("normalize", self.method.normalize)
         if self.method.signs:
-            self.settings["normalize"] = _SIGNS[bool(normalize)]
+            self.settings["normalize"] = SIGNS[bool(normalize)]
         elif self.method.normalize is not None and bool(normalize) != (self.method.name == "mean"):
             divisor = self._sum_of_weights(bool(normalize))
         points = [(".", general)] if isinstance(general, list) else []
