@@ -45,6 +45,9 @@ def seal(path: Path) -> None:
 def check_seal(path: Path, remedy: str, needed: bool = True) -> None:
     """Refuse a file that is not as it was written. A file that did not change is read once in a process.
 
+    SHA-256 takes 1.2 s of processor time per GiB, beside 1.9 s in which statistics are checked for finite values when
+    they are opened (one slow core); the QR decomposition of one factor `[4096, 2048]` takes 0.6 s there.
+
     Args:
         remedy: what to do about a damaged file.
         needed: whether the file must have a checksum; those of hf_esm 0.1.0 have none.
