@@ -114,13 +114,12 @@ def end_published(resume_dir: str, output: Path) -> None:
     """
     place = Path(resume_dir).expanduser()
     folder, whole = place / WORK_FOLDER, place / WORK_FOLDER / _WHOLE
-    if not any(path.exists() for path in (whole, _done(folder), place / _LOCK)):
-        return
-    with suppress(HfEsmError), only_user(place / _LOCK, f"{folder} is in use by another merge."):
-        shutil.rmtree(_done(folder), ignore_errors=True)
-        if whole.is_file() and output.is_dir() and whole.read_text(encoding="utf-8") == _identity(output):
-            _remove(folder)
-    with suppress(OSError):  # there is something else, or another process was faster
+    if any(path.exists() for path in (whole, _done(folder), place / _LOCK)):
+        with suppress(HfEsmError), only_user(place / _LOCK, f"{folder} is in use by another merge."):
+            shutil.rmtree(_done(folder), ignore_errors=True)
+            if whole.is_file() and output.is_dir() and whole.read_text(encoding="utf-8") == _identity(output):
+                _remove(folder)
+    with suppress(OSError):  # there is something else, or nothing at all
         place.rmdir()
 
 

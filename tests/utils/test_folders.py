@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,7 +238,7 @@ def test_after_a_kill_the_next_writer_adds_the_other_folders(three, tmp_path):
     assert names(tmp_path) == ["out"] and names(three) == ["a", "b", "mine"]
 
 
-@pytest.mark.parametrize("killed", ["before", "after", "inside"])
+@pytest.mark.parametrize("killed", ["before", "after", "inside", "at the end"])
 def test_work_is_removed_whose_output_got_its_name_before_a_kill(tmp_path, killed):
     work = Work(str(tmp_path / "resume_dir"), {"the samples": 1})
     with staging_folder(tmp_path / "out") as staging:
@@ -250,6 +251,8 @@ def test_work_is_removed_whose_output_got_its_name_before_a_kill(tmp_path, kille
     work.release()
     if killed == "inside":
         work.folder.rename(tmp_path / "resume_dir" / "merge-in-progress.done")
+    if killed == "at the end":
+        shutil.rmtree(work.folder)
     end_published(tmp_path / "resume_dir", tmp_path / "out")
     assert names(tmp_path) == (["out", "resume_dir"] if killed == "before" else ["out"])
     if killed == "before":
