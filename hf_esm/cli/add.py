@@ -7,7 +7,7 @@ import argparse
 from ..data import RunOptions
 from ..routing import RoutedModel
 from .console import say
-from .flags import add_flags, add_trust_flags, options_of, pairs
+from .flags import add_flags, add_trust_flags, by_task, options_of, plain_or_yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    ((task, expert),) = pairs([arguments.expert], "--expert").items()
+    ((task, expert),) = by_task([arguments.expert], "--expert").items()
     model = RoutedModel.from_pretrained(
         arguments.model, allow_pickle=arguments.allow_pickle, trust_remote_code=arguments.trust_remote_code
     )
@@ -33,8 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
         expert,
         arguments.statistics,
         output_dir=arguments.output,
-        calibration=arguments.calibration,
-        base=arguments.base,
+        calibration=arguments.calibration and plain_or_yaml(arguments.calibration, "--calibration"),
+        base=arguments.base and plain_or_yaml(arguments.base, "--base"),
         **options_of(arguments, RunOptions),
     )
     say(f"{larger.folder}: {', '.join(larger.tasks)}")

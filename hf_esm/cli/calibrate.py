@@ -1,23 +1,34 @@
-"""Run an expert over unlabelled samples and write its activation statistics, which serve every later merge."""
+"""Run an expert over unlabelled samples and write its activation statistics, which serve every later merge. With a
+recipe, do so for every expert that it names samples for: TASK.safetensors in one folder.
+"""
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
-from ..calibration import calibrate
+from ..calibration import ActivationStatistics, calibrate
 from ..data import SampleOptions
+from ..errors import HfEsmError
+from ..merging import STATISTICS_SAMPLES, statistics_and_samples
+from ..planning import load_recipe, name_experts, task_weights
 from ..utils import check_path
 from .console import say
-from .flags import add_flags, add_trust_flags, count, options_of
+from .flags import add_flags, add_trust_flags, count, options_of, plain_or_yaml
+from .requests import is_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder or Hub id of the expert")
-    parser.add_argument("data", help="samples: JSON lines, JSON, CSV, Parquet or text")
-    parser.add_argument("-o", "--output", required=True, help="file to write (.safetensors), or a folder")
+    parser.add_argument("model", help="folder or Hub id of the expert; or a recipe, for all experts in it")
+    parser.add_argument("data", nargs="?", help="samples: JSON lines, JSON, CSV, Parquet or text (not with a recipe)")
+    parser.add_argument(
+        "-o", "--output", help="file to write (.safetensors), or a folder (default: the recipe's statistics_dir)"
+    )
     parser.add_argument("--base", help="the base model, for ESM++ (default for adapters: the one that they name)")
     parser.add_argument("--compress-rank", type=count, help="keep this many rows of each factor (smaller, lossy)")
-    parser.add_argument("--batch-size", type=count, default=8, help="samples per batch and process (default: 8)")
+    parser.add_argument("--batch-size", type=count, help="samples per batch and process (default: 8)")
     parser.add_argument("--max-memory", help="memory to calibrate in, such as 16GB; the rest goes to disk")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
     add_trust_flags(parser)
@@ -25,23 +36,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if is_recipe(arguments.model):
+        _calibrate_recipe(arguments)
+        return
+    if arguments.data is None or arguments.output is None:
+        raise HfEsmError("calibrate takes a recipe, or MODEL SAMPLES -o FILE.")
     check_path(arguments.output, "--output")
-    statistics = calibrate(
-        arguments.model,
-        arguments.data,
-        base=arguments.base,
-        batch_size=arguments.batch_size,
-        max_memory=arguments.max_memory,
-        progress=not arguments.no_progress,
-        allow_pickle=arguments.allow_pickle,
-        trust_remote_code=arguments.trust_remote_code,
-        **options_of(arguments, SampleOptions),
-    )
+    data, base = plain_or_yaml(arguments.data, "samples"), arguments.base
+    base = plain_or_yaml(base, "--base") if base else None
+    statistics = calibrate(plain_or_yaml(arguments.model, "model"), data, base=base, **_options(arguments))
+    _save(statistics, arguments.output, arguments)
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `calibrate` that flags set."""
+    options = options_of(arguments, SampleOptions)
+    options |= {n: v for n in ("batch_size", "max_memory") if (v := getattr(arguments, n)) is not None}
+    options |= {n: True for n in ("allow_pickle", "trust_remote_code") if getattr(arguments, n)}
+    return options | ({"progress": False} if arguments.no_progress else {})
+
+
+def _save(statistics: ActivationStatistics, output: str | Path, arguments: argparse.Namespace) -> None:
     if arguments.compress_rank:
         statistics = statistics.compress(arguments.compress_rank)
     if PartialState().is_main_process:
-        path = statistics.save(arguments.output)
+        path = statistics.save(output)
         line = f"{path}: {len(statistics)} linear maps, {statistics.provenance.num_samples} samples"
         if arguments.compress_rank:
             line += f", compression error up to {statistics.provenance.compression_error:.1%}"
         say(line)
+
+
+def _calibrate_recipe(arguments: argparse.Namespace) -> None:
+    """Write the statistics of every expert in a recipe that has samples there."""
+    if arguments.data is not None:
+        raise HfEsmError(f"{arguments.model} is a recipe, which names the samples. Leave {arguments.data!r} out.")
+    recipe = load_recipe(arguments.model, "calibrate")
+    folder = arguments.output or recipe.pop("statistics_dir", None)
+    if not folder:
+        raise HfEsmError("Say where to write: -o FOLDER (or statistics_dir in the recipe).")
+    check_path(folder, "--output")
+    experts, _ = task_weights(name_experts(recipe.pop("experts")), None)
+    calibration, base = recipe.pop("calibration", None), recipe.pop("base")
+    base = plain_or_yaml(arguments.base, "--base") if arguments.base else base
+    most = recipe.pop("statistics_samples", None)
+    most = STATISTICS_SAMPLES if most is None else most
+    if most:  # as a merge by the recipe chooses
+        recipe["num_samples"] = min(recipe.get("num_samples", most) or most, most)
+    if not isinstance(calibration, Mapping):
+        raise HfEsmError(f"{arguments.model} names no samples by task. Add calibration: {{TASK: FILE}} for each.")
+    found = {task: statistics_and_samples(calibration.get(task)) for task in experts}
+    options = {**recipe, **_options(arguments)}
+    if not any(rows is not None for _, rows in found.values()):
+        raise HfEsmError(f"{arguments.model}: no expert has samples in calibration. Add those of one expert or more.")
+    for task, (_, rows) in found.items():
+        if rows is not None:
+            path = Path(folder).expanduser() / f"{task}.safetensors"
+            _save(calibrate(experts[task], rows, base=base, **options), path, arguments)
+    if None not in [rows for _, rows in found.values()]:
+        say(f"To merge by them: hf-esm merge {arguments.model} --calibration {folder}")

@@ -13,9 +13,9 @@ from ..errors import HfEsmError
 from ..evaluation import METHODS_COMPARED, NOT_COMPARED, PICTURES, REPORT, add_comparison, compare
 from ..methods import resolve_method
 from .console import say
-from .flags import count, pairs
+from .flags import count, plain_or_yaml
 from .parser import CommandParser
-from .requests import add_merge_arguments, merge_request, yaml_value
+from .requests import add_merge_arguments, merge_request, update_by_task
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.card and not (Path(arguments.card) / RECIPE_FILE).is_file():
         raise HfEsmError(f"--card {arguments.card}: not a folder that `hf-esm merge` wrote.")
     if not request.get("output_dir"):
-        raise HfEsmError("Say where to write the report: --output-dir FOLDER (or output_dir in the recipe).")
+        raise HfEsmError("Say where to write the report: --output-dir FOLDER (or report_dir in the recipe).")
     found = compare(**request)
     say(found)
     say(f"\n{Path(request['output_dir']) / REPORT}")
@@ -57,11 +57,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _comparison_request(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `compare`, from a recipe and the flags that override it."""
-    request = merge_request(arguments, for_comparison=True)
+    request = merge_request(arguments, "compare")
     if "seed" in request:
         request.setdefault("seeds", [request["seed"]])
-    if test := pairs(arguments.test, "--test"):
-        request["test"] = {**(request.get("test") or {}), **test}
+    update_by_task(request, arguments, test="test")
+    folder, merged = request.pop("report_dir", None), request.get("output_dir")
+    if arguments.recipe and not hasattr(arguments, "output_dir") and (folder or merged):
+        request["output_dir"] = folder or f"{merged}-report"  # the recipe's output_dir is that of the merged model
     if "test" not in request:
         raise HfEsmError("Name the rows to measure on: --test TASK=FILE for each (or test in the recipe).")
     request["methods"] = _compared_methods(arguments, request)
@@ -86,8 +88,7 @@ def _compared_methods(arguments: argparse.Namespace, request: Mapping[str, Any])
         already = [resolve_method(method) for method in methods]
         methods += [name for name in METHODS_COMPARED if resolve_method(name) not in already]
     methods = [
-        yaml_value(method, "--methods") if isinstance(method, str) and method.startswith("{") else method
-        for method in methods
+        plain_or_yaml(method, "--methods") if isinstance(method, str) else method for method in methods
     ]
     if (rank := request.get("rank")) is None:
         return methods

@@ -1,58 +1,82 @@
-"""Score a merged model on the rows of every task, next to the experts if they are named."""
+"""Score a merged model on the rows of every task, next to the experts if they are named. A recipe names all of it: the
+model that it was merged into (output_dir), its base and experts, and the rows (test).
+"""
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..data import SampleOptions
 from ..errors import HfEsmError
 from ..evaluation import evaluate, update_card
 from ..metrics import BUILT_IN
+from ..planning import load_recipe, name_experts, task_weights
 from .console import say
-from .flags import add_flags, add_trust_flags, count, options_of, pairs
+from .flags import add_flags, add_trust_flags, count, options_of, plain_or_yaml
+from .requests import is_recipe, update_by_task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder or Hub id of the merged model")
-    parser.add_argument("--data", action="append", required=True, metavar="TASK=FILE", help="labelled rows")
+    parser.add_argument("model", help="folder or Hub id of the merged model, or the recipe that it was merged by")
+    parser.add_argument("--data", "--test", action="append", metavar="TASK=FILE", help="labelled rows")
     parser.add_argument("--expert", action="append", metavar="TASK=MODEL", help="compare with this expert")
     parser.add_argument(
         "--base", help="score the base, too; adapters are read over it (default: over that which they name)"
     )
-    parser.add_argument(
-        "--metric", default="accuracy", help=f"{', '.join(BUILT_IN)}, or a metric of the evaluate library"
-    )
+    parser.add_argument("--metric", help=f"{', '.join(BUILT_IN)}, or one of the evaluate library (default: accuracy)")
     parser.add_argument("--json", metavar="FILE", help="write the scores to this file, too")
     parser.add_argument("--card", action="store_true", help="write the scores into the model's card, too")
     parser.add_argument(
         "--route",
         choices=["routed", "oracle", "static"],
-        default="routed",
         help="how an esm++ model picks experts (default: routed)",
     )
-    parser.add_argument("--batch-size", type=count, default=32, help="samples per batch (default: 32)")
+    parser.add_argument("--batch-size", type=count, help="samples per batch (default: 32)")
     add_trust_flags(parser)
     add_flags(parser, SampleOptions, num_samples=0)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    data, experts = pairs(arguments.data, "--data"), pairs(arguments.expert, "--expert")
+    request = _request(arguments)
     if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
         raise HfEsmError(f"--json {arguments.json}: there is no such folder.")
-    scores = evaluate(
-        arguments.model,
-        data,
-        experts=experts,
-        base=arguments.base,
-        metric=arguments.metric,
-        route=arguments.route,
-        batch_size=arguments.batch_size,
-        allow_pickle=arguments.allow_pickle,
-        trust_remote_code=arguments.trust_remote_code,
-        **{"num_samples": 0, **options_of(arguments, SampleOptions)},
-    )
+    scores = evaluate(**request)
     say(scores)
     if arguments.card:
-        say(update_card(arguments.model, scores, data))
+        say(update_card(request["model"], scores, request["data"]))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(scores.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _request(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `evaluate`, from a recipe and the flags that override it."""
+    request = _of_recipe(arguments.model) if is_recipe(arguments.model) else {"model": arguments.model}
+    update_by_task(request, arguments, experts="expert", data="data")
+    if "data" not in request:
+        raise HfEsmError("Name the rows to score on: --data TASK=FILE for each (or test in a recipe).")
+    for name in ("metric", "route", "batch_size"):
+        if getattr(arguments, name) is not None:
+            request[name] = getattr(arguments, name)
+    if arguments.base:
+        request["base"] = plain_or_yaml(arguments.base, "--base")
+    for name in ("allow_pickle", "trust_remote_code"):
+        request[name] = getattr(arguments, name) or request.get(name, False)
+    return {**request, **options_of(arguments, SampleOptions)}
+
+
+def _of_recipe(path: str) -> dict[str, Any]:
+    """The arguments that a recipe holds; its experts are those of the tasks that have rows."""
+    recipe = load_recipe(path, "evaluate")
+    if not recipe.get("output_dir"):
+        raise HfEsmError(f"{path} names no output_dir, the model to score. Name the model instead of the recipe.")
+    request = {"model": recipe.pop("output_dir")}
+    if "test" in recipe:
+        request["data"] = recipe.pop("test")
+    if "num_test" in recipe:
+        request["num_samples"] = recipe.pop("num_test")
+    experts, _ = task_weights(name_experts(recipe.pop("experts")), None)
+    rows = request.get("data")
+    request["experts"] = {t: spec for t, spec in experts.items() if isinstance(rows, Mapping) and t in rows}
+    return {**request, **recipe}

@@ -6,14 +6,13 @@ import shutil
 import textwrap
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ..errors import HfEsmError
 from ..methods import METHODS
-from ..planning import MergeOptions, RefineSettings, load_recipe, read_yaml
-from .flags import add_flags, options_of, pairs
+from ..planning import MergeOptions, RefineSettings, load_recipe
+from .flags import add_flags, by_task, options_of, pairs, plain_or_yaml, yaml_value
 from .parser import CommandParser
 
 
@@ -36,17 +35,12 @@ def add_merge_arguments(parser: CommandParser, leave_out: Collection[str] = ()) 
     add_flags(parser, MergeOptions, leave_out)
 
 
-def merge_request(arguments: argparse.Namespace, for_comparison: bool = False) -> dict[str, Any]:
+def merge_request(arguments: argparse.Namespace, command: str = "merge") -> dict[str, Any]:
     """The arguments of `merge_models`, or of `compare`, from a recipe and the flags that override it."""
-    request = load_recipe(arguments.recipe, for_comparison) if arguments.recipe else {}
+    request = load_recipe(arguments.recipe, command) if arguments.recipe else {}
     if arguments.base:
-        request["base"] = arguments.base
-    for name, flag in (("experts", "expert"), ("calibration", "calibration"), ("validation", "validation")):
-        if named := pairs(getattr(arguments, flag), f"--{flag}"):
-            before = request.get(name) or {}
-            if not isinstance(before, Mapping):
-                raise HfEsmError(f"--{flag}: the recipe gives {name} as {before!r}; name them there one by one.")
-            request[name] = {**before, **named}
+        request["base"] = plain_or_yaml(arguments.base, "--base")
+    update_by_task(request, arguments, experts="expert", calibration="calibration", validation="validation")
     if "experts" not in request:
         raise HfEsmError("Name a recipe, or --base and --expert TASK=MODEL for each expert.")
     request.setdefault("base", None)
@@ -56,34 +50,49 @@ def merge_request(arguments: argparse.Namespace, for_comparison: bool = False) -
             request[name] = _settings(words, f"--{name}") or True
     if arguments.set:
         method = request.get("method", "esm")
-        if method == "auto":
-            raise HfEsmError("--set changes a setting of one method, but auto chooses one. Name it: --method esm.")
         method = {"name": method} if isinstance(method, str) else dict(method)
+        if method.get("name") == "auto":
+            raise HfEsmError("--set changes a setting of one method, but auto chooses one. Name it: --method esm.")
         request["method"] = method | _settings(arguments.set, "--set")
     return request
+
+
+def is_recipe(text: str) -> bool:
+    """Whether a word that names a model, or a recipe, names a recipe."""
+    return text.endswith((".yaml", ".yml")) and not Path(text).expanduser().is_dir()
+
+
+def update_by_task(request: dict[str, Any], arguments: argparse.Namespace, **flags: str) -> None:
+    """Add to the arguments of a call what flags name by task.
+
+    Args:
+        request: the arguments, which the flags override task by task.
+        flags: the flag of each argument, such as `experts="expert"`.
+    """
+    for name, flag in flags.items():
+        words = getattr(arguments, flag)
+        if name == "calibration" and words and len(words) == 1 and Path(words[0]).expanduser().is_dir():
+            request[name] = words[0]  # the folder of all statistics
+        elif named := by_task(words, f"--{flag}"):
+            before = request.get(name) or {}
+            if not isinstance(before, Mapping):
+                raise HfEsmError(f"--{flag}: the recipe gives {name} as {before!r}; name them there one by one.")
+            request[name] = {**before, **named}
 
 
 def _plain_values(used: dict[str, Any]) -> dict[str, Any]:
     """The values of flags, those that are written as YAML read."""
     if "overrides" in used:
         used["overrides"] = [yaml_value(text, "--overrides") for text in used["overrides"]]
-    for name in {"alpha", "tokenizer"} & used.keys():
-        if isinstance(used[name], str) and used[name].startswith("{"):
-            used[name] = yaml_value(used[name], f"--{name}")
+    for name in {"alpha", "tokenizer", "method"} & used.keys():
+        if isinstance(used[name], str):
+            used[name] = plain_or_yaml(used[name], f"--{name}")
     return used
 
 
 def _settings(words: Iterable[str], flag: str) -> dict[str, Any]:
     """The settings that the words `NAME=VALUE` of a flag give, with values as YAML reads them."""
     return {name: yaml_value(text, flag) for name, text in pairs(words, flag).items()}
-
-
-def yaml_value(text: str, flag: str) -> Any:
-    """The value that a text is in YAML, such as `0.2`, `true` or `[query, key]`."""
-    try:
-        return read_yaml(text)
-    except (yaml.YAMLError, RecursionError):
-        raise HfEsmError(f"{flag}: {text!r} is not a YAML value.") from None
 
 
 def describe_settings() -> str:

@@ -5,6 +5,7 @@ was done.
 """
 
 from .components import essential_components, fuse_adapters, fuse_components
+from .expert_statistics import STATISTICS_SAMPLES, statistics_and_samples
 from .merge import merge_models
 from .planned import PlannedRun
 from .result import MergeResult
@@ -12,11 +13,13 @@ from .run import statistics_of_experts
 
 
 __all__ = [
+    "STATISTICS_SAMPLES",
     "MergeResult",
     "PlannedRun",
     "essential_components",
     "fuse_adapters",
     "fuse_components",
     "merge_models",
+    "statistics_and_samples",
     "statistics_of_experts",
 ]

@@ -181,7 +181,7 @@ def merge_models(
         merge_method = merge_method.with_rank(rank)
     experts, options.weights = task_weights(name_experts(experts), options.weights)
     data = MergeData(calibration, validation, score_fn, processor)
-    check_arguments(options, merge_method, experts, data)
+    check_arguments(options, merge_method, experts, data, writes=not dry_run)
     run = MergeRun(options, merge_method, data, accelerator or default_accelerator(), callback)
     run.open_models(base, experts, Access(token, allow_pickle, trust_remote_code), headers_only=dry_run)
     if dry_run:

@@ -111,12 +111,17 @@ def _named(expert: Any) -> tuple[str, Any]:
 
 
 def check_arguments(
-    options: MergeOptions, method: MergeMethod, experts: Mapping[str, ModelSpec], data: MergeData
+    options: MergeOptions,
+    method: MergeMethod,
+    experts: Mapping[str, ModelSpec],
+    data: MergeData,
+    writes: bool = True,
 ) -> None:
     """Raise an error for arguments that cannot be right, whatever the files hold.
 
     Args:
         method: the method that the caller named.
+        writes: whether the output is to be written now, so that none may be in its way.
 
     Raises:
         HfEsmError: on data of a wrong kind or of unknown tasks, on a search of `alpha` without data, and on folders
@@ -133,7 +138,7 @@ def check_arguments(
     for name in ("output_dir", "statistics_dir", "cache_dir", "resume_dir"):
         _check_folder(options, name)
     if options.output_dir:
-        _check_output(options, data)
+        _check_output(options, data, writes)
 
 
 def _check_kinds(data: MergeData) -> None:
@@ -195,15 +200,16 @@ def _check_folder(options: MergeOptions, name: str) -> None:
         )
 
 
-def _check_output(options: MergeOptions, data: MergeData) -> None:
+def _check_output(options: MergeOptions, data: MergeData, writes: bool) -> None:
     """Raise an error if the output folder cannot be made, or if its replacement would remove something else."""
     output = Path(options.output_dir).expanduser()
     resolved = output.resolve()
     if Path.cwd().is_relative_to(resolved):
         raise HfEsmError(f"`output_dir` {output} is the current folder, or contains it. Choose another folder.")
-    if options.resume_dir:
-        end_published(options.resume_dir, output)
-    check_replaceable(output, options.overwrite, "output_dir")
+    if writes:
+        if options.resume_dir:
+            end_published(options.resume_dir, output)
+        check_replaceable(output, options.overwrite, "output_dir")
     places: dict[str, Any] = {f"`{n}`": getattr(options, n) for n in ("statistics_dir", "cache_dir", "resume_dir")}
     for name in ("calibration", "validation"):
         passed = getattr(data, name)

@@ -179,9 +179,12 @@ def _scale(alpha: Any, name: str) -> float | str:
     return alpha if alpha == "auto" else finite_number(alpha, name, "a finite number or 'auto'")
 
 
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+
 def torch_dtype(dtype: Optional[str | torch.dtype]) -> Optional[torch.dtype]:
-    """Return the floating-point dtype of this name in torch; None for None."""
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    """Return the floating-point dtype of this name in torch (also `"bf16"`, `"fp16"`, `"fp32"`); None for None."""
+    resolved = getattr(torch, _SHORT_DTYPES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(resolved, torch.dtype) and resolved.is_floating_point):
         raise HfEsmError(f"`dtype` must be a floating-point dtype of torch such as 'bfloat16', not {dtype!r}.")
     return resolved

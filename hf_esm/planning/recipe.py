@@ -20,7 +20,17 @@ RECIPE_VERSION = 1
 _MODELS_AND_DATA = ("base", "experts", "calibration", "validation")
 
 
-_COMPARED = ("methods", "test", "seeds", "num_test", "keep", "pictures", "search")
+_COMPARED = ("methods", "test", "seeds", "num_test", "keep", "pictures", "search", "report_dir")
+
+
+_EVALUATED = ("test", "num_test", "route")
+
+
+# Options of a merge that other commands read, too. `compare` takes all of them, and says which have no effect there.
+_RUN = ("max_length", "columns", "batch_size", "allow_pickle", "trust_remote_code")
+
+
+_CALIBRATED = ("num_samples", "statistics_samples", "seed", "max_memory", "progress", "statistics_dir")
 
 
 _WRITTEN_ONLY = ("recipe_version", "hf_esm_version")
@@ -72,11 +82,26 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, _StrictLoader)
 
 
-def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[str, Any]:
-    """Read a recipe: `merge_models(**load_recipe("recipe.yaml"))`, or `compare` with `for_comparison=True`.
+def _keys_of(command: str) -> tuple[str, ...]:
+    """Return the keys of recipes that a command reads."""
+    options = tuple(field.name for field in fields(MergeOptions))
+    return {
+        "merge": (*_MODELS_AND_DATA, *options),
+        "compare": (*_MODELS_AND_DATA, *options, *_COMPARED),
+        "evaluate": ("base", "experts", *_EVALUATED, *_RUN, "metric", "output_dir"),
+        "calibrate": ("base", "experts", "calibration", *_RUN, *_CALIBRATED),
+    }[command]
 
-    A relative path in a recipe starts at the folder of the recipe, if a file or folder exists there. Keys that only
-    `compare` reads (such as `methods` and `test`) are left out for a merge, so that one recipe serves both.
+
+def load_recipe(path: str | os.PathLike, command: str = "merge") -> dict[str, Any]:
+    """Read a recipe: `merge_models(**load_recipe("recipe.yaml"))`.
+
+    A relative path in a recipe starts at the folder of the recipe, if a file or folder exists there.
+
+    Args:
+        path: the YAML file.
+        command: what the recipe is read for: `"merge"`, `"compare"`, `"evaluate"` or `"calibrate"`. Keys that only
+            others of them read (such as `methods` and `test` for a merge) are left out, so that one recipe serves all.
 
     Raises:
         HfEsmError: if the recipe is missing, is not YAML, is of another format version, lacks a key, or has an unknown
@@ -96,10 +121,8 @@ def load_recipe(path: str | os.PathLike, for_comparison: bool = False) -> dict[s
     if "hf_esm_version" in recipe and isinstance(recipe.get("method"), Mapping):
         recipe["method"] = {**_missing_settings(recipe["method"]), **recipe["method"]}
     recipe = {key: value for key, value in recipe.items() if key not in _WRITTEN_ONLY}
-    if not for_comparison:
-        recipe = {key: value for key, value in recipe.items() if key not in _COMPARED}
-    known = [*_MODELS_AND_DATA, *(field.name for field in fields(MergeOptions))]
-    check_known(recipe, [*known, *(_COMPARED if for_comparison else ())], "key", str(path))
+    check_known(recipe, dict.fromkeys([*_keys_of("compare"), *_keys_of("evaluate")]), "key", str(path))
+    recipe = {key: value for key, value in recipe.items() if key in _keys_of(command)}
     if "experts" not in recipe:
         raise HfEsmError(f"{path}: the recipe has no key 'experts'. Add it.")
     recipe = {"base": None, **recipe}  # the one that all adapters name

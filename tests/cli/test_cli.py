@@ -346,7 +346,7 @@ REFUSED = {
     "no name": ("inspect {}/recipe.yaml --calibration ={}/c.jsonl", "--calibration takes NAME=VALUE"),
     "no value": ("inspect {}/recipe.yaml --columns text=", "--columns takes NAME=VALUE"),
     "unknown task": ("inspect {}/recipe.yaml --calibration z={}/c.jsonl", "--calibration: there is no expert 'z'"),
-    "unknown method": ("inspect {}/recipe.yaml --method best", "no method 'best'; there are mean, task-arithmetic"),
+    "unknown method": ("inspect {}/recipe.yaml --method best", "no method 'best'; there are auto, mean, task-arithmetic"),
     "unknown setting": ("inspect {}/recipe.yaml --set beta=1", "Method 'esm': there is no setting 'beta'"),
     "setting of no kind": ("inspect {}/recipe.yaml --set gamma=[", "--set: '[' is not a YAML value"),
     "setting of another kind": (
@@ -380,6 +380,15 @@ REFUSED = {
     "no model": ("calibrate {}/none {}/a.jsonl -o {}/x", "model ({}/none): there is no such folder"),
     "nothing to score": ("evaluate {}/none --data a={}/a.jsonl", "{}/none: there is no such folder"),
     "not on the Hub": ("evaluate me/none --data a={}/a.jsonl", "me/none: neither a folder nor wholly in the local"),
+    "nowhere to write": ("calibrate {}/a {}/a.jsonl", "calibrate takes a recipe, or MODEL SAMPLES -o FILE."),
+    "no rows": ("evaluate {}/a", "Name the rows to score on: --data TASK=FILE for each (or test in a recipe)."),
+    "a recipe without samples": ("calibrate {}/list.yaml -o {}/x", "names no samples by task. Add calibration:"),
+    "a recipe without a model": ("evaluate {}/recipe.yaml", "names no output_dir, the model to score."),
+    "no YAML for a task": ("inspect {}/recipe.yaml --validation a={path", "--validation: '{path' is not a YAML value"),
+    "a column of one task": (
+        """evaluate {}/a --data a={"path":"{}/a.jsonl","columns":{"txt":"text"}}""",
+        "there is no kind of column 'txt'",
+    ),
     "no label": ("evaluate {}/a --data a={}/a.jsonl", "row 0 needs a label"),
     "wrong label": ("evaluate {}/a --data a={}/labelled.jsonl", "label 7, but the expert knows 2 classes"),
     "wrong label name": ("evaluate {}/a --data a={}/named.jsonl", "has no label 'maybe'; it has ['no', 'yes']"),
@@ -414,9 +423,8 @@ MISTYPED = {
     "merge recipe.yaml --colour red": "unrecognized arguments: --colour red",
     "merge recipe.yaml --outputdir=x": "unrecognized arguments: --outputdir=x (did you mean --output-dir?)",
     "merge recipe.yaml --num-samples many": "--num-samples: 'many' is not a whole number",
-    "calibrate model data.txt": "the following arguments are required: -o/--output",
+    "calibrate": "the following arguments are required: model",
     "calibrate model data.txt -o out --compress-rank 0": "--compress-rank: '0' is not a whole number above 0",
-    "evaluate model": "the following arguments are required: --data",
 }
 
 

@@ -29,6 +29,7 @@ REFUSED = {
     "no experts": ("base: x", "no key 'experts'"),
     "unknown key": (MODELS + "colour: red", "there is no key 'colour'"),
     "misspelt key": ("base: me/base\nexpert: {a: me/a, b: me/b}", "no key 'expert' (did you mean 'experts'?)"),
+    "misspelt key of a comparison": (MODELS + "num_tests: 3", "no key 'num_tests' (did you mean 'num_test'?)"),
     "key of another kind": (MODELS + "1: red", "there is no key 1"),
     "not for recipes": (MODELS + "callback: print", "there is no key 'callback'"),
     "later version": (MODELS + "recipe_version: 2\nhf_esm_version: 9.1", "recipe version 2, written by hf_esm 9.1"),
@@ -52,13 +53,27 @@ def test_numbers_that_yaml_takes_for_texts_are_numbers():
     assert MergeOptions(alpha="1e0").alpha == 1.0
 
 
-def test_a_recipe_for_a_comparison_serves_a_merge(tmp_path):
+def test_every_command_takes_its_keys_from_one_recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
         "base: b\nexperts: {x: a, y: c}\nmethod: mean\nmethods: [esm]\ntest: {x: t}\nseeds: [1]\nnum_test: 3\n"
     )
     assert load_recipe(path) == {"base": "b", "experts": {"x": "a", "y": "c"}, "method": "mean"}
-    assert load_recipe(path, for_comparison=True)["methods"] == ["esm"]
+    assert load_recipe(path, "compare")["methods"] == ["esm"]
+    assert load_recipe(path, "evaluate") == {"base": "b", "experts": {"x": "a", "y": "c"}, "test": {"x": "t"}, "num_test": 3}
+    assert load_recipe(path, "calibrate") == {"base": "b", "experts": {"x": "a", "y": "c"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("bf16", torch.bfloat16), ("fp16", torch.float16), ("half", torch.float16), ("fp32", torch.float32)],
+)
+def test_short_names_of_dtypes(models, tmp_path, name, dtype):
+    merge_models(
+        models / "base", [models / "a", models / "b"], method="mean", dtype=name, output_dir=tmp_path / "m", progress=False
+    )
+    assert {weight.dtype for weight in weights(tmp_path / "m").values() if weight.is_floating_point()} == {dtype}
+    assert load_recipe(tmp_path / "m" / RECIPE_FILE)["dtype"] in (name, str(dtype).removeprefix("torch."))
 
 
 def test_a_missing_recipe_is_refused(tmp_path):
