@@ -87,9 +87,7 @@ def _compared_methods(arguments: argparse.Namespace, request: Mapping[str, Any])
         methods = [request["method"]] if request.get("method", "auto") != "auto" else []
         already = [resolve_method(method) for method in methods]
         methods += [name for name in METHODS_COMPARED if resolve_method(name) not in already]
-    methods = [
-        plain_or_yaml(method, "--methods") if isinstance(method, str) else method for method in methods
-    ]
+    methods = [plain_or_yaml(method, "--methods") if isinstance(method, str) else method for method in methods]
     if (rank := request.get("rank")) is None:
         return methods
     return [

@@ -346,7 +346,7 @@ REFUSED = {
     "no name": ("inspect {}/recipe.yaml --calibration ={}/c.jsonl", "--calibration takes NAME=VALUE"),
     "no value": ("inspect {}/recipe.yaml --columns text=", "--columns takes NAME=VALUE"),
     "unknown task": ("inspect {}/recipe.yaml --calibration z={}/c.jsonl", "--calibration: there is no expert 'z'"),
-    "unknown method": ("inspect {}/recipe.yaml --method best", "no method 'best'; there are auto, mean, task-arithmetic"),
+    "unknown method": ("inspect {}/recipe.yaml --method best", "no method 'best'; there are auto, mean,"),
     "unknown setting": ("inspect {}/recipe.yaml --set beta=1", "Method 'esm': there is no setting 'beta'"),
     "setting of no kind": ("inspect {}/recipe.yaml --set gamma=[", "--set: '[' is not a YAML value"),
     "setting of another kind": (

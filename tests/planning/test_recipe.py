@@ -60,7 +60,12 @@ def test_every_command_takes_its_keys_from_one_recipe(tmp_path):
     )
     assert load_recipe(path) == {"base": "b", "experts": {"x": "a", "y": "c"}, "method": "mean"}
     assert load_recipe(path, "compare")["methods"] == ["esm"]
-    assert load_recipe(path, "evaluate") == {"base": "b", "experts": {"x": "a", "y": "c"}, "test": {"x": "t"}, "num_test": 3}
+    assert load_recipe(path, "evaluate") == {
+        "base": "b",
+        "experts": {"x": "a", "y": "c"},
+        "test": {"x": "t"},
+        "num_test": 3,
+    }
     assert load_recipe(path, "calibrate") == {"base": "b", "experts": {"x": "a", "y": "c"}}
 
 
@@ -70,7 +75,12 @@ def test_every_command_takes_its_keys_from_one_recipe(tmp_path):
 )
 def test_short_names_of_dtypes(models, tmp_path, name, dtype):
     merge_models(
-        models / "base", [models / "a", models / "b"], method="mean", dtype=name, output_dir=tmp_path / "m", progress=False
+        models / "base",
+        [models / "a", models / "b"],
+        method="mean",
+        dtype=name,
+        output_dir=tmp_path / "m",
+        progress=False,
     )
     assert {weight.dtype for weight in weights(tmp_path / "m").values() if weight.is_floating_point()} == {dtype}
     assert load_recipe(tmp_path / "m" / RECIPE_FILE)["dtype"] in (name, str(dtype).removeprefix("torch."))
