@@ -7,7 +7,8 @@ import argparse
 from ..data import RunOptions
 from ..routing import RoutedModel
 from .console import say
-from .flags import add_flags, add_trust_flags, by_task, options_of, plain_or_yaml
+from .flags import add_flags, add_trust_flags, options_of
+from .values import by_task, plain_or_yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

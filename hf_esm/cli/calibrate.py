@@ -16,8 +16,9 @@ from ..merging import STATISTICS_SAMPLES, statistics_and_samples
 from ..planning import load_recipe, name_experts, task_weights
 from ..utils import check_path
 from .console import say
-from .flags import add_flags, add_trust_flags, count, options_of, plain_or_yaml
+from .flags import add_flags, add_trust_flags, count, options_of
 from .requests import is_recipe
+from .values import plain_or_yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,9 +13,10 @@ from ..errors import HfEsmError
 from ..evaluation import METHODS_COMPARED, NOT_COMPARED, PICTURES, REPORT, add_comparison, compare
 from ..methods import resolve_method
 from .console import say
-from .flags import count, plain_or_yaml
+from .flags import count
 from .parser import CommandParser
 from .requests import add_merge_arguments, merge_request, update_by_task
+from .values import plain_or_yaml
 
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,9 @@ from ..evaluation import evaluate, update_card
 from ..metrics import BUILT_IN
 from ..planning import load_recipe, name_experts, task_weights
 from .console import say
-from .flags import add_flags, add_trust_flags, count, options_of, plain_or_yaml
+from .flags import add_flags, add_trust_flags, count, options_of
 from .requests import is_recipe, update_by_task
+from .values import plain_or_yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

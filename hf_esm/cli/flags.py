@@ -8,10 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, Optional
 
-import yaml
-
 from ..errors import HfEsmError
-from ..planning import read_yaml
 
 
 _NUMBERS = {int: "a whole number", float: "a number"}
@@ -98,29 +95,6 @@ def pairs(items: Optional[Iterable[str]], flag: str) -> dict[str, str]:
             raise HfEsmError(f"{flag} names {name!r} twice.")
         values[name] = value
     return values
-
-
-def yaml_value(text: str, flag: str) -> Any:
-    """The value that a text is in YAML, such as `0.2`, `true` or `[query, key]`."""
-    try:
-        return read_yaml(text)
-    except (yaml.YAMLError, RecursionError):
-        raise HfEsmError(f"{flag}: {text!r} is not a YAML value.") from None
-
-
-def plain_or_yaml(text: str, flag: str) -> Any:
-    """A text as it is, or the mapping or list that it is in YAML if it begins as one."""
-    return yaml_value(text, flag) if text.startswith(("{", "[")) else text
-
-
-def by_task(items: Optional[Iterable[str]], flag: str) -> dict[str, Any]:
-    """Models or data from every `TASK=…` of a flag: a path or id, or a mapping in YAML.
-
-    Example:
-        >>> by_task(["mrpc={path: rows.jsonl, columns: {text: first}}"], "--data")
-        {'mrpc': {'path': 'rows.jsonl', 'columns': {'text': 'first'}}}
-    """
-    return {task: plain_or_yaml(text, flag) for task, text in pairs(items, flag).items()}
 
 
 def count(text: str) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 from ..errors import HfEsmError
 from ..methods import METHODS
 from ..planning import MergeOptions, RefineSettings, load_recipe
-from .flags import add_flags, by_task, options_of, pairs, plain_or_yaml, yaml_value
+from .flags import add_flags, options_of, pairs
 from .parser import CommandParser
+from .values import by_task, plain_or_yaml, yaml_value
 
 
 def add_merge_arguments(parser: CommandParser, leave_out: Collection[str] = ()) -> None:
