@@ -1,6 +1,6 @@
 """Draw `docs/overview.svg`, the picture of the README: what goes into a merge, and what comes out.
 
-    python docs/draw_overview.py
+python docs/draw_overview.py
 """
 
 from pathlib import Path
@@ -32,11 +32,32 @@ def overview() -> str:
         box(20, 160, 250, 54, EXPERT, "expert “mrpc”", "a fine-tune: a PEFT adapter"),
         box(20, 240, 250, 54, SAMPLE, "64 unlabelled samples per task", "or statistics from an earlier merge"),
         *(arrow(270, y, 338, to) for y, to in ((47, 120), (117, 140), (187, 160), (267, 180))),
-        box(342, 70, 196, 162, PAPER, "hf_esm", "reads one weight at a time", "measures what layers read", "merges the updates", "keeps each task’s head"),
+        box(
+            342,
+            70,
+            196,
+            162,
+            PAPER,
+            "hf_esm",
+            "reads one weight at a time",
+            "measures what layers read",
+            "merges the updates",
+            "keeps each task’s head",
+        ),
         arrow(538, 120, 606, 82),
         arrow(538, 180, 606, 222),
         box(610, 40, 270, 84, MERGED, "one plain model", "any AutoModel loads it", "same size and speed as the base"),
-        box(610, 166, 270, 102, MERGED, "or a routed model (ESM++)", "the plain model, a small expert per task,", "and a router that chooses per sample", "a PEFT adapter over the same model"),
+        box(
+            610,
+            166,
+            270,
+            102,
+            MERGED,
+            "or a routed model (ESM++)",
+            "the plain model, a small expert per task,",
+            "and a router that chooses per sample",
+            "a PEFT adapter over the same model",
+        ),
     ]
     head = '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
     head += f'<path d="M0 0L8 4L0 8z" fill="{LINE}"/></marker>'
