@@ -25,7 +25,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["hf_esm", "hf_esm.*"]), "hf_esm.model_cards"],
     package_dir={"hf_esm": "hf_esm", "hf_esm.model_cards": "model_cards"},
-    package_data={"hf_esm": ["py.typed"], "hf_esm.model_cards": ["*.md"]},
+    package_data={"hf_esm": ["py.typed"], "hf_esm.model_cards": ["*.md", "*.html"]},
     install_requires=[
         "torch>=2.9.1",
         "transformers>=5.23",
@@ -35,7 +35,7 @@ setup(
         "datasets>=5.2",
         "filelock>=3.20.3",
         "huggingface_hub>=2.4",
-        "jinja2",
+        "jinja2>=3.1",
         "pandas",
         "psutil",
         "pyyaml",

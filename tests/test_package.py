@@ -52,7 +52,7 @@ def wheel(checkout, tmp_path_factory):
 
 def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel):
     files = [path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_esm").rglob("*.py")]
-    cards = [f"hf_esm/model_cards/{path.name}" for path in (ROOT / "model_cards").glob("*.md")]
+    cards = [f"hf_esm/model_cards/{path.name}" for path in (ROOT / "model_cards").iterdir()]
     assert names(wheel) == {*files, *cards, "hf_esm/py.typed"}
 
 

@@ -1,4 +1,4 @@
-"""The report of a comparison: a table in plain text and Markdown, data as JSON, and pictures."""
+"""The report of a comparison: a table in plain text, Markdown and HTML, data as JSON, and pictures."""
 
 import json
 import re
@@ -13,17 +13,19 @@ from ..metrics import ACCURACY, normalised
 from ..utils import atomic_file, markdown_table, plain_table
 from ..version import __version__
 from .interference import Interference
+from .page import page_of
 from .pictures import draw, draw_importance
 from .search import Found
 from .summary import Row
 
 
-REPORT, DATA = "report.md", "report.json"
+REPORT, PAGE, DATA = "report.md", "report.html", "report.json"
 
 
 @dataclass
 class Comparison:
-    """What `compare` measured. Print it for a table, or open `report.md`, `report.json` and the pictures.
+    """What `compare` measured. Print it for a table, or open `report.html` (one page, which loads nothing),
+    `report.md`, `report.json` and the pictures.
 
     Attributes:
         rows: one per method, and a second one, with the tasks given, per method whose router decides.
@@ -94,7 +96,9 @@ def _without_nan(value: Any) -> Any:
 
 
 def write_report(comparison: Comparison, folder: Path, pictures: str = "usual") -> None:
-    """Write `report.md`, `report.json` and, if matplotlib is installed, the `pictures`: `usual`, `all` or `none`."""
+    """Write `report.md`, `report.html`, `report.json` and, if matplotlib is installed, the `pictures`: `usual`, `all` or
+    `none`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for earlier in folder.glob("*.png"):  # an earlier report may have had more of them
         earlier.unlink()
@@ -124,8 +128,8 @@ def write_report(comparison: Comparison, folder: Path, pictures: str = "usual") 
         *comparison.below_base(),
         "",
     ]
-    sti = comparison.interference.sti
-    lines += [f"Singular task interference (STI) between the experts: {sti:.3g}, mean over linear maps.", ""]
+    sti = f"Singular task interference (STI) between the experts: {comparison.interference.sti:.3g}, mean over linear maps."
+    lines += [sti, ""]
     for found in comparison.searches:
         table = [["setting", "found", "importance"]]
         table += [[n, f"{v:.4g}", f"{100 * found.importance.get(n, 0):.0f} %"] for n, v in found.settings.items()]
@@ -133,6 +137,18 @@ def write_report(comparison: Comparison, folder: Path, pictures: str = "usual") 
     for title, path in comparison.pictures.items():
         lines += [f"## {title}", "", f"![{title}]({path.name})", ""]
     _write(folder / REPORT, "\n".join(lines))
+    page = page_of(
+        comparison.rows,
+        comparison.experts,
+        comparison.base,
+        comparison.interference,
+        comparison.searches,
+        metric=comparison.metric,
+        higher_is_better=comparison.higher_is_better,
+        table=[[_known(cell).replace("**", "") for cell in row] for row in _cells(comparison)],
+        notes=[*comparison.how, *comparison.below_base(), sti],
+    )
+    _write(folder / PAGE, page)
 
 
 def _write(path: Path, text: str) -> None:
@@ -142,8 +158,12 @@ def _write(path: Path, text: str) -> None:
 
 def comparison_table(comparison: Comparison) -> list[str]:
     """Lines of a Markdown table with the experts and every method; scores that do not exist are dashes."""
-    table = [[re.sub(r"(?<!\w)[+-]?nan(?!\w)", "–", cell) for cell in row] for row in _cells(comparison)]
-    return markdown_table(table)
+    return markdown_table([list(map(_known, row)) for row in _cells(comparison)])
+
+
+def _known(cell: str) -> str:
+    """A cell with a dash for a score that does not exist."""
+    return re.sub(r"(?<!\w)[+-]?nan(?!\w)", "–", cell)
 
 
 def _in_percent(comparison: Comparison) -> bool:

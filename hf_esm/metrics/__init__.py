@@ -6,7 +6,7 @@ was computed from, agreement with the expert, and pictures.
 
 from .agreement import ROUNDING, Agreement, ExpertAnswers, agreement_of, collect_answers, divergence
 from .answers import batches_of, in_vocabulary
-from .drawing import colour_of, require_matplotlib
+from .drawing import colour_of, require_matplotlib, styles_of
 from .labels import LabelledSamples
 from .metric import ACCURACY, Metric, load_labelled
 from .named import BUILT_IN, MetricSpec, resolve_metric
@@ -55,4 +55,5 @@ __all__ = [
     "require_matplotlib",
     "resolve_metric",
     "run",
+    "styles_of",
 ]

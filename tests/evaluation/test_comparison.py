@@ -100,7 +100,7 @@ def test_the_report_is_written_and_nothing_else_stays(compared):
     folder, found = compared
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "cache", "report.md", "report.json", "scores.png", "kept.png", "energy.png", "interference.png",
+        "cache", "report.md", "report.html", "report.json", "scores.png", "kept.png", "energy.png", "interference.png",
         "routing-0.png",
     }  # fmt: skip
     text = (folder / "report.md").read_text()
