@@ -264,7 +264,7 @@ def _energy(interference: Interference) -> list[Curves]:
         {"label": f"{kind} directions", "colour": colour_of(kinds[kind]), "dashes": "-", "points": points}
         for kind, points in interference.energy().items()
     ]
-    caption = "The share of the output shift's energy that the leading directions carry, mean over linear maps and tasks."
+    caption = "Share of the output shift's energy that the leading directions carry, mean over linear maps and tasks."
     labels = {"xlabel": "rank, as a share of the smaller side", "ylabel": "energy kept"}
     return _curves("Energy of the output shift kept, by rank", caption, lines, True, log=True, **labels)
 
@@ -274,8 +274,10 @@ def _layers(interference: Interference) -> list[Curves]:
         {"label": kind, "colour": colour_of(kind), "dashes": "-", "points": points}
         for kind, points in interference_by_block(interference).items()
     ]
-    caption = "Singular task interference (STI) of the experts' updates before the merge, a line for each linear map of "
-    caption += "a block; 0 where the tasks' singular vectors are orthogonal."
+    caption = (
+        "Singular task interference (STI) of the experts' updates before the merge, a line for each linear map of a "
+        "block; 0 where the tasks' singular vectors are orthogonal."
+    )
     labels = {"xlabel": "block of the model", "ylabel": "STI (no unit)"}
     return _curves("Interference between the tasks, by block", caption, lines, False, **labels)
 

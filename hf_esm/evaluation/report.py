@@ -96,8 +96,8 @@ def _without_nan(value: Any) -> Any:
 
 
 def write_report(comparison: Comparison, folder: Path, pictures: str = "usual") -> None:
-    """Write `report.md`, `report.html`, `report.json` and, if matplotlib is installed, the `pictures`: `usual`, `all` or
-    `none`.
+    """Write `report.md`, `report.html`, `report.json` and, if matplotlib is installed, the `pictures`: `usual`,
+    `all` or `none`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for earlier in folder.glob("*.png"):  # an earlier report may have had more of them
@@ -128,7 +128,8 @@ def write_report(comparison: Comparison, folder: Path, pictures: str = "usual") 
         *comparison.below_base(),
         "",
     ]
-    sti = f"Singular task interference (STI) between the experts: {comparison.interference.sti:.3g}, mean over linear maps."
+    sti = comparison.interference.sti
+    sti = f"Singular task interference (STI) between the experts: {sti:.3g}, mean over linear maps."
     lines += [sti, ""]
     for found in comparison.searches:
         table = [["setting", "found", "importance"]]

@@ -91,12 +91,12 @@ def comparison(tasks=TASKS, methods=METHODS, **options):
     found = Found("esm", Mean(), {"shrinkage": 0.1}, 0.9, 0.8, {"shrinkage": 0.7, HOSTILE: 0.3}, 20, "rows")
     known = {
         "rows": rows,
-        "experts": {task: 0.93 for task in tasks},
+        "experts": dict.fromkeys(tasks, 0.93),
         "metric": "accuracy",
         "how": ["α was chosen on 64 validation rows per task."],
         "interference": Interference(list(tasks), layers),
-        "base": {task: 0.31 for task in tasks},
-        "num_rows": {task: 400 for task in tasks},
+        "base": dict.fromkeys(tasks, 0.31),
+        "num_rows": dict.fromkeys(tasks, 400),
         "searches": [found],
     }
     return Comparison(**known | options)
@@ -217,11 +217,11 @@ def test_in_a_browser_nothing_collides_and_columns_sort(report, tmp_path, width,
     # A window is at least 500 px wide, also without a head: a narrower page is shown in a frame.
     frame = tmp_path / "frame.html"
     frame.write_text(
-        f'<body style="margin:0"><iframe id=f src="measured.html" style="border:0;width:{width}px;height:6000px"></iframe>'
+        f'<body style="margin:0"><iframe id=f src="measured.html" width={width} height=6000 frameborder=0></iframe>'
         "<pre id=out></pre><script>f.onload = () => out.textContent = f.contentDocument.title;</script>"
     )
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--hide-scrollbars"]
-    options += [*scheme, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 500)},6000"]
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    options += [*scheme, "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 500)},6000"]
     for action in (f"--screenshot={picture}", "--dump-dom"):
         done = subprocess.run([browser, *options, action, frame.as_uri()], capture_output=True, timeout=300)
         assert done.returncode == 0, done.stderr.decode()[-2000:]

@@ -197,7 +197,7 @@ WRITERS = {
     "statistics": Writer(collect, {"statistics/c.safetensors": "a.safetensors"}, outputs=("a.safetensors",)),
     "samples": Writer(samples, {"statistics/c.safetensors": "a.safetensors"}, outputs=("a.safetensors",)),
     "card": Writer(card, OVER_MERGED, outputs=("out/README.md",)),
-    "comparison": Writer(comparison, outputs=("out/report.json",), varies=("*.json", "report.md", "report.html", "*.png")),
+    "comparison": Writer(comparison, outputs=("out/report.json",), varies=("*.json", "report.*", "*.png")),
 }
 
 
