@@ -176,19 +176,23 @@ def page_of(
     known = [v for by_task in (experts, *(r.tasks for r in rows)) for v in by_task.values() if isfinite(v)]
     shares = all(0 <= value <= 1 for value in known)
     kept = _kept(rows, experts, base, higher_is_better, looks)
-    return _environment().from_string(template("comparison.html")).render(
-        version=__version__,
-        metric=metric,
-        tasks=tasks,
-        head=table[0],
-        references=table[1 : len(table) - len(rows)],
-        body=[(row.label, looks[row.label], cells) for row, cells in zip(rows, table[-len(rows) :], strict=True)],
-        notes=notes,
-        kept=kept,
-        panels=[_panel(task, rows, experts, base, metric, shares, looks) for task in tasks],
-        curves=[*_alpha(rows, metric, shares, styles), *_energy(interference), *_layers(interference)],
-        heats=_heats(rows, interference, tasks),
-        searches=[_importance(found) for found in searches if found.importance],
+    return (
+        _environment()
+        .from_string(template("comparison.html"))
+        .render(
+            version=__version__,
+            metric=metric,
+            tasks=tasks,
+            head=table[0],
+            references=table[1 : len(table) - len(rows)],
+            body=[(row.label, looks[row.label], cells) for row, cells in zip(rows, table[-len(rows) :], strict=True)],
+            notes=notes,
+            kept=kept,
+            panels=[_panel(task, rows, experts, base, metric, shares, looks) for task in tasks],
+            curves=[*_alpha(rows, metric, shares, styles), *_energy(interference), *_layers(interference)],
+            heats=_heats(rows, interference, tasks),
+            searches=[_importance(found) for found in searches if found.importance],
+        )
     )
 
 

@@ -221,7 +221,8 @@ def test_in_a_browser_nothing_collides_and_columns_sort(report, tmp_path, width,
         "<pre id=out></pre><script>f.onload = () => out.textContent = f.contentDocument.title;</script>"
     )
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    options += [*scheme, "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 500)},6000"]
+    options += [*scheme, "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}"]
+    options += [f"--window-size={max(width, 500)},6000"]
     for action in (f"--screenshot={picture}", "--dump-dom"):
         done = subprocess.run([browser, *options, action, frame.as_uri()], capture_output=True, timeout=300)
         assert done.returncode == 0, done.stderr.decode()[-2000:]
