@@ -150,7 +150,6 @@ def test_two_processes_share_the_models_and_write_what_one_does(arguments, tmp_p
     launch(Path(__file__).parents[1] / "support" / "compare_on_ranks.py", tmp_path)
     first, second = (json.loads((tmp_path / f"record-{rank}.json").read_text()) for rank in (0, 1))
     assert first["rows"] == second["rows"] and first["kept"] == second["kept"] == str(tmp_path / "report" / "best")
-    assert first["merged"] and second["merged"]
     done = sorted([*first["merged"], *second["merged"]])
     assert done == sorted(["mean", "mean", "esm", "tsv-m", "esm++"])  # one mean has the heads for the base
     for found, one in zip(first["rows"], expected.as_dict()["rows"], strict=True):
