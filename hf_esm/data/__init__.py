@@ -7,7 +7,7 @@ input each), and batches on a model's device.
 from .batches import batch_for, batch_indices, collate, reads_singly, to_generate_from
 from .options import RunOptions, SampleOptions
 from .prompts import PROMPT_MASK, Prompt, default_prompt_of, with_prompt
-from .rows import DataSpec, read_rows
+from .rows import DataSpec, read_first_row, read_rows
 from .samples import (
     Sample,
     UnreadProcessor,
@@ -40,6 +40,7 @@ __all__ = [
     "is_words",
     "load_samples",
     "prompts_of",
+    "read_first_row",
     "read_rows",
     "reads_singly",
     "row_fields",

@@ -64,6 +64,18 @@ def read_rows(data: DataSpec, title: str, options: SampleOptions) -> list[Any]:
     return [_rename(row, columns, f"{title}: row {i}", options) for i, row in enumerate(rows)]
 
 
+def read_first_row(data: DataSpec, title: str, options: SampleOptions) -> Any:
+    """Return the first row of a data file without reading the others, or any row of other data; see `read_rows`."""
+    named = dict(data) if isinstance(data, Mapping) else {"path": data}
+    path = named.get("path")
+    check_path(path if isinstance(data, Mapping) else data, title)
+    if isinstance(path, (str, os.PathLike)):
+        file = Path(path).expanduser()
+        if file.is_file() and file.suffix in _BUILDERS and "split" not in named:
+            data = {**named, "path": str(path), "streaming": True}
+    return read_rows(data, title, replace(options, num_samples=1))[0]
+
+
 def _load_named(arguments: dict[str, Any], title: str) -> Any:
     """Load `{"path": …, …}`: a data file, or whatever else `datasets.load_dataset` takes."""
     arguments = {"split": "train", **arguments}
@@ -117,7 +129,10 @@ def _is_json(text: bytes) -> bool:
 def _load(arguments: dict[str, Any], title: str) -> Any:
     """Call `datasets.load_dataset`; its errors name the data."""
     try:
-        return load_dataset(**arguments)
+        data = load_dataset(**arguments)
+        if isinstance(data, IterableDataset):
+            next(iter(data), None)  # of which the file is read only now
+        return data
     except Exception as error:  # of `datasets`, and of the library that reads this kind of file
         name = arguments.get("data_files") or arguments["path"]
         reason = " ".join(str(error.__cause__ or error).split()) or "it is empty"

@@ -7,7 +7,7 @@ the interference between experts, and all of these in a model's card.
 from .card import add_comparison, update_card
 from .cells import NOT_COMPARED
 from .comparison import METHODS_COMPARED, compare
-from .evaluator import evaluate
+from .evaluator import check_by_task, evaluate
 from .interference import Interference, measure_interference
 from .pictures import PICTURES
 from .report import REPORT, Comparison
@@ -21,6 +21,7 @@ __all__ = [
     "Comparison",
     "Interference",
     "add_comparison",
+    "check_by_task",
     "compare",
     "evaluate",
     "measure_interference",

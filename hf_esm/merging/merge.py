@@ -153,7 +153,8 @@ def merge_models(
         progress: show progress bars.
         callback: called on the main process as `callback(stage, done, total)`.
         accelerator: Accelerate instance to run under; by default a new one.
-        dry_run: stop after the checks of headers and of a few matrices of local models, and return the `MergePlan`.
+        dry_run: stop after the checks of headers, of a few matrices of local models, of free memory and disk, and of
+            one row of every file, and return the `MergePlan`. The output may exist.
 
     Returns:
         A `MergeResult`, the same on every process; with `dry_run` a `MergePlan`.
@@ -185,6 +186,7 @@ def merge_models(
     run = MergeRun(options, merge_method, data, accelerator or default_accelerator(), callback)
     run.open_models(base, experts, Access(token, allow_pickle, trust_remote_code), headers_only=dry_run)
     if dry_run:
+        run.check_inputs()
         return run.dry_plan()
     run.announce()
     inputs = run.read_inputs()

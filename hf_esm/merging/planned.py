@@ -28,9 +28,7 @@ from ..planning import (
     MergePlan,
     RefineSettings,
     Vocabulary,
-    check_disk,
     check_low_rank,
-    check_memory,
     check_trained,
     choose_voice,
     endless_turns,
@@ -229,8 +227,8 @@ class PlannedRun(Session):
         return vocabulary, voice, [*lacking, *warnings]
 
     def dry_plan(self) -> MergePlan:
-        """Return the plan, with warnings of all that would stop the merge or waste its time."""
-        self.plan.warnings += [*self._notices(), *self._lacking_resources()]
+        """Return the plan, with warnings of what would waste time."""
+        self.plan.warnings += self._notices()
         return self.plan
 
     def announce(self) -> None:
@@ -261,18 +259,6 @@ class PlannedRun(Session):
                 if causes[cause]
             ]
         return warnings
-
-    def _lacking_resources(self) -> list[str]:
-        """Return the errors of a merge that has too little memory or disk."""
-        checks = [partial(check_memory, self.plan, self.options.max_memory)]
-        checks += [partial(check_disk, self.plan, self.output)] if self.output is not None else []
-        errors = []
-        for check in checks:
-            try:
-                check()
-            except HfEsmError as error:
-                errors.append(str(error))
-        return errors
 
     @property
     def searched(self) -> bool:

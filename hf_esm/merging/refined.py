@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data import Sample
+from ..errors import HfEsmError
 from ..metrics import ExpertAnswers
 from ..planning import MergeOptions, MergePlan, RefineSettings
 from ..utils import bytes_of, gather, together
@@ -76,6 +77,16 @@ def refine_chosen(
 def too_few_to_refine(samples: Mapping[str, list[Sample]]) -> str:
     """Return the first task without two samples, one to learn from and one to stop by; empty if all have them."""
     return next((task for task, rows in samples.items() if len(rows) < 2), "")
+
+
+def check_refinable(plan: MergePlan, samples: Mapping[str, list[Sample]]) -> None:
+    """Raise an error if the samples beside those of the statistics are too few to refine on."""
+    task = too_few_to_refine({task: samples.get(task, []) for task in plan.experts})
+    if task:
+        raise HfEsmError(
+            f"{plan.experts[task].title}: `refine` needs two samples or more that no statistics were made from. Pass "
+            "more samples as its `calibration`, or leave `refine` out."
+        )
 
 
 def _held_back(answers: ExpertAnswers) -> range:

@@ -9,8 +9,7 @@ from typing import Any, Optional
 
 from ..calibration import ActivationStatistics, factor_bytes
 from ..checkpoints import REFINED_FOLDER, Access, ModelSpec, differing_processors, model_identity
-from ..data import Sample, default_prompt_of, with_prompt
-from ..errors import HfEsmError
+from ..data import default_prompt_of, with_prompt
 from ..hub import write_hashes
 from ..methods import Mean, MergeMethod, describe_method, weights_cancel
 from ..planning import (
@@ -31,6 +30,8 @@ from .cache import InputCache
 from .choice import Candidate, Chosen, choose
 from .depth import scale_by_depth
 from .expert_statistics import (
+    STATISTICS_SAMPLES,
+    Gathered,
     Inputs,
     calibrate_experts,
     count_tokens,
@@ -38,12 +39,13 @@ from .expert_statistics import (
     missing_statistics,
     swapped_statistics,
 )
+from .first_rows import first_rows
 from .judging import ask_experts
 from .learning import learn_mask
 from .lora_output import write_lora
 from .output import write_files, write_model
 from .planned import PlannedRun
-from .refined import refine_chosen, too_few_to_refine
+from .refined import check_refinable, refine_chosen, too_few_to_refine
 from .result import MergeResult
 from .routed_experts import write_experts
 from .updates import FactoredUpdates, MergedUpdates
@@ -56,21 +58,32 @@ class MergeRun(PlannedRun):
     def read_inputs(self) -> Inputs:
         """Read the statistics that exist, the samples to calibrate on, and the validation rows."""
         with self.stage("reading samples", joined=False):
-            inputs = main_first(self.accelerator, self._read_inputs)
+            inputs = main_first(self.accelerator, partial(self._read_inputs, self.data))
         if self.plan.vocabulary is None:
             self.warn(*differing_processors(inputs.processors, self.plan.experts))
         self.warn(*swapped_statistics(inputs.statistics, self.sources))
         return inputs
 
-    def _read_inputs(self) -> Inputs:
-        plan, options, data = self.plan, self.options, self.data
+    def check_inputs(self) -> None:
+        """Raise what `read_inputs` would raise, as far as the statistics and one row of every file tell."""
+        data = (
+            self.data if self.labelled else replace(self.data, validation=None)
+        )  # whose rows the merge does not read
+        self._read_inputs(first_rows(data, self.options), STATISTICS_SAMPLES)
+
+    def _read_inputs(self, data: Optional[MergeData], sampled: int = 0) -> Inputs:
+        """Read the inputs: all of `data`, or none. Each row is one of `sampled` if these are first rows alone."""
+        plan, options = self.plan, self.options
         check_memory(plan, options.max_memory)
         processors = self.processors
-        gathered = gather_statistics(plan, self.sources, data, processors, options, self.needs())
-        if options.refine:
-            _check_refinable(plan, gathered.agreement_samples)
+        gathered = Gathered({}, {}, {})
+        if data is not None:
+            gathered = gather_statistics(plan, self.sources, data, processors, options, self.needs())
+        if options.refine and not sampled:
+            check_refinable(plan, gathered.agreement_samples)
         if self.output is not None:
             to_calibrate = gathered.samples if self.needs().statistics else {}
+            to_calibrate = {task: rows * (sampled or 1) for task, rows in to_calibrate.items()}
             factors = sum(factor_bytes(plan.experts[task], rows, shared=True) for task, rows in to_calibrate.items())
             check_disk(plan, self.output, factors, options.statistics_dir or options.cache_dir, options.resume_dir)
         processors = {**processors, "base": merged_processor(processors, self.tokenizer, plan.voice)}
@@ -79,7 +92,7 @@ class MergeRun(PlannedRun):
             read_by = {
                 name: with_prompt(processors["base"], default_prompt_of(own)) for name, own in processors.items()
             }
-        labelled = read_validation(plan, data.validation, read_by, options) if self.labelled else {}
+        labelled = read_validation(plan, data.validation, read_by, options) if data and self.labelled else {}
         return Inputs(processors, gathered.statistics, gathered.samples, gathered.agreement_samples, labelled)
 
     def find_work(self, inputs: Inputs) -> None:
@@ -404,13 +417,3 @@ def statistics_of_experts(
     run.find_work(inputs)
     with run.workspace():
         return run.plan, run.calibrate(inputs).statistics
-
-
-def _check_refinable(plan: MergePlan, samples: Mapping[str, list[Sample]]) -> None:
-    """Raise an error if the samples beside those of the statistics are too few to refine on."""
-    task = too_few_to_refine({task: samples.get(task, []) for task in plan.experts})
-    if task:
-        raise HfEsmError(
-            f"{plan.experts[task].title}: `refine` needs two samples or more that no statistics were made from. Pass "
-            "more samples as its `calibration`, or leave `refine` out."
-        )

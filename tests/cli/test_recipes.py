@@ -1,6 +1,8 @@
 """One recipe drives inspect, calibrate, merge, evaluate and compare; flags take YAML."""
 
 import json
+import re
+import shutil
 
 import pytest
 import yaml
@@ -101,3 +103,89 @@ def test_every_flag_by_task_takes_yaml_and_so_does_a_method(folder, tmp_path, ca
 def test_a_recipe_is_for_all_experts(folder, capsys):
     assert run("calibrate", folder / "recipe.yaml", folder / "a.jsonl") == 2
     assert "is a recipe, which names the samples. Leave" in capsys.readouterr().err
+
+
+def wrong_rows(folder, task, rows):
+    return {"path": write_rows(folder / "wrong.jsonl", rows)}
+
+
+def validated(rows):
+    """A change of the recipe: other validation rows for `a`."""
+    return lambda recipe, folder: recipe["validation"].update(a=wrong_rows(folder, "a", rows))
+
+
+def calibrated(rows):
+    return lambda recipe, folder: recipe["calibration"].update(a=wrong_rows(folder, "a", rows))
+
+
+def raw(name, content):
+    """A change of the recipe: a file of this content as the samples of `a`."""
+
+    def change(recipe, folder):
+        (folder / name).write_text(content)
+        recipe["calibration"]["a"] = str(folder / name)
+
+    return change
+
+
+BAD = {
+    "an expert": lambda recipe, folder: recipe["experts"].update(a="none"),
+    "an unknown key": lambda recipe, folder: recipe.update(alhpa=1),
+    "an unknown setting": lambda recipe, folder: recipe.update(method={"name": "esm", "beta": 1}),
+    "dtype": lambda recipe, folder: recipe.update(dtype="int8"),
+    "heads": lambda recipe, folder: recipe.update(heads=["nothing"]),
+    "metric": lambda recipe, folder: recipe.update(metric="acuracy"),
+    "metric of another task": lambda recipe, folder: recipe.update(metric="mean-iou"),
+    "a template": lambda recipe, folder: recipe.update(chat_template="z"),
+    "tokens": lambda recipe, folder: recipe.update(tokenizer="z"),
+    "memory": lambda recipe, folder: recipe.update(max_memory=100),
+    "no samples": lambda recipe, folder: recipe.pop("calibration"),
+    "samples that are not there": lambda recipe, folder: recipe["calibration"].update(a="none.jsonl"),
+    "an empty file": raw("empty.jsonl", ""),
+    "no JSON": raw("broken.jsonl", "{'text': no}\n"),
+    "null": raw("null.jsonl", "null\n"),
+    "a kind of file": raw("rows.pickle", "x"),
+    "samples without text": calibrated([{"words": "good film"}]),
+    "samples of numbers": calibrated([{"text": 3}]),
+    "a column": lambda recipe, folder: recipe["calibration"]["a"]["columns"].update(text="third"),
+    "damaged statistics": raw("damaged.safetensors", "{}"),
+    "rows without label": validated([{"text": "good film"}]),
+    "a class too many": validated([{"text": "good film", "label": 7}]),
+    "an unknown label": validated([{"text": "good film", "label": "maybe"}]),
+    "refining": lambda recipe, folder: recipe.update(refine={"step": 3}),
+    "weights": lambda recipe, folder: (
+        recipe["weights"].update(z=1) if "weights" in recipe else recipe.update(weights={"z": 1})
+    ),
+    "overrides": lambda recipe, folder: recipe.update(overrides=[{"match": "nothing", "alpha": 1}]),
+    "disk": lambda recipe, folder: recipe.update(output_dir=str(folder / "no-room")),
+}
+
+
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+def test_inspect_refuses_what_merge_refuses_in_the_same_sentence(folder, tmp_path, monkeypatch, capsys, change):
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text()) | {"output_dir": str(folder / "new")}
+    change(recipe, folder)
+    (folder / "bad.yaml").write_text(yaml.safe_dump(recipe))
+    if "no-room" in recipe["output_dir"]:
+        monkeypatch.setattr("shutil.disk_usage", lambda place: shutil._ntuple_diskusage(2, 1, 1))
+    said = []
+    for command in ("inspect", "merge"):
+        assert run(command, folder / "bad.yaml") == 2, command
+        said.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-esm: ")])
+        said[-1] = [re.sub(r"needs [\d.]+ \w+ on", "needs … on", line) for line in said[-1]]  # as far as rows tell
+    assert len(said[0]) == 1 and said[0] == said[1]
+    assert not (folder / "new").exists()
+
+
+def test_inspect_reads_the_first_row_of_test_files_and_no_other(folder, tmp_path, capsys):
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    rows = [{"text": "good film", "label": 0}, {"text": "good film", "label": 7}]
+    recipe["test"]["a"] = write_rows(folder / "rows.jsonl", rows)
+    (folder / "other.yaml").write_text(yaml.safe_dump(recipe))
+    assert run("inspect", folder / "other.yaml") == 0
+    capsys.readouterr()
+    write_rows(folder / "rows.jsonl", rows[::-1])
+    assert run("inspect", folder / "other.yaml") == run("evaluate", folder / "other.yaml") == 2
+    first, second = (line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-esm: "))
+    assert "data of 'a': row 0" in first and "label 7" in first
+    assert "label 7" in second

@@ -524,7 +524,8 @@ def test_a_dry_run_says_what_a_merge_would_be_and_reads_a_few_matrices(models, t
     monkeypatch.setattr("hf_esm.merging.run.check_values", refuse)
     live = BERT.build()
     experts = {"left": tmp_path / "left", "right": tmp_path / "right", "lora": tmp_path / "lora", "live": live}
-    plan = merge_models(tmp_path / "base", experts, output_dir=str(tmp_path / "merged"), dry_run=True)
+    dry = {"calibration": dict.fromkeys(experts, text_samples(0)), "dry_run": True}
+    plan = merge_models(tmp_path / "base", experts, output_dir=str(tmp_path / "merged"), **dry)
     assert isinstance(plan, MergePlan)
     text = str(plan)
     parts = [f"  {task}: " for task in experts]
@@ -540,12 +541,18 @@ def test_a_dry_run_says_what_a_merge_would_be_and_reads_a_few_matrices(models, t
     assert 0.8 * stored < plan.output_bytes < stored
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
-    given = {"output_dir": str(tmp_path / "merged"), "max_memory": "1KB", "dry_run": True, "validation": {"left": []}}
+    for given, says in (({"output_dir": str(tmp_path / "merged")}, "1 kB are free"), ({"max_memory": "1KB"}, "1KB")):
+        with pytest.raises(HfEsmError, match=says):
+            merge_models(tmp_path / "base", experts, method="concrete-adamerging", **dry, **given)
+    given = {"validation": {"left": []}, **dry}
     text = str(merge_models(tmp_path / "base", experts, method="concrete-adamerging", **given))
-    said = ["1 kB are free", "`max_memory` 1KB", "to learn", "`validation` is only used with `alpha='auto'`"]
+    said = ["to learn", "`validation` is only used with `method='auto'` or `alpha='auto'`"]
     assert [part for part in said if part not in text] == [], text
     assert "to calibrate" not in text and "whole merged model" not in text
-    given = {"alpha": "auto", "score_fn": lambda model: 0.0, "dry_run": True}
+    monkeypatch.undo()
+    monkeypatch.setattr("hf_esm.merging.run.check_values", refuse)
+    monkeypatch.setattr("hf_esm.merging.run.check_memory", lambda *_: None)  # toys are smaller than what merging takes
+    given = {"alpha": "auto", "score_fn": lambda model: 0.0, **dry}
     for size, says in ((plan.output_bytes - 1, True), (plan.output_bytes, False)):
         text = str(merge_models(tmp_path / "base", experts, method="esm++", **given | {"max_memory": size}))
         for what in ("`alpha='auto'`", "esm++"):
