@@ -130,7 +130,7 @@ def raw(name, content):
 
 BAD = {
     "an expert": lambda recipe, folder: recipe["experts"].update(a="none"),
-    "an unknown key": lambda recipe, folder: recipe.update(alhpa=1),
+    "an unknown key": lambda recipe, folder: recipe.update(alpha_=1),
     "an unknown setting": lambda recipe, folder: recipe.update(method={"name": "esm", "beta": 1}),
     "dtype": lambda recipe, folder: recipe.update(dtype="int8"),
     "heads": lambda recipe, folder: recipe.update(heads=["nothing"]),
