@@ -55,6 +55,7 @@ setup(
         "embedding": ["sentence-transformers>=6.2"],
         "quantised": ["bitsandbytes>=0.46.1", "compressed-tensors>=0.15"],
         "search": ["optuna>=4", "scikit-learn"],
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
         "extras": ["evaluate", "onnx", "onnxruntime", "onnxscript"],
         "quality": ["pytest", "ruff", "ty", "typos"],
     },

@@ -80,9 +80,8 @@ def compare(
         cache_dir: folder of all that is measured and computed, by default `output_dir/cache`. Merges with this
             `cache_dir` use the same statistics and answers.
         num_test: number of test rows per task, chosen at random; 0 takes all.
-        lines, weights, overrides, tokenizer, chat_template, metric, heads, dtype, num_samples, statistics_samples,
-            max_length, columns, batch_size, max_memory, allow_pickle, trust_remote_code, progress: options of every
-            merge, see `MergeOptions`.
+
+    The other arguments are options of every merge, see `MergeOptions`.
 
     Returns:
         Comparison with one row per method. Print it for a table, or open `report.md` in `output_dir`.

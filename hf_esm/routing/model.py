@@ -340,7 +340,8 @@ class RoutedModel(AsModule):
         """Add a task from its expert and its samples or statistics, in a new folder. The static model does not change.
 
         From samples, the router learns what the merged model reads on them. Statistics hold what the base reads on
-        them, from which the router can only estimate that.
+        them, from which the router can only estimate that: a warning is logged if the task's samples may then be taken
+        for those of another one.
 
         Args:
             task: name of the new task.
@@ -356,9 +357,6 @@ class RoutedModel(AsModule):
 
         Raises:
             HfEsmError: if the task exists, the expert or its statistics do not fit, or `output_dir` exists.
-
-        Warns:
-            If the samples of the task may be taken for those of another one, since their statistics are of the base.
         """
         self._refuse_trained("add_expert")
         allowed = {name: self._loading.get(name, False) for name in ("allow_pickle", "trust_remote_code")}
