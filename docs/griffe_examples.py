@@ -1,4 +1,4 @@
-"""Extension of griffe (`mkdocs.yml`): docstrings say `Example:`, which griffe reads as code under the name `Examples:`."""
+"""Extension of griffe (`mkdocs.yml`): docstrings say `Example:`, which griffe reads as code if it is `Examples:`."""
 
 import re
 from typing import Any
