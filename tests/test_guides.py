@@ -1,9 +1,9 @@
-"""Runs the blocks of README.md and of every page of `docs/`, in their order and in one folder a page, as a reader would.
+"""Runs the blocks of README.md and of all pages of `docs/`, in their order and in one folder a page, as readers would.
 
 Blocks of `python` share a namespace. Blocks of `yaml` are files, which their first line names, or parts of recipes,
 which are parsed. Blocks of `bash` are commands of `hf-esm`. A block of `text` after one of these is what that block
-prints, but for numbers. The folder holds toy models under the names of the pages, and the namespace their data. A block
-after the line `<!-- not run: WHY -->` is left out; the last test counts these.
+prints, but for numbers. The folder holds toy models under the names of the pages, and the namespace their data. A
+block after the line `<!-- not run: WHY -->` is left out; the last test counts these.
 """
 
 import re
