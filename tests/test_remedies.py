@@ -280,6 +280,7 @@ REMEDIES = {  # what is called, and the names of the tests that call it
     "method='auto'": "test_labelled_rows_choose_the_method_without_being_asked_for_alpha",
     "chat_template={}": "test_templates_that_differ_are_refused_until_one_is_named",
     "columns={'label': …}": "test_a_words_label_is_that_of_its_first_token",
+    "device='cpu'": "test_a_device_is_where_models_run",
     "dtype='bfloat16'": FLOATS,
     "dtype='float32'": FLOATS,
     "encode(…, prompt={})": "test_every_expert_is_read_with_its_own_prompt_and_differences_are_warned_of",

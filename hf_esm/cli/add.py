@@ -7,6 +7,7 @@ import argparse
 from ..data import RunOptions
 from ..routing import RoutedModel
 from .console import say
+from .device import add_device_flag
 from .flags import add_flags, add_trust_flags, options_of
 from .values import by_task, plain_or_yaml
 
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--base", help="the base of the expert (default: the base that the model's recipe names)")
     parser.add_argument("-o", "--output", required=True, help="folder to write the larger model to")
+    add_device_flag(parser)
     add_trust_flags(parser)
     add_flags(parser, RunOptions, leave_out=("allow_pickle", "trust_remote_code"))
 

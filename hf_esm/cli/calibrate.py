@@ -16,6 +16,7 @@ from ..merging import STATISTICS_SAMPLES, statistics_and_samples
 from ..planning import load_recipe, name_experts, task_weights
 from ..utils import check_path
 from .console import say
+from .device import add_device_flag
 from .flags import add_flags, add_trust_flags, count, options_of
 from .requests import is_recipe
 from .values import plain_or_yaml
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=count, help="samples per batch and process (default: 8)")
     parser.add_argument("--max-memory", help="memory to calibrate in, such as 16GB; the rest goes to disk")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
+    add_device_flag(parser)
     add_trust_flags(parser)
     add_flags(parser, SampleOptions)
 

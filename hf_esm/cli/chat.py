@@ -24,6 +24,7 @@ from ..data import UnreadProcessor
 from ..errors import HfEsmError
 from ..routing import RoutedModel
 from ..utils import check_known
+from .device import add_device_flag
 from .flags import add_trust_flags, count
 
 
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=count, help=f"length of an answer (default: the model's, or {LENGTH})"
     )
     parser.add_argument("--seed", type=int, help="seed of sampling, if the model's settings sample")
+    add_device_flag(parser)
     add_trust_flags(parser)
 
 

@@ -5,6 +5,7 @@ import argparse
 from ..data import RunOptions
 from ..merging import essential_components
 from .console import say
+from .device import add_device_flag
 from .flags import add_flags, count, options_of
 
 
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lora: loads without hf_esm; essential: can be fused by `hf-esm fuse` (default: lora)",
     )
     parser.add_argument("--output-dir", required=True, help="folder to write; it must not exist yet")
+    add_device_flag(parser)
     add_flags(parser, RunOptions, leave_out={"max_memory"})
 
 

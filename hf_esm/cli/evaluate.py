@@ -14,6 +14,7 @@ from ..evaluation import evaluate, update_card
 from ..metrics import BUILT_IN
 from ..planning import load_recipe, name_experts, task_weights
 from .console import say
+from .device import add_device_flag
 from .flags import add_flags, add_trust_flags, count, options_of
 from .requests import is_recipe, update_by_task
 from .values import plain_or_yaml
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how an esm++ model picks experts (default: routed)",
     )
     parser.add_argument("--batch-size", type=count, help="samples per batch (default: 32)")
+    add_device_flag(parser)
     add_trust_flags(parser)
     add_flags(parser, SampleOptions, num_samples=0)
 

@@ -33,10 +33,11 @@ def add_flags(
         shown = f" (default: {default})" if default is not None and default is not False else ""
         taken_as = _taken_as(hints[field.name])
         common = {"dest": field.name, "default": argparse.SUPPRESS}
-        group.add_argument(_flag(field.name), help=field.metadata["help"] + shown, **common, **taken_as)
+        switch = f"; --no-{_flag(field.name)[2:]}" if taken_as.get("nargs") == "*" else ""
+        group.add_argument(_flag(field.name), help=field.metadata["help"] + shown + switch, **common, **taken_as)
         if taken_as.get("nargs") == "*":
             no = f"--no-{field.name.replace('_', '-')}"
-            group.add_argument(no, help=f"not {_flag(field.name)}", **common, action="store_const", const=False)
+            group.add_argument(no, help=argparse.SUPPRESS, **common, action="store_const", const=False)
 
 
 def _taken_as(annotation: Any) -> dict[str, Any]:

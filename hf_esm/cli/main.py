@@ -10,6 +10,7 @@ from typing import Optional
 
 from ..errors import HfEsmError
 from .console import end_output
+from .device import on_device
 from .flags import in_flags
 from .parser import parse
 
@@ -31,7 +32,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         end_output()  # of `--help`
     _prepare_output(command.flags)
     try:
-        with _interruptible():
+        with _interruptible(), on_device(getattr(command, "device", None)):
             command.run(command)
         end_output()
     except HfEsmError as error:

@@ -7,9 +7,12 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from accelerate import PartialState
+
 from ..data import SampleOptions, read_rows
 from ..routing import RoutedModel
 from .console import say
+from .device import add_device_flag
 from .flags import add_flags, add_trust_flags, count, options_of
 
 
@@ -29,6 +32,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id of the routed model")
     parser.add_argument("data", help="inputs: JSON lines, JSON, CSV, Parquet or text")
     parser.add_argument("--batch-size", type=count, default=32, help="inputs per batch (default: 32)")
+    add_device_flag(parser)
     add_trust_flags(parser)
     add_flags(parser, SampleOptions, num_samples=0)
 
@@ -40,4 +44,4 @@ def routed_inputs(arguments: argparse.Namespace) -> tuple[RoutedModel, list[Any]
     model = RoutedModel.from_pretrained(
         arguments.model, allow_pickle=arguments.allow_pickle, trust_remote_code=arguments.trust_remote_code
     )
-    return model, rows, {**options, "num_samples": 0}
+    return model.to(PartialState().device), rows, {**options, "num_samples": 0}

@@ -1,17 +1,13 @@
 """The arguments of `merge_models` from a recipe and flags: what `merge`, `inspect` and `compare` share."""
 
 import argparse
-import inspect
-import shutil
-import textwrap
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import HfEsmError
-from ..methods import METHODS
-from ..planning import MergeOptions, RefineSettings, load_recipe
+from ..planning import MergeOptions, load_recipe
+from .device import add_device_flag
 from .flags import add_flags, options_of, pairs
 from .parser import CommandParser
 from .values import by_task, plain_or_yaml, yaml_value
@@ -19,7 +15,6 @@ from .values import by_task, plain_or_yaml, yaml_value
 
 def add_merge_arguments(parser: CommandParser, leave_out: Collection[str] = ()) -> None:
     """Add the recipe, the models and their data, and a flag for every field of `MergeOptions` that is not left out."""
-    parser.make_epilog = describe_methods if "refine" in leave_out else describe_settings
     parser.add_argument("recipe", nargs="?", help="YAML file with the arguments of merge_models")
     parser.add_argument("--base", help="Hub id or folder of the base (default: that of all adapters)")
     parser.add_argument("--expert", action="append", metavar="TASK=MODEL", help="an expert; repeat for each")
@@ -31,8 +26,9 @@ def add_merge_arguments(parser: CommandParser, leave_out: Collection[str] = ()) 
         "--set",
         action="append",
         metavar="NAME=VALUE",
-        help="a setting of the method, or of esm if no method is named; see below",
+        help="a setting of the method, or of esm (hf-esm methods NAME)",
     )
+    add_device_flag(parser)
     add_flags(parser, MergeOptions, leave_out)
 
 
@@ -94,41 +90,3 @@ def _plain_values(used: dict[str, Any]) -> dict[str, Any]:
 def _settings(words: Iterable[str], flag: str) -> dict[str, Any]:
     """The settings that the words `NAME=VALUE` of a flag give, with values as YAML reads them."""
     return {name: yaml_value(text, flag) for name, text in pairs(words, flag).items()}
-
-
-def describe_settings() -> str:
-    """The settings of refining, and those of the methods."""
-    settings = [f"    {f.name} = {f.default!r}: {f.metadata['help']}" for f in fields(RefineSettings)]
-    return f"{_filled(['settings for --refine NAME=VALUE:', *settings])}\n\n{describe_methods()}"
-
-
-def describe_methods() -> str:
-    """Every method once with its settings, and what the presets change in them."""
-    lines = ["methods, and their settings for --set NAME=VALUE:"]
-    for name in METHODS:
-        try:
-            method = METHODS[name]()
-        except HfEsmError as error:  # of another package; the other methods can be used
-            lines.append(f"  {name}: {error}")
-            continue
-        plain = type(method)()
-        changed = [f for f in fields(method) if getattr(method, f.name) != getattr(plain, f.name)]
-        if changed:
-            settings = ", ".join(f"{f.name}={getattr(method, f.name)!r}" for f in changed)
-            lines.append(f"  {name}: {plain.name} with {settings}")
-            continue
-        parent = type(method).__bases__[0]
-        inherited = {f.name for f in fields(parent)} if is_dataclass(parent) else set()
-        also = f" Settings of {parent.name}, and:" if inherited else ""
-        summary = " ".join((inspect.getdoc(type(method)) or "").split()).partition(". ")[0].rstrip(".")
-        lines.append(f"  {name}: {summary}.{also}")
-        for field in fields(method):
-            if field.name not in inherited:
-                setting = f"    {field.name} = {getattr(method, field.name)!r}"
-                lines.append(": ".join(filter(None, (setting, field.metadata.get("help")))))
-    return _filled(lines)
-
-
-def _filled(lines: Iterable[str]) -> str:
-    width = shutil.get_terminal_size().columns - 2
-    return "\n".join(textwrap.fill(line, width, subsequent_indent=" " * 8) for line in lines)

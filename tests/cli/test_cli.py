@@ -6,11 +6,12 @@ import os
 import shutil
 import signal
 import time
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
@@ -18,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from hf_esm import METHODS, ActivationStatistics, HfEsmError, __version__, evaluate, load_task_model, merge_models
 from hf_esm.calibration.collection import collect_statistics
 from hf_esm.cli.main import main
-from hf_esm.cli.parser import build_parser
+from hf_esm.cli.parser import COMMANDS, build_parser
 from hf_esm.data.options import SampleOptions
 from hf_esm.planning.options import MergeOptions
 from hf_esm.planning.refinement import RefineSettings
@@ -418,7 +419,6 @@ def test_bad_input_is_one_plain_line_and_status_2(models, merged, capsys, comman
 
 
 MISTYPED = {
-    "": "the following arguments are required: COMMAND",
     "merges": "invalid choice: 'merges'",
     "merge recipe.yaml --colour red": "unrecognized arguments: --colour red",
     "merge recipe.yaml --outputdir=x": "unrecognized arguments: --outputdir=x (did you mean --output-dir?)",
@@ -474,7 +474,7 @@ def test_a_polite_kill_leaves_nothing_behind(models, tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize(("command", "options"), OPTIONS.items())
 def test_help_names_every_option_and_says_what_it_is(capsys, command, options):
-    assert run(command, "--help") == 0
+    assert run(command, "--help-all") == 0
     said = capsys.readouterr().out
     flat = "".join(said.split())
     for field in fields(options):
@@ -492,12 +492,47 @@ def test_help_names_every_command_method_and_setting(capsys):
     assert [command for command in (*OPTIONS, "demo") if f"\n    {command}" not in said] == []
     assert run("demo", "--help") == 0
     assert "demo_output" in capsys.readouterr().out
-    assert run("merge", "--help") == 0
-    said = capsys.readouterr().out
+    assert run("methods") == 0
+    listed = capsys.readouterr().out
     for name, make in METHODS.items():
-        assert f"\n  {name}: " in said
-        assert [f.name for f in fields(make()) if f"    {f.name} = " not in said] == []
-    assert [f.name for f in fields(RefineSettings) if f"    {f.name} = {f.default!r}: " not in said] == []
+        assert f"\n{name}: " in f"\n{listed}"
+        assert run("methods", name) == 0
+        said = capsys.readouterr().out
+        preset = make() != type(make())()
+        parent = type(make()).__bases__[0]
+        inherited = {f.name for f in fields(parent)} if is_dataclass(parent) else set()
+        own = [f.name for f in fields(make()) if f.name not in inherited]
+        assert preset or [setting for setting in own if f"  {setting} = " not in said] == []
+    assert run("methods", "refine") == 0
+    said = capsys.readouterr().out
+    assert [f.name for f in fields(RefineSettings) if f"  {f.name} = {f.default!r}: " not in said] == []
+    assert run("methods", "esn") == 2
+    assert "there is no method 'esn' (did you mean 'esm'?)" in capsys.readouterr().err.replace("There", "there")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_a_screen(monkeypatch, capsys, command):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert run(*([command, "--help"] if command else [])) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 43 and max(map(len, lines)) <= 100
+    assert lines[0].startswith(f"usage: hf-esm {command or 'COMMAND'}")
+
+
+def test_a_device_is_where_models_run(models, merged, capsys, monkeypatch):
+    rows = write_rows(models / "device.jsonl", [{"text": "good film", "label": 1}])
+    command = ["evaluate", merged, "--data", f"a={rows}", "--device"]
+    seen = []
+    monkeypatch.setattr("hf_esm.cli.evaluate.evaluate", lambda **_: seen.append(PartialState().device))
+    assert run(*command, "cpu") == 0
+    assert [device.type for device in seen] == ["cpu"]
+    assert "ACCELERATE_TORCH_DEVICE" not in os.environ
+    capsys.readouterr()
+    assert run(*command, "abacus") == 2
+    assert "--device must be cpu, cuda, cuda:1 or mps, not 'abacus'" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert run(*command, "cuda:1") == 2
+        assert "--device cuda:1: torch finds no such device here. Pass --device cpu." in capsys.readouterr().err
 
 
 def test_the_console_script_is_this_command_line(capsys):

@@ -72,7 +72,7 @@ def test_flags_give_the_values_of_a_dataclass(parser, words, options):
 def test_help_names_the_defaults(parser):
     said = " ".join(parser.format_help().split())
     assert "at most (default: 5)" in said and "heads (default: auto)" in said and "--no-fast be fast" in said
-    assert "--refine [NAME=VALUE ...] refine --no-refine not --refine" in said
+    assert "--refine [NAME=VALUE ...] refine; --no-refine" in said
     assert "left-out" not in said
 
 

@@ -89,10 +89,11 @@ BASE = WRITTEN.parent / "base"
 
 # Every command that reads a model. Those of `AS_ROUTED` read all that a routed model has; `chat` sees first that the
 # model does not write, and the others take the folder for the static model that it also is, or for an adapter.
-AS_ROUTED = ("export", "add", "predict", "explain", "evaluate", "push")
+AS_ROUTED = ("export", "add", "remove", "predict", "explain", "evaluate", "push")
 COMMANDS = {
     "export": "export {folder} -o {out}",
     "add": "add {folder} --expert c={folder} -o {out}",
+    "remove": "remove {folder} b -o {out}",
     "predict": "predict {folder} {rows}",
     "explain": "explain {folder} {rows}",
     "evaluate": "evaluate {folder} --data a={rows} --json {out}",
@@ -146,7 +147,7 @@ HOSTILE = [rename_task, move_shard, list_outside, add_code, owned_labels]
 
 
 def test_every_command_is_tried():
-    assert {words.split()[0] for words in COMMANDS.values()} == parser.COMMANDS.keys() - {"demo", "convert"}
+    assert {words.split()[0] for words in COMMANDS.values()} == parser.COMMANDS.keys() - {"demo", "convert", "methods"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
