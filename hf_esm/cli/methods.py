@@ -1,6 +1,6 @@
 """List the merge methods, or say what one of them does and which settings it has. A setting is given by --set
-NAME=VALUE, or in a recipe as method: {name: esm, gamma: 0.2}. The names refine and lines describe the settings of --refine
-and --lines.
+NAME=VALUE, or in a recipe as method: {name: esm, gamma: 0.2}. The names refine and lines describe the settings of
+--refine and --lines.
 """
 
 import argparse
