@@ -56,7 +56,7 @@ setup(
         "quantised": ["bitsandbytes>=0.46.1", "compressed-tensors>=0.15"],
         "search": ["optuna>=4", "scikit-learn"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
-        "extras": ["evaluate", "onnx", "onnxruntime", "onnxscript"],
+        "extras": ["evaluate", "ipykernel", "nbclient", "onnx", "onnxruntime", "onnxscript"],
         "quality": ["pytest", "ruff", "ty", "typos"],
     },
     entry_points={"console_scripts": ["hf-esm=hf_esm.cli:main"]},

@@ -194,3 +194,15 @@ def test_blocks_that_are_not_run_are_few_and_say_why():
     left_out = {name: len([skipped for skipped, *_ in blocks if skipped]) for name, blocks in PAGES.items()}
     counts = {"README.md": 1, "docs/routed.md": 2, "docs/large_models.md": 1, "docs/recipes.md": 1}
     assert {name: count for name, count in left_out.items() if count} == counts
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("name", ["classifiers", "routed_language_models"])
+def test_a_notebook_of_the_examples_runs(name, models, tmp_path):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "examples" / f"{name}.ipynb", as_version=4)
+    folder = str(shutil.copytree(models, tmp_path / "notebook"))
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert any("experts merged" in output.get("text", "") for cell in cells for output in cell.outputs)
