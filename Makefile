@@ -21,7 +21,7 @@ test-fast: $(VENV)/.installed
 
 # What needs libraries that are used if they are there.
 test-extras: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[extras,quantised,search]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[extras,lm-eval,quantised,search]"
 	$(BIN)/python -m pytest tests -m extras
 
 # With the lower bounds of setup.py, in an environment of their own.

@@ -54,6 +54,7 @@ setup(
         ],
         "embedding": ["sentence-transformers>=6.2"],
         "quantised": ["bitsandbytes>=0.46.1", "compressed-tensors>=0.15"],
+        "lm-eval": ["lm-eval>=0.4.9"],
         "search": ["optuna>=4", "scikit-learn"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
         "extras": ["evaluate", "ipykernel", "nbclient", "onnx", "onnxruntime", "onnxscript"],

@@ -319,6 +319,7 @@ REMEDIES = {  # what is called, and the names of the tests that call it
     "pip install -U": LIBRARIES,
     "pip install evaluate": LIBRARIES,
     "pip install hf_esm[demo]": LIBRARIES,
+    "pip install hf_esm[lm-eval]": "test_without_the_harness_its_extra_is_named",
     "pip install hf_esm[search]": "test_without_optuna_its_extra_is_named",
     "pip install pillow": LIBRARIES,
     "pip install sentence-transformers": LIBRARIES,

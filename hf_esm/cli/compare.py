@@ -65,7 +65,7 @@ def _comparison_request(arguments: argparse.Namespace) -> dict[str, Any]:
     folder, merged = request.pop("report_dir", None), request.get("output_dir")
     if arguments.recipe and not hasattr(arguments, "output_dir") and (folder or merged):
         request["output_dir"] = folder or f"{merged}-report"  # the recipe's output_dir is that of the merged model
-    if "test" not in request:
+    if "test" not in request and not isinstance(request.get("metric"), Mapping):
         raise HfEsmError("Name the rows to measure on: --test TASK=FILE for each (or test in the recipe).")
     request["methods"] = _compared_methods(arguments, request)
     if request.get("alpha") not in (None, "auto"):

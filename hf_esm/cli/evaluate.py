@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", help="score the base, too; adapters are read over it (default: over that which they name)"
     )
-    parser.add_argument("--metric", help=f"{', '.join(BUILT_IN)}, or one of the evaluate library (default: accuracy)")
+    names = f"{', '.join(BUILT_IN)}, one of the evaluate library, or {{lm_eval: [TASK]}}"
+    parser.add_argument("--metric", help=f"{names} (default: accuracy)")
     parser.add_argument("--json", metavar="FILE", help="write the scores to this file, too")
     parser.add_argument("--card", action="store_true", help="write the scores into the model's card, too")
     parser.add_argument(
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     scores = evaluate(**request)
     say(scores)
     if arguments.card:
-        say(update_card(request["model"], scores, request["data"]))
+        say(update_card(request["model"], scores, request.get("data") or {}))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(scores.as_dict(), indent=2) + "\n", encoding="utf-8")
 
@@ -57,11 +58,13 @@ def _request(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `evaluate`, from a recipe and the flags that override it."""
     request = _of_recipe(arguments.model) if is_recipe(arguments.model) else {"model": arguments.model}
     update_by_task(request, arguments, experts="expert", data="data")
-    if "data" not in request:
-        raise HfEsmError("Name the rows to score on: --data TASK=FILE for each (or test in a recipe).")
     for name in ("metric", "route", "batch_size"):
         if getattr(arguments, name) is not None:
             request[name] = getattr(arguments, name)
+    if isinstance(request.get("metric"), str):
+        request["metric"] = plain_or_yaml(request["metric"], "--metric")
+    if "data" not in request and not isinstance(request.get("metric"), Mapping):
+        raise HfEsmError("Name the rows to score on: --data TASK=FILE for each (or test in a recipe).")
     if arguments.base:
         request["base"] = plain_or_yaml(arguments.base, "--base")
     for name in ("allow_pickle", "trust_remote_code"):

@@ -81,7 +81,7 @@ def _plain_values(used: dict[str, Any]) -> dict[str, Any]:
     """The values of flags, those that are written as YAML read."""
     if "overrides" in used:
         used["overrides"] = [yaml_value(text, "--overrides") for text in used["overrides"]]
-    for name in {"alpha", "tokenizer", "method"} & used.keys():
+    for name in {"alpha", "metric", "tokenizer", "method"} & used.keys():
         if isinstance(used[name], str):
             used[name] = plain_or_yaml(used[name], f"--{name}")
     return used

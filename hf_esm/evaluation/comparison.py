@@ -12,7 +12,7 @@ from ..checkpoints import Access, ModelSpec, base_of_adapters, resolve_source
 from ..data import DataSpec
 from ..errors import HfEsmError
 from ..methods import MergeMethod, resolve_method
-from ..metrics import MetricSpec, resolve_metric
+from ..metrics import HarnessMetric, MetricSpec, resolve_metric
 from ..planning import LinesSettings, MergeOptions, name_experts, task_weights
 from ..utils import Alone, default_accelerator
 from .cells import NOT_COMPARED, Inputs
@@ -27,7 +27,7 @@ def compare(
     base: Optional[ModelSpec],
     experts: Mapping[str, ModelSpec] | Sequence[ModelSpec],
     *,
-    test: Mapping[str, DataSpec],
+    test: Optional[Mapping[str, DataSpec]] = None,
     output_dir: str | os.PathLike,
     methods: Sequence[Any] = METHODS_COMPARED,
     calibration: Any = None,
@@ -67,7 +67,7 @@ def compare(
 
     Args:
         base, experts, calibration, validation, processor, token: see `merge_models`.
-        test: by task, labelled rows to measure on.
+        test: by task, labelled rows to measure on; none for the metric `{"lm_eval": {task: [tasks of the harness]}}`.
         output_dir: folder of the report; it may exist.
         methods: names, or settings as in recipes: `["esm", {"name": "esm", "shrinkage": 0.0}]`. `label` in the
             settings names the row of the report.
@@ -108,17 +108,18 @@ def compare(
     if base is None:
         access = Access(token, allow_pickle, trust_remote_code)
         base = base_of_adapters(resolve_source(spec, f"expert '{task}'", access) for task, spec in experts.items())
+    scorer = resolve_metric(metric)
     inputs = Inputs(
         base=base,
         experts=experts,
-        test=test,
+        test=scorer.tasks if isinstance(scorer, HarnessMetric) else (test or {}),
         calibration=calibration,
         validation=validation,
         num_test=num_test,
         processor=processor,
         token=token,
         options=options,
-        metric=resolve_metric(metric),
+        metric=scorer,
         accelerator=Alone(accelerator) if accelerator.num_processes > 1 else accelerator,
         keep=_check_keep(keep),
     )

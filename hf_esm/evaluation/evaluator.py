@@ -33,7 +33,17 @@ from ..checkpoints import (
 )
 from ..data import DataSpec, SampleOptions, with_prompt
 from ..errors import HfEsmError
-from ..metrics import LabelledSamples, Metric, MetricSpec, Outcome, Scores, load_labelled, resolve_metric, run
+from ..metrics import (
+    HarnessMetric,
+    LabelledSamples,
+    Metric,
+    MetricSpec,
+    Outcome,
+    Scores,
+    load_labelled,
+    resolve_metric,
+    run,
+)
 from ..routing import RoutedModel
 from ..utils import check_known, default_accelerator, did_you_mean
 
@@ -43,7 +53,7 @@ ROUTES = ("routed", "oracle", "static")
 
 def evaluate(
     model: str | os.PathLike,
-    data: Mapping[str, DataSpec],
+    data: Optional[Mapping[str, DataSpec]] = None,
     *,
     experts: Optional[Mapping[str, ModelSpec]] = None,
     base: Optional[ModelSpec] = None,
@@ -75,8 +85,8 @@ def evaluate(
             it. Without it, adapters are read over the base that they name, and no base is scored.
         metric: `"accuracy"`, `"f1"`, `"f1-macro"`, `"mcc"`, `"spearman"` (of values), `"perplexity"`, `"mean-iou"`,
             `"exact-match"`, `"word-f1"`, for embedding models `"similarity"`, `"mrr@10"` and `"recall@10"` on rows of
-            two texts, the name of a metric of the `evaluate` library, a function of predictions and references, or a
-            `Metric`.
+            two texts, the name of a metric of the `evaluate` library, a function of predictions and references, a
+            `Metric`, or `{"lm_eval": [tasks], "limit": …}`: tasks of the lm-evaluation-harness with their rows.
         processor: tokenizer or processor, if the folders of the models hold none.
         route: for a routed model, `"routed"`, `"oracle"` (each task's expert for its rows, as always without a
             router), or `"static"` (no expert). The compressed experts of `tsv-c` are scored as `load_task_model` loads
@@ -108,9 +118,12 @@ def evaluate(
     """
     options = SampleOptions(num_samples=num_samples, seed=seed, max_length=max_length, columns=columns)
     experts = experts or {}
+    metric = resolve_metric(metric)
+    if isinstance(metric, HarnessMetric):
+        data = metric.tasks
     _check_arguments(model, data, experts, route, batch_size)
     access = Access(token, allow_pickle, trust_remote_code)
-    measurement = Measurement(data, resolve_metric(metric), options, access, processor, batch_size)
+    measurement = Measurement(data or {}, metric, options, access, processor, batch_size)
     folder = whole_folder(model, str(model), token=token)
     outcomes = measurement.merged_outcomes(folder, str(model), route)
     expert_outcomes = measurement.expert_outcomes(experts, base, fallback=folder)
@@ -234,9 +247,12 @@ class Measurement:
         outcomes = {}
         for task in self.data:
             forced = {"oracle": task, "static": "static"}.get(route)
+            by_harness = isinstance(self.metric, HarnessMetric)
+            # A task of the harness may be that of no expert; models that write have no heads of their own.
+            named = routed.tasks[0] if by_harness and task not in routed.tasks else task
             with routed.route(forced) if forced else nullcontext():
-                outcomes[task] = self._outcome(routed.task_model(task), task, processor)
-            if not forced:
+                outcomes[task] = self._outcome(routed.task_model(named), task, processor)
+            if not forced and not by_harness:
                 rows = self._rows(task, processor, routed.task_model(task))
                 explanations = routed.explain(rows.samples, self.batch_size)
                 outcomes[task].routed_to = [explanation.likeliest for explanation in explanations]
@@ -247,6 +263,8 @@ class Measurement:
         return run(model.to(default_accelerator().device), rows, self.metric, self.batch_size)
 
     def _rows(self, task: str, processor: Any, model: PreTrainedModel) -> LabelledSamples:
+        if isinstance(self.metric, HarnessMetric):
+            return self.metric.of_task(task, processor)
         processor = with_prompt(processor, prompt_before(model))
         return load_labelled(self.data[task], processor, model.config, f"data of '{task}'", self.options, self.metric)
 

@@ -40,7 +40,7 @@ def merge_models(
     tokenizer: Optional[str | Mapping[str, Any]] = None,
     chat_template: Optional[str] = None,
     validation: Optional[Mapping[str, DataSpec]] = None,
-    metric: str | os.PathLike | Metric | Callable[..., float] = "accuracy",
+    metric: str | os.PathLike | Mapping[str, Any] | Metric | Callable[..., float] = "accuracy",
     score_fn: Optional[Callable[[Any], float] | Mapping[str, Callable[[Any], float]]] = None,
     output: str = "model",
     rank: Optional[int] = None,

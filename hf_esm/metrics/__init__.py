@@ -7,6 +7,7 @@ was computed from, agreement with the expert, and pictures.
 from .agreement import ROUNDING, Agreement, ExpertAnswers, agreement_of, collect_answers, divergence
 from .answers import batches_of, in_vocabulary
 from .drawing import colour_of, require_matplotlib, styles_of
+from .harness import HarnessMetric
 from .labels import LabelledSamples
 from .metric import ACCURACY, Metric, load_labelled
 from .named import BUILT_IN, MetricSpec, resolve_metric
@@ -30,6 +31,7 @@ __all__ = [
     "ROUNDING",
     "Agreement",
     "ExpertAnswers",
+    "HarnessMetric",
     "LabelledSamples",
     "Metric",
     "MetricSpec",

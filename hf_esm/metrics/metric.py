@@ -325,4 +325,6 @@ def load_labelled(
     Raises:
         HfEsmError: if a row has no label, or one that the model does not know.
     """
+    if metric.name == "lm_eval":
+        raise HfEsmError(f"{title}: lm_eval has rows of its own. Score these by another metric, such as 'perplexity'.")
     return metric.load(read_rows(data, title, options), RowReader(processor, config, title, options))

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import HfEsmError
 from ..utils import did_you_mean
 from .confusion import F1, F1_MACRO, MCC
+from .harness import harness_metric
 from .metric import (
     ACCURACY,
     EXACT_MATCH,
@@ -50,7 +51,7 @@ SLOW_DRAWS = 100  # of rows, for metrics of the library, which take milliseconds
 
 
 # What users name a metric by: a built-in name, a name or folder of the `evaluate` library, a function, or a metric.
-MetricSpec = str | os.PathLike | Metric | Callable[..., float]
+MetricSpec = str | os.PathLike | Mapping[str, Any] | Metric | Callable[..., float]
 
 
 def resolve_metric(metric: MetricSpec) -> Metric:
@@ -69,6 +70,8 @@ def resolve_metric(metric: MetricSpec) -> Metric:
     the one with the metric's name counts, or else the first. A metric of strings (ROUGE, BLEU, word error rate) reads
     the model's answers in words.
 
+    `{"lm_eval": [tasks], "limit": …}` scores models that write on tasks of the lm-evaluation-harness; see `harness`.
+
     A function gets tensors, see `ClassMetric`; as in Transformers' Trainer, classes of tokens are padded, and
     references are -100 where no class counts. For heads of other kinds, give a `Metric` with `read`.
 
@@ -77,6 +80,8 @@ def resolve_metric(metric: MetricSpec) -> Metric:
     """
     if isinstance(metric, Metric):
         return metric
+    if isinstance(metric, Mapping):
+        return harness_metric(metric)
     if callable(metric):
         name = getattr(metric, "__name__", "score")
         return ClassMetric(

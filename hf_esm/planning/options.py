@@ -116,7 +116,7 @@ class MergeOptions(RunOptions):
     chat_template: Optional[str] = field(
         default=None, metadata={"help": "task, or base, whose chat template the merged model has"}
     )
-    metric: str | os.PathLike | Metric | Callable[..., float] = field(
+    metric: str | os.PathLike | Mapping[str, Any] | Metric | Callable[..., float] = field(
         default="accuracy",
         metadata={"help": f"what 'auto' goes by: {', '.join(BUILT_IN)}, or one of the evaluate library"},
     )
