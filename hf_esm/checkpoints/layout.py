@@ -25,6 +25,10 @@ TRANSFORMER_SETTINGS = (
 # The card, as the Hub names it, and the folder of its pictures:
 CARD_FILE = "README.md"
 PICTURES_FOLDER = "comparison"
+SCORES_PICTURE = "scores.png"
+
+# Scores as the Hub reads them beside the card:
+EVALUATION_FOLDER = ".eval_results"
 
 # In every folder that a merge wrote:
 RECIPE_FILE = "merge_recipe.yaml"

@@ -7,21 +7,34 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
 
-from ..checkpoints import CARD_FILE, HEADS_FOLDER, PICTURES_FOLDER, read_config
+from ..checkpoints import (
+    CARD_FILE,
+    EVALUATION_FOLDER,
+    HEADS_FOLDER,
+    PICTURES_FOLDER,
+    SCORES_PICTURE,
+    read_config,
+)
 from ..data import DataSpec
 from ..errors import HfEsmError
 from ..hub import pipeline_of, with_section
-from ..metrics import Scores
-from ..utils import atomic_file, markdown_table, publish_folder, reading, staging_folder
+from ..metrics import Scores, plot_task_scores
+from ..utils import atomic_file, markdown_table, markdown_text, publish_folder, reading, staging_folder
 from .report import REPORT
+
+
+RESULTS = f"{EVALUATION_FOLDER}/hf_esm.yaml"
 
 
 def update_card(folder: str | os.PathLike, scores: Scores, data: Mapping[str, DataSpec]) -> Path:
     """Write scores into the card of a merged model, in place of earlier ones.
 
-    They become evaluation results in the metadata, which the Hub shows, and a table before the section "Limits".
+    They become evaluation results in the metadata, which the Hub shows, with the number of rows and the interval in
+    the names; a table before the section "Limits", with the base and the experts; and, where matplotlib is installed,
+    a picture. Scores on data sets of the Hub also go into `.eval_results/`, from where the Hub reads them.
 
     Args:
         folder: folder that `merge_models` wrote.
@@ -41,17 +54,79 @@ def update_card(folder: str | os.PathLike, scores: Scores, data: Mapping[str, Da
         card = ModelCard.load(folder / CARD_FILE)
     card.data.model_name = folder.resolve().name
     card.data.eval_results = [
-        _result(folder, task, score, data.get(task), scores.metric)
+        _result(folder, task, score, data.get(task), scores)
         for task, score in scores.model.items()
         if isfinite(score)
     ]
-    card.text = with_section(card.text, "Results", "\n".join(_results_table(scores)))
+    lines = _results_table(scores)
+    if picture := _draw(folder, scores, card.data.tags or []):
+        lines += ["", f"![The scores as bars, with the experts as lines]({picture})"]
+    card.text = with_section(card.text, "Results", "\n".join(lines))
     with atomic_file(folder / CARD_FILE) as partial:
         card.save(partial)
+    _write_entries(folder, scores, data)
     return folder / CARD_FILE
 
 
-def _result(folder: Path, task: str, score: float, rows: Any, metric: str) -> EvalResult:
+def _draw(folder: Path, scores: Scores, tags: list[str]) -> str:
+    """Draw the scores; return the file's name, which is empty if they are no shares or matplotlib is not installed."""
+    (folder / SCORES_PICTURE).unlink(missing_ok=True)
+    bars = {"this model": scores.model} | ({"the base": scores.base} if scores.base else {})
+    values = [value for by_task in (*bars.values(), scores.expert) for value in by_task.values()]
+    if scores.expert.keys() < scores.model.keys() or not all(0 <= value <= 1 for value in values):
+        return ""
+    if scores.base and scores.base.keys() < scores.model.keys():
+        return ""
+    unknown = (float("nan"),) * 2
+    intervals = {label: dict.fromkeys(scores.model, unknown) for label in bars}
+    intervals["this model"] |= scores.intervals
+    methods = {"this model": tags[-1] if tags else "esm", "the base": "the base"}
+    options = {"ylabel": scores.metric, "intervals": intervals, "methods": methods}
+    try:
+        experts = {task: scores.expert[task] for task in scores.model}
+        plot_task_scores(bars, experts, folder / SCORES_PICTURE, "Scores by task", **options)
+    except HfEsmError:  # without matplotlib
+        return ""
+    return SCORES_PICTURE
+
+
+def _write_entries(folder: Path, scores: Scores, data: Mapping[str, DataSpec]) -> None:
+    """Write the scores on data sets of the Hub as the Hub reads them beside a card, in place of earlier ones."""
+    entries = []
+    for task, score in scores.model.items():
+        rows = data.get(task)
+        if isinstance(rows, Mapping) and (dataset := _dataset_id(rows)) and isfinite(score):
+            split = f" of split {rows['split']}" if rows.get("split") else ""
+            others = {"base": scores.base.get(task), "expert": scores.expert.get(task)}
+            notes = [f"{scores.metric}{split}", _sampling(scores, task)]
+            notes += [f"{name} {value:.4g}" for name, value in others.items() if value is not None]
+            entries.append(
+                EvalResultEntry(
+                    dataset_id=dataset,
+                    task_id=rows.get("name") or "default",
+                    value=round(score, 6),
+                    dataset_revision=rows.get("revision"),
+                    notes="; ".join(filter(None, notes)),
+                )
+            )
+    if not entries:
+        (folder / RESULTS).unlink(missing_ok=True)
+        return
+    (folder / RESULTS).parent.mkdir(exist_ok=True)
+    with atomic_file(folder / RESULTS) as partial:
+        partial.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
+
+
+def _sampling(scores: Scores, task: str) -> str:
+    """The number of rows and the interval of a task's score in words; empty if they are not known."""
+    if task not in scores.outcomes:
+        return ""
+    low, high = scores.intervals[task]
+    interval = f", 95 % interval {low:.4g} to {high:.4g}" if isfinite(low) and isfinite(high) else ""
+    return f"n = {scores.rows[task]}{interval}"
+
+
+def _result(folder: Path, task: str, score: float, rows: Any, scores: Scores) -> EvalResult:
     """One score as the Hub's metadata has it."""
     described = rows if isinstance(rows, Mapping) else {}
     return EvalResult(
@@ -60,7 +135,9 @@ def _result(folder: Path, task: str, score: float, rows: Any, metric: str) -> Ev
         dataset_name=task,
         dataset_config=described.get("name"),
         dataset_split=described.get("split"),
-        metric_type=metric,
+        dataset_revision=described.get("revision"),
+        metric_type=scores.metric,
+        metric_name=f"{scores.metric} ({sampling})" if (sampling := _sampling(scores, task)) else None,
         metric_value=round(score, 6),
     )
 
@@ -82,7 +159,7 @@ def _model_class(folder: Path, task: str) -> str:
 def _results_table(scores: Scores) -> list[str]:
     columns = {name: other for name, other in (("base", scores.base), ("its expert", scores.expert)) if other}
     rows = [
-        [task, scores.shown(score), *(scores.shown(other.get(task)) for other in columns.values())]
+        [markdown_text(task).replace(r"\|", "|"), scores.shown(score), *(scores.shown(other.get(task)) for other in columns.values())]
         for task, score in scores.model.items()
     ]
     share = f" ({100 * scores.normalised:.1f} % of the experts)" if scores.normalised is not None else ""

@@ -15,6 +15,7 @@ from ..checkpoints import (
     PICTURES_FOLDER,
     RECIPE_FILE,
     REPORT_FILE,
+    SCORES_PICTURE,
     STATISTICS_FILE,
     check_routed,
     read_routed_settings,
@@ -25,7 +26,16 @@ from ..utils import reading, stays_inside
 
 
 # Files and folders that do not change the model's output. Statistics have a checksum of their own.
-_LEFT_OUT = (HASHES_FILE, CARD_FILE, PICTURES_FOLDER, CALIBRATION_FOLDER, RECIPE_FILE, REPORT_FILE, STATISTICS_FILE)
+_LEFT_OUT = (
+    HASHES_FILE,
+    CARD_FILE,
+    PICTURES_FOLDER,
+    SCORES_PICTURE,
+    CALIBRATION_FOLDER,
+    RECIPE_FILE,
+    REPORT_FILE,
+    STATISTICS_FILE,
+)
 
 # Kinds of files that a library may load because they are there.
 _LOADED = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "*.py")

@@ -1,10 +1,12 @@
 """Uploads of a merged model to the Hub: the whole folder, or its routed adapter alone."""
 
 import logging
+import os
 import shutil
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Optional
 
 from huggingface_hub import HfApi
@@ -12,10 +14,14 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from ..checkpoints import (
     CALIBRATION_FOLDER,
+    CARD_FILE,
+    EVALUATION_FOLDER,
     HEADS_FOLDER,
+    PICTURES_FOLDER,
     REFINED_FOLDER,
     ROUTED_FOLDER,
     ROUTER_FEATURES,
+    SCORES_PICTURE,
     STATISTICS_FILE,
     read_routed_settings,
     read_settings,
@@ -23,6 +29,7 @@ from ..checkpoints import (
 from ..errors import HfEsmError
 from ..utils import ask_hub, check_known, plain_hub_errors, staging_folder
 from .cards import write_adapter_card
+from .changes import pushed_card
 from .hashes import read_hashes
 
 
@@ -38,6 +45,11 @@ _REVEALING = {
 }
 
 
+# Folders whose files an earlier push may have left: of tasks that were removed, of gates that are folded by now, of
+# scores that were of another model.
+_STALE = (HEADS_FOLDER, ROUTED_FOLDER, REFINED_FOLDER, PICTURES_FOLDER, EVALUATION_FOLDER)
+
+
 def push_folder(
     folder: Path,
     repo_id: str,
@@ -51,7 +63,8 @@ def push_folder(
     """Upload a merged model's folder; with `base_model`, its routed adapter alone.
 
     Args:
-        folder: a folder that a merge wrote. Calibration samples in it are not uploaded.
+        folder: a folder that a merge wrote. Calibration samples in it are not uploaded. It is not changed: the card
+            that is uploaded says how to load the model from the repository.
         repo_id: repository on the Hub, which is created if it does not exist.
         base_model: Hub id of the static model.
         private: whether the repository is to be private.
@@ -88,13 +101,14 @@ def push_folder(
         upload = partial(api.upload_folder, repo_id=repo_id, revision=revision)
         if base_model is not None:
             with staging_folder(folder.parent / f"{folder.name}-adapter") as staging:
-                _stage_adapter(folder, staging, base_model)
+                _stage_adapter(folder, staging, base_model, repo_id)
                 return upload(folder_path=staging, **kwargs)
         ignored = kwargs.pop("ignore_patterns", None) or []
         ignored = [f"{CALIBRATION_FOLDER}/*", *([ignored] if isinstance(ignored, str) else ignored)]
-        # Files of tasks that were removed, and of gates that are folded by now:
-        stale = {"delete_patterns": [f"{name}/*" for name in (HEADS_FOLDER, ROUTED_FOLDER, REFINED_FOLDER)]}
-        return upload(folder_path=folder, ignore_patterns=ignored, **stale | kwargs)
+        stale = {"delete_patterns": [*(f"{name}/*" for name in _STALE), SCORES_PICTURE]}
+        with TemporaryDirectory() as staging:
+            _stage_model(folder, Path(staging) / "model", repo_id)
+            return upload(folder_path=Path(staging) / "model", ignore_patterns=ignored, **stale | kwargs)
 
 
 def _warn_of_samples(folder: Path, repo_id: str) -> None:
@@ -105,7 +119,24 @@ def _warn_of_samples(folder: Path, repo_id: str) -> None:
             )
 
 
-def _stage_adapter(folder: Path, staging: Path, base_model: str) -> None:
+def _stage_model(folder: Path, staging: Path, repo_id: str) -> None:
+    """Make `staging` a folder of links to the files in `folder`, with a card that names the repository."""
+    shutil.copytree(folder, staging, copy_function=_link)
+    card = staging / CARD_FILE
+    if card.is_file():
+        text = pushed_card(card.read_text(encoding="utf-8", errors="surrogateescape"), repo_id)
+        card.unlink()  # a link: the file that it leads to stays as it is
+        card.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.symlink(os.path.realpath(source), target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _stage_adapter(folder: Path, staging: Path, base_model: str, repo_id: str) -> None:
     """Copy the routed adapter in `folder` to `staging`, with a card and the Hub id of its base."""
     shutil.copytree(
         folder / ROUTED_FOLDER, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(ROUTER_FEATURES)
@@ -114,7 +145,7 @@ def _stage_adapter(folder: Path, staging: Path, base_model: str) -> None:
     config.base_model_name_or_path = base_model
     config.save_pretrained(str(staging))
     model_class = (config.auto_mapping or {}).get("base_model_class", "AutoModel")
-    write_adapter_card(staging, base_model, config.tasks, config.decides, model_class)
+    write_adapter_card(staging, base_model, config.tasks, config.decides, model_class, repo_id)
 
 
 def _check_same_weights(api: HfApi, base_model: str, folder: Path) -> None:

@@ -1,14 +1,17 @@
 """The model card of a merge: the plan as plain values for the template."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+
+from typing import Any, Optional
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..checkpoints import ADAPTER_CONFIG, CARD_FILE, REFINED_FOLDER, Checkpoint, LiveCheckpoint, ModelSource
-from ..hub import pipeline_of, template
+from ..hub import licence_metadata, pipeline_of, public_name, template
 from ..planning import BASE
-from ..utils import markdown_text, plain_text
+from ..utils import markdown_text
 from ..version import __version__
 from .contest import STANDING_COLUMNS
 from .result import MergeResult
@@ -22,29 +25,29 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
         num_samples: number of samples of each expert that was calibrated.
     """
     plan = result.plan
-    licences = set(plan.licences.values())
     task_heads = [task for task, head in plan.heads.by_task.items() if head]
     adapter = (folder / ADAPTER_CONFIG).is_file()
     named = [source.repo_id for name, source in sources.items() if source.repo_id and (name == BASE or not adapter)]
     library = "sentence-transformers" if plan.base.modules else "transformers"
     data = ModelCardData(
-        base_model=named or None,
+        base_model=list(dict.fromkeys(named)) or None,
         base_model_relation=("adapter" if adapter else "merge") if named else None,
         library_name="peft" if adapter else library,
-        pipeline_tag="sentence-similarity" if plan.base.modules and not adapter else None,
-        license=licences.pop() if len(licences) == 1 and "not stated" not in licences else None,
+        pipeline_tag=_pipeline_tag(plan.base, adapter),
         tags=["merge", "hf_esm", plan.method.name],
+        **licence_metadata(list(plan.licences.values())),
     )
     card = ModelCard.from_template(
         data,
         template_str=template("merged.md"),
-        base=_named(plan.base),
-        base_revision=plan.base.revision,
+        base=_named(plan.base, sources.get(BASE)),
+        base_licence=markdown_text(plan.licences.get(BASE, "not stated")),
+        base_kind=type(plan.base.skeleton).__name__,
         experts=[
             {
-                "task": task,
-                "source": _named(expert),
-                "revision": expert.revision,
+                "task": markdown_text(task),
+                "name": task,
+                "source": _named(expert, sources.get(task)),
                 "kind": expert.kind,
                 "licence": markdown_text(plan.licences.get(task, "not stated")),
                 "labels": list(map(markdown_text, expert.config.id2label.values()))
@@ -53,6 +56,7 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
             }
             for task, expert in plan.experts.items()
         ],
+        names={task: markdown_text(task) for task in plan.experts},
         method=plan.method.name,
         papers=plan.method.papers,
         routed=plan.method.routes,
@@ -63,6 +67,7 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
         alpha=result.scales,
         overrides=[*map(str, plan.overrides), *([str(plan.lines)] if plan.lines else [])],
         choice=result.choice,
+        alpha_scores=_alpha_scores(result),
         places=[STANDING_COLUMNS, *result.places] if result.standings else [],
         agreement=result.agreement,
         scores=result.scores,
@@ -79,12 +84,35 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
         if num_samples
         else "",
     )
+    card.content = re.sub(r"\n{3,}", "\n\n", card.content)  # of parts of the template that say nothing here
     card.save(folder / CARD_FILE)
 
 
-def _named(model: Checkpoint) -> str:
-    """Return the id or folder of a model; for a live model, its class and what it was loaded from."""
-    source = plain_text(model.source).replace("`", "'")  # it is shown as code
-    if not isinstance(model.stored, LiveCheckpoint):
-        return source or "a live PeftModel"
-    return f"a live {type(model.skeleton).__name__}" + (f", loaded from {source}" if source else "")
+def _named(model: Checkpoint, source: Optional[ModelSource]) -> str:
+    """Return the name of a model in Markdown; for a live model, its class and what it was loaded from."""
+    repo_id, root = (source.repo_id, source.root) if source else (None, None)
+    words: Any = model.source
+    if isinstance(model.stored, LiveCheckpoint):
+        words = f"a live {type(model.skeleton).__name__}" + (f", loaded from {model.source}" if model.source else "")
+    return public_name(words or "a live PeftModel", repo_id, model.revision, root)
+
+
+def _pipeline_tag(base: Checkpoint, adapter: bool) -> Optional[str]:
+    """Return what the Hub calls the task of the model in the root of the folder; None if that is not known."""
+    if adapter:
+        return None
+    if base.modules:
+        return "sentence-similarity"
+    kind = type(base.skeleton)
+    found = pipeline_of(kind.__name__)
+    if found == "other" and kind.__name__.endswith("Model"):  # a body without a head
+        bodies = {"input_ids": "feature-extraction", "pixel_values": "image-feature-extraction"}
+        return bodies.get(kind.main_input_name)
+    return None if found == "other" else found
+
+
+def _alpha_scores(result: MergeResult) -> list[tuple[str, str]]:
+    """Return the cells of a table of the scores by α, with the chosen one in bold; empty if no search was made."""
+    scores = {} if result.standings else result.alpha_scores
+    rows = [(f"{alpha:g}", f"{score:.3f}", alpha == result.alpha) for alpha, score in sorted(scores.items())]
+    return [(f"**{alpha}**", f"**{score}**") if chosen else (alpha, score) for alpha, score, chosen in rows]

@@ -22,8 +22,10 @@ from ..checkpoints import (
     HASHES_FILE,
     HEAD_WEIGHTS,
     HEADS_FOLDER,
+    PICTURES_FOLDER,
     RECIPE_FILE,
     ROUTED_FOLDER,
+    SCORES_PICTURE,
     Access,
     Checkpoint,
     ModelSource,
@@ -39,7 +41,7 @@ from ..checkpoints import (
 )
 from ..data import DataSpec, RunOptions, encode, read_rows, with_prompt
 from ..errors import HfEsmError
-from ..hub import write_hashes
+from ..hub import card_with_experts, public_name, write_hashes
 from ..methods import RoutedMerge, resolve_method
 from ..planning import (
     MergePlan,
@@ -57,6 +59,7 @@ from ..utils import (
     markdown_text,
     plain_text,
     publish_folder,
+    reading,
     staging_folder,
 )
 from .experts import RoutedExperts, expert_factors, load_experts, unrouted
@@ -114,9 +117,17 @@ def add_expert(
         _append_expert(experts, module, names[module], merged, expert, base, statistics)
     experts.tasks.append(task)
     experts.features[task] = _features(folder, static, merged, experts, spec, statistics, names)
-    revision = f" @ {expert.revision}" if expert.revision else ""
-    source, licence = plain_text(expert.source or "a live model"), markdown_text(plan.licences[task])
-    note = f"'{task}' was added, from {source}{revision} (licence: {licence})"
+    revision, licence = f" @ {expert.revision}" if expert.revision else "", plan.licences[task]
+    named = public_name(expert.source, source.repo_id, expert.revision, source.root)
+    keeps_head = plan.heads.by_task[task]
+    change = {
+        "added": task,
+        "repo_id": source.repo_id,
+        "licence": licence,
+        "labels": list(expert.config.id2label.values()) if keeps_head else [],
+        "note": f"'{markdown_text(task)}' was added, from {named} (licence: {markdown_text(licence)})",
+    }
+    note = f"'{task}' was added, from {plain_text(expert.source or 'a live model')}{revision} (licence: {licence})"
     return _write(
         folder,
         static,
@@ -125,6 +136,7 @@ def add_expert(
         output,
         lambda staging: _add_head(staging, task, expert, merged, plan),
         note,
+        change,
     )
 
 
@@ -298,7 +310,18 @@ def remove_expert(folder: Path, static: PreTrainedModel, config: RoutedExpertsCo
     def remove_head(staging: Path) -> None:
         shutil.rmtree(staging / HEADS_FOLDER / task, ignore_errors=True)
 
-    return _write(folder, static, config, experts, output, remove_head, f"'{task}' was removed")
+    note = f"'{task}' was removed"
+    change = {"removed": task, "note": f"'{markdown_text(task)}' was removed"}
+    return _write(folder, static, config, experts, output, remove_head, note, change)
+
+
+def _change_card(path: Path, tasks: list[str], note: str, **change: Any) -> None:
+    """Write into the card, if there is one, how the experts changed."""
+    if path.is_file():
+        note = f"After this merge, {note}; the experts now: {', '.join(map(markdown_text, tasks))}."
+        with reading(path):
+            text = card_with_experts(path.read_text(encoding="utf-8"), tasks, note, **change)
+        path.write_text(text, encoding="utf-8")
 
 
 def _new(output: Path) -> Path:
@@ -316,23 +339,26 @@ def _write(
     output: Path,
     change_head: Callable[[Path], Any],
     note: str,
+    change: Mapping[str, Any],
 ) -> Path:
     """Copy the model in `folder` with other experts to `output`.
 
     Args:
         change_head: is called with the copy, to add or remove a head.
-        note: for the card and the recipe: how the experts changed.
+        note: for the recipe: how the experts changed.
+        change: for the card, see `card_with_experts`.
     """
     with staging_folder(output) as staging:
         shutil.copytree(folder, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
         shutil.rmtree(staging / ROUTED_FOLDER)
+        shutil.rmtree(staging / PICTURES_FOLDER, ignore_errors=True)  # of the scores of the earlier model
+        (staging / SCORES_PICTURE).unlink(missing_ok=True)
         (staging / HASHES_FILE).unlink()
         change_head(staging)
         experts.save(staging / ROUTED_FOLDER, static, base_fingerprint=config.base_fingerprint)
-        line = f"After this merge, {note}; the experts now: {', '.join(experts.tasks)}."
-        for name, text in ((CARD_FILE, line), (RECIPE_FILE, f"# {line}")):
-            with (staging / name).open("a", encoding="utf-8") as file:
-                file.write(f"\n{text}\n")
+        with (staging / RECIPE_FILE).open("a", encoding="utf-8") as file:
+            file.write(f"\n# After this merge, {note}; the experts now: {', '.join(experts.tasks)}.\n")
+        _change_card(staging / CARD_FILE, experts.tasks, **change)
         write_hashes(staging)
         publish_folder(staging, output)
     return output

@@ -40,7 +40,7 @@ def test_scores_are_evaluation_entries_and_a_table(merged, tmp_path):
 
 @pytest.mark.parametrize("decides", [True, False])
 def test_the_card_of_an_adapter_says_how_experts_are_chosen_and_how_it_is_loaded(tmp_path, decides):
-    write_adapter_card(tmp_path, "me/static", ["sst2", "mrpc"], decides, "BertModel")
+    write_adapter_card(tmp_path, "me/static", ["sst2", "mrpc"], decides, "BertModel", "me/adapter")
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.base_model_relation) == ("me/static", "adapter")
     assert 'static = BertModel.from_pretrained("me/static")' in card.text

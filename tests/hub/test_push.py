@@ -163,3 +163,21 @@ def test_statistics_go_up_compressed(hub, online, folder, name, tmp_path):
     (folder / STATISTICS).unlink()
     status, _, errors = online(command, "push", folder, name, "--compress-statistics", 3)
     assert (status, f"there is no {STATISTICS} in it. Leave --compress-statistics out." in errors) == (2, True)
+
+
+def files_of(hub, name: str) -> dict[str, bytes]:
+    repo = hub.repos[name]
+    return repo.commits[repo.refs["main"]]
+
+
+def test_the_card_that_is_pushed_loads_from_the_repository_and_the_folder_stays_as_it_is(online, hub, folder, name):
+    (folder / "heads").mkdir()
+    (folder / "heads" / "head.txt").symlink_to(folder / "config.json")  # as in a cache of the Hub
+    card = '---\ntags:\n- merge\n---\n```python\nmodel = BertModel.from_pretrained("path/to/this/model")\n```\n'
+    (folder / "README.md").write_text(card)
+    for repository in (name, f"{name}-again"):
+        online(push, folder, repository)
+        pushed = files_of(hub, repository)["README.md"].decode()
+        assert pushed == card.replace("path/to/this/model", repository)
+        assert files_of(hub, repository)["heads/head.txt"] == b"{}"
+    assert (folder / "README.md").read_text() == card

@@ -290,7 +290,7 @@ def test_the_card_says_what_was_merged(models, tmp_path):
     assert "The licences differ (apache-2.0, mit). All of them apply to this model." in card
     assert any("licences differ (apache-2.0, mit)" in warning for warning in result.warnings)
     for task, licence in (("a", "mit"), ("b", "apache-2.0")):
-        assert f"| {task} | `{experts[task]}` | BertForSequenceClassification | {licence} |" in card
+        assert f"| {task} | `{task}` | BertForSequenceClassification | {licence} |" in card
         assert f"| {task} | {', '.join(LABELS[task])} |" in card
 
 

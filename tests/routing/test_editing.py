@@ -14,6 +14,7 @@ from hf_esm.routing.experts import load_experts
 from hf_esm.routing.router import shift_of_task
 from support.helpers import perturbed, save
 from support.problems import seeds
+from support.card_rules import checked_metadata
 from support.routed_toys import (
     FULL,
     adapter,
@@ -257,8 +258,10 @@ def test_a_removed_expert_is_gone_and_the_rest_is_as_it_was(merged, larger, mode
     for name in ("README.md", "merge_recipe.yaml"):
         lines = (fewer.folder / name).read_text().splitlines()
         added, removed = (line for line in lines if "After this merge" in line)
-        assert f"'c' was added, from {models / 'c'} (licence: not stated); the experts now: a, b, c." in added
+        source = "`c`" if name == "README.md" else models / "c"  # a card tells no folder of this machine
+        assert f"'c' was added, from {source} (licence: not stated); the experts now: a, b, c." in added
         assert "'c' was removed; the experts now: a, b." in removed
+    checked_metadata((fewer.folder / "README.md").read_text(), models)
     (fewer.folder / "comparison").mkdir()  # what a card's pictures, or a download, leave there
     (fewer.folder / "comparison" / "a.png").write_text("")
     (fewer.folder / ".cache").mkdir()
