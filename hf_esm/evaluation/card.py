@@ -22,7 +22,7 @@ from ..data import DataSpec
 from ..errors import HfEsmError
 from ..hub import pipeline_of, with_section
 from ..metrics import Scores, plot_task_scores
-from ..utils import atomic_file, markdown_table, markdown_text, publish_folder, reading, staging_folder
+from ..utils import atomic_file, markdown_table, publish_folder, reading, staging_folder
 from .report import REPORT
 
 
@@ -159,7 +159,7 @@ def _model_class(folder: Path, task: str) -> str:
 def _results_table(scores: Scores) -> list[str]:
     columns = {name: other for name, other in (("base", scores.base), ("its expert", scores.expert)) if other}
     rows = [
-        [markdown_text(task).replace(r"\|", "|"), scores.shown(score), *(scores.shown(other.get(task)) for other in columns.values())]
+        [task, scores.shown(score), *(scores.shown(other.get(task)) for other in columns.values())]
         for task, score in scores.model.items()
     ]
     share = f" ({100 * scores.normalised:.1f} % of the experts)" if scores.normalised is not None else ""

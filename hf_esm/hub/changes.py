@@ -25,7 +25,7 @@ def with_section(text: str, title: str, body: str) -> str:
 
 
 def pushed_card(card: str, repo_id: str) -> str:
-    """A card, metadata included, whose snippets load the model from a repository, wherever they loaded it from before."""
+    """A card, metadata included, whose snippets load the model from a repository, instead of where they did before."""
     if earlier := _LOADS.search(card):
         card = card.replace(f'"{earlier[1]}"', f'"{repo_id}"')
     name = repo_id.rpartition("/")[2]

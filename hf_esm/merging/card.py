@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-
 from typing import Any, Optional
 
 from huggingface_hub import ModelCard, ModelCardData

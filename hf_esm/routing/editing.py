@@ -136,7 +136,7 @@ def add_expert(
         output,
         lambda staging: _add_head(staging, task, expert, merged, plan),
         note,
-        change,
+        change=change,
     )
 
 
@@ -312,7 +312,7 @@ def remove_expert(folder: Path, static: PreTrainedModel, config: RoutedExpertsCo
 
     note = f"'{task}' was removed"
     change = {"removed": task, "note": f"'{markdown_text(task)}' was removed"}
-    return _write(folder, static, config, experts, output, remove_head, note, change)
+    return _write(folder, static, config, experts, output, remove_head, note, change=change)
 
 
 def _change_card(path: Path, tasks: list[str], note: str, **change: Any) -> None:
@@ -339,6 +339,7 @@ def _write(
     output: Path,
     change_head: Callable[[Path], Any],
     note: str,
+    *,
     change: Mapping[str, Any],
 ) -> Path:
     """Copy the model in `folder` with other experts to `output`.

@@ -1,4 +1,4 @@
-"""Cards as the Hub takes them: their metadata, what their snippets load, and what changes of a model change in them."""
+"""Cards as the Hub takes them: their metadata, what their snippets load, and what changes with the experts."""
 
 import re
 from dataclasses import replace
@@ -80,8 +80,9 @@ def test_names_of_models_are_links_or_folders_without_their_place(tmp_path):
     page = "https://huggingface.co/me/x"
     assert link == f"[`me/x`]({page}) @ [`{COMMIT[:12]}`]({page}/tree/{COMMIT})"
     assert public_name(str(tmp_path / "bert"), None, None, tmp_path / "bert") == "`bert`"
-    assert public_name("a live Bert, loaded from /srv/models/bert", None, None, None) == "`a live Bert, loaded from bert`"
-    assert public_name("a live Bert, loaded from me/x", None, None, None) == "`a live Bert, loaded from me/x`"
+    for source in ("/srv/models/x", "me/x"):
+        shown = "me/x" if source == "me/x" else "x"
+        assert public_name(f"a live Bert, loaded from {source}", None, None, None) == f"`a live Bert, loaded from {shown}`"
     assert public_name("", None, None, None) == "a live model"
 
 

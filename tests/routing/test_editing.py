@@ -12,9 +12,9 @@ from hf_esm.checkpoints.layout import ROUTER_FEATURES
 from hf_esm.routing.discriminant import fit_discriminant
 from hf_esm.routing.experts import load_experts
 from hf_esm.routing.router import shift_of_task
+from support.card_rules import checked_metadata
 from support.helpers import perturbed, save
 from support.problems import seeds
-from support.card_rules import checked_metadata
 from support.routed_toys import (
     FULL,
     adapter,
