@@ -80,9 +80,8 @@ def test_names_of_models_are_links_or_folders_without_their_place(tmp_path):
     page = "https://huggingface.co/me/x"
     assert link == f"[`me/x`]({page}) @ [`{COMMIT[:12]}`]({page}/tree/{COMMIT})"
     assert public_name(str(tmp_path / "bert"), None, None, tmp_path / "bert") == "`bert`"
-    for source in ("/srv/models/x", "me/x"):
-        shown = "me/x" if source == "me/x" else "x"
-        assert public_name(f"a live Bert, loaded from {source}", None, None, None) == f"`a live Bert, loaded from {shown}`"
+    for source, shown in (("/srv/models/x", "x"), ("me/x", "me/x")):
+        assert public_name(f"a live Bert of {source}", None, None, None) == f"`a live Bert of {shown}`"
     assert public_name("", None, None, None) == "a live model"
 
 
