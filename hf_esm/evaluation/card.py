@@ -54,9 +54,7 @@ def update_card(folder: str | os.PathLike, scores: Scores, data: Mapping[str, Da
         card = ModelCard.load(folder / CARD_FILE)
     card.data.model_name = folder.resolve().name
     card.data.eval_results = [
-        _result(folder, task, score, data.get(task), scores)
-        for task, score in scores.model.items()
-        if isfinite(score)
+        _result(folder, task, score, data.get(task), scores) for task, score in scores.model.items() if isfinite(score)
     ]
     lines = _results_table(scores)
     if picture := _draw(folder, scores, card.data.tags or []):
