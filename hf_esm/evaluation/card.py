@@ -71,18 +71,17 @@ def _draw(folder: Path, scores: Scores, tags: list[str]) -> str:
     (folder / SCORES_PICTURE).unlink(missing_ok=True)
     bars = {"this model": scores.model} | ({"the base": scores.base} if scores.base else {})
     values = [value for by_task in (*bars.values(), scores.expert) for value in by_task.values()]
-    if scores.expert.keys() < scores.model.keys() or not all(0 <= value <= 1 for value in values):
+    complete = all(by_task.keys() >= scores.model.keys() for by_task in (*bars.values(), scores.expert))
+    if not complete or not all(0 <= value <= 1 for value in values):
         return ""
-    if scores.base and scores.base.keys() < scores.model.keys():
-        return ""
-    unknown = (float("nan"),) * 2
-    intervals = {label: dict.fromkeys(scores.model, unknown) for label in bars}
+    nan = float("nan")
+    intervals = {label: dict.fromkeys(scores.model, (nan, nan)) for label in bars}
     intervals["this model"] |= scores.intervals
     methods = {"this model": tags[-1] if tags else "esm", "the base": "the base"}
-    options = {"ylabel": scores.metric, "intervals": intervals, "methods": methods}
+    experts = {task: scores.expert[task] for task in scores.model}
+    path, title = folder / SCORES_PICTURE, "Scores by task"
     try:
-        experts = {task: scores.expert[task] for task in scores.model}
-        plot_task_scores(bars, experts, folder / SCORES_PICTURE, "Scores by task", **options)
+        plot_task_scores(bars, experts, path, title, ylabel=scores.metric, intervals=intervals, methods=methods)
     except HfEsmError:  # without matplotlib
         return ""
     return SCORES_PICTURE

@@ -114,8 +114,9 @@ def public_name(source: Any, repo_id: Optional[str], revision: Optional[str], ro
         commit = f" @ [`{revision[:12]}`](https://huggingface.co/{repo_id}/tree/{revision})" if revision else ""
         return f"[`{repo_id}`](https://huggingface.co/{repo_id}){commit}"
     words = str(source)
-    for folder in {str(root.absolute()), str(root)} if root is not None and root.name else ():
-        words = words.replace(folder, root.name)
+    if root is not None and root.name:
+        for folder in (str(root.absolute()), str(root)):
+            words = words.replace(folder, root.name)
     words = " ".join(Path(word).name if Path(word).is_absolute() else word for word in words.split(" "))
     words = plain_text(words).replace("`", "'")
     return f"`{words}`" if words else "a live model"
