@@ -14,10 +14,7 @@ from ..checkpoints import Checkpoint
 from ..errors import HfEsmError
 from ..metrics import LabelledSamples, Outcome, load_labelled, resolve_metric, run
 from ..planning import MergeOptions, MergePlan
-from .contest import FINE, Scored, first_rows
-
-
-COARSE, LARGEST = 0.3, 3.0
+from .contest import COARSE, FINE, LARGEST, Scored, first_rows
 
 
 def coarse_grid(largest: float = LARGEST) -> list[float]:
@@ -214,6 +211,10 @@ class LabelScore:
             return sign * torch.stack(scores).mean(0)
 
         return Scored(rows, of_draws, self.metric.higher_is_better)
+
+    def base_scored(self, share: float = 1.0) -> Scored:
+        """Return the same of the base."""
+        return self.scored(self.plan.base.tensor, share)
 
     @property
     def rows(self) -> dict[str, int]:

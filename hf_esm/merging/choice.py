@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import inf, isnan
+from math import inf
 from typing import Any, Optional
 
 from accelerate import Accelerator
@@ -13,10 +13,22 @@ from transformers import PreTrainedModel
 from ..architecture import writes
 from ..errors import HfEsmError
 from ..methods import AutoMerge, EssentialMerge, MergeMethod, RegMean, resolve_method
+from ..metrics import Agreement
 from ..planning import MergeOptions, MergePlan
 from ..utils import gather, together
-from .alpha import COARSE, LARGEST, LabelScore, TaskScore, search_alpha
-from .contest import FINE, Scored, Standing, finalists, first_alphas, first_share, nearest_as_good, winner_of
+from .alpha import LabelScore, TaskScore, search_alpha
+from .contest import (
+    COARSE,
+    Scored,
+    Standing,
+    climb_alpha,
+    finalists,
+    first_alphas,
+    first_share,
+    nearest_as_good,
+    search_nearby,
+    winner_of,
+)
 from .expert_statistics import Inputs
 from .gates import RefinedWeights
 from .judging import Judge, TaskAgreement
@@ -78,35 +90,6 @@ class Candidate:
         return replace(self, updates=self.updates.scaled_by(0.0))
 
 
-def climb_alpha(
-    score: Callable[[float], float], start: float, largest: float = LARGEST
-) -> tuple[float, dict[float, float]]:
-    """Search the α in 0.1, 0.2, …, `largest` that a smooth score is highest at: uphill from `start` by steps of 0.3,
-    then by steps of 0.1. NaN counts as the worst score.
-
-    Returns α, and the scores by α.
-    """
-    scores: dict[float, float] = {}
-
-    def at(alpha: float) -> float:
-        alpha = round(alpha, 1)
-        if not FINE <= alpha <= largest:
-            return -inf
-        if alpha not in scores:
-            value = score(alpha)
-            scores[alpha] = -inf if isnan(value) else value
-        return scores[alpha]
-
-    best = round(min(max(start, FINE), largest), 1)
-    for step in (COARSE, FINE):
-        while True:
-            nearest = max((best, best - step, best + step), key=at)
-            if nearest == best:
-                break
-            best = round(nearest, 1)
-    return best, dict(sorted(scores.items()))
-
-
 @dataclass(frozen=True)
 class Chosen:
     """The chosen method and α, and the weights of the model that is written.
@@ -127,6 +110,7 @@ class Chosen:
         gated: the gates, if the model was refined.
         standings: the places of all candidates, the best one first, if methods were chosen.
         is_base: whether the base scores higher than every candidate, so that its weights are written.
+        measured: agreement of the chosen model on all samples, on the main process, if agreement chose it.
     """
 
     candidate: Candidate
@@ -144,6 +128,7 @@ class Chosen:
     gated: Optional[RefinedWeights] = None
     standings: list[Standing] = field(default_factory=list)
     is_base: bool = False
+    measured: Mapping[str, Agreement] = field(default_factory=dict)
 
     @property
     def adapter(self) -> Optional[RefinedWeights]:
@@ -212,7 +197,8 @@ def choose(
                 found = _by_agreement(candidates, judge, options)
             else:
                 found = _Found(0, *_given_scale(candidates[0].method, options))
-    found = gather(accelerator, found)[0]
+    measured = found.scored.measured if found is not None and found.scored and found.by == "agreement" else {}
+    found = gather(accelerator, found and replace(found, scored=None))[0]
     candidate = candidates[found.index]
     if found.is_base:
         candidate, found = candidate.without_updates(), replace(found, alpha=0.0, by_kind={})
@@ -228,6 +214,7 @@ def choose(
         next((candidate for candidate in candidates if not candidate.method.tunable), None),
         standings=found.standings,
         is_base=found.is_base,
+        measured={} if found.is_base else measured,
     )
 
 
@@ -303,7 +290,7 @@ class _Contest:
             return self._best_scales(_Found(0, *_given_scale(candidates[0].method, self.options)))
         share = first_share(self.scorer.rows)
         first = [self._first(i, share) for i in range(len(candidates))]
-        base = self._base(share)
+        base = self.scorer.base_scored(share)
         tunable = [i for i, candidate in enumerate(candidates) if candidate.method.tunable]
         chosen = [tunable[i] for i in finalists([first[i].scored for i in tunable])]
         final = [first[i] if share == 1 else self._measured(first[i]) for i in chosen]
@@ -315,16 +302,13 @@ class _Contest:
                 if rival.scored.leads(best.scored):
                     others[i], best = best, rival
         if base.leads(best.scored):
-            base = self._base(1.0)
+            base = self.scorer.base_scored()
         is_base, names = base.leads(best.scored), [candidate.method for candidate in candidates]
         places = [(names[f.index].name, f.scales if names[f.index].tunable else "", f.scored) for f in (best, *others)]
         winner = base if is_base else best.scored
         standings = [Standing.of(*place, winner) for place in (*places, ("base", "", base))]
         standings.sort(key=lambda place: (place.behind != 0, -place.rows, place.behind))
         return replace(best, standings=standings, is_base=is_base)
-
-    def _base(self, share: float) -> Scored:
-        return self.scorer.scored(self.candidates[0].updates.base.tensor, share)
 
     def score(self, found: _Found, share: float = 1.0) -> Scored:
         """Return the score of a candidate at its scales on the first share of every task's rows."""
@@ -373,7 +357,7 @@ class _Contest:
 
 def _by_agreement(candidates: list[Candidate], judge: Judge, options: MergeOptions) -> _Found:
     """Choose the candidate, and its α unless that is given, whose model agrees most with the experts."""
-    found = _Contest(candidates, judge, options, climb_alpha).run()
+    found = _Contest(candidates, judge, options, climb_alpha if len(candidates) == 1 else search_nearby).run()
     note = f"by agreement with the experts, without labels{_why(candidates, found)}"
     return replace(found, by="agreement", note=note)
 
@@ -400,7 +384,7 @@ def _by_labels(
     def search(score: Callable[[float], float], start: float, largest: float) -> tuple[float, dict[float, float]]:
         return search_alpha(score, progress, default=start, rows=labels.share_of, largest=largest)
 
-    best = _Contest(candidates, labels, options, search if len(candidates) == 1 else climb_alpha).run()
+    best = _Contest(candidates, labels, options, search if len(candidates) == 1 else search_nearby).run()
     if best.scored.score == -inf:
         raise HfEsmError(
             "Every score is NaN. Check `score_fn` or the metric, or name a method and give `alpha` a number."

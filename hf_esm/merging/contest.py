@@ -1,17 +1,18 @@
 """The best of several merges: candidates are halved while the rows that they are scored on grow."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil, inf, isnan
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-FINE = 0.1  # the step of α
+COARSE, FINE, LARGEST = 0.3, 0.1, 3.0  # steps of α, and how far it is searched
 SHARE = 0.25  # of the rows, in the first round
-SCALES = (0.5, 1.0, 1.5)  # of a method's default α, in the first round
+SCALES = (0.6, 1.0)  # of a method's default α, in the first round
 FINALISTS = 2
 FEWEST = 8  # rows of a task in the first round, if not all rows are taken
 DRAWS = 1000  # of the bootstrap
@@ -26,11 +27,13 @@ class Scored:
         of_draws: returns the mean score over all tasks on each draw of rows, `[D]` float64, higher is better, from
             indices by task, `[D, N]` int64.
         higher_is_better: False if `of_draws` negates errors, such as perplexity.
+        measured: what the scorer measured, by task, if that serves later.
     """
 
     rows: Mapping[str, int]
     of_draws: Callable[[Mapping[str, Tensor]], Tensor]
     higher_is_better: bool = True
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def score(self) -> float:
@@ -119,18 +122,18 @@ def first_share(rows: Mapping[str, int]) -> float:
 
 
 def first_alphas(default: float, largest: float) -> list[float]:
-    """Return the values of α to try first: the method's default, and less and more of it."""
+    """Return the values of α to try first: the method's default, and less of it."""
     scaled = (round(min(max(scale * default, FINE), largest), 1) for scale in SCALES)
     return list(dict.fromkeys([default, *scaled]))
 
 
 def finalists(scored: Sequence[Scored]) -> list[int]:
-    """Return the indices of the candidates that are scored on all rows: the best two, and the first one if it is as
-    good as the best.
+    """Return the indices of the two candidates that are scored on all rows: the best ones, of which the first
+    candidate is one if it is as good as the best.
     """
     order = sorted(range(len(scored)), key=lambda i: -scored[i].score)
-    left = order[:FINALISTS]
-    return sorted(left if 0 in left or not scored[0].as_good_as(scored[order[0]]) else [0, *left])
+    kept = [0] if scored[0].as_good_as(scored[order[0]]) else []
+    return sorted([*kept, *(i for i in order if i not in kept)][:FINALISTS])
 
 
 def winner_of(scored: Sequence[Scored]) -> int:
@@ -139,6 +142,51 @@ def winner_of(scored: Sequence[Scored]) -> int:
     """
     best = max(scored, key=lambda candidate: candidate.score)
     return next(i for i, candidate in enumerate(scored) if candidate.as_good_as(best))
+
+
+def climb_alpha(
+    score: Callable[[float], float], start: float, largest: float = LARGEST
+) -> tuple[float, dict[float, float]]:
+    """Search the α in 0.1, 0.2, …, `largest` that a smooth score is highest at: uphill from `start` by steps of 0.3,
+    then by steps of 0.1. NaN counts as the worst score.
+
+    Returns α, and the scores by α.
+    """
+    scores: dict[float, float] = {}
+
+    def at(alpha: float) -> float:
+        alpha = round(alpha, 1)
+        if not FINE <= alpha <= largest:
+            return -inf
+        if alpha not in scores:
+            value = score(alpha)
+            scores[alpha] = -inf if isnan(value) else value
+        return scores[alpha]
+
+    best = round(min(max(start, FINE), largest), 1)
+    for step in (COARSE, FINE):
+        while True:
+            nearest = max((best, best - step, best + step), key=at)
+            if nearest == best:
+                break
+            best = round(nearest, 1)
+    return best, dict(sorted(scores.items()))
+
+
+def search_nearby(score: Callable[[float], float], start: float, largest: float) -> tuple[float, dict[float, float]]:
+    """Search the α that a score is highest at, uphill from a good guess by steps of 0.2; see `climb_alpha`."""
+    scores: dict[float, float] = {}
+
+    def at(alpha: float) -> float:
+        if alpha not in scores:
+            scores[alpha] = score(alpha) if FINE <= alpha <= largest else -inf
+        return scores[alpha]
+
+    best, nearest = start, None
+    while nearest != best:
+        nearest = best
+        best = max((best, round(best - 2 * FINE, 2), round(best + 2 * FINE, 2)), key=at)
+    return best, {alpha: value for alpha, value in sorted(scores.items()) if FINE <= alpha <= largest}
 
 
 def nearest_as_good(scored: Mapping[float, Scored], default: float) -> float:

@@ -137,13 +137,19 @@ class Judge:
     def scored(self, weight: Callable[[str], Tensor], share: float = 1.0) -> Scored:
         """Return the mean agreement over all tasks of a model, by its weights, on the first share of their samples."""
         rows = first_rows(self.rows, share)
-        found = self.measure(weight, {task: range(count) for task, count in rows.items()})
+        return self._scored(self.measure(weight, {task: range(count) for task, count in rows.items()}), rows)
+
+    def base_scored(self, share: float = 1.0) -> Scored:
+        """Return the same of the base, which is known already."""
+        return self._scored(self.base, first_rows(self.rows, share))
+
+    def _scored(self, found: Mapping[str, Agreement], rows: Mapping[str, int]) -> Scored:
 
         def of_draws(draws: Mapping[str, Tensor]) -> Tensor:
             scores = [self.weights[t] * found[t].scores_of_draws(self.base[t], draw) for t, draw in draws.items()]
             return torch.stack(scores).mean(0)
 
-        return Scored(rows, of_draws)
+        return Scored(rows, of_draws, measured=found)
 
     def mean(self, agreements: Mapping[str, Agreement], base: Mapping[str, Agreement]) -> float:
         """Return the weighted mean over all tasks of `Agreement.score`."""

@@ -164,7 +164,7 @@ def _measured(
     """Return the agreement of the written model by task, and whether that is the mean because it agrees more."""
     base = judge.base if held_back is None else judge.measure(judge.models.plan.base.tensor, held_back)
     weight = chosen.weight if chosen.adapter is None else replace(chosen.adapter, folded=True).weight
-    found = judge.measure(weight, held_back)
+    found = chosen.measured if chosen.measured and held_back is None else judge.measure(weight, held_back)
     if chosen.rival is not None and held_back is not None:
         by_mean = partial(chosen.rival.updates.weight, alpha=chosen.rival.method.default_alpha)
         rival = judge.measure(by_mean, held_back)

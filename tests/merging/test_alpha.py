@@ -7,7 +7,7 @@ import torch
 
 from hf_esm import HfEsmError, merge_models
 from hf_esm.merging.alpha import search_alpha
-from hf_esm.merging.choice import climb_alpha
+from hf_esm.merging.contest import climb_alpha
 from support.architectures import ARCHITECTURES
 from support.helpers import perturbed, reloaded
 

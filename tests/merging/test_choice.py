@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from hf_esm import HfEsmError, calibrate, merge_models
 from hf_esm.data import sample_fingerprint
-from hf_esm.merging.choice import climb_alpha
+from hf_esm.merging.contest import climb_alpha
 from hf_esm.merging.expert_statistics import _for_statistics, _set_apart
 from hf_esm.metrics import agreement_of, collect_answers
 from hf_esm.planning import MergeOptions

@@ -17,6 +17,7 @@ from hf_esm.merging.contest import (
     first_alphas,
     first_share,
     nearest_as_good,
+    search_nearby,
     winner_of,
 )
 from support.helpers import perturbed
@@ -74,7 +75,7 @@ def test_a_later_candidate_must_be_better_by_more_than_a_standard_error(first, l
 
 @pytest.mark.parametrize(
     ("means", "left"),
-    [((0.0, 0.3, 0.2, 0.1), [1, 2]), ((0.16, 0.3, 0.2, 0.1), [1, 2]), ((0.26, 0.3, 0.28), [0, 1, 2])],
+    [((0.0, 0.3, 0.2, 0.1), [1, 2]), ((0.16, 0.3, 0.2, 0.1), [1, 2]), ((0.26, 0.3, 0.28), [0, 1])],
 )
 def test_the_best_two_are_scored_on_all_rows_and_the_first_unless_it_is_worse(means, left):
     assert finalists([rows_around(mean, seed=i) for i, mean in enumerate(means)]) == left
@@ -92,11 +93,16 @@ def test_alpha_is_left_at_its_default_unless_the_rows_tell_the_difference():
     assert nearest_as_good(curve, default=1.0) == 1.6
 
 
-@pytest.mark.parametrize(("default", "alphas"), [(1, [1, 0.5, 1.5]), (0.3, [0.3, 0.1, 0.4])])
-def test_the_first_alphas_lie_around_the_default(default, alphas):
-    assert first_alphas(default, 3.0)[0] == default
-    assert first_alphas(default, 3.0) == pytest.approx(alphas, abs=0.06)
-    assert first_alphas(1.0, 1.2)[-1] == 1.2
+@pytest.mark.parametrize(("default", "alphas"), [(1, [1, 0.6]), (0.3, [0.3, 0.2]), (2.0, [2.0, 1.2])])
+def test_the_first_alphas_are_the_default_and_less(default, alphas):
+    assert first_alphas(default, 3.0) == alphas
+
+
+@pytest.mark.parametrize("best", [0.05, 0.4, 1.0, 1.65, 5.0])
+def test_alpha_is_searched_nearby(best):
+    found, scores = search_nearby(lambda alpha: -((alpha - best) ** 2), 1.0, 3.0)
+    assert found == min((round(0.2 * i, 1) for i in range(1, 16)), key=lambda alpha: (alpha - best) ** 2)
+    assert all(0.1 <= alpha <= 3.0 for alpha in scores) and scores[found] == max(scores.values())
 
 
 def test_the_table_shows_errors_as_they_are():
