@@ -1,5 +1,6 @@
 """Let the router of an ESM++ model find the task of every input, and the head of that task its label. One JSON object
-a line.
+a line, with the input, in the order of the inputs. Models that write have no labels: hf-esm chat talks to them, and
+hf-esm explain says which expert each prompt gets.
 """
 
 import argparse
@@ -19,12 +20,23 @@ from .flags import add_flags, add_trust_flags, count, options_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input_arguments(parser)
     parser.add_argument("--task", help="the task of all inputs, if it is known")
+    parser.add_argument("--probabilities", action="store_true", help="say the probabilities of all labels, too")
 
 
 def run(arguments: argparse.Namespace) -> None:
     model, rows, options = routed_inputs(arguments)
-    for prediction in model.predict(rows, arguments.task, batch_size=arguments.batch_size, **options):
-        say(json.dumps(asdict(prediction), ensure_ascii=False))
+    every = arguments.probabilities
+    found = model.predict(rows, arguments.task, batch_size=arguments.batch_size, probabilities=every, **options)
+    for row, prediction in zip(rows, found, strict=True):
+        said = {"input": row, **asdict(prediction)}
+        if not every:
+            del said["probabilities"]
+        say(json.dumps(said, ensure_ascii=False, default=_shown))
+
+
+def _shown(value: Any) -> Any:
+    """A tensor as a list, and what else is no JSON, such as a picture, in words."""
+    return value.tolist() if hasattr(value, "tolist") else f"<{type(value).__name__}>"
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:

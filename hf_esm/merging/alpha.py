@@ -68,6 +68,17 @@ def search_alpha(
     return min(good, key=lambda alpha: (abs(alpha - default), alpha)), dict(sorted(scores.items()))
 
 
+def describe_alpha(alpha: float, scores: Mapping[float, float], default: float) -> str:
+    """Say in one line by what rule α was chosen among the scores by α; empty if it was not searched."""
+    if alpha not in scores:
+        return ""
+    best = max(scores, key=lambda one: scores[one])
+    tried = f"alpha {alpha:g} of {len(scores)} tried"
+    if alpha == best:
+        return f"{tried}, the best"
+    return f"{tried}: nearest to the default {default:g} within one standard error of the best, {best:g}"
+
+
 class CandidateModels:
     """The models that are scored: a model per task around one shared body, or the merged model as a whole.
 

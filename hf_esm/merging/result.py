@@ -20,7 +20,7 @@ from .updates import WeightReport
 
 @dataclass(repr=False)
 class MergeResult:
-    """A merged model on disk, and a report of the merge. `print` shows the report.
+    """A merged model on disk, and a report of the merge. `print` shows the report; warnings were logged.
 
     Attributes:
         output_dir: folder of the merged model; a temporary one, which is removed with this object, if the caller
@@ -126,6 +126,9 @@ class MergeResult:
             lines.append(f"  chosen   {self.choice}")
         if self.standings:
             lines += [f"    {line}" for line in plain_table([list(STANDING_COLUMNS), *map(list, self.places)])]
+        if self.alpha_scores:
+            curve = ", ".join(f"{alpha:g} {score:.3f}" for alpha, score in self.alpha_scores.items())
+            lines.append(f"  by alpha {curve}; choosing took {self.seconds.get('choosing', 0):.1f} s")
         if self.refined:
             first, last = self.refined[0], min(self.refined.values())
             lines.append(f"  refined  divergence from the experts {first:.3f} → {last:.3f} of the base's")
@@ -139,5 +142,4 @@ class MergeResult:
             )
             lines.append(f"  agrees   {shown}; 1 is the expert")
         lines.append("  time     " + ", ".join(f"{stage} {value:.1f} s" for stage, value in self.seconds.items()))
-        lines += [f"  warning  {warning}" for warning in self.warnings]
         return "\n".join([*lines, f"  written  {self.output_dir}"])

@@ -25,7 +25,7 @@ from ..planning import (
 )
 from ..utils import Work, bytes_of, gather, main_first, publish_folder, together
 from ..version import __version__
-from .alpha import LabelScore, read_validation
+from .alpha import LabelScore, describe_alpha, read_validation
 from .cache import InputCache
 from .choice import Candidate, Chosen, choose
 from .depth import scale_by_depth
@@ -307,6 +307,7 @@ class MergeRun(PlannedRun):
         overrides = [*self.plan.overrides, Override(match=".", alpha=0.0)] if chosen.is_base else self.plan.overrides
         self.plan = replace(self.plan, method=method, overrides=overrides)
         reports = chosen.candidate.reports
+        rule = describe_alpha(chosen.alpha, chosen.scores, chosen.candidate.method.default_alpha)
         return MergeResult(
             output_dir=self.folder,
             alpha=chosen.alpha,
@@ -317,7 +318,7 @@ class MergeRun(PlannedRun):
             warnings=self.warnings,
             plan=self.plan,
             chosen_by=chosen.by,
-            choice=chosen.note,
+            choice="; ".join(filter(None, (chosen.note, rule))),
             agreement=chosen.agreement,
             scores=chosen.scores_by_task,
             refined=chosen.refined,

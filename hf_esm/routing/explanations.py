@@ -25,12 +25,14 @@ class Prediction:
         score: probability of the label. For a task with several labels per sample, the label's own probability; for a
             task with one value, the value.
         sure: whether the task was given, or the router is sure of it.
+        probabilities: by label, the probability of each (of a task with one value, the value), if asked for.
     """
 
     task: str
     label: str
     score: float
     sure: bool
+    probabilities: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -173,6 +173,7 @@ class RoutedModel(AsModule):
         *,
         batch_size: int = 32,
         prompt_length: Optional[int] = None,
+        probabilities: bool = False,
         **options: Any,
     ) -> list[Prediction]:
         """Predict the task and the label of each input.
@@ -185,13 +186,17 @@ class RoutedModel(AsModule):
             tasks: the task of all inputs, or of each. Its expert is added in all layers.
             batch_size: maximal number of inputs in a forward pass.
             prompt_length: number of tokens of each input that the router reads; by default all.
+            probabilities: return the probabilities of all labels, too.
             options: fields of `SampleOptions`, such as `max_length`.
+
+        Returns:
+            One prediction for each input, in their order.
 
         Raises:
             HfEsmError: if a task is unknown, or its head does not give one class per sample.
         """
         with request(self, None, prompt_length):
-            return predict(self, inputs, tasks, batch_size, options)
+            return predict(self, inputs, tasks, batch_size, options, probabilities)
 
     def explain(
         self, inputs: Iterable[Any] | Mapping[str, Any], batch_size: int = 32, **options: Any

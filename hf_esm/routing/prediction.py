@@ -28,6 +28,7 @@ def predict(
     tasks: Optional[str | Sequence[str]],
     batch_size: int,
     options: Mapping[str, Any],
+    with_probabilities: bool = False,
 ) -> list[Prediction]:
     """See `RoutedModel.predict`; `options` are fields of `SampleOptions`."""
     rows = _list_rows(inputs)
@@ -49,16 +50,17 @@ def predict(
         for task in dict.fromkeys(names):
             part = [row for row, name in enumerate(names) if name == task]
             labels = _labels(routed, task, {name: value[part] for name, value in batch.items()}, decision, part)
-            for row, (label, score) in zip(part, labels, strict=True):
+            for row, (label, score, every) in zip(part, labels, strict=True):
                 sure = decision is None or is_sure(routed.config, decision, row)
-                predictions[indices[row]] = Prediction(task, label, score, sure)
+                every = every if with_probabilities else {}
+                predictions[indices[row]] = Prediction(task, label, score, sure, every)
     return predictions
 
 
 def _labels(
     routed: "RoutedModel", task: str, batch: dict[str, Tensor], decision: Optional[Decision], rows: list[int]
-) -> list[tuple[str, float]]:
-    """The likeliest label of each sample by the head of a task, and its probability.
+) -> list[tuple[str, float, dict[str, float]]]:
+    """The likeliest label of each sample by the head of a task, its probability, and those of all labels.
 
     Args:
         batch: some samples of a larger batch.
@@ -67,14 +69,22 @@ def _labels(
     """
     model = routed.task_model(task)
     if model.can_generate():
-        raise HfEsmError(f"{task!r} has no class per sample: its model generates text. Call `generate`.")
+        raise HfEsmError(
+            f"{task!r} has no class per sample: its model generates text. Call `generate`, or `hf-esm chat`; "
+            "`explain` gives the task of each prompt."
+        )
     decisions = decision and Decisions({routed.model.active_adapter: take(decision, rows)})
     with evaluating(model), route(routed.model, decisions or task):
         logits = getattr(model(**batch), "logits", None)
     if logits is None or logits.dim() != 2:
         raise HfEsmError(f"{task!r} has no class per sample; run `task_model({task!r})` yourself.")
-    scores, labels = probabilities(logits.float(), model.config).max(-1)
-    return [(model.config.id2label[label], score) for label, score in zip(labels.tolist(), scores.tolist())]
+    known = probabilities(logits.float(), model.config)
+    names = [model.config.id2label[i] for i in range(known.shape[1])]
+    scores, labels = known.max(-1)
+    return [
+        (names[label], score, dict(zip(names, row, strict=True)))
+        for label, score, row in zip(labels.tolist(), scores.tolist(), known.tolist(), strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -235,5 +235,7 @@ def test_labels_choose_among_all_methods_and_the_line_says_what_agreement_would_
         says = "chooses the same" if name == "same" else f"would choose {chosen}"
         of_experts = "agreement with the experts" if name == "same" else "agreement"
         assert result.choice.startswith(f"by labelled rows: {writer.plan.method.name} ")
-        assert result.choice.endswith(f"; {of_experts} {says}")
+        assert f"; {of_experts} {says}" in result.choice
+        rule = f"; alpha {result.alpha:g} of {len(result.alpha_scores)} tried"
+        assert (rule in result.choice) == bool(result.alpha_scores) == ("by alpha" in str(result))
         assert result.choice in str(result) and result.agreement.keys() == set(TASKS)

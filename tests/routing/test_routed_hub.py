@@ -363,7 +363,18 @@ def test_predict_and_explain_say_what_the_api_says(merged, rows):
     for name, call in (("predict", routed.predict), ("explain", routed.explain)):
         status, out, _ = command(name, merged, rows["b"], "--batch-size", 5)
         assert status == 0
-        assert [json.loads(line) for line in out.splitlines()] == [vars(e) for e in call(texts, batch_size=5)]
+        said = [json.loads(line) for line in out.splitlines()]
+        if name == "predict":
+            assert [line.pop("input")["text"] for line in said] == texts  # in their order
+        expected = [
+            {n: v for n, v in vars(e).items() if name == "explain" or v != {}} for e in call(texts, batch_size=5)
+        ]
+        assert said == expected
+    status, out, _ = command("predict", merged, rows["b"], "--probabilities")
+    for line, expected in zip(out.splitlines(), routed.predict(texts, probabilities=True), strict=True):
+        every = json.loads(line)["probabilities"]
+        assert every == pytest.approx(expected.probabilities) and sum(every.values()) == pytest.approx(1)
+        assert max(every, key=every.get) == expected.label and every[expected.label] == pytest.approx(expected.score)
     status, out, _ = command("predict", merged, rows["b"], "--task", "a")
     assert {json.loads(line)["task"] for line in out.splitlines()} == {"a"}
 
