@@ -81,7 +81,16 @@ def _draw(folder: Path, scores: Scores, tags: list[str]) -> str:
     experts = {task: scores.expert[task] for task in scores.model}
     path, title = folder / SCORES_PICTURE, "Scores by task"
     try:
-        plot_task_scores(bars, experts, path, title, ylabel=scores.metric, intervals=intervals, methods=methods)
+        plot_task_scores(
+            bars,
+            experts,
+            path,
+            title,
+            ylabel=scores.metric,
+            intervals=intervals,
+            methods=methods,
+            bars_are=" and ".join(bars),
+        )
     except HfEsmError:  # without matplotlib
         return ""
     return SCORES_PICTURE

@@ -37,6 +37,7 @@ def plot_task_scores(
     reference_label: str = "expert of the task",
     intervals: Optional[Mapping[str, Mapping[str, Interval]]] = None,
     methods: Optional[Mapping[str, str]] = None,
+    bars_are: str = "models merged by each method",
 ) -> Path:
     """Draw grouped bars: a group per task and one for the average, a bar per method, the reference as a line.
 
@@ -52,6 +53,7 @@ def plot_task_scores(
         reference_label: what the reference is.
         intervals: `{method: {task: (low, high)}}`, drawn as error bars.
         methods: names of the methods by label, which decide the colours; by default the first word of the label.
+        bars_are: what the bars show, for the caption.
 
     Returns:
         The path.
@@ -87,7 +89,7 @@ def plot_task_scores(
     columns = min(len(labels) + 1, max(int(min(inches, 18.0) / 2.2), 1))
     figure.legend(loc="outside upper left", ncols=columns, frameon=False, columnspacing=1.4)
     axes.set_title(title, loc="left", fontweight="bold")
-    caption = f"Bars: models merged by each method. Lines: {reference_label}. {INTERVALS if intervals else ''}"
+    caption = f"Bars: {bars_are}. Lines: {reference_label}. {INTERVALS if intervals else ''}"
     return written(figure, path, caption.strip())
 
 

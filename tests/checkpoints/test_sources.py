@@ -327,14 +327,15 @@ def test_the_card_is_valid_and_names_the_models_that_went_in(online, merged):
         "base_model": ["me/base", "me/a", "me/b", "me/c-lora"],
         "base_model_relation": "merge",
         "library_name": "transformers",
+        "pipeline_tag": "feature-extraction",
         "tags": ["merge", "hf_esm", "esm"],
     }
     assert metadata_load(readme) == expected
     assert ModelCard.load(readme).data.to_dict() == expected
     assert online(load_card, "me/merged") == expected
     for row in (
-        "| a | `me/a` @ `",
-        "| c | `me/c-lora` @ `",
+        "| a | [`me/a`](https://huggingface.co/me/a) @ [`",
+        "| c | [`me/c-lora`](https://huggingface.co/me/c-lora) @ [`",
         "| LoRA adapter | not stated |",
         "| BertForSequenceClassification | mit |",
     ):
