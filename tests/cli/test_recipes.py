@@ -189,3 +189,19 @@ def test_inspect_reads_the_first_row_of_test_files_and_no_other(folder, tmp_path
     first, second = (line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-esm: "))
     assert "data of 'a': row 0" in first and "label 7" in first
     assert "label 7" in second
+
+
+def test_a_merge_speaks_as_loud_as_it_is_asked_to(folder, tmp_path, monkeypatch, capsys):
+    command = ["merge", "--base", folder / "base", "--expert", f"a={folder / 'a'}", "--expert", f"b={folder / 'b'}"]
+    command += ["--method", "mean"]
+    assert run(*command, "--output-dir", tmp_path / "quiet", "--quiet") == 0
+    said = capsys.readouterr()
+    assert (said.out, "Writing:" in said.err) == (f"{tmp_path / 'quiet'}\n", False)
+    assert run(*command, "--output-dir", tmp_path / "json", "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["alpha"] == 1 and "Writing:" not in said.err  # no terminal, no bars
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert run(*command, "--output-dir", tmp_path / "loud") == 0
+    said = capsys.readouterr().out
+    assert said.count(f"load_task_model('{tmp_path / 'loud'}', 'a')") == 1
+    assert f"next   hf-esm evaluate {tmp_path / 'loud'}" in said and "merged by" in said
