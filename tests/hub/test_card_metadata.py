@@ -79,7 +79,8 @@ def test_names_of_models_are_links_or_folders_without_their_place(tmp_path):
     link = public_name("me/x", "me/x", COMMIT, None)
     page = "https://huggingface.co/me/x"
     assert link == f"[`me/x`]({page}) @ [`{COMMIT[:12]}`]({page}/tree/{COMMIT})"
-    assert public_name(str(tmp_path / "bert of me"), None, None, tmp_path / "bert of me") == "`bert of me`"
+    folder = tmp_path / "my models" / "bert of me"
+    assert public_name(str(folder), None, None, folder) == "`bert of me`"
     for source, shown in (("/srv/models/x", "x"), ("me/x", "me/x")):
         assert public_name(f"a live Bert of {source}", None, None, None) == f"`a live Bert of {shown}`"
     assert public_name("", None, None, None) == "a live model"
