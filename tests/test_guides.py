@@ -38,7 +38,8 @@ PRINTED = {"README.md": 2, "docs/language_models.md": 3}  # blocks of text that 
 
 def plain(text):
     """The lines of what was printed, without numbers, the width of columns and the order of candidates."""
-    lines = [re.sub(r"-?\d+(\.\d+)?( [kKMG]?B\b)?", "#", line) for line in text.strip().splitlines()]
+    lines = [line for line in text.strip().splitlines() if not line.startswith("  by alpha")]  # left out on the pages
+    lines = [re.sub(r"-?\d+(\.\d+)?( [kKMG]?B\b)?", "#", line) for line in lines]
     return sorted(re.sub(r"; [\w-]+ is # behind", "; # is # behind", " ".join(line.split())) for line in lines)
 
 
