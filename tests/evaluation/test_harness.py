@@ -29,9 +29,13 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 def documents(seed, count=6):
     draw = torch.Generator().manual_seed(seed)
-    words = [WORDS[int(i)] for i in torch.randint(len(WORDS), (count * 6,), generator=draw)]
-    parts = [words[6 * i : 6 * i + 6] for i in range(count)]
-    return [{"question": " ".join(p[:4]), "choices": p[4:], "label": i % 2} for i, p in enumerate(parts)]
+    parts = [[WORDS[i] for i in torch.randperm(len(WORDS), generator=draw)[:8].tolist()] for _ in range(count)]
+    # Answers of two words: after the first of them, the harness scores the second, and the end that the tokenizer adds.
+    choices = [[" ".join(part[4:6]), " ".join(part[6:])] for part in parts]
+    return [
+        {"question": " ".join(part[:4]), "choices": c, "label": i % 2}
+        for i, (part, c) in enumerate(zip(parts, choices, strict=True))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +69,7 @@ def right(model, tokenizer, documents):
             ids, labels = torch.tensor([prompt + answer]), torch.tensor([[-100] * len(prompt) + answer])
             with torch.no_grad():
                 scores.append(-float(model(input_ids=ids, labels=labels).loss) * len(answer))
+        assert len(set(scores)) == 2
         found.append(float(max(range(2), key=scores.__getitem__) == row["label"]))
     return found
 
