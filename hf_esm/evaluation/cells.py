@@ -21,7 +21,7 @@ from ..errors import HfEsmError
 from ..merging import MergeResult, merge_models, statistics_of_experts
 from ..methods import EssentialMerge, Mean, MergeMethod, describe_method
 from ..metrics import Metric, Outcome, normalised
-from ..planning import MergeData, MergeOptions
+from ..planning import BASE, MergeData, MergeOptions
 from ..utils import atomic_file, code_identity, data_identity, fingerprint, processor_identity
 from ..version import __version__
 from .evaluator import Measurement
@@ -31,7 +31,7 @@ from .interference import Interference, measure_interference
 CACHE = "cache"
 
 
-CELL_VERSION = 4  # of the cached files and of what their names depend on
+CELL_VERSION = 5  # of the cached files and of what their names depend on
 
 
 # Options of `merge_models` that `compare` does not take: it sets them itself.
@@ -65,6 +65,8 @@ class Cell:
         seconds: time by stage of the merge.
         memory: growth of the process's resident memory while merging, in bytes.
         size: size of the written weights (static model, experts, heads), in bytes.
+        chosen: name of the method that was chosen, or `"base"`, if the merge chose one.
+        choice: what chose it, and how far the next one is behind, as one line; empty where there was one candidate.
     """
 
     alpha: float
@@ -74,11 +76,13 @@ class Cell:
     seconds: dict[str, float]
     memory: int
     size: int
+    chosen: str = ""
+    choice: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         outcomes = {name: _plain_outcomes(getattr(self, name)) for name in ("outcomes", "oracle_outcomes")}
-        numbers = {name: getattr(self, name) for name in ("alpha", "alpha_scores", "seconds", "memory", "size")}
-        return {**numbers, **outcomes}
+        others = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in outcomes}
+        return {**others, **outcomes}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any], metric: Metric) -> "Cell":
@@ -136,7 +140,8 @@ class Inputs:
         shared = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
         tuned = method.tunable and self.validation is not None
         uses_data = method.needs_statistics or method.needs_samples or method.counts_embeddings
-        uses_data = uses_data or bool(self.options.overrides)  # by other methods
+        # By other methods, which are named or chosen; those that are chosen from need samples for agreement, too.
+        uses_data = uses_data or bool(self.options.overrides) or method.chooses
         return {
             **{name: value for name, value in shared.items() if name not in {*NOT_COMPARED, "output_dir"}},
             "method": method,
@@ -307,12 +312,14 @@ class CellStore:
             measure = inputs.measurement.merged_outcomes
             cell = Cell(
                 alpha=merged.alpha,
-                alpha_scores=merged.alpha_scores,
+                alpha_scores=merged.alpha_scores if merged.chosen_by == "labels" else {},
                 outcomes=measure(target, str(target)),
                 oracle_outcomes=measure(target, str(target), "oracle") if method.decides else {},
                 seconds=merged.seconds,
                 memory=memory[0],
                 size=sum(path.stat().st_size for path in weights),
+                chosen=_chosen_by(merged) if method.chooses else "",
+                choice=merged.choice,
             )
             if inputs.keep:
                 self._keep(method, seed, target, cell)
@@ -330,6 +337,12 @@ class CellStore:
     def name_of(self, method: MergeMethod, seed: int) -> str:
         """Name of a kept model's folder."""
         return f"model-{fingerprint(describe_method(method), seed)}"
+
+
+def _chosen_by(merged: MergeResult) -> str:
+    """Name of the method that a merge chose; `"base"` if no method was better than the base."""
+    first = merged.standings[0].method if merged.standings else merged.plan.method.name
+    return first if first == BASE else merged.plan.method.name
 
 
 def standing(outcomes: Mapping[str, Outcome], experts: Mapping[str, Outcome]) -> float:

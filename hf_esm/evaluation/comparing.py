@@ -161,6 +161,12 @@ class ComparisonRun:
         for label, seed in self.cells:
             cells[label][seed] = store.cell(self.methods[label], seed)
         metric = self.inputs.metric
+        choices = [
+            f"{label}, seed {seed}: chosen {cell.choice}."
+            for label, by_seed in cells.items()
+            for seed, cell in by_seed.items()
+            if cell.chosen and cell.choice
+        ]
         return Comparison(
             rows=summarise(self.methods, cells, experts),
             experts={task: outcome.score for task, outcome in experts.items()},
@@ -168,7 +174,7 @@ class ComparisonRun:
             num_rows={task: len(outcome.labels) for task, outcome in experts.items()},
             metric=metric.name,
             higher_is_better=metric.higher_is_better,
-            how=list(how),
+            how=[*how, *choices],
             interference=store.interference(self.methods.values(), self.seeds[0]),
         )
 

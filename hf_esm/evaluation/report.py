@@ -191,7 +191,8 @@ def _cells(comparison: Comparison) -> list[list[str]]:
         table.append(["the base", "", *shown(comparison.base), of_experts, "", "", "", "", ""])
     for row in comparison.rows:
         scores = [f"{factor * score:.{digits}f}" for score in (*(row.tasks[task] for task in tasks), row.average)]
-        alphas = " / ".join(f"{alpha:g}" for alpha in row.alphas.values()) or "–"
+        chosen = {seed: f" ({method})" for seed, method in row.chosen.items()}
+        alphas = " / ".join(f"{alpha:g}{chosen.get(seed, '')}" for seed, alpha in row.alphas.items()) or "–"
         against = "" if row is first else _difference(row)
         table.append([row.label, alphas, *scores, _normalised(row), against, *_costs(row)])
     return table

@@ -1,7 +1,7 @@
 """Rows of a comparison: scores of each method, with intervals from draws of test rows."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
@@ -35,6 +35,7 @@ class Row:
         seconds: time to merge, calibration and search for α included; mean over seeds.
         memory: see `Cell`; the largest over seeds.
         size: see `Cell`; the largest over seeds.
+        chosen: by seed, the method that was chosen, for one that chooses.
     """
 
     label: str
@@ -54,6 +55,7 @@ class Row:
     seconds: float
     memory: int
     size: int
+    chosen: dict[int, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Row({self.label!r}, normalised {self.normalised:.3f}, average {self.average:.3f})"
@@ -178,4 +180,5 @@ def _costs(method: MergeMethod, cells: Mapping[int, Cell]) -> dict[str, Any]:
         "seconds": sum(sum(cell.seconds.values()) for cell in cells.values()) / len(cells),
         "memory": max(cell.memory for cell in cells.values()),
         "size": max(cell.size for cell in cells.values()),
+        "chosen": {seed: cell.chosen for seed, cell in cells.items() if cell.chosen},
     }

@@ -200,13 +200,14 @@ class MergeRun(PlannedRun):
         return replace(inputs, answers=answers)
 
     def _do_without_agreement(self) -> None:
-        """Take the first method and its α where no samples are left for agreement, and say so."""
+        """Take the first method and its α where neither samples for agreement are left nor labels choose; say so."""
         if self.needs().agreement == "halves":
             self.warn(
                 "No samples beside those of the statistics: the method and alpha are not chosen by agreement with the "
                 "experts, and nothing is refined. Pass samples of every task as `calibration`."
             )
-        self.static_methods, self.refining = self.static_methods[:1], None
+        self.static_methods = self.static_methods if self.labelled else self.static_methods[:1]
+        self.refining = None
 
     def merge_weights(self, inputs: Inputs) -> list[Candidate]:
         """Pass one, by each of the methods: merge every weight of all experts into scratch files."""

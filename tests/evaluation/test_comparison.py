@@ -402,3 +402,23 @@ def test_results_are_printed_in_one_line(compared):
     assert lines[1].startswith("Row('mean', normalised ")
     assert lines[2].startswith("Interference(a, b; STI ") and lines[2].endswith(" over 12 linear maps)")
     assert lines[3] == "Scores(accuracy: a 0.5)"
+
+
+AUTO = {"name": "auto", "methods": ["tsv-m", "esm"]}
+
+
+@pytest.mark.parametrize("by", ["labels", "agreement"])
+def test_the_choice_of_a_method_is_a_row(arguments, compared, tmp_path, by):
+    """The statistics of `esm` are in the cache already; the samples for agreement are not those."""
+    labelled = {"validation": {task: rows(task, 9) for task in "ab"}} if by == "labels" else {}
+    cache = shutil.copytree(compared[0] / "cache", tmp_path / "cache")
+    shared = {**arguments, **labelled, "cache_dir": str(cache)}
+    found = compare(**shared, methods=["esm", AUTO], output_dir=tmp_path / "r").rows[1]
+    given = {name: arguments[name] for name in ("base", "experts", "calibration", "num_samples", "progress")}
+    merged = merge_models(**given, **labelled, method=AUTO, output_dir=tmp_path / "merged")
+    assert merged.chosen_by == by and found.alphas == {0: merged.alpha}
+    assert found.chosen == {0: merged.plan.method.name} and found.chosen[0] in AUTO["methods"]
+    assert found.tasks == evaluate(tmp_path / "merged", arguments["test"]).model
+    assert found.alpha_scores == ({0: merged.alpha_scores} if by == "labels" else {})
+    report = (tmp_path / "r" / "report.md").read_text()
+    assert f"| {merged.alpha:g} ({found.chosen[0]}) |" in report and f"chosen {merged.choice}." in report
