@@ -206,8 +206,7 @@ class MergeRun(PlannedRun):
                 "No samples beside those of the statistics: the method and alpha are not chosen by agreement with the "
                 "experts, and nothing is refined. Pass samples of every task as `calibration`."
             )
-        self.static_methods = self.static_methods if self.labelled else self.static_methods[:1]
-        self.refining = None
+        self.refining, self.static_methods = None, self.static_methods[: None if self.labelled else 1]
 
     def merge_weights(self, inputs: Inputs) -> list[Candidate]:
         """Pass one, by each of the methods: merge every weight of all experts into scratch files."""

@@ -30,7 +30,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 def documents(seed, count=6):
     draw = torch.Generator().manual_seed(seed)
     parts = [[WORDS[i] for i in torch.randperm(len(WORDS), generator=draw)[:8].tolist()] for _ in range(count)]
-    # Answers of two words: after the first of them, the harness scores the second, and the end that the tokenizer adds.
+    # Of answers of two words, the harness scores the second and the end that the tokenizer adds.
     choices = [[" ".join(part[4:6]), " ".join(part[6:])] for part in parts]
     return [
         {"question": " ".join(part[:4]), "choices": c, "label": i % 2}
