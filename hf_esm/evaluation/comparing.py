@@ -176,6 +176,10 @@ class ComparisonRun:
             higher_is_better=metric.higher_is_better,
             how=[*how, *choices],
             interference=store.interference(self.methods.values(), self.seeds[0]),
+            intervals={
+                "experts": {task: outcome.interval for task, outcome in experts.items()},
+                "base": {task: outcome.interval for task, outcome in base.items()},
+            },
         )
 
     def _write_best(self, store: CellStore, scratch: Path, comparison: Comparison) -> None:

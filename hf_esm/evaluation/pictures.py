@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Optional
 
 from ..metrics import (
     MOST_METHODS,
@@ -32,6 +33,7 @@ def draw(
     metric: str,
     higher_is_better: bool,
     folder: Path,
+    intervals: Optional[Mapping[str, tuple[float, float]]] = None,
     every: bool = False,
 ) -> dict[str, Path]:
     """Draw the pictures; return the files by title. Of more methods than fit, the best are drawn.
@@ -40,6 +42,7 @@ def draw(
         rows: rows of the comparison.
         experts, base: scores by task.
         metric: name of the metric.
+        intervals: of the experts' scores, by task.
         every: draw all pictures, not the usual ones alone.
     """
     best = sorted(rows, key=lambda row: -row.normalised)[:MOST_METHODS]
@@ -53,8 +56,9 @@ def draw(
         pictures[title] = plot_kept_shares(known, folder / "kept.png", title, base=share, methods=methods)
     if all(0 <= score <= 1 for scores in (experts, *(row.tasks for row in shown)) for score in scores.values()):
         title = "Score by task"
-        bars, intervals = {row.label: row.tasks for row in shown}, {row.label: row.task_intervals for row in shown}
-        options = {"ylabel": f"{metric} on test rows", "intervals": intervals, "methods": methods}
+        bars, errors = {row.label: row.tasks for row in shown}, {row.label: row.task_intervals for row in shown}
+        options: dict[str, Any] = {"ylabel": f"{metric} on test rows", "intervals": errors, "methods": methods}
+        options["reference_intervals"] = intervals
         pictures[title] = plot_task_scores(bars, experts, folder / "scores.png", title, **options)
     if curves := alpha_curves(shown):
         title, chosen = "Validation score by α", {row.label: next(iter(row.alphas.values()), None) for row in shown}

@@ -39,6 +39,7 @@ class Comparison:
         higher_is_better: False for errors, such as perplexity.
         searches: what was found by searching settings.
         kept: folder of the model that was kept, if any.
+        intervals: 95 % intervals of the scores of the `"experts"` and of the `"base"`, by task.
     """
 
     rows: list[Row]
@@ -52,6 +53,7 @@ class Comparison:
     higher_is_better: bool = True
     kept: Optional[Path] = None
     searches: list[Found] = field(default_factory=list)
+    intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -59,6 +61,7 @@ class Comparison:
             "metric": self.metric,
             "experts": self.experts,
             "base": self.base,
+            "intervals": _without_nan(self.intervals),
             "num_rows": self.num_rows,
             "how": self.how,
             "rows": [_without_nan(asdict(row)) for row in self.rows],
@@ -112,6 +115,7 @@ def write_report(comparison: Comparison, folder: Path, pictures: str = "usual") 
                 metric=comparison.metric,
                 higher_is_better=comparison.higher_is_better,
                 folder=folder,
+                intervals=comparison.intervals.get("experts"),
                 every=pictures == "all",
             )
             comparison.pictures |= draw_importance(comparison.searches, folder)

@@ -36,6 +36,7 @@ def plot_task_scores(
     ylabel: str = "test accuracy",
     reference_label: str = "expert of the task",
     intervals: Optional[Mapping[str, Mapping[str, Interval]]] = None,
+    reference_intervals: Optional[Mapping[str, Interval]] = None,
     methods: Optional[Mapping[str, str]] = None,
     bars_are: str = "models merged by each method",
 ) -> Path:
@@ -52,6 +53,7 @@ def plot_task_scores(
         ylabel: what the scores measure.
         reference_label: what the reference is.
         intervals: `{method: {task: (low, high)}}`, drawn as error bars.
+        reference_intervals: `{task: (low, high)}` of the reference, drawn as bands.
         methods: names of the methods by label, which decide the colours; by default the first word of the label.
         bars_are: what the bars show, for the caption.
 
@@ -82,6 +84,10 @@ def plot_task_scores(
             _write_numbers(axes, bars, heights, references)
     ends = [(place - 0.42, place + 0.42) for place in places]
     axes.hlines(references, *zip(*ends), color="black", lw=1.6, label=reference_label, zorder=3)
+    for span, task in zip(ends, tasks):
+        low, high = (reference_intervals or {}).get(task, (0.0, 0.0))
+        if low < high:
+            axes.fill_between(span, low, high, color=REFERENCE, alpha=0.15, lw=0, zorder=1)
     lowest = min(0.0, *(score for by_task in scores.values() for score in by_task.values()))
     _style_score_axes(axes, places, [*tasks, AVERAGE], lowest)
     axes.set_ylabel(ylabel)
@@ -90,6 +96,7 @@ def plot_task_scores(
     figure.legend(loc="outside upper left", ncols=columns, frameon=False, columnspacing=1.4)
     axes.set_title(title, loc="left", fontweight="bold")
     caption = f"Bars: {bars_are}. Lines: {reference_label}. {INTERVALS if intervals else ''}"
+    caption += " Grey bands: those of the lines." if reference_intervals else ""
     return written(figure, path, caption.strip())
 
 

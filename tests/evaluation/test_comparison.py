@@ -84,6 +84,8 @@ def test_every_method_scores_what_its_merged_model_scores(arguments, compared, t
         answers = logits(expert(task), encoded([row["text"] for row in labelled])).argmax(-1).tolist()
         own[task] = sum(answer == row["label"] for answer, row in zip(answers, labelled)) / len(labelled)
     assert found.experts == pytest.approx(own)
+    assert found.intervals.keys() == {"experts", "base"} and found.intervals["base"].keys() == own.keys()
+    assert all(low <= own[task] <= high for task, (low, high) in found.intervals["experts"].items())
     for route, label in (("routed", "routed"), ("oracle", "routed, tasks given")):
         scores = evaluate(tmp_path / "routed", arguments["test"], route=route)
         normalised = sum(scores.model[task] / own[task] for task in "ab") / 2

@@ -65,6 +65,13 @@ def test_bars_and_their_intervals_are_where_the_numbers_say(drawn, tmp_path):
     assert spans == {(round(s - 0.1, 6), round(s + 0.2, 6)) for by_task in SCORES.values() for s in by_task.values()}
 
 
+def test_the_interval_of_a_reference_is_a_band(drawn, tmp_path):
+    known = {"a": (0.7, 0.95), "b": (float("nan"), float("nan"))}
+    plots.plot_task_scores(SCORES, {"a": 0.9, "b": 0.8}, tmp_path / "a.png", "Title", reference_intervals=known)
+    (band,) = [part for part in drawn[-1].axes[0].collections if type(part).__name__ != "LineCollection"]
+    assert sorted(set(band.get_paths()[0].vertices[:, 1].tolist())) == [0.7, 0.95]
+
+
 def test_a_method_has_one_colour_in_every_picture(drawn, tmp_path):
     DRAW["alpha"](tmp_path / "a.png")
     assert drawn[-1].axes[0].lines[0].get_color() == colour_of("esm") == COLOURS["esm"]
