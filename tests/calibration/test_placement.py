@@ -122,7 +122,7 @@ def test_the_default_is_not_refined_where_memory_is_too_little(folder):
     }
     plan = merge_models(folder / "base", experts, max_memory=memory, **given)
     assert not plan.refining_bytes and any("is not refined" in warning for warning in plan.warnings)
-    with pytest.raises(HfEsmError, match="refining .`refine`. needs"):
+    with pytest.raises(HfEsmError, match=r"refining .`refine`. needs"):
         merge_models(folder / "base", experts, max_memory=memory, refine=True, **given)
 
 

@@ -371,7 +371,9 @@ def test_what_no_adapter_touches_is_planned_and_left_as_it_is(classifier, tmp_pa
     assert plan.kinds == {"linear maps": len(adapted)}
     assert plan.scratch_bytes == sum(4 * math.prod(plan.base.shape(name)) for name in adapted)
     assert plan.learning_bytes == 0
-    learns = merge_models(classifier.base, experts, method="concrete-task-arithmetic", dry_run=True)
+    samples = {task: [{"input_ids": [5, 6, 7]}] for task in experts}
+    method = "concrete-task-arithmetic"
+    learns = merge_models(classifier.base, experts, method=method, calibration=samples, dry_run=True)
     whole = sum(4 * math.prod(plan.base.shape(name)) for name in plan.heads.shared)
     assert learns.learning_bytes == whole + (learns.method.bodies_to_learn(2) - 1) * plan.scratch_bytes
     mixed = merge_models(
@@ -390,6 +392,6 @@ def test_what_no_adapter_touches_is_planned_and_left_as_it_is(classifier, tmp_pa
 
 def test_a_base_of_another_name_than_the_adapter_was_trained_on_is_mentioned(made):
     rewrite(made.adapter / "adapter_config.json", base_model_name_or_path="me/another-bert")
-    plan = merge_models(made.base, {"lora": made.adapter, "full": made.full}, dry_run=True)
+    plan = merge_models(made.base, {"lora": made.adapter, "full": made.full}, method="mean", dry_run=True)
     assert any("'lora'" in warning and "me/another-bert" in warning for warning in plan.warnings)
     assert "LoRA adapter" in str(plan)

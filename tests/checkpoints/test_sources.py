@@ -221,8 +221,8 @@ def test_a_private_model_merges_with_its_owners_token(online):
 def inspect(folder: Path) -> tuple[str, str]:
     """The plan of the dry run, and of that of the same models in folders."""
     plans = (
-        quiet("me/dry-base", {"a": "me/dry-a", "c": "me/dry-c"}, dry_run=True),
-        quiet(folder / "base", {"a": folder / "a", "c": folder / "c-lora"}, dry_run=True),
+        quiet("me/dry-base", {"a": "me/dry-a", "c": "me/dry-c"}, method="mean", dry_run=True),
+        quiet(folder / "base", {"a": folder / "a", "c": folder / "c-lora"}, method="mean", dry_run=True),
     )
     return tuple(str(plan).partition("  merged")[2].partition("  time")[0] for plan in plans)
 

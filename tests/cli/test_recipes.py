@@ -178,6 +178,8 @@ def test_inspect_refuses_what_merge_refuses_in_the_same_sentence(folder, tmp_pat
 
 
 def test_inspect_reads_the_first_row_of_test_files_and_no_other(folder, tmp_path, capsys):
+    if not (folder / "merged").exists():
+        assert run("merge", folder / "recipe.yaml") == 0
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     rows = [{"text": "good film", "label": 0}, {"text": "good film", "label": 7}]
     recipe["test"]["a"] = write_rows(folder / "rows.jsonl", rows)
