@@ -80,7 +80,7 @@ def push_and_merge(zoo: Path, output: Path) -> tuple[str, list[Any], list[str]]:
     api.create_repo("me/zoo")
     api.upload_folder(repo_id="me/zoo", folder_path=zoo)
     base, experts = inside("me/zoo")
-    plan = merge_models(base, experts, dry_run=True)
+    plan = merge_models(base, experts, method="mean", dry_run=True)
     merge_models(base, experts, calibration=CALIBRATION, output_dir=output, progress=False)
     sources = [
         resolve_source(spec, "expert") for spec in ("me/zoo", experts["a"], {"path": "me/zoo", "task": "v1/full"})

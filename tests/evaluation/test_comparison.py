@@ -189,7 +189,7 @@ def test_alpha_is_chosen_by_one_rule(arguments, tmp_path):
     validation = {task: rows(task, 9) for task in "ab"}
     found = compare(**arguments, validation=validation, methods=["esm", "mean"], output_dir=tmp_path / "r")
     given = {name: arguments[name] for name in ("base", "experts", "calibration", "num_samples", "progress")}
-    merged = merge_models(**given, alpha="auto", validation=validation)
+    merged = merge_models(**given, method="esm", alpha="auto", validation=validation)
     assert found.rows[0].alphas == {0: merged.alpha}
     assert found.rows[0].alpha_scores == {0: pytest.approx(merged.alpha_scores)}
     assert found.rows[1].alphas == {}
@@ -297,7 +297,7 @@ def test_the_command_compares_a_recipe(models, tmp_path, capsys):
     random.seed(0)
     (tmp_path / "recipe.yaml").write_text(
         f"base: {models}/base\nexperts: {{a: {models}/a, b: {models}/b}}\nseed: 5\nalpha: 1.0\n"
-        "test: {a: a.jsonl, b: b.jsonl}\nmethods: [mean, tsv-m]\noutput_dir: " + str(tmp_path / "report")
+        "test: {a: a.jsonl, b: b.jsonl}\nmethods: [mean, tsv-m]\nreport_dir: " + str(tmp_path / "report")
     )
     before = snapshot(models)
     assert main(["compare", str(tmp_path / "recipe.yaml"), "--no-progress", "--num-test", "10"]) == 0

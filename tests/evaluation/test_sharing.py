@@ -134,7 +134,7 @@ def test_the_command_keeps_the_best_model(arguments, tmp_path, capsys):
     for task in "ab":
         (tmp_path / f"{task}.jsonl").write_text("\n".join(json.dumps(row) for row in rows(task, 7)))
     recipe = {name: arguments[name] for name in ("base", "experts")} | {"methods": ["mean", "tsv-m"], "keep": "best"}
-    recipe |= {"test": {task: f"{task}.jsonl" for task in "ab"}, "output_dir": str(tmp_path / "r"), "cache_dir": "c"}
+    recipe |= {"test": {task: f"{task}.jsonl" for task in "ab"}, "report_dir": str(tmp_path / "r"), "cache_dir": "c"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"cache_dir": str(tmp_path / "c")}))
     assert main(["compare", str(tmp_path / "recipe.yaml"), "--no-progress"]) == 0
     assert str(tmp_path / "r" / "best") in capsys.readouterr().out.splitlines()[-1]
