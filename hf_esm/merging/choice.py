@@ -342,7 +342,8 @@ class _Contest:
 
         if options.alpha in (None, "auto"):
             alpha, scores = self.search(number, alpha, method.largest_alpha)
-            alpha = nearest_as_good({alpha: known[alpha] for alpha in scores}, method.default_alpha)
+            if len(self.candidates) > 1:
+                alpha = nearest_as_good({alpha: known[alpha] for alpha in scores}, method.default_alpha)
         for kind in [kind for kind in by_kind if options.alpha_by_kind[kind] == "auto"] * ROUNDS:
 
             def score_of_kind(own: float, kind: str = kind) -> float:

@@ -152,7 +152,7 @@ def test_statistics_beside_the_weights_leave_all_other_samples_to_agreement(gath
             path.unlink()
 
 
-def test_statistics_alone_leave_the_first_method_and_its_alpha_and_the_output_says_so(folder, tmp_path):
+def test_statistics_alone_leave_the_first_method_and_its_alpha(folder, tmp_path):
     base, experts = models(folder)
     for task in TASKS:
         calibrate(folder / task, samples(0, 8), progress=False).save(tmp_path / f"{task}.safetensors")
@@ -160,7 +160,6 @@ def test_statistics_alone_leave_the_first_method_and_its_alpha_and_the_output_sa
     assert (result.plan.method.name, result.alpha) == ("regmean", result.plan.method.default_alpha)
     assert (result.chosen_by, result.agreement, result.refined) == ("default", {}, {})
     assert any("not chosen by agreement" in warning for warning in result.warnings)
-    assert "not chosen by agreement" in str(result)
     fixed = merge(base, experts, calibration=str(tmp_path), method="esm", alpha="auto")
     assert fixed.alpha == fixed.plan.method.default_alpha
     assert any("not chosen by agreement" in warning for warning in fixed.warnings)

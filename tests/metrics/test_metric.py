@@ -197,7 +197,7 @@ def test_any_metric_scores_a_merged_model_and_chooses_alpha(models, tmp_path, mo
     data = {task: rows(task) for task in "ab"}
     options = {"calibration": {task: task_texts(task) for task in "ab"}, "progress": False, "alpha": "auto"}
     merged = merge_models(
-        models / "base", given, validation=data, metric="second", output_dir=tmp_path / "m", **options
+        models / "base", given, method="esm", validation=data, metric="second", output_dir=tmp_path / "m", **options
     )
     scores = evaluate(tmp_path / "m", data, experts=given, metric="second")
     assert scores.metric == "second"
