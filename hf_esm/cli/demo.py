@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
 
-from ..checkpoints import load_task_model, quiet_loading
+from ..checkpoints import SCORES_PICTURE, load_task_model, quiet_loading
 from ..errors import HfEsmError
 from ..merging import merge_models
 from ..methods import METHODS
@@ -27,9 +27,6 @@ from .digits import EVALUATION_BATCH, TASKS, DemoSettings, DigitData, Say, load_
 
 
 RESULTS_FILE = "results.json"
-
-
-PICTURE_FILE = "scores.png"
 
 
 EXPERTS, BASE, TASK_GIVEN = "experts", "base, experts' heads", "esm++, task given"  # rows that are no method's
@@ -105,7 +102,7 @@ def run_demo(
     }
     bars = {method: scores[method]["model"] for method in settings.methods}
     title = "Five fine-tunes of a small Vision Transformer in one model (handwritten digits)"
-    plot_task_scores(bars, scores[EXPERTS]["model"], output / PICTURE_FILE, title)
+    plot_task_scores(bars, scores[EXPERTS]["model"], output / SCORES_PICTURE, title)
     results = _write_results(output, {**results, "seconds": round(time.perf_counter() - start, 1)})
     say("\n" + "\n".join(format_table(results)) + "\n")
     say(f"Reloaded: on {results['reload']['pictures']} test pictures, load_task_model and the experts with the body")

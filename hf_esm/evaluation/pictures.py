@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
+from ..checkpoints import SCORES_PICTURE
 from ..metrics import (
     MOST_METHODS,
     normalised,
@@ -59,7 +60,7 @@ def draw(
         bars, errors = {row.label: row.tasks for row in shown}, {row.label: row.task_intervals for row in shown}
         options: dict[str, Any] = {"ylabel": f"{metric} on test rows", "intervals": errors, "methods": methods}
         options["reference_intervals"] = intervals
-        pictures[title] = plot_task_scores(bars, experts, folder / "scores.png", title, **options)
+        pictures[title] = plot_task_scores(bars, experts, folder / SCORES_PICTURE, title, **options)
     if curves := alpha_curves(shown):
         title, chosen = "Validation score by α", {row.label: next(iter(row.alphas.values()), None) for row in shown}
         ylabel = f"{metric} on validation rows"
