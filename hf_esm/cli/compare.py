@@ -36,7 +36,12 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("--num-test", type=int, help="test rows per task, chosen at random (default: all)")
     parser.add_argument("--keep", choices=["best"], help="keep the best merged model in the report's folder best/")
-    parser.add_argument("--pictures", choices=PICTURES, help="which pictures to draw (default: usual)")
+    parser.add_argument(
+        "--pictures",
+        choices=PICTURES,
+        help="which pictures to draw (default: usual); all takes much longer: it also compresses the experts to "
+        "several ranks, and merges the first 2, 3, … tasks by each static method",
+    )
     parser.add_argument("--search", type=count, metavar="N", help="search the methods' settings with N trials each")
     parser.add_argument("--card", metavar="FOLDER", help="put the report into the card of this merged model, too")
 

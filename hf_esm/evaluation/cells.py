@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from math import inf, isnan
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +31,7 @@ from .interference import Interference, measure_interference
 CACHE = "cache"
 
 
-CELL_VERSION = 5  # of the cached files and of what their names depend on
+CELL_VERSION = 6  # of the cached files and of what their names depend on
 
 
 # Options of `merge_models` that `compare` does not take: it sets them itself.
@@ -65,6 +65,7 @@ class Cell:
         seconds: time by stage of the merge.
         memory: growth of the process's resident memory while merging, in bytes.
         size: size of the written weights (static model, experts, heads), in bytes.
+        alpha_errors: standard error of each of `alpha_scores`; empty if they are not scores of rows.
         chosen: name of the method that was chosen, or `"base"`, if the merge chose one.
         choice: what chose it, and how far the next one is behind, as one line; empty where there was one candidate.
     """
@@ -76,6 +77,7 @@ class Cell:
     seconds: dict[str, float]
     memory: int
     size: int
+    alpha_errors: dict[float, float] = field(default_factory=dict)
     chosen: str = ""
     choice: str = ""
 
@@ -88,8 +90,11 @@ class Cell:
     def from_dict(cls, stored: Mapping[str, Any], metric: Metric) -> "Cell":
         """Cell from what `as_dict` returned, read back from JSON."""
         outcomes = {name: _outcomes_from(stored[name], metric) for name in ("outcomes", "oracle_outcomes")}
-        scores = {float(alpha): score for alpha, score in stored["alpha_scores"].items()}
-        return cls(**{**stored, **outcomes, "alpha_scores": scores})
+        by_alpha = {
+            name: {float(alpha): value for alpha, value in stored[name].items()}
+            for name in ("alpha_scores", "alpha_errors")
+        }
+        return cls(**{**stored, **outcomes, **by_alpha})
 
 
 def _plain_outcomes(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
@@ -155,6 +160,27 @@ class Inputs:
             "token": self.token,
         }
 
+    def of_first_tasks(self, count: int) -> "Inputs":
+        """The same of the first experts alone."""
+        tasks = list(self.experts)[:count]
+
+        def chosen(by_task: Any) -> Any:
+            return (
+                {task: by_task[task] for task in tasks if task in by_task} if isinstance(by_task, Mapping) else by_task
+            )
+
+        names = ("experts", "test", "calibration", "validation")
+        options = replace(self.options, weights=chosen(self.options.weights))
+        return replace(self, **{name: chosen(getattr(self, name)) for name in names}, options=options, keep=False)
+
+    @property
+    def names_tasks(self) -> bool:
+        """Whether options name some of the tasks, so that a merge of fewer tasks would be another one."""
+        options = self.options
+        named = {options.chat_template, None if isinstance(options.tokenizer, Mapping) else options.tokenizer}
+        weighted = any(entry.get("weights") for entry in options.overrides or ())
+        return weighted or isinstance(options.tokenizer, Mapping) or bool(named & self.experts.keys())
+
     def uses_samples(self, method: MergeMethod) -> bool:
         """Whether a merge by this method depends on the choice of samples."""
         return self.merge_arguments(method, 0)["calibration"] is not None
@@ -192,7 +218,7 @@ class CellStore:
     def expert_outcomes(self) -> dict[str, Outcome]:
         """Outcome of each task's expert on the test rows."""
         inputs = self.inputs
-        stored = self._cached(
+        stored = self.cached(
             "experts",
             self._test_identity,
             lambda: _plain_outcomes(inputs.measurement.expert_outcomes(inputs.experts, inputs.base)),
@@ -210,15 +236,16 @@ class CellStore:
                 return _plain_outcomes(inputs.measurement.base_outcomes(inputs.base, target))
 
         key = [self._test_identity, inputs.options.heads]
-        return _outcomes_from(self._cached("base", key, measure), inputs.metric)
+        return _outcomes_from(self.cached("base", key, measure), inputs.metric)
 
     def cell(self, method: MergeMethod, seed: int) -> Cell:
         """The cell of a method and a seed."""
-        key = self._cell_key(method, self.inputs.merge_arguments(method, seed))
-        stored = self._cached("cell", key, lambda: self._merge_and_measure(method, seed).as_dict())
+        key = self.cell_key(method, self.inputs.merge_arguments(method, seed))
+        stored = self.cached("cell", key, lambda: self._merge_and_measure(method, seed).as_dict())
         return Cell.from_dict(stored, self.inputs.metric)
 
-    def _cell_key(self, method: MergeMethod, arguments: Mapping[str, Any]) -> list[Any]:
+    def cell_key(self, method: MergeMethod, arguments: Mapping[str, Any]) -> list[Any]:
+        """What a merge by a method depends on, with the test rows."""
         known = {name: value for name, value in arguments.items() if name not in _NO_PART}
         known |= {name: data_identity(arguments[name]) for name in ("calibration", "validation")}
         known["metric"] = self.inputs.metric.name  # the test identity holds its code
@@ -240,7 +267,7 @@ class CellStore:
 
         samples = {f.name: getattr(options, f.name) for f in fields(SampleOptions)} if needed else {}
         key = [data_identity(data.calibration), samples, inputs.options.heads]
-        return Interference.from_dict(self._cached("interference", key, measure))
+        return Interference.from_dict(self.cached("interference", key, measure))
 
     def search_score(self, method: MergeMethod, seed: int) -> float:
         """Score that settings are searched by, higher is better: mean of the validation rows' scores by task, or,
@@ -265,8 +292,8 @@ class CellStore:
                 scores = [outcome.score for outcome in measurement.merged_outcomes(target, str(target)).values()]
                 return {"score": (1 if inputs.metric.higher_is_better else -1) * sum(scores) / len(scores)}
 
-        key = [*self._cell_key(method, arguments), "search"]
-        return self._cached("trial", key, measure)["score"]
+        key = [*self.cell_key(method, arguments), "search"]
+        return self.cached("trial", key, measure)["score"]
 
     @property
     def _all_rows(self) -> SampleOptions:
@@ -285,7 +312,7 @@ class CellStore:
         models = (self.inputs.base, self.inputs.experts)
         return merge_models(*models, output_dir=str(target), accelerator=self.inputs.accelerator, **arguments)
 
-    def _cached(self, kind: str, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def cached(self, kind: str, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A result as plain data, from its file, or computed and written if the file is missing or damaged."""
         name = fingerprint(CELL_VERSION, __version__, self._identity, key)
         path = self.cache / f"{kind}-{name}.json"
@@ -313,6 +340,7 @@ class CellStore:
             cell = Cell(
                 alpha=merged.alpha,
                 alpha_scores=merged.alpha_scores if merged.chosen_by == "labels" else {},
+                alpha_errors=merged.alpha_errors if merged.chosen_by == "labels" else {},
                 outcomes=measure(target, str(target)),
                 oracle_outcomes=measure(target, str(target), "oracle") if method.decides else {},
                 seconds=merged.seconds,

@@ -18,10 +18,11 @@ from ..planning import check_replaceable
 from ..utils import check_known, gather, main_first, only_user, publish_folder, recover, staging_folder, together
 from .cells import CACHE, Cell, CellStore, Inputs
 from .evaluator import check_by_task
-from .pictures import PICTURES
+from .figure_cells import FigureCells
+from .pictures import ALL, PICTURES
 from .report import Comparison, write_report
 from .search import Found, check_searchable, ranges_of, search_settings
-from .summary import Row, summarise
+from .summary import Row, interval_of_share, summarise
 
 
 BEST = "best"  # the folder of the model that is kept
@@ -146,6 +147,12 @@ class ComparisonRun:
         jobs += [partial(store.cell, self.methods[label], seed) for label, seed in self.cells]
         self._share(jobs, scratch, "Comparing")
         self._share([partial(store.interference, self.methods.values(), self.seeds[0])], scratch, "Interference")
+        if self.pictures == ALL:
+            self._share(self._figure_cells(store).jobs(), scratch, "Figures")
+
+    def _figure_cells(self, store: CellStore) -> FigureCells:
+        interference = store.interference(self.methods.values(), self.seeds[0])
+        return FigureCells(store, self.methods, self.seeds[0], interference)
 
     def _share(self, jobs: list[Callable[[], Any]], scratch: Path, name: str) -> None:
         """Do jobs that do not depend on each other, all processes together."""
@@ -176,6 +183,8 @@ class ComparisonRun:
             higher_is_better=metric.higher_is_better,
             how=[*how, *choices],
             interference=store.interference(self.methods.values(), self.seeds[0]),
+            figures=self._figure_cells(store).figures(experts) if self.pictures == ALL else None,
+            base_interval=interval_of_share(base, experts) if base else None,
             intervals={
                 "experts": {task: outcome.interval for task, outcome in experts.items()},
                 "base": {task: outcome.interval for task, outcome in base.items()},

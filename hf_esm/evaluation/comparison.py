@@ -74,7 +74,10 @@ def compare(
         seeds: seeds of the choice of samples. Methods that use samples are merged once for each seed.
         keep: `"best"` to keep the merged model that is best on the test rows, in `output_dir/best`, with the recipe
             that repeats its merge. With several seeds, the model of the first one.
-        pictures: `"usual"`, `"all"` (interference by block, too) or `"none"`. Drawing needs matplotlib.
+        pictures: `"usual"`, `"none"`, or `"all"`, which measures more: energy spectra before and after merging,
+            compressed experts by rank, where a router could decide, and merges of the first 2, 3, … tasks by each
+            static method. That is about as many merges as there are tasks, times the methods. Drawing needs
+            matplotlib.
         search: number of settings to try for each method whose settings declare a range (`metadata["search"]`), by
             Optuna, on the `validation` rows or else on agreement with the experts. What is found is a row of its own.
         cache_dir: folder of all that is measured and computed, by default `output_dir/cache`. Merges with this

@@ -44,7 +44,7 @@ from ..metrics import (
     resolve_metric,
     run,
 )
-from ..routing import RoutedModel
+from ..routing import RoutedModel, routes_by_block
 from ..utils import check_known, default_accelerator, did_you_mean
 
 
@@ -238,10 +238,18 @@ class Measurement:
             return {}
         return {task: self._outcome(model, task, processor) for task, model in zip(self.data, models, strict=True)}
 
-    def _routed_outcomes(self, folder: Path, route: str, processor: Any) -> dict[str, Outcome]:
+    def routes_by_block(self, folder: Path) -> dict[str, dict[str, list[float]]]:
+        """See `routing.routes_by_block`: of the rows of every task, by a routed model."""
+        routed, processor = self._routed_model(folder), self._processor_in(folder)
+        samples = {task: self._rows(task, processor, routed.task_model(task)).samples for task in self.data}
+        return routes_by_block(routed, samples, self.access, self.batch_size)
+
+    def _routed_model(self, folder: Path) -> RoutedModel:
         allowed = {"allow_pickle": self.access.allow_pickle, "trust_remote_code": self.access.trust_remote_code}
-        routed = RoutedModel.from_pretrained(folder, **allowed)
-        routed = routed.to(default_accelerator().device)
+        return RoutedModel.from_pretrained(folder, **allowed).to(default_accelerator().device)
+
+    def _routed_outcomes(self, folder: Path, route: str, processor: Any) -> dict[str, Outcome]:
+        routed = self._routed_model(folder)
         if route == "routed" and not routed.config.decides:
             route = "oracle"
         outcomes = {}

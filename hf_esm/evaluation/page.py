@@ -8,15 +8,15 @@ from typing import Any, Optional
 from jinja2 import Environment, StrictUndefined
 
 from ..hub import template
-from ..metrics import colour_of, normalised, styles_of
+from ..metrics import Chart, Line, normalised, styles_of
 from ..version import __version__
 from .interference import Interference
-from .pictures import alpha_curves, interference_by_block
 from .search import Found
 from .summary import Row
 
 
 _STEPS = 4  # of an axis, at most
+_SIDEWAYS = 2.5  # pixels between the intervals of two lines at one place
 _NO_METHOD = "#56B4E9"  # the colour of bars that are no method's
 
 
@@ -38,11 +38,12 @@ class Axis:
     log: bool = False
 
     @classmethod
-    def of(cls, values: Iterable[float], percent: bool = False, from_zero: bool = True) -> "Axis":
+    def of(cls, values: Iterable[float], percent: bool = False, from_zero: bool = True, whole: bool = False) -> "Axis":
         """Return the axis that shows all values; infinite ones and NaN are left out.
 
         Args:
             from_zero: whether the axis includes 0, as bars need.
+            whole: whether all ticks are whole numbers.
         """
         known = [value for value in values if isfinite(value)] or [0.0, 1.0]
         low, high = min(known), max(known)
@@ -50,7 +51,7 @@ class Axis:
             low, high = min(low, 0.0), max(high, 0.0)
         if low == high:
             low, high = low - 0.5 * (not from_zero), high + 0.5 + 0.5 * from_zero
-        step = _round_step((high - low) / _STEPS)
+        step = _round_step((high - low) / _STEPS, whole)
         first, last = floor(low / step + 1e-9), ceil(high / step - 1e-9)
         return cls(first * step, last * step, tuple(i * step for i in range(first, last + 1)), percent)
 
@@ -81,10 +82,12 @@ class Axis:
         return f"{100 * value:.{digits}g} %" if self.percent else f"{value:.{digits}g}"
 
 
-def _round_step(least: float) -> float:
-    """Return the smallest of 1, 2, 2.5, 5, 10 times a power of ten that is not less than `least`."""
+def _round_step(least: float, whole: bool) -> float:
+    """Return the smallest of 1, 2, 2.5, 5, 10 times a power of ten that is not less than `least`, or that is whole."""
+    least = max(least, 1.0) if whole else least
     power = 10.0 ** floor(log10(least))
-    return next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= least * (1 - 1e-9))
+    steps = [factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if not whole or (factor * power).is_integer()]
+    return next(step for step in steps if step >= least * (1 - 1e-9))
 
 
 @dataclass
@@ -96,7 +99,7 @@ class Bars:
         axis: the axis of values.
         unit: what the values are.
         bars: a bar each: `label`, `colour`, `hatched`, `value`, `interval`.
-        lines: vertical lines: `name`, `value`, `dashed`.
+        lines: vertical lines: `name`, `value`, `dashed`, and `band`, an interval or None.
     """
 
     title: str
@@ -108,23 +111,29 @@ class Bars:
 
 @dataclass
 class Curves:
-    """Lines with marks.
+    """A chart with its axes.
 
     Attributes:
-        title: the title.
-        caption: what is seen.
+        chart: the lines, and what they are.
         x, y: the axes.
-        xlabel, ylabel: what they measure.
-        lines: a line each: `label`, `colour`, `dashes`, `points`, and the `chosen` point or None.
+        lines: pairs of a line and the pixels that it is moved by, so that intervals do not hide each other.
     """
 
-    title: str
-    caption: str
+    chart: Chart
     x: Axis
     y: Axis
-    xlabel: str
-    ylabel: str
-    lines: list[dict[str, Any]]
+    lines: list[tuple[Line, float]]
+
+    @classmethod
+    def of(cls, chart: Chart) -> "Curves":
+        """Return a chart with axes that show all of its points and intervals."""
+        places = [x for line in chart.lines for x, _ in line.points]
+        heights = [y for line in chart.lines for _, y in line.points]
+        heights += [end for line in chart.lines for ends in line.errors.values() for end in ends]
+        whole = all(float(x).is_integer() for x in places)
+        x = Axis.of_logarithms(places) if chart.log else Axis.of(places, from_zero=False, whole=whole)
+        lines = [(line, _SIDEWAYS * step) for line, step in zip(chart.lines, chart.steps, strict=True)]
+        return cls(chart, x, Axis.of(heights, chart.percent, from_zero=False), lines)
 
 
 @dataclass
@@ -153,6 +162,9 @@ def page_of(
     interference: Interference,
     searches: Sequence[Found],
     *,
+    charts: Sequence[Chart],
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]],
+    base_interval: Optional[tuple[float, float]],
     metric: str,
     higher_is_better: bool,
     table: list[list[str]],
@@ -167,6 +179,9 @@ def page_of(
         experts, base: scores by task.
         interference: interference between the experts.
         searches: what was found by searching settings.
+        charts: charts of lines.
+        intervals: of the scores of the `"experts"` and of the `"base"`, by task, as far as they are known.
+        base_interval: of the base's share of the experts' scores.
         metric: name of the metric.
         table: the table of the report; the last `len(rows)` rows are those of the methods.
         notes: sentences below the table.
@@ -175,7 +190,7 @@ def page_of(
     looks = {label: {"colour": style.colour, "hatched": bool(style.hatch)} for label, style in styles.items()}
     known = [v for by_task in (experts, *(r.tasks for r in rows)) for v in by_task.values() if isfinite(v)]
     shares = all(0 <= value <= 1 for value in known)
-    kept = _kept(rows, experts, base, higher_is_better, looks)
+    kept = _kept(rows, experts, base, base_interval, higher_is_better, looks)
     return (
         _environment()
         .from_string(template("comparison.html"))
@@ -188,8 +203,11 @@ def page_of(
             body=[(row.label, looks[row.label], cells) for row, cells in zip(rows, table[-len(rows) :], strict=True)],
             notes=notes,
             kept=kept,
-            panels=[_panel(task, rows, experts, base, metric, shares, looks) for task in tasks],
-            curves=[*_alpha(rows, metric, shares, styles), *_energy(interference), *_layers(interference)],
+            panels=[
+                _panel(task, rows, _references(task, experts, base, intervals), metric, shares, looks)
+                for task in tasks
+            ],
+            curves=list(map(Curves.of, charts)),
             heats=_heats(rows, interference, tasks),
             searches=[_importance(found) for found in searches if found.importance],
         )
@@ -200,19 +218,34 @@ def _environment() -> Environment:
     return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
-def _line(name: str, value: Optional[float], dashed: bool = False) -> list[dict[str, Any]]:
+def _line(
+    name: str, value: Optional[float], band: Optional[tuple[float, float]] = None, dashed: bool = False
+) -> list[dict[str, Any]]:
     known = value is not None and isfinite(value)
-    return [{"name": name, "value": value, "dashed": dashed}] if known else []
+    band = _interval(band) if band else None
+    return [{"name": name, "value": value, "band": band, "dashed": dashed}] if known else []
 
 
-def _kept(rows: list[Row], experts: Any, base: Any, higher: bool, looks: Mapping[str, Any]) -> Optional[Bars]:
+def _ends(lines: list[dict[str, Any]]) -> list[float]:
+    """Return all values of vertical lines and their bands."""
+    return [value for line in lines for value in (line["value"], *(line["band"] or ()))]
+
+
+def _kept(
+    rows: list[Row],
+    experts: Any,
+    base: Any,
+    base_interval: Optional[tuple[float, float]],
+    higher: bool,
+    looks: Mapping[str, Any],
+) -> Optional[Bars]:
     """Return bars of the share of the experts' scores that each method keeps; None if no method has one."""
     known = [row for row in rows if isfinite(row.normalised)]
     if not known:
         return None
     share = normalised(base, experts, higher) if base else None
-    lines = [*_line("the experts", 1.0), *_line("the base", share, dashed=True)]
-    values = [value for row in known for value in (row.normalised, *row.interval)] + [line["value"] for line in lines]
+    lines = [*_line("the experts", 1.0), *_line("the base", share, base_interval, dashed=True)]
+    values = [value for row in known for value in (row.normalised, *row.interval)] + _ends(lines)
     bars = [
         {"label": row.label, **looks[row.label], "value": row.normalised, "interval": _interval(row.interval)}
         for row in known
@@ -221,11 +254,21 @@ def _kept(rows: list[Row], experts: Any, base: Any, higher: bool, looks: Mapping
     return Bars("Share of the experts' scores that each method keeps", Axis.of(values, True), unit, bars, lines)
 
 
+def _references(task: str, experts: Any, base: Any, intervals: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of a task's expert and of the base."""
+    of_expert, of_base = (intervals.get(name, {}).get(task) for name in ("experts", "base"))
+    return [*_line("its expert", experts[task], of_expert), *_line("the base", base.get(task), of_base, dashed=True)]
+
+
 def _panel(
-    task: str, rows: list[Row], experts: Any, base: Any, metric: str, shares: bool, looks: Mapping[str, Any]
+    task: str,
+    rows: list[Row],
+    lines: list[dict[str, Any]],
+    metric: str,
+    shares: bool,
+    looks: Mapping[str, Any],
 ) -> Bars:
     """Return bars of one task's scores."""
-    lines = [*_line("its expert", experts[task]), *_line("the base", base.get(task), dashed=True)]
     bars = [
         {
             "label": row.label,
@@ -237,66 +280,12 @@ def _panel(
     ]
     ends = [1.0] if shares else []
     values = [value for bar in bars for value in (bar["value"], *(bar["interval"] or ()))]
-    axis = Axis.of([*values, *ends, *(line["value"] for line in lines)], shares)
+    axis = Axis.of([*values, *ends, *_ends(lines)], shares)
     return Bars(task, axis, f"{metric} on test rows", bars, lines)
 
 
 def _interval(interval: tuple[float, float]) -> Optional[tuple[float, float]]:
     return interval if all(map(isfinite, interval)) else None
-
-
-def _alpha(rows: list[Row], metric: str, shares: bool, styles: Mapping[str, Any]) -> list[Curves]:
-    chosen = {row.label: next(iter(row.alphas.values()), None) for row in rows}
-    lines = [
-        {
-            "label": label,
-            "colour": styles[label].colour,
-            "dashes": styles[label].line,
-            "points": sorted(scores.items()),
-            "chosen": (chosen[label], scores[chosen[label]]) if chosen[label] in scores else None,
-        }
-        for label, scores in alpha_curves(rows).items()
-    ]
-    caption = "Lines: scores that α was chosen by. Large marks: the chosen α, as in the table."
-    labels = {"xlabel": "α, the scale of the merged update", "ylabel": f"{metric} on validation rows"}
-    return _curves("Validation score by α", caption, lines, shares, **labels)
-
-
-def _energy(interference: Interference) -> list[Curves]:
-    kinds = {"essential": "esm", "singular": "tsv-m"}
-    lines = [
-        {"label": f"{kind} directions", "colour": colour_of(kinds[kind]), "dashes": "-", "points": points}
-        for kind, points in interference.energy().items()
-    ]
-    caption = "Share of the output shift's energy that the leading directions carry, mean over linear maps and tasks."
-    labels = {"xlabel": "rank, as a share of the smaller side", "ylabel": "energy kept"}
-    return _curves("Energy of the output shift kept, by rank", caption, lines, True, log=True, **labels)
-
-
-def _layers(interference: Interference) -> list[Curves]:
-    lines = [
-        {"label": kind, "colour": colour_of(kind), "dashes": "-", "points": points}
-        for kind, points in interference_by_block(interference).items()
-    ]
-    caption = (
-        "Singular task interference (STI) of the experts' updates before the merge, a line for each linear map of a "
-        "block; 0 where the tasks' singular vectors are orthogonal."
-    )
-    labels = {"xlabel": "block of the model", "ylabel": "STI (no unit)"}
-    return _curves("Interference between the tasks, by block", caption, lines, False, **labels)
-
-
-def _curves(
-    title: str, caption: str, lines: list[dict[str, Any]], percent: bool, log: bool = False, **labels: str
-) -> list[Curves]:
-    """Return the picture in a list, which is empty if there is no line of two points."""
-    lines = [{"chosen": None} | line for line in lines if len({x for x, _ in line["points"]}) > 1]
-    if not lines:
-        return []
-    places = [x for line in lines for x, _ in line["points"]]
-    x = Axis.of_logarithms(places) if log else Axis.of(places, from_zero=False)
-    y = Axis.of((y for line in lines for _, y in line["points"]), percent, from_zero=False)
-    return [Curves(title, caption, x, y, lines=lines, **labels)]
 
 
 def _heats(rows: list[Row], interference: Interference, tasks: list[str]) -> list[Heat]:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..errors import HfEsmError
-from ..metrics import ACCURACY, normalised
+from ..metrics import ACCURACY, Chart, normalised
 from ..utils import atomic_file, markdown_table, plain_table
 from ..version import __version__
+from .charts import alpha_chart, best_rows, energy_chart, figure_charts, layers_chart
+from .figures import Figures
 from .interference import Interference
 from .page import page_of
-from .pictures import draw, draw_importance
+from .pictures import ALL, draw, draw_importance
 from .search import Found
 from .summary import Row
 
@@ -40,6 +42,8 @@ class Comparison:
         searches: what was found by searching settings.
         kept: folder of the model that was kept, if any.
         intervals: 95 % intervals of the scores of the `"experts"` and of the `"base"`, by task.
+        base_interval: 95 % interval of the share of the experts' scores that the base has; NaN if it has none.
+        figures: what is measured for `pictures="all"` alone.
     """
 
     rows: list[Row]
@@ -54,6 +58,8 @@ class Comparison:
     kept: Optional[Path] = None
     searches: list[Found] = field(default_factory=list)
     intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    base_interval: Optional[tuple[float, float]] = None
+    figures: Optional[Figures] = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -62,12 +68,30 @@ class Comparison:
             "experts": self.experts,
             "base": self.base,
             "intervals": _without_nan(self.intervals),
+            "base_interval": _without_nan(self.base_interval),
             "num_rows": self.num_rows,
             "how": self.how,
             "rows": [_without_nan(asdict(row)) for row in self.rows],
             "interference": self.interference.as_dict(),
             "searches": [found.as_dict() for found in self.searches],
+            **({"figures": _without_nan(self.figures.as_dict())} if self.figures else {}),
         }
+
+    def charts(self, every: bool) -> list[Chart]:
+        """Return the charts of lines that have something to show.
+
+        Args:
+            every: with those that `pictures="all"` draws alone.
+        """
+        scores = [score for by_task in (self.experts, *(row.tasks for row in self.rows)) for score in by_task.values()]
+        percent = all(0 <= score <= 1 for score in scores if isfinite(score))
+        rows = best_rows(self.rows)
+        charts = [alpha_chart(rows, self.metric, self.higher_is_better, percent), energy_chart(self.interference)]
+        if every:
+            charts.append(layers_chart(self.interference))
+        if self.figures is not None:
+            charts += figure_charts(self.figures, rows, self.interference)
+        return [chart for chart in charts if any(len({x for x, _ in line.points}) > 1 for line in chart.lines)]
 
     def __str__(self) -> str:
         table = [[cell.replace("**", "") for cell in row] for row in _cells(self)]
@@ -116,7 +140,8 @@ def write_report(comparison: Comparison, folder: Path, pictures: str = "usual") 
                 higher_is_better=comparison.higher_is_better,
                 folder=folder,
                 intervals=comparison.intervals.get("experts"),
-                every=pictures == "all",
+                base_interval=comparison.base_interval,
+                charts=comparison.charts(every=pictures == ALL),
             )
             comparison.pictures |= draw_importance(comparison.searches, folder)
         except HfEsmError as error:  # without matplotlib
@@ -148,6 +173,9 @@ def write_report(comparison: Comparison, folder: Path, pictures: str = "usual") 
         comparison.base,
         comparison.interference,
         comparison.searches,
+        charts=comparison.charts(every=True),
+        intervals=comparison.intervals,
+        base_interval=comparison.base_interval,
         metric=comparison.metric,
         higher_is_better=comparison.higher_is_better,
         table=[[_known(cell).replace("**", "") for cell in row] for row in _cells(comparison)],

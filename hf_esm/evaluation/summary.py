@@ -36,6 +36,7 @@ class Row:
         memory: see `Cell`; the largest over seeds.
         size: see `Cell`; the largest over seeds.
         chosen: by seed, the method that was chosen, for one that chooses.
+        alpha_errors: by seed, the standard error of each of `alpha_scores`.
     """
 
     label: str
@@ -56,6 +57,7 @@ class Row:
     memory: int
     size: int
     chosen: dict[int, str] = field(default_factory=dict)
+    alpha_errors: dict[int, dict[float, float]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Row({self.label!r}, normalised {self.normalised:.3f}, average {self.average:.3f})"
@@ -105,6 +107,12 @@ class _ExpertScores:
         pairs = [(drawn[task], expert) for task, expert in self.drawn.items()]
         shares = [score / expert if self.higher_is_better else expert / score for score, expert in pairs]
         return torch.stack(shares).mean(0)
+
+
+def interval_of_share(outcomes: Mapping[str, Outcome], expert_outcomes: Mapping[str, Outcome]) -> tuple[float, float]:
+    """95 % interval of the share of the experts' scores that a model has, such as the base; NaN if it has none."""
+    experts = _ExpertScores.of(expert_outcomes)
+    return interval_of(experts.normalised_draws(experts.drawn_scores(outcomes)))
 
 
 def summarise(
@@ -177,6 +185,7 @@ def _costs(method: MergeMethod, cells: Mapping[int, Cell]) -> dict[str, Any]:
     return {
         "alphas": {seed: cell.alpha for seed, cell in cells.items()} if method.tunable else {},
         "alpha_scores": {seed: cell.alpha_scores for seed, cell in cells.items() if cell.alpha_scores},
+        "alpha_errors": {seed: cell.alpha_errors for seed, cell in cells.items() if cell.alpha_errors},
         "seconds": sum(sum(cell.seconds.values()) for cell in cells.values()) / len(cells),
         "memory": max(cell.memory for cell in cells.values()),
         "size": max(cell.size for cell in cells.values()),

@@ -14,7 +14,7 @@ from ..checkpoints import Checkpoint
 from ..errors import HfEsmError
 from ..metrics import LabelledSamples, Outcome, load_labelled, resolve_metric, run
 from ..planning import MergeOptions, MergePlan
-from .contest import COARSE, FINE, LARGEST, Scored, first_rows
+from .contest import COARSE, ERROR_DRAWS, FINE, LARGEST, Scored, first_rows
 
 
 def coarse_grid(largest: float = LARGEST) -> list[float]:
@@ -221,7 +221,8 @@ class LabelScore:
             scores = [outcomes[task].scores_of_draws(draw) for task, draw in draws.items()]
             return sign * torch.stack(scores).mean(0)
 
-        return Scored(rows, of_draws, self.metric.higher_is_better)
+        error_draws = min(ERROR_DRAWS, self.metric.draws // 4)
+        return Scored(rows, of_draws, self.metric.higher_is_better, error_draws=error_draws)
 
     def base_scored(self, share: float = 1.0) -> Scored:
         """Return the same of the base."""

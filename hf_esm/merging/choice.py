@@ -100,6 +100,7 @@ class Chosen:
         by_kind: other scales of some kinds of weights.
         weight: returns the weight of the merged model by canonical name.
         scores: score by α of the chosen method, where α was searched.
+        errors: standard error of each of `scores`; empty if they are not scores of rows.
         by: what chose: `"labels"`, `"agreement"`, or `"default"` for what the caller named or is the default.
         note: one line for the user about the choice; empty by default.
         judge: measures agreement, if there are samples for it.
@@ -118,6 +119,7 @@ class Chosen:
     by_kind: Mapping[str, float]
     weight: Callable[[str], Tensor]
     scores: dict[float, float] = field(default_factory=dict)
+    errors: dict[float, float] = field(default_factory=dict)
     by: str = "default"
     note: str = ""
     judge: Optional[Judge] = None
@@ -208,6 +210,7 @@ def choose(
         found.by_kind,
         partial(candidate.updates.weight, alpha=found.alpha, by_kind=found.by_kind),
         found.scores,
+        found.errors,
         found.by,
         found.note,
         judge,
@@ -226,7 +229,7 @@ class _Found:
         index: of the candidate.
         alpha, by_kind: its scales.
         scored: its score on all rows, if it was measured.
-        scores: the scores by α.
+        scores, errors: the scores by α, and their standard errors.
         by: what chose; see `Chosen`.
         note: a line for the user.
         standings: the places of all candidates, if methods are chosen, the best one first.
@@ -238,6 +241,7 @@ class _Found:
     by_kind: dict[str, float] = field(default_factory=dict)
     scored: Optional[Scored] = None
     scores: dict[float, float] = field(default_factory=dict)
+    errors: dict[float, float] = field(default_factory=dict)
     by: str = "default"
     note: str = ""
     standings: list[Standing] = field(default_factory=list)
@@ -350,9 +354,9 @@ class _Contest:
                 return self.score(replace(found, alpha=alpha, by_kind={**by_kind, kind: own})).score
 
             by_kind[kind], _ = self.search(score_of_kind, by_kind[kind], method.largest_alpha)
-        best = replace(
-            found, alpha=alpha, by_kind=by_kind, scores=scores, scored=None if by_kind else known.get(alpha)
-        )
+        errors = {alpha: known[alpha].error for alpha in scores if known[alpha].rows}
+        scored = None if by_kind else known.get(alpha)
+        best = replace(found, alpha=alpha, by_kind=by_kind, scores=scores, errors=errors, scored=scored)
         return best if best.scored else self._measured(best)
 
 

@@ -16,6 +16,7 @@ SCALES = (0.6, 1.0)  # of a method's default α, in the first round
 FINALISTS = 2
 FEWEST = 8  # rows of a task in the first round, if not all rows are taken
 DRAWS = 1000  # of the bootstrap
+ERROR_DRAWS = 100  # for the standard error of one score
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,31 @@ class Scored:
             indices by task, `[D, N]` int64.
         higher_is_better: False if `of_draws` negates errors, such as perplexity.
         measured: what the scorer measured, by task, if that serves later.
+        error_draws: number of draws for `error`; fewer for scores that take long.
     """
 
     rows: Mapping[str, int]
     of_draws: Callable[[Mapping[str, Tensor]], Tensor]
     higher_is_better: bool = True
     measured: Mapping[str, Any] = field(default_factory=dict)
+    error_draws: int = ERROR_DRAWS
 
     @cached_property
     def score(self) -> float:
         """The mean score over all tasks; NaN counts as the worst."""
         return self.on(self.rows)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the score, over draws of its rows; 0 if no two draws have a score."""
+        known = self.of_draws(self._draws(self.error_draws))
+        known = known[known.isfinite()]
+        return float(known.std()) if len(known) > 1 else 0.0
+
+    def _draws(self, count: int) -> dict[str, Tensor]:
+        """Return indices of rows by task, `[count, N]` int64, the same for every model."""
+        generator = torch.Generator().manual_seed(0)
+        return {t: torch.randint(max(n, 1), (count, n), generator=generator) for t, n in self.rows.items()}
 
     def on(self, rows: Mapping[str, int]) -> float:
         """Return the score on the first rows of every task."""
@@ -47,8 +62,7 @@ class Scored:
 
     def differences(self, best: "Scored") -> Tensor:
         """Return how far the score is behind that of another model on draws of the same rows, `[D]` float64."""
-        generator = torch.Generator().manual_seed(0)
-        draws = {t: torch.randint(max(n, 1), (DRAWS, n), generator=generator) for t, n in self.rows.items()}
+        draws = self._draws(DRAWS)
         differences = best.of_draws(draws) - self.of_draws(draws)
         return differences[differences.isfinite()]
 

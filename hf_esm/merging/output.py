@@ -200,6 +200,7 @@ def _write_report(result: MergeResult) -> None:
         "alpha": result.alpha,
         "alpha_by_kind": result.alpha_by_kind,
         "alpha_scores": result.alpha_scores,
+        "alpha_errors": result.alpha_errors,
         "chosen_by": result.chosen_by,
         "choice": result.choice,
         "standings": [asdict(place) for place in result.standings],

@@ -28,6 +28,8 @@ class MergeResult:
         alpha: scale of the merged update.
         alpha_by_kind: other scales of some kinds of weights, if the caller named any.
         alpha_scores: mean score by α, if α was searched: on labelled rows, or agreement with the experts.
+        alpha_errors: standard error of each of `alpha_scores`, over draws of the rows or samples; empty if the scores
+            are not ones of rows.
         weights: a report for each merged weight, in the order of the base: rule, norms, scales, energy kept.
         seconds: time by stage, in seconds.
         warnings: messages for the user, in the order in which they were logged.
@@ -55,6 +57,7 @@ class MergeResult:
     scores: dict[str, TaskScore] = field(default_factory=dict)
     refined: dict[int, float] = field(default_factory=dict)
     alpha_by_kind: dict[str, float] = field(default_factory=dict)
+    alpha_errors: dict[float, float] = field(default_factory=dict)
     standings: list[Standing] = field(default_factory=list)
     _temporary: Any = field(default=None)
 

@@ -1,20 +1,19 @@
 """The steps of one merge."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any, Optional
 
 from ..calibration import ActivationStatistics, factor_bytes
-from ..checkpoints import REFINED_FOLDER, Access, ModelSpec, differing_processors, model_identity
+from ..checkpoints import REFINED_FOLDER, differing_processors, model_identity
 from ..data import default_prompt_of, with_prompt
 from ..hub import write_hashes
 from ..methods import Mean, MergeMethod, describe_method, weights_cancel
 from ..planning import (
     MergeData,
-    MergeOptions,
     MergePlan,
     Override,
     check_disk,
@@ -313,6 +312,7 @@ class MergeRun(PlannedRun):
             alpha=chosen.alpha,
             alpha_by_kind=dict(chosen.by_kind),
             alpha_scores=chosen.scores,
+            alpha_errors=chosen.errors,
             weights=[reports[name] for name in self.plan.base.names if name in reports],
             seconds=self.seconds,
             warnings=self.warnings,
@@ -398,23 +398,3 @@ class MergeRun(PlannedRun):
             result._temporary = self.cleanup.pop_all()
         else:
             result.output_dir = self.output
-
-
-def statistics_of_experts(
-    base: ModelSpec,
-    experts: Mapping[str, ModelSpec],
-    method: MergeMethod,
-    data: MergeData,
-    options: MergeOptions,
-    access: Access,
-    accelerator: Any,
-) -> tuple[MergePlan, Mapping[str, Optional[ActivationStatistics]]]:
-    """Return the plan of a merge, and the statistics that its method needs: those in `options.cache_dir`, as far as an
-    earlier merge has left them there.
-    """
-    run = MergeRun(options, method, data, accelerator)
-    run.open_models(base, experts, access, headers_only=False)
-    inputs = run.read_inputs()
-    run.find_work(inputs)
-    with run.workspace():
-        return run.plan, run.calibrate(inputs).statistics

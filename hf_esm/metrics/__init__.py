@@ -6,17 +6,15 @@ was computed from, agreement with the expert, and pictures.
 
 from .agreement import ROUNDING, Agreement, ExpertAnswers, agreement_of, collect_answers, divergence
 from .answers import batches_of, in_vocabulary
-from .drawing import colour_of, require_matplotlib, styles_of
+from .drawing import REFERENCE, Chart, Line, colour_of, require_matplotlib, spread_colours, styles_of
 from .harness import HarnessMetric
 from .labels import LabelledSamples
 from .metric import ACCURACY, Metric, load_labelled
 from .named import BUILT_IN, MetricSpec, resolve_metric
 from .plots import (
     MOST_METHODS,
-    plot_alpha_curves,
     plot_bars,
-    plot_curves,
-    plot_energy,
+    plot_chart,
     plot_kept_shares,
     plot_matrix,
     plot_task_scores,
@@ -28,11 +26,14 @@ __all__ = [
     "ACCURACY",
     "BUILT_IN",
     "MOST_METHODS",
+    "REFERENCE",
     "ROUNDING",
     "Agreement",
+    "Chart",
     "ExpertAnswers",
     "HarnessMetric",
     "LabelledSamples",
+    "Line",
     "Metric",
     "MetricSpec",
     "Outcome",
@@ -47,15 +48,14 @@ __all__ = [
     "interval_of",
     "load_labelled",
     "normalised",
-    "plot_alpha_curves",
     "plot_bars",
-    "plot_curves",
-    "plot_energy",
+    "plot_chart",
     "plot_kept_shares",
     "plot_matrix",
     "plot_task_scores",
     "require_matplotlib",
     "resolve_metric",
     "run",
+    "spread_colours",
     "styles_of",
 ]

@@ -1,11 +1,11 @@
-"""What all pictures share: figures without a display, one colour a method, captions, files."""
+"""What all pictures share: figures without a display, one colour a method, captions, files; and charts as data."""
 
 import colorsys
 import hashlib
 import os
 import textwrap
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -79,6 +79,76 @@ def styles_of(labels: Iterable[str], methods: Optional[Mapping[str, str]] = None
     return styles
 
 
+def spread_colours(names: Sequence[str]) -> dict[str, str]:
+    """Colours of lines that are no method's, such as tasks or kinds of linear maps: hues far apart, light and dark."""
+    colours = {}
+    for i, name in enumerate(names):
+        red, green, blue = colorsys.hls_to_rgb(i / len(names), 0.66 if i % 2 else 0.5, 0.6)
+        colours[name] = "#" + "".join(f"{round(255 * part):02X}" for part in (red, green, blue))
+    return colours
+
+
+@dataclass
+class Line:
+    """A line of a chart.
+
+    Attributes:
+        label: its name.
+        points: pairs of x and y, in the order of x.
+        colour: `#RRGGBB`.
+        dashes: style of the line, as of `Style`.
+        errors: by x, the ends of the interval of y, as far as they are known.
+        marked: x of a point that is marked, such as the chosen one; None for none.
+        note: what the legend says after the label, such as the x of that point.
+        thin: whether it is one of many that a thicker line is the mean of.
+    """
+
+    label: str
+    points: list[tuple[float, float]]
+    colour: str
+    dashes: str = "-"
+    errors: dict[float, tuple[float, float]] = field(default_factory=dict)
+    marked: Optional[float] = None
+    note: str = ""
+    thin: bool = False
+
+    @property
+    def name(self) -> str:
+        """The label and the note, for the legend."""
+        return f"{self.label}: {self.note}" if self.note else self.label
+
+
+@dataclass
+class Chart:
+    """Lines of numbers over numbers, as data.
+
+    Attributes:
+        title: the title.
+        name: name of its file, without a suffix.
+        caption: what is seen.
+        xlabel, ylabel: what the axes measure, with the unit.
+        lines: the lines.
+        percent: whether y are shares, which are written in percent.
+        log: whether the axis of x is logarithmic, to the base of 2.
+    """
+
+    title: str
+    name: str
+    caption: str
+    xlabel: str
+    ylabel: str
+    lines: list[Line]
+    percent: bool = True
+    log: bool = False
+
+    @property
+    def steps(self) -> list[float]:
+        """By how many steps each line is drawn sideways, so that no interval hides another; without intervals, 0."""
+        barred = [i for i, line in enumerate(self.lines) if line.errors]
+        middle = (len(barred) - 1) / 2
+        return [barred.index(i) - middle if i in barred else 0.0 for i in range(len(self.lines))]
+
+
 def require_matplotlib() -> Any:
     """Function that makes matplotlib figures, which draw with Agg.
 
@@ -111,6 +181,13 @@ def plain_axes(title: str, size: tuple[float, float] = (7.0, 4.2)) -> tuple[Any,
     axes.tick_params(length=0)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def moved_by(points: float, figure: Any) -> Any:
+    """A transform that moves what is drawn to the right, by points on paper."""
+    from matplotlib.transforms import ScaledTranslation
+
+    return ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)
 
 
 def in_percent(axis: Any) -> None:

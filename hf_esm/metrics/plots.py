@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ..errors import HfEsmError
-from .drawing import REFERENCE, in_percent, plain_axes, require_matplotlib, styles_of, written
+from .drawing import REFERENCE, Chart, in_percent, moved_by, plain_axes, require_matplotlib, styles_of, written
 
 
 AVERAGE = "average"
@@ -19,6 +19,9 @@ MOST_METHODS = 12  # in one picture of bars
 
 
 BARS_WITH_NUMBERS = 48  # more bars are too narrow for a number on each
+
+
+SIDEWAYS = 2.0  # points on paper between the intervals of two lines at one place
 
 
 INTERVALS = "Bars over the ends show 95 % intervals of draws of the rows."
@@ -161,10 +164,11 @@ def plot_kept_shares(
     title: str,
     *,
     base: Optional[float] = None,
+    base_interval: Optional[Interval] = None,
     methods: Optional[Mapping[str, str]] = None,
 ) -> Path:
     """Draw a mark per method with its interval: `{label: (share, low, high)}`, the mean share of the experts' scores;
-    the experts and the base are lines.
+    the experts and the base are lines, the base's interval is a band.
     """
     figure, axes = plain_axes(title, (7.0, 1.6 + 0.32 * len(shares)))
     styles = styles_of(shares, methods)
@@ -175,84 +179,48 @@ def plot_kept_shares(
     axes.axvline(1.0, color=REFERENCE, lw=1.2, label="the experts")
     if base is not None:
         axes.axvline(base, color=REFERENCE, lw=1.2, ls="--", label="the base")
+    if base_interval is not None:
+        axes.axvspan(*base_interval, color=REFERENCE, alpha=0.12, lw=0, zorder=0)
     axes.set_yticks(range(len(shares)), list(shares))
     axes.invert_yaxis()
     in_percent(axes.xaxis)
     axes.set_xlabel("score as a share of the expert's, mean over tasks")
     axes.set_ylabel("method")
-    lines = "The line is the experts" + ("; the dashed line is the base." if base is not None else ".")
+    band = ", the band its interval" if base_interval is not None else ""
+    lines = "The line is the experts" + (f"; the dashed line is the base{band}." if base is not None else ".")
     return written(figure, path, f"Marks: merged models, with 95 % intervals of draws of the rows. {lines}")
 
 
-def plot_alpha_curves(
-    curves: Mapping[str, Mapping[float, float]],
-    path: str | os.PathLike,
-    title: str,
-    ylabel: str,
-    *,
-    chosen: Mapping[str, float],
-    methods: Optional[Mapping[str, str]] = None,
-) -> Path:
-    """Draw lines: the score by α, `{label: {alpha: score}}`, with a mark at the chosen α, `{label: alpha}`."""
-    figure, axes = plain_axes(title)
-    for (label, scores), style in zip(curves.items(), styles_of(curves, methods).values(), strict=True):
-        places = sorted(scores)
-        heights = [scores[alpha] for alpha in places]
-        axes.plot(places, heights, color=style.colour, ls=style.line, lw=1.6, label=label)
-        if (alpha := chosen.get(label)) in scores:
-            axes.plot([alpha], [scores[alpha]], "o", color=style.colour, ms=6, markeredgecolor="black", zorder=4)
-    axes.set_xlabel("α, the scale of the merged update")
-    axes.set_ylabel(ylabel)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    return written(figure, path, "Lines: scores that α was chosen by. Marks: the chosen α, as in the table.")
+def plot_chart(chart: Chart, path: str | os.PathLike) -> Path:
+    """Draw lines with marks and intervals, the legend beside them.
 
-
-def plot_curves(
-    curves: Mapping[str, Sequence[tuple[float, float]]],
-    path: str | os.PathLike,
-    title: str,
-    *,
-    xlabel: str,
-    ylabel: str,
-    caption: str,
-    shares: bool = True,
-    log: bool = False,
-    methods: Optional[Mapping[str, str]] = None,
-) -> Path:
-    """Draw lines with marks, `{label: [(x, y), …]}`.
-
-    Args:
-        shares: whether the values are shares, which are written in percent.
-        log: whether the horizontal axis is logarithmic, to the base of 2.
+    Lines with intervals are set apart sideways by a few points on paper, so that no interval hides another.
     """
-    figure, axes = plain_axes(title)
-    for (label, points), style in zip(curves.items(), styles_of(curves, methods).values(), strict=True):
-        axes.plot(*zip(*points), "o", color=style.colour, ls=style.line, lw=1.6, ms=4, label=label)
-    if log:
+    figure, axes = plain_axes(chart.title)
+    for line, step in zip(chart.lines, chart.steps, strict=True):
+        place = axes.transData + moved_by(SIDEWAYS * step, figure)
+        look = {"color": line.colour, "transform": place, "zorder": 2 if line.thin else 3}
+        width, size = (1.0, 2.5) if line.thin else (1.8, 4)
+        axes.plot(*zip(*line.points), "o", ls=line.dashes, lw=width, ms=size, label=line.name, **look)
+        for x, y in line.points:
+            if x in line.errors:
+                axes.plot([x, x], line.errors[x], "_-", lw=0.9, ms=4, **look)
+            if x == line.marked:
+                axes.plot([x], [y], "o", ms=8, markeredgecolor="black", markeredgewidth=1.2, **look)
+        axes.update_datalim(line.points)  # which matplotlib does not do for lines that are moved
+        axes.update_datalim([(x, y) for x, ends in line.errors.items() for y in ends])
+    if chart.log:
         axes.set_xscale("log", base=2)
-    else:
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 1 else f"1/{1 / value:g}")
+        axes.minorticks_off()
+    elif all(x == int(x) for line in chart.lines for x, _ in line.points):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    if shares:
+    if chart.percent:
         in_percent(axes.yaxis)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    axes.set_xlabel(chart.xlabel)
+    axes.set_ylabel(chart.ylabel)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    return written(figure, path, caption)
-
-
-def plot_energy(energies: Mapping[str, Any], path: str | os.PathLike, title: str) -> Path:
-    """Draw lines: the share of the output shift's energy that is kept, `{kind: [(rank as a share, energy), …]}`."""
-    return plot_curves(
-        {f"{kind} directions": points for kind, points in energies.items()},
-        path,
-        title,
-        xlabel="rank, as a share of the smaller side",
-        ylabel="energy kept",
-        caption="The share of the output shift's energy that the leading directions carry, mean over linear maps and "
-        "tasks.",
-        log=True,
-        methods={"essential directions": "esm", "singular directions": "tsv-m"},
-    )
+    return written(figure, path, chart.caption)
 
 
 def plot_bars(values: Mapping[str, float], path: str | os.PathLike, title: str, xlabel: str, caption: str) -> Path:

@@ -4,10 +4,12 @@ Comes in: the folder that a merge wrote. Goes out: a `RoutedModel`, which genera
 exports its experts, and gains or loses one expert.
 """
 
+from .by_block import routes_by_block
 from .experts import RoutedExperts, expert_factors, unrouted
 from .explanations import Explanation, Prediction
 from .model import RoutedModel
 from .pipeline import RoutedPipeline
+from .router import blocks_before
 
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "RoutedExperts",
     "RoutedModel",
     "RoutedPipeline",
+    "blocks_before",
     "expert_factors",
+    "routes_by_block",
     "unrouted",
 ]

@@ -53,6 +53,39 @@ def discriminant_router(features: Features, depth: float, towers: Sequence[str] 
     return whole
 
 
+def found_by_block(
+    features: Features, samples: Features, towers: Sequence[str] = ()
+) -> dict[str, dict[str, list[float]]]:
+    """The share of each task's samples that a discriminant router would send to the task, by the number of blocks that
+    run before it decides: by tower (`""` without towers), task and number. Towers that read no samples are left out.
+
+    Args:
+        features: pooled inputs of all blocks, as for `discriminant_router`, that the router is made from.
+        samples: the same of other samples, by task and module; of several beginnings, the whole samples count.
+        towers: names of the towers of a model that has two.
+    """
+    whole = {
+        task: {name: rows[:, -1] if rows.dim() == 3 else rows for name, rows in of_task.items()}
+        for task, of_task in samples.items()
+    }
+    shares: dict[str, dict[str, list[float]]] = {}
+    for tower, blocks in _by_tower(features, towers).items():
+        if not all(set(blocks) <= of_task.keys() for of_task in whole.values()):
+            continue
+        shares[tower] = {task: [] for task in features}
+        for end in range(1, len(blocks) + 1):
+            router, read = fit_discriminant(_joined(features, blocks[:end])), _joined(whole, blocks[:end])
+            for i, task in enumerate(features):
+                near, _ = router.distances(read[task])
+                shares[tower][task].append(float((near.argmin(-1) == i).double().mean()))
+    return shares
+
+
+def blocks_before(depth: float, blocks: int) -> int:
+    """The number of blocks that run before a discriminant router decides, of all blocks of a model or tower."""
+    return min(int(depth * blocks), blocks - 1)
+
+
 def shift_of_task(features: Features, task: str, shifts: Mapping[str, Tensor], towers: Sequence[str] = ()) -> float:
     """The mean shift from the base's features to the merged model's, over the distance of a task from the nearest
     other one, as the router measures both. Over two towers, the larger of their ratios.
@@ -91,7 +124,7 @@ def _joined(features: Features, readers: list[str]) -> dict[str, Tensor]:
 
 def _fit(features: Features, blocks: list[str], depth: float) -> Router:
     """A discriminant router that reads the first of these blocks."""
-    readers = blocks[: min(int(depth * len(blocks)), len(blocks) - 1) + 1]
+    readers = blocks[: blocks_before(depth, len(blocks)) + 1]
     fit = fit_discriminant(_joined(features, readers))
     widths = [next(iter(features.values()))[module].shape[-1] for module in readers]
     columns = torch.cat([fit.directions, fit.center[None]]).float().split(widths, dim=1)

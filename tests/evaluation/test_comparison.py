@@ -194,6 +194,15 @@ def test_alpha_is_chosen_by_one_rule(arguments, tmp_path):
     assert found.rows[0].alpha_scores == {0: pytest.approx(merged.alpha_scores)}
     assert found.rows[1].alphas == {}
     assert (tmp_path / "r" / "alpha.png").is_file()
+    (chart,) = [chart for chart in found.charts(every=False) if chart.name == "alpha"]
+    (line,) = chart.lines
+    assert (line.label, line.marked, line.note) == ("esm", merged.alpha, f"α = {merged.alpha:g}")
+    assert line.points == list(found.rows[0].alpha_scores[0].items())
+    assert found.rows[0].alpha_errors == {0: pytest.approx(merged.alpha_errors)}
+    for alpha, score in line.points:
+        error = merged.alpha_errors[alpha]
+        assert line.errors[alpha] == pytest.approx((score - 1.96 * error, score + 1.96 * error))
+        assert 0 < error < 1.4 * (score * (1 - score) / 32) ** 0.5 + 0.01
     assert "one standard error" in (tmp_path / "r" / "report.md").read_text()
 
 

@@ -177,6 +177,8 @@ def test_axes_have_round_ticks_and_reach_over_the_values(values, ends, step):
     assert (axis.low, axis.high) == pytest.approx(ends)
     assert axis.ticks[1] - axis.ticks[0] == pytest.approx(step)
     assert axis.place(axis.low) == 0 and axis.place(axis.high) == 100 and 0 <= axis.place(0) <= 100
+    assert Axis.of([2, 3], from_zero=False, whole=True).ticks == (2, 3)
+    assert Axis.of([0, 9], whole=True).ticks == (0, 5, 10)
     log = Axis.of_logarithms([1 / 128, 1.0])
     assert [log.place(2.0**-i) for i in (7, 0)] == [0, 100] and log.shown(1 / 64) == "1/64"
     assert Axis.of([3.0, 3.0], from_zero=False).place(3.0) == 50
