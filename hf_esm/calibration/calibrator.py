@@ -63,7 +63,7 @@ def calibrate(
         max_memory: memory for the model and its statistics, as `"16GB"` or bytes; the rest goes to disk.
         allow_pickle: read `.bin` checkpoints, which can run code.
         trust_remote_code: run code that comes with a model.
-        progress: show progress bars.
+        progress: show progress: bars on a terminal or in a notebook, elsewhere lines in the log.
         token: access token for the Hub; by default the one that `hf auth login` stored.
         accelerator: the Accelerate instance to run under; by default a new one.
 
@@ -161,7 +161,7 @@ def calibrate_checkpoint(
 
     Args:
         samples: the encoded samples of the expert's task.
-        options: batch size, memory and progress bars; the seed is recorded.
+        options: batch size, memory and progress; the seed is recorded.
         folder: takes what does not fit in memory: weights, and factors. Its files have no directory entry, and vanish
             with the statistics.
         title: name on the progress bar.

@@ -11,7 +11,6 @@ from typing import Any, Optional
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,7 +18,7 @@ from ..architecture import body_key, layer_type, reads_prompts, tower_of, towers
 from ..data import Sample, batch_for, batch_indices, sample_fingerprint, text_config
 from ..linalg import triangular_factor
 from ..methods import InputStatistics
-from ..utils import default_accelerator, gather, together
+from ..utils import default_accelerator, gather, together, tracked
 from .decoder_inputs import with_decoder_inputs
 from .embeddings import RowCounter
 from .hooks import Call, InputHooks
@@ -87,7 +86,7 @@ def collect_statistics(
         local = with_decoder_inputs(model, local, batch_size)
         groups, reading = learn_batches(hooks, local, batch_size, {} if readings is None else readings)
         recorder, counter = InputRecorder(hooks, reading, folder), RowCounter(hooks.embeddings, reading.repeated)
-        for group in tqdm(groups, desc=f"Calibrating {title}", disable=not progress or not groups, leave=False):
+        for group in tracked(groups, f"Calibrating {title}", progress, leave=False):
             batch = batch_for([local[i] for i in group], model)
             mask = batch.get("attention_mask")
             with nullcontext() if counts_only else recorder.recording(mask), counter.counting(len(group), mask):
@@ -158,7 +157,7 @@ def pooled_inputs(
     pooled: dict[str, Tensor] = {}
     with in_evaluation(model, accelerator or default_accelerator()), torch.no_grad():
         samples = with_decoder_inputs(model, samples, batch_size)
-        for group in tqdm(batch_indices(samples, batch_size), desc=f"Reading {title}", disable=not progress):
+        for group in tracked(batch_indices(samples, batch_size), f"Reading {title}", progress):
             means: dict[str, Tensor] = {}
 
             def act(call: Call, inputs: Tensor, size: int = len(group), means: dict[str, Tensor] = means) -> None:

@@ -6,7 +6,7 @@ import argparse
 
 from ..data import RunOptions
 from ..routing import RoutedModel
-from .console import say
+from .console import Outcome, routed_outcome
 from .device import add_device_flag
 from .flags import add_flags, add_trust_flags, options_of
 from .values import by_task, plain_or_yaml
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, RunOptions, leave_out=("allow_pickle", "trust_remote_code"))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     ((task, expert),) = by_task([arguments.expert], "--expert").items()
     model = RoutedModel.from_pretrained(
         arguments.model, allow_pickle=arguments.allow_pickle, trust_remote_code=arguments.trust_remote_code
@@ -40,4 +40,4 @@ def run(arguments: argparse.Namespace) -> None:
         base=arguments.base and plain_or_yaml(arguments.base, "--base"),
         **options_of(arguments, RunOptions),
     )
-    say(f"{larger.folder}: {', '.join(larger.tasks)}")
+    return routed_outcome(larger.folder, larger.tasks)

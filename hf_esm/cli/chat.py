@@ -24,6 +24,7 @@ from ..data import UnreadProcessor
 from ..errors import HfEsmError
 from ..routing import RoutedModel
 from ..utils import check_known
+from .console import Outcome
 from .device import add_device_flag
 from .flags import add_trust_flags, count
 
@@ -44,15 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust_flags(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
+    if (arguments.quiet or arguments.json) and not arguments.message:
+        raise HfEsmError("--quiet and --json print the answers to messages: name them by --message TEXT.")
     chat = _open(arguments)
     if arguments.seed is not None:
         set_seed(arguments.seed)
+    said = []
     try:
         for message in arguments.message or _typed():
-            chat.answer(message)
+            said.append({"message": message, **chat.answer(message)})
     except KeyboardInterrupt:
         print()
+    return Outcome("", said, "\n".join(turn["answer"] for turn in said))
 
 
 def _typed() -> Iterator[str]:
@@ -97,17 +102,24 @@ class _Chat:
     task: Optional[str]
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def answer(self, message: str) -> None:
-        """Print the model's answer, and add it to the conversation."""
+    def answer(self, message: str) -> dict[str, Any]:
+        """Print the model's answer, and add it to the conversation.
+
+        Returns:
+            The answer; of a routed model the task, too, and how likely the router finds it.
+        """
         self.messages.append({"role": "user", "content": message})
-        inputs = self._prompt()
+        inputs, decided = self._prompt(), {}
         if self.routed is not None:
-            print(f"[{self.task or self._decided(inputs)}]", end=" ", flush=True)
+            decided = {"task": self.task} if self.task else self._decided(inputs)
+            sure = f" {decided['probability']:.2f}" if "probability" in decided else ""
+            print(f"[{decided['task'] or 'none'}{sure}]", end=" ", flush=True)
         streamer = _Answer(_tokenizer(self.processor), skip_prompt=True, skip_special_tokens=True)
         writer = self.model if self.routed is None else self.routed
         with nullcontext() if self.task is None else self.routed.route(self.task):
             writer.generate(**{name: ids.to(self.model.device) for name, ids in inputs.items()}, streamer=streamer)
         self.messages.append({"role": "assistant", "content": streamer.text})
+        return {"answer": streamer.text, **decided}
 
     def _prompt(self) -> dict[str, Any]:
         """The conversation as inputs of the model: by the chat template, else as plain text that goes on."""
@@ -123,12 +135,12 @@ class _Chat:
             inputs = tokenizer("\n".join(m["content"] for m in messages), return_tensors="pt")
         return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
-    def _decided(self, inputs: dict[str, Any]) -> str:
-        """The task that the router decides on, and its probability."""
+    def _decided(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The task that the router decides on, and its probability; None for no task."""
         (explanation,) = self.routed.explain([{"input_ids": inputs["input_ids"][0]}])
         if explanation.task not in explanation.probabilities:
-            return "none"
-        return f"{explanation.task} {explanation.probabilities[explanation.task]:.2f}"
+            return {"task": None}
+        return {"task": explanation.task, "probability": explanation.probabilities[explanation.task]}
 
 
 def _open(arguments: argparse.Namespace) -> _Chat:

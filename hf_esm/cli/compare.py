@@ -10,9 +10,9 @@ from typing import Any
 
 from ..checkpoints import RECIPE_FILE
 from ..errors import HfEsmError
-from ..evaluation import METHODS_COMPARED, NOT_COMPARED, PICTURES, REPORT, add_comparison, compare
+from ..evaluation import METHODS_COMPARED, NOT_COMPARED, PAGE, PICTURES, REPORT, add_comparison, compare
 from ..methods import resolve_method
-from .console import say
+from .console import Outcome
 from .flags import count
 from .parser import CommandParser
 from .requests import add_merge_arguments, merge_request, update_by_task
@@ -46,19 +46,18 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--card", metavar="FOLDER", help="put the report into the card of this merged model, too")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     request = _comparison_request(arguments)
     if arguments.card and not (Path(arguments.card) / RECIPE_FILE).is_file():
         raise HfEsmError(f"--card {arguments.card}: not a folder that `hf-esm merge` wrote.")
     if not request.get("output_dir"):
         raise HfEsmError("Say where to write the report: --output-dir FOLDER (or report_dir in the recipe).")
     found = compare(**request)
-    say(found)
-    say(f"\n{Path(request['output_dir']) / REPORT}")
-    if found.kept:
-        say(found.kept)
-    if arguments.card:
-        say(add_comparison(arguments.card, request["output_dir"]))
+    folder = Path(request["output_dir"])
+    card = add_comparison(arguments.card, folder) if arguments.card else None
+    files = [folder / PAGE, folder / REPORT, *filter(None, (found.kept, card))]
+    best = f"hf-esm push {found.kept} ME/NAME" if found.kept else "--keep best also keeps the best model"
+    return Outcome(f"{found}\n", found.as_dict(), found, where=", ".join(map(str, files)), following=best)
 
 
 def _comparison_request(arguments: argparse.Namespace) -> dict[str, Any]:

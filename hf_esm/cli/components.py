@@ -4,7 +4,7 @@ import argparse
 
 from ..data import RunOptions
 from ..merging import essential_components
-from .console import say
+from .console import Outcome
 from .device import add_device_flag
 from .flags import add_flags, count, options_of
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, RunOptions, leave_out={"max_memory"})
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     folder = essential_components(
         arguments.base,
         arguments.expert,
@@ -40,4 +40,5 @@ def run(arguments: argparse.Namespace) -> None:
         as_lora=arguments.format == "lora",
         **options_of(arguments, RunOptions),
     )
-    say(folder)
+    load = f"peft.PeftModel.from_pretrained(base, {str(folder)!r})"
+    return Outcome("", {"output_dir": folder}, folder, where=folder, load=load)

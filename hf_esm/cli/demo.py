@@ -23,6 +23,7 @@ from ..metrics import LabelledSamples, Scores, accuracy, plot_task_scores, requi
 from ..routing import RoutedModel
 from ..utils import atomic_file, plain_table
 from ..version import __version__
+from .console import Outcome
 from .digits import EVALUATION_BATCH, TASKS, DemoSettings, DigitData, Say, load_digit_data, train_models
 
 
@@ -46,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    run_demo(arguments.output, seed=arguments.seed)
+def run(arguments: argparse.Namespace) -> Outcome:
+    results, merged = run_demo(arguments.output, seed=arguments.seed), str(Path(arguments.output) / "merged")
+    return Outcome("", results, arguments.output, load=f"hf_esm.load_task_model({merged!r}, 'parity')")
 
 
 def run_demo(
@@ -111,7 +113,6 @@ def run_demo(
         raise HfEsmError(f"The logits of the reloaded model differ by {difference:.2g}. Please report this.")
     written = "base, experts, merged, routed, results.json and scores.png"
     say(f"{results['seconds']:.0f} s in all. Written to {output}: {written}.")
-    say(f"Next: hf_esm.load_task_model({str(output / 'merged')!r}, 'parity')")
     return results
 
 

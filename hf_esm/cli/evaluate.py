@@ -13,7 +13,7 @@ from ..errors import HfEsmError
 from ..evaluation import evaluate, update_card
 from ..metrics import BUILT_IN
 from ..planning import load_recipe, name_experts, task_weights
-from .console import say
+from .console import Outcome
 from .device import add_device_flag
 from .flags import add_flags, add_trust_flags, count, options_of
 from .requests import is_recipe, update_by_task
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     names = f"{', '.join(BUILT_IN)}, one of the evaluate library, or {{lm_eval: [TASK]}}"
     parser.add_argument("--metric", help=f"{names} (default: accuracy)")
-    parser.add_argument("--json", metavar="FILE", help="write the scores to this file, too")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the scores to this file as JSON, too")
     parser.add_argument("--card", action="store_true", help="write the scores into the model's card, too")
     parser.add_argument(
         "--route",
@@ -42,16 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, SampleOptions, num_samples=0)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     request = _request(arguments)
-    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
-        raise HfEsmError(f"--json {arguments.json}: there is no such folder.")
+    if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
+        raise HfEsmError(f"--output {arguments.output}: there is no such folder.")
     scores = evaluate(**request)
-    say(scores)
-    if arguments.card:
-        say(update_card(request["model"], scores, request.get("data") or {}))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(scores.as_dict(), indent=2) + "\n", encoding="utf-8")
+    card = update_card(request["model"], scores, request.get("data") or {}) if arguments.card else None
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(scores.as_dict(), indent=2) + "\n", encoding="utf-8")
+    files = ", ".join(map(str, filter(None, (card, arguments.output))))
+    return Outcome(scores, scores.as_dict(), where=files)
 
 
 def _request(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import argparse
 
 from ..routing import RoutedModel
-from .console import say
+from .console import Outcome
 from .flags import add_trust_flags
 
 
@@ -24,12 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust_flags(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     model = RoutedModel.from_pretrained(
         arguments.model, allow_pickle=arguments.allow_pickle, trust_remote_code=arguments.trust_remote_code
     )
     adapters = model.export_lora(
         arguments.output, arguments.task, heads=arguments.heads, base_model=arguments.base_model
     )
-    for task, folder in adapters.items():
-        say(f"{task}: {folder}")
+    return Outcome(
+        "\n".join(f"{task}: {folder}" for task, folder in adapters.items()),
+        adapters,
+        arguments.output,
+        load=f"peft.PeftModel.from_pretrained(model, {str(next(iter(adapters.values())))!r})",
+    )

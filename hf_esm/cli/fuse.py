@@ -5,7 +5,7 @@ updates. No weight of the base is read.
 import argparse
 
 from ..merging import fuse_adapters
-from .console import say
+from .console import Outcome
 from .flags import add_trust_flags
 
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust_flags(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     folder = fuse_adapters(
         arguments.adapters,
         arguments.base,
@@ -24,4 +24,5 @@ def run(arguments: argparse.Namespace) -> None:
         allow_pickle=arguments.allow_pickle,
         trust_remote_code=arguments.trust_remote_code,
     )
-    say(folder)
+    load = f"peft.PeftModel.from_pretrained(base, {str(folder)!r})"
+    return Outcome("", {"output_dir": folder}, folder, where=folder, load=load)

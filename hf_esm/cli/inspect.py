@@ -1,6 +1,5 @@
-"""Say from the headers of the files, from a few matrices of local models, and from one row of every data file whether
-the experts fit the base, what would be merged how, and what the merge would cost. What this passes, merge does not
-refuse for any of these reasons.
+"""Say from headers, a few matrices of local models, and one row of every data file what would be merged how, and at
+what cost. What this passes, merge does not refuse for any of these reasons.
 """
 
 import argparse
@@ -14,20 +13,20 @@ from ..merging import merge_models
 from ..metrics import load_labelled, resolve_metric
 from ..planning import MergePlan, load_recipe, name_experts, task_weights
 from ..utils import check_known
-from .console import say
+from .console import Outcome
 from .requests import add_merge_arguments, merge_request
 
 
 add_arguments = add_merge_arguments
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     request = merge_request(arguments)
     plan = merge_models(**request, dry_run=True)
     test = load_recipe(arguments.recipe, "evaluate").get("test") if arguments.recipe else None
     if test is not None:
         _check_test(test, request, plan)
-    say(plan)
+    return Outcome(plan, plan.as_dict(), following=f"hf-esm merge {arguments.recipe}" if arguments.recipe else "")
 
 
 def _check_test(test: Any, request: Mapping[str, Any], plan: MergePlan) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Optional
 
 from ..errors import HfEsmError
-from .console import end_output
+from .console import as_loud_as, end_output, show
 from .device import on_device
 from .flags import in_flags
 from .parser import parse
@@ -32,8 +32,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         end_output()  # of `--help`
     _prepare_output(command.flags)
     try:
-        with _interruptible(), on_device(getattr(command, "device", None)):
-            command.run(command)
+        with _interruptible(), on_device(getattr(command, "device", None)), as_loud_as(command):
+            outcome = command.run(command)
+        show(outcome, command)
         end_output()
     except HfEsmError as error:
         return _fail(in_flags(str(error), command.flags), 2)
@@ -63,14 +64,14 @@ def _fail(message: str, status: int) -> int:
 
 
 class _FlagFormatter(logging.Formatter):
-    """Warnings of this package name flags, as its errors do."""
+    """Warnings of this package name flags, as its errors do; lines of progress are plain."""
 
     def __init__(self, flags: Collection[str]):
         super().__init__("%(levelname)s: %(message)s")
         self.flags = flags
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = super().format(record) if record.levelno > logging.INFO else record.getMessage()
         return in_flags(text, self.flags) if record.name.startswith("hf_esm") else text
 
 

@@ -15,7 +15,7 @@ from ..errors import HfEsmError
 from ..methods import METHODS
 from ..planning import LinesSettings, RefineSettings
 from ..utils import check_known
-from .console import say
+from .console import Outcome
 
 
 _STEPS = {"refine": RefineSettings, "lines": LinesSettings}
@@ -25,17 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="method to describe, or refine, or lines (default: list the methods)")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    if arguments.name is None:
-        say(_filled(_summary(name) for name in METHODS))
-        say("\nhf-esm methods NAME lists the settings of one of them.")
-        return
-    check_known([arguments.name], [*METHODS, *_STEPS], "method")
-    if arguments.name in _STEPS:
-        settings = _STEPS[arguments.name]
-        say(_filled([f"settings for --{arguments.name} NAME=VALUE:", *map(_setting, fields(settings))]))
-    else:
-        say(_filled(_described(arguments.name)))
+def run(arguments: argparse.Namespace) -> Outcome:
+    name = arguments.name
+    if name is None:
+        summaries = {name: _summary(name) for name in METHODS}
+        text = _filled(f"{name}: {summary}" for name, summary in summaries.items())
+        return Outcome(text, summaries, following="hf-esm methods NAME lists the settings of one of them")
+    check_known([name], [*METHODS, *_STEPS], "method")
+    settings = _STEPS[name]() if name in _STEPS else METHODS[name]()
+    data = {f.name: {"value": getattr(settings, f.name), "help": f.metadata.get("help")} for f in fields(settings)}
+    if name in _STEPS:
+        lines = [f"settings for --{name} NAME=VALUE:", *map(_setting, fields(settings))]
+        return Outcome(_filled(lines), {"name": name, "settings": data})
+    return Outcome(_filled(_described(name)), {"name": name, "summary": _summary(name), "settings": data})
 
 
 def _summary(name: str) -> str:
@@ -43,10 +45,10 @@ def _summary(name: str) -> str:
     try:
         method = METHODS[name]()
     except HfEsmError as error:  # of another package; the other methods can be used
-        return f"{name}: {error}"
+        return f"{error}"
     if type(method)() != method:
-        return f"{name}: {type(method)().name} with published settings"
-    return f"{name}: {_first_sentence(type(method))}."
+        return f"{type(method)().name} with published settings"
+    return f"{_first_sentence(type(method))}."
 
 
 def _first_sentence(kind: type) -> str:

@@ -54,7 +54,7 @@ SCREEN = 40
 RARE = {
     "allow_pickle",
     "batch_size", "cache_dir", "chat_template", "heads", "lines", "max_length", "max_memory", "max_shard_size",
-    "overrides", "resume_dir", "seed", "statistics_dir", "statistics_samples", "tokenizer", "traceback",
+    "overrides", "progress", "resume_dir", "seed", "statistics_dir", "statistics_samples", "tokenizer", "traceback",
     "trust_remote_code",
 }  # fmt: skip
 
@@ -137,6 +137,8 @@ class CommandParser(argparse.ArgumentParser):
             text = " ".join((inspect.getdoc(command) or "").split())
             self.description = textwrap.fill(text, shutil.get_terminal_size().columns - 2)
             command.add_arguments(self)
+            self.add_argument("--quiet", action="store_true", help="print the result alone: no progress, no warnings")
+            self.add_argument("--json", action="store_true", help="print one JSON document instead of text")
             self.add_argument("--traceback", action="store_true", help="show where an unexpected error comes from")
             self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show every option")
             places = [a.metavar or a.dest for a in self._actions if not a.option_strings and a.nargs != "?"]

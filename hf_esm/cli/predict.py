@@ -4,7 +4,6 @@ hf-esm explain says which expert each prompt gets.
 """
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +11,7 @@ from accelerate import PartialState
 
 from ..data import SampleOptions, read_rows
 from ..routing import RoutedModel
-from .console import say
+from .console import Outcome, as_json
 from .device import add_device_flag
 from .flags import add_flags, add_trust_flags, count, options_of
 
@@ -23,20 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probabilities", action="store_true", help="say the probabilities of all labels, too")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     model, rows, options = routed_inputs(arguments)
     every = arguments.probabilities
     found = model.predict(rows, arguments.task, batch_size=arguments.batch_size, probabilities=every, **options)
-    for row, prediction in zip(rows, found, strict=True):
-        said = {"input": row, **asdict(prediction)}
-        if not every:
-            del said["probabilities"]
-        say(json.dumps(said, ensure_ascii=False, default=_shown))
-
-
-def _shown(value: Any) -> Any:
-    """A tensor as a list, and what else is no JSON, such as a picture, in words."""
-    return value.tolist() if hasattr(value, "tolist") else f"<{type(value).__name__}>"
+    said = [{"input": row, **asdict(prediction)} for row, prediction in zip(rows, found, strict=True)]
+    if not every:
+        for prediction in said:
+            del prediction["probabilities"]
+    return Outcome("\n".join(map(as_json, said)), said)
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:

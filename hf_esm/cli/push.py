@@ -11,7 +11,7 @@ from ..calibration import ActivationStatistics
 from ..checkpoints import HASHES_FILE, RECIPE_FILE, STATISTICS_FILE
 from ..errors import HfEsmError
 from ..hub import push_folder, verify_routed
-from .console import say
+from .console import Outcome
 from .flags import count
 
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     folder = Path(arguments.model).expanduser()
     if not (folder / RECIPE_FILE).is_file():
         raise HfEsmError(f"{arguments.model}: not a folder that `hf-esm merge` wrote.")
@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
             create_pr=arguments.create_pr,
             commit_message=arguments.commit_message,
         )
-    say(commit.pr_url or commit)
+    link = str(commit.pr_url or commit)
+    return Outcome(link, {"commit": str(commit), "pull_request": commit.pr_url, "repo_id": arguments.repo_id})
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import argparse
 
 from ..routing import RoutedModel
-from .console import say
+from .console import Outcome, routed_outcome
 from .flags import add_trust_flags
 
 
@@ -14,9 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust_flags(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Outcome:
     model = RoutedModel.from_pretrained(
         arguments.model, allow_pickle=arguments.allow_pickle, trust_remote_code=arguments.trust_remote_code
     )
     smaller = model.remove_expert(arguments.task, output_dir=arguments.output)
-    say(f"{smaller.folder}: {', '.join(smaller.tasks)}")
+    return routed_outcome(smaller.folder, smaller.tasks)

@@ -50,7 +50,7 @@ class RunOptions(SampleOptions):
             same time: `"16GB"`, or a number of bytes. The rest of a model, and of the factors, goes to disk.
         allow_pickle: read `.bin` checkpoints, which can run code.
         trust_remote_code: run code that comes with a model.
-        progress: show progress bars.
+        progress: show progress: bars on a terminal or in a notebook, elsewhere lines in the log (level `INFO`).
     """
 
     batch_size: int = field(default=8, metadata={"help": "samples per batch and process", "least": 1})
@@ -59,7 +59,7 @@ class RunOptions(SampleOptions):
     )
     allow_pickle: bool = field(default=False, metadata={"help": "read .bin checkpoints (can run code)"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a model"})
-    progress: bool = field(default=True, metadata={"help": "show progress bars"})
+    progress: bool = field(default=True, metadata={"help": "show progress"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,12 +10,13 @@ from .comparison import METHODS_COMPARED, compare
 from .evaluator import check_by_task, evaluate
 from .interference import Interference, measure_interference
 from .pictures import PICTURES
-from .report import REPORT, Comparison
+from .report import PAGE, REPORT, Comparison
 
 
 __all__ = [
     "METHODS_COMPARED",
     "NOT_COMPARED",
+    "PAGE",
     "PICTURES",
     "REPORT",
     "Comparison",

@@ -9,13 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 
 from ..errors import HfEsmError
 from ..merging import merge_models
 from ..methods import MergeMethod
 from ..planning import check_replaceable
-from ..utils import check_known, gather, main_first, only_user, publish_folder, recover, staging_folder, together
+from ..utils import (
+    check_known,
+    gather,
+    main_first,
+    only_user,
+    publish_folder,
+    recover,
+    staging_folder,
+    together,
+    tracked,
+)
 from .cells import CACHE, Cell, CellStore, Inputs
 from .evaluator import check_by_task
 from .figure_cells import FigureCells
@@ -157,7 +166,7 @@ class ComparisonRun:
     def _share(self, jobs: list[Callable[[], Any]], scratch: Path, name: str) -> None:
         """Do jobs that do not depend on each other, all processes together."""
         with together(self.accelerator):
-            for i, job in enumerate(tqdm(jobs, desc=name, disable=not self.inputs.options.progress)):
+            for i, job in enumerate(tracked(jobs, name, self.inputs.options.progress)):
                 if self.accelerator.num_processes == 1 or _take(scratch / f"{name}-{i}"):
                     job()
 

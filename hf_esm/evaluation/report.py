@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from ..errors import HfEsmError
 from ..metrics import ACCURACY, Chart, normalised
-from ..utils import atomic_file, markdown_table, plain_table
+from ..utils import atomic_file, markdown_table, plain_table, without_nan
 from ..version import __version__
 from .charts import alpha_chart, best_rows, energy_chart, figure_charts, layers_chart
 from .figures import Figures
@@ -67,14 +67,14 @@ class Comparison:
             "metric": self.metric,
             "experts": self.experts,
             "base": self.base,
-            "intervals": _without_nan(self.intervals),
-            "base_interval": _without_nan(self.base_interval),
+            "intervals": without_nan(self.intervals),
+            "base_interval": without_nan(self.base_interval),
             "num_rows": self.num_rows,
             "how": self.how,
-            "rows": [_without_nan(asdict(row)) for row in self.rows],
+            "rows": [without_nan(asdict(row)) for row in self.rows],
             "interference": self.interference.as_dict(),
             "searches": [found.as_dict() for found in self.searches],
-            **({"figures": _without_nan(self.figures.as_dict())} if self.figures else {}),
+            **({"figures": without_nan(self.figures.as_dict())} if self.figures else {}),
         }
 
     def charts(self, every: bool) -> list[Chart]:
@@ -111,15 +111,6 @@ class Comparison:
         return (
             f"Comparison({self.metric}; tasks {', '.join(self.experts)}; {', '.join(row.label for row in self.rows)})"
         )
-
-
-def _without_nan(value: Any) -> Any:
-    """Plain data with None for NaN and infinity, which JSON has no numbers for."""
-    if isinstance(value, dict):
-        return {key: _without_nan(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(part) for part in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def write_report(comparison: Comparison, folder: Path, pictures: str = "usual") -> None:

@@ -96,7 +96,7 @@ def essential_components(
         batch_size: samples per batch and process.
         allow_pickle: read `.bin` checkpoints, which can run code.
         trust_remote_code: run code that comes with a model.
-        progress: show progress bars.
+        progress: show progress: bars on a terminal or in a notebook, elsewhere lines in the log.
         token: access token for the Hub; by default the one that `hf auth login` stored.
         accelerator: the Accelerate instance to calibrate under; by default a new one.
 

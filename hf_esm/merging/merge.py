@@ -150,7 +150,7 @@ def merge_models(
         token: access token for the Hub.
         allow_pickle: read `.bin` checkpoints, which can run code.
         trust_remote_code: run code that comes with a model.
-        progress: show progress bars.
+        progress: show progress: bars on a terminal or in a notebook, elsewhere lines in the log.
         callback: called on the main process as `callback(stage, done, total)`.
         accelerator: Accelerate instance to run under; by default a new one.
         dry_run: stop after the checks of headers, of a few matrices of local models, of free memory and disk, and of

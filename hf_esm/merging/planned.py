@@ -138,6 +138,31 @@ class PlannedRun(Session):
             self.plan.refining_bytes = refining_bytes(self.plan, self.refining)
             self._leave_out_what_does_not_fit()
         self.plan.passes = self._passes()
+        self.stages = self.stages_of(bool(self.needs().agreement and self.data.calibration))
+
+    def stages_of(self, agrees: bool) -> list[str]:
+        """Return the names of the merge's stages, in order.
+
+        Args:
+            agrees: whether there are samples to measure agreement on.
+        """
+        several = len(self.static_methods) > 1 and (agrees or self.labelled)
+        stages = {
+            "reading headers": True,
+            "reading samples": True,
+            "checking weights": True,
+            "calibrating": self.needs().statistics,
+            "asking experts": agrees,
+            "merging": True,
+            "choosing": several or self.searched,
+            "refining": agrees and self.refining is not None,
+            "measuring agreement": agrees and self.refining is None,
+            "scoring": self.labelled,
+            "writing": True,
+            "adding experts": self.method.routes,
+            "publishing": True,
+        }
+        return [name for name, used in stages.items() if used]
 
     def _candidates(self, base: PreTrainedModel) -> list[MergeMethod]:
         return methods_to_choose_from(self.named, base, self.data.is_labelled)

@@ -58,6 +58,7 @@ class MergeRun(PlannedRun):
         """Read the statistics that exist, the samples to calibrate on, and the validation rows."""
         with self.stage("reading samples", joined=False):
             inputs = main_first(self.accelerator, partial(self._read_inputs, self.data))
+        self.stages = self.stages_of(bool(inputs.agreement_samples))
         if self.plan.vocabulary is None:
             self.warn(*differing_processors(inputs.processors, self.plan.experts))
         self.warn(*swapped_statistics(inputs.statistics, self.sources))
@@ -65,9 +66,7 @@ class MergeRun(PlannedRun):
 
     def check_inputs(self) -> None:
         """Raise what `read_inputs` would raise, as far as the statistics and one row of every file tell."""
-        data = (
-            self.data if self.labelled else replace(self.data, validation=None)
-        )  # whose rows the merge does not read
+        data = self.data if self.labelled else replace(self.data, validation=None)  # whose rows are not read
         self._read_inputs(first_rows(data, self.options), STATISTICS_SAMPLES)
 
     def _read_inputs(self, data: Optional[MergeData], sampled: int = 0) -> Inputs:
@@ -186,6 +185,7 @@ class MergeRun(PlannedRun):
         if self.refining and (few := too_few_to_refine(inputs.agreement_samples)):
             self.warn(f"'{few}' has one sample beside those of the statistics, so that nothing is refined.")
             self.refining = None
+            self.stages = self.stages_of(True)
         with self.stage("asking experts", joined=False), self._cache_locked():
             answers = ask_experts(
                 self.plan,

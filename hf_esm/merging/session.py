@@ -1,4 +1,4 @@
-"""What all steps of a merge use: times, warnings, progress bars, and the folders that they work in."""
+"""What all steps of a merge use: times, warnings, progress, and the folders that they work in."""
 
 import logging
 import tempfile
@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 
 from ..planning import MergeOptions
-from ..utils import Work, gather, naming_full_disk, staging_folder, together
+from ..utils import Work, gather, naming_full_disk, staging_folder, together, tracked
 
 
 logger = logging.getLogger(__name__)
@@ -27,6 +26,7 @@ class Session:
         callback: called on the main process as `callback(stage, done, total)`.
         output: folder that the caller named for the merged model, if any.
         seconds: time by stage, in seconds.
+        stages: the stages of this merge, in order; empty until they are planned.
         warnings: messages for the user.
         work: work in progress in `options.resume_dir`; known once it was looked for.
         folder: where the merged model is written before it is published; known inside `workspace`.
@@ -46,12 +46,19 @@ class Session:
         self.options, self.accelerator, self.callback = options, accelerator, callback
         self.output = Path(options.output_dir).expanduser() if options.output_dir else None
         self.seconds: dict[str, float] = {}
+        self.stages: list[str] = []
         self.warnings: list[str] = []
         self.cleanup = ExitStack()
 
     @contextmanager
     def stage(self, name: str, joined: bool = True) -> Iterator[None]:
-        """Time a stage, at whose end all processes wait for each other; `joined=False` if the block does so itself."""
+        """Time a stage, and say which it is of how many, if the merge has it at all.
+
+        At the end all processes wait for each other; `joined=False` if the block does so itself.
+        """
+        if self.options.progress and self.accelerator.is_main_process and name in (self.stages or [name]):
+            place = f"stage {self.stages.index(name) + 1} of {len(self.stages)}: " if self.stages else ""
+            logger.info("%s%s", place, name)
         start = time.perf_counter()
         with together(self.accelerator) if joined else nullcontext():
             yield
@@ -65,12 +72,13 @@ class Session:
                 logger.warning(message)
 
     def progress(self, description: str) -> Callable[[Iterable], Iterator]:
-        """Return a wrapper for iterables that shows a bar and calls the caller's callback, on the main process."""
+        """Return a wrapper for iterables that shows how far they are and calls the caller's callback, on the main
+        process.
+        """
 
         def wrap(items: Any) -> Iterator:
             items = list(items)
-            bar = tqdm(items, desc=description, disable=not self.options.progress or not items)
-            for done, item in enumerate(bar):
+            for done, item in enumerate(tracked(items, description, self.options.progress)):
                 yield item
                 if self.callback is not None and self.accelerator.is_main_process:
                     self.callback(description, done + 1, len(items))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Optional
 
 import torch
-from accelerate.utils import tqdm
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..data import Sample, batch_for
 from ..errors import DamagedFileError, HfEsmError
-from ..utils import UNSEALED, atomic_file, check_seal, fingerprint, reading, seal
+from ..utils import UNSEALED, atomic_file, check_seal, fingerprint, reading, seal, tracked
 from .answers import KINDS, Answer, batches_of, kind_by_class, kind_by_output, no_probability
 
 
@@ -188,7 +187,7 @@ def collect_answers(
         raise HfEsmError(f"{type(model).__name__}: an expert with a decoder needs `decoder_input_ids` or `labels`.")
     with _in_evaluation(model), torch.no_grad():
         groups = batches_of(model, name, samples, batch_size)
-        for group in tqdm(groups, desc=f"Answers of {title}", disable=not progress or not groups, leave=False):
+        for group in tracked(groups, f"Answers of {title}", progress, leave=False):
             chosen = [samples[i] for i in group]
             batch = _batch(model, chosen)
             output = model(**batch)

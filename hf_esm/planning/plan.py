@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from huggingface_hub import ModelCard
@@ -15,14 +15,14 @@ from ..checkpoints import AdapterCheckpoint, Checkpoint, ModelSource
 from ..data import Sample
 from ..errors import HfEsmError
 from ..methods import MergeMethod
-from ..utils import check_known, first_names, plain_text, readable
+from ..utils import check_known, first_names, plain_text, readable, readable_duration
 from .compatibility import check_architecture, check_complete, check_weights, differing_settings, part_of
 from .depth import LinesSettings, check_lines
 from .heads import HeadPlan, plan_heads
 from .kinship import check_related
 from .modules import with_common_modules
 from .overrides import Override, Rule, kinds_of, select_overrides
-from .resources import estimate_seconds, merge_bytes, readable_duration
+from .resources import estimate_seconds, merge_bytes
 from .vocabulary import BASE, Vocabulary
 
 
@@ -104,6 +104,33 @@ class MergePlan:
         """The method of the merge, and after it those of the overrides, each once."""
         methods = [self.method, *(rule.method for rule in self.overridden.values() if rule.method is not None)]
         return list({repr(method): method for method in methods}.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data: sizes in bytes, time in seconds."""
+        experts = {
+            task: {
+                "source": expert.source,
+                "revision": expert.revision,
+                "kind": expert.kind,
+                "weight": weight,
+                "keeps": self.heads.by_task[task],
+            }
+            for (task, expert), weight in zip(self.experts.items(), self.weights, strict=True)
+        }
+        numbers = ("output_bytes", "scratch_bytes", "memory_bytes", "calibration_bytes", "learning_bytes")
+        return {
+            "method": self.method.name,
+            "chosen_from": self.chosen_from,
+            "base": self.base.source,
+            "experts": experts,
+            "kinds": self.kinds,
+            "untouched": len(self.heads.kept_from_base) + len(self.unchanged),
+            "licences": self.licences,
+            "output": self.output,
+            **{name: getattr(self, name) for name in (*numbers, "refining_bytes", "seconds")},
+            "passes": self.passes,
+            "warnings": self.warnings,
+        }
 
     def __repr__(self) -> str:
         return f"MergePlan({self.method.name} of {', '.join(self.experts)} into {self.base.title})"

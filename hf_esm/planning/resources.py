@@ -45,14 +45,3 @@ def _seconds_per_cube() -> float:
     start = time.perf_counter()
     torch.linalg.eigh(probe + probe.T)
     return (time.perf_counter() - start) / 768**3
-
-
-def readable_duration(seconds: float) -> str:
-    """Write a duration in seconds, minutes or hours."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

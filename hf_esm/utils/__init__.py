@@ -1,5 +1,5 @@
 """Tools that know nothing of models: processes, devices, folders, resumable work, hooks, fingerprints, checksums,
-readers, checks of arguments, errors of the Hub, names of files, tables, sizes.
+readers, checks of arguments, errors of the Hub, names of files, progress, tables, sizes.
 
 Comes in: plain values and functions. Goes out: the same work shared over processes, written atomically or resumed, and
 errors in one sentence.
@@ -32,10 +32,12 @@ from .hooks import Hook, hooked, remove_hooks
 from .hub_errors import ask_hub, plain_hub_errors
 from .names import check_path, check_task_name, check_task_names, stays_inside
 from .offloading import device_of, in_place, is_offloaded
+from .plain import without_nan
+from .progress import tracked
 from .readers import AGAIN, is_file, read_tensors, reading
 from .resume import WORK_FOLDER, Work, end_published
 from .sentences import first_names, reason_of
-from .sizes import bytes_of, readable
+from .sizes import bytes_of, readable, readable_duration
 from .tables import markdown_table, markdown_text, plain_table, plain_text
 
 
@@ -89,6 +91,7 @@ __all__ = [
     "publish_folder",
     "read_tensors",
     "readable",
+    "readable_duration",
     "reading",
     "reason_of",
     "recover",
@@ -99,4 +102,6 @@ __all__ = [
     "staging_folder",
     "stays_inside",
     "together",
+    "tracked",
+    "without_nan",
 ]

@@ -41,3 +41,14 @@ def readable(count: float) -> str:
         if count >= size:
             return f"{math.ceil(100 * count / size) / 100:g} {unit}"
     return f"{math.ceil(count)} B"
+
+
+def readable_duration(seconds: float) -> str:
+    """Write a duration in seconds, minutes or hours."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

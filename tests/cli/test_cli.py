@@ -21,6 +21,7 @@ from hf_esm.calibration.collection import collect_statistics
 from hf_esm.cli.main import main
 from hf_esm.cli.parser import COMMANDS, build_parser
 from hf_esm.data.options import SampleOptions
+from hf_esm.metrics import Scores
 from hf_esm.planning.options import MergeOptions
 from hf_esm.planning.refinement import RefineSettings
 from support.tiny import SPECIAL, WORDS
@@ -126,9 +127,8 @@ def test_flags_override_the_recipe(models, merged, tmp_path, given, changes):
 
 def test_a_merge_from_a_recipe_or_from_flags_alone(models, merged, tmp_path, capsys):
     assert run("merge", models / "recipe.yaml", "--output-dir", tmp_path / "recipe") == 0
-    said = capsys.readouterr()
-    assert said.out.startswith("esm: 2 experts merged, alpha 1\n")
-    assert said.out.endswith(f"written  {tmp_path / 'recipe'}\n")
+    said = capsys.readouterr().out
+    assert "esm: 2 experts merged, alpha 1\n" in said and f"\n  written  {tmp_path / 'recipe'}\n" in said
     flags = ["--base", models / "base", "--set", "gamma=0.3", "--num-samples", 5, "--no-progress"]
     flags += named("expert", {task: models / task for task in "ab"})
     flags += named("calibration", {task: models / f"{task}.jsonl" for task in "ab"})
@@ -137,7 +137,8 @@ def test_a_merge_from_a_recipe_or_from_flags_alone(models, merged, tmp_path, cap
     assert same_weights(tmp_path / "flags", merged)
 
 
-def test_progress_bars_have_names_and_can_be_turned_off(models, tmp_path, capsys):
+def test_progress_bars_have_names_and_can_be_turned_off(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     bars = ("Checking weights", "Calibrating a", "Calibrating b", "Merging", "Writing")
     assert run("merge", models / "recipe.yaml", "--output-dir", tmp_path / "quiet") == 0
     assert capsys.readouterr().err == ""
@@ -256,7 +257,7 @@ def test_evaluate_prints_and_writes_accuracies_beside_the_experts(models, merged
     average = sum(accuracy.values()) / 2
     normalised = sum(accuracy[task] / expert[task] for task in data) / 2
     command = ["evaluate", merged, *named("data", data)]
-    assert run(*command, *named("expert", {task: models / task for task in data}), "--json", tmp_path / "s.json") == 0
+    assert run(*command, *named("expert", {task: models / task for task in data}), "-o", tmp_path / "s.json") == 0
     intervals = evaluate(merged, data).intervals
     shown = {task: f"{100 * low:.1f} to {100 * high:.1f}" for task, (low, high) in intervals.items()}
     width = max(map(len, shown.values()))
@@ -265,6 +266,7 @@ def test_evaluate_prints_and_writes_accuracies_beside_the_experts(models, merged
         f"a        {100 * accuracy['a']:8.1f}    66.7    12  {shown['a']:>{width}}",
         f"b        {100 * accuracy['b']:8.1f}    66.7    12  {shown['b']:>{width}}",
         f"average  {100 * average:8.1f}  ({100 * normalised:.1f} % of the experts)",
+        f"  written  {tmp_path / 's.json'}",
     ]
     scores = json.loads((tmp_path / "s.json").read_text())
     assert scores == {
@@ -523,7 +525,8 @@ def test_a_device_is_where_models_run(models, merged, capsys, monkeypatch):
     rows = write_rows(models / "device.jsonl", [{"text": "good film", "label": 1}])
     command = ["evaluate", merged, "--data", f"a={rows}", "--device"]
     seen = []
-    monkeypatch.setattr("hf_esm.cli.evaluate.evaluate", lambda **_: seen.append(PartialState().device))
+    scores = Scores({"a": 1.0}, {})
+    monkeypatch.setattr("hf_esm.cli.evaluate.evaluate", lambda **_: seen.append(PartialState().device) or scores)
     assert run(*command, "cpu") == 0
     assert [device.type for device in seen] == ["cpu"]
     assert "ACCELERATE_TORCH_DEVICE" not in os.environ

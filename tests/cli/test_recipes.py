@@ -62,7 +62,7 @@ def test_one_recipe_drives_all_five_commands(folder, capsys):
     assert run("merge", recipe) == 0
     assert run("merge", recipe, "--calibration", folder / "statistics", "--output-dir", folder / "again") == 0
     assert run("inspect", recipe) == 0  # the output exists by now
-    assert run("evaluate", recipe, "--json", folder / "scores.json") == 0
+    assert run("evaluate", recipe, "-o", folder / "scores.json") == 0
     rows = data(folder / "a.jsonl", folder / "b.jsonl", label="gold")
     experts = {task: folder / task for task in "ab"}
     expected = evaluate(folder / "merged", rows, experts=experts, base=folder / "base", num_samples=8)
@@ -191,19 +191,3 @@ def test_inspect_reads_the_first_row_of_test_files_and_no_other(folder, tmp_path
     first, second = (line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-esm: "))
     assert "data of 'a': row 0" in first and "label 7" in first
     assert "label 7" in second
-
-
-def test_a_merge_speaks_as_loud_as_it_is_asked_to(folder, tmp_path, monkeypatch, capsys):
-    command = ["merge", "--base", folder / "base", "--expert", f"a={folder / 'a'}", "--expert", f"b={folder / 'b'}"]
-    command += ["--method", "mean"]
-    assert run(*command, "--output-dir", tmp_path / "quiet", "--quiet") == 0
-    said = capsys.readouterr()
-    assert (said.out, "Writing:" in said.err) == (f"{tmp_path / 'quiet'}\n", False)
-    assert run(*command, "--output-dir", tmp_path / "json", "--json") == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out)["alpha"] == 1 and "Writing:" not in said.err  # no terminal, no bars
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    assert run(*command, "--output-dir", tmp_path / "loud") == 0
-    said = capsys.readouterr().out
-    assert said.count(f"load_task_model('{tmp_path / 'loud'}', 'a')") == 1
-    assert f"next   hf-esm evaluate {tmp_path / 'loud'}" in said and "merged by" in said

@@ -96,7 +96,7 @@ COMMANDS = {
     "remove": "remove {folder} b -o {out}",
     "predict": "predict {folder} {rows}",
     "explain": "explain {folder} {rows}",
-    "evaluate": "evaluate {folder} --data a={rows} --json {out}",
+    "evaluate": "evaluate {folder} --data a={rows} -o {out}",
     "chat": "chat {folder} --message x",
     "push": "push {folder} me/x --adapter-over me/y",
     "calibrate": "calibrate {folder} {rows} -o {out}",

@@ -381,7 +381,7 @@ def test_predict_and_explain_say_what_the_api_says(merged, rows):
 
 def test_export_and_add_write_what_the_api_writes(models, merged, larger, tmp_path):
     status, out, _ = command("export", merged, "-o", tmp_path / "lora", "--task", "b")
-    assert (status, out) == (0, f"b: {tmp_path / 'lora' / 'b'}\n")
+    assert (status, out.splitlines()[0]) == (0, f"b: {tmp_path / 'lora' / 'b'}")
     assert [path.name for path in (tmp_path / "lora").iterdir()] == ["b"]
     flags = ("--no-heads", "--base-model", "me/static")
     assert command("export", merged, "-o", tmp_path / "named", "--task", "a", *flags)[0] == 0
@@ -389,8 +389,9 @@ def test_export_and_add_write_what_the_api_writes(models, merged, larger, tmp_pa
     assert (config.base_model_name_or_path, config.modules_to_save) == ("me/static", None)
     PeftModel.from_pretrained(load_task_model(merged, "b"), tmp_path / "lora" / "b")
     PeftModel.from_pretrained(AutoModel.from_pretrained(merged), tmp_path / "named" / "a")
-    status, out, _ = command("add", merged, "--expert", f"c={models / 'c'}", "-o", tmp_path / "larger")
-    assert (status, out) == (0, f"{tmp_path / 'larger'}: a, b, c\n")
+    words = ("add", merged, "--expert", f"c={models / 'c'}", "-o", tmp_path / "larger", "--json")
+    status, out, _ = command(*words)
+    assert (status, json.loads(out)) == (0, {"output_dir": str(tmp_path / "larger"), "tasks": ["a", "b", "c"]})
     assert same(answers(tmp_path / "larger"), answers(larger))
     texts = task_texts("c")
     (tmp_path / "c.txt").write_text("\n".join(texts))
@@ -405,7 +406,7 @@ def test_evaluate_routes_as_it_is_told(merged, rows, tmp_path):
     data = [part for task, path in rows.items() for part in ("--data", f"{task}={path}")]
     found = {}
     for route in ("routed", "oracle", "static"):
-        status, out, _ = command("evaluate", merged, *data, "--route", route, "--json", tmp_path / route)
+        status, out, _ = command("evaluate", merged, *data, "--route", route, "-o", tmp_path / route)
         assert status == 0
         found[route] = json.loads((tmp_path / route).read_text())
         assert found[route]["model"] == evaluate(merged, rows, route=route).model
