@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test test-fast test-extras test-oldest demo docs style quality clean
+.PHONY: test test-all test-fast test-extras test-oldest demo docs style quality clean
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +15,10 @@ WORKERS := -n auto --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests $(WORKERS)
+
+# With every case of the tests of which `make test` draws some.
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest tests $(WORKERS) --all-cases
 
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest tests $(WORKERS) -m "not slow and not hub"

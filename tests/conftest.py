@@ -9,14 +9,15 @@ import os
 import random
 import re
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 
-# Workers inherit the environment, so that all collect the same tests. Two seeds are drawn for every run.
-os.environ.setdefault("HF_ESM_TEST_SEED", ",".join(str(random.SystemRandom().randrange(2**32)) for _ in range(2)))
+# Workers inherit the environment, so that all collect the same tests. A seed is drawn for every run.
+os.environ.setdefault("HF_ESM_TEST_SEED", str(random.SystemRandom().randrange(2**32)))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; toys gain nothing from more threads
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 gc.disable()  # while everything is imported: see `pytest_collection_finish`
@@ -25,10 +26,33 @@ gc.disable()  # while everything is imported: see `pytest_collection_finish`
 DEPRECATED = re.compile(r"deprecat|will be removed|future version", re.IGNORECASE)
 
 
-def pytest_collection_modifyitems(items):
-    """Files that take long go first, so that no worker ends long after the other."""
+def pytest_addoption(parser):
+    parser.addoption("--all-cases", action="store_true", help="run all cases of tests that are marked `cases`")
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(config, items):
+    """Draw the cases of tests that have too many for every run. Files that take long go first, so that no worker ends
+    long after the other.
+    """
+    if not config.getoption("--all-cases"):
+        config.hook.pytest_deselected(items=draw_cases(items))
     long = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("hub")}
     items.sort(key=lambda item: item.path not in long)
+
+
+def draw_cases(items):
+    """Keep the cases that this run draws, by its seed; return the others."""
+    tests = defaultdict(list)
+    for item in items:
+        if marked := item.get_closest_marker("cases"):
+            tests[item.nodeid.partition("[")[0], marked.args[0]].append(item)
+    left_out = []
+    for (name, number), cases in tests.items():
+        drawn = random.Random(os.environ["HF_ESM_TEST_SEED"] + name).sample(cases, min(number, len(cases)))
+        left_out += [item for item in cases if item not in drawn]
+    items[:] = [item for item in items if item not in left_out]
+    return left_out
 
 
 def pytest_collection_finish():

@@ -109,6 +109,7 @@ def test_a_second_run_merges_only_what_is_new(run, monkeypatch):
         run("--methods", "ties", "--seeds", "0")
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("label", ["esm++", "{name: esm++, router: oracle}"])
 def test_routed_models_have_a_second_table(run, monkeypatch, label):
     printed, results = run("--methods", "mean", label, "--seeds", "0", "1")

@@ -72,6 +72,7 @@ def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.cases(16)
 @pytest.mark.parametrize(("name", "method"), CASES, ids=["-".join(case) for case in CASES])
 def test_every_weight_follows_its_formula(name: str, method: str, tmp_path: Path) -> None:
     architecture, output = ARCHITECTURES[name], tmp_path / "merged"
@@ -147,6 +148,7 @@ def test_files_are_as_large_as_they_may_be(name: str, tmp_path: Path) -> None:
         assert len(list((tmp_path / str(limit)).glob("model*.safetensors"))) == files
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "clip", "mixtral", "deberta-v3", "marian"])
 def test_live_models(name: str, tmp_path: Path) -> None:
     """They merge as their folders do, and are left exactly as they were."""
@@ -171,6 +173,7 @@ def test_live_models(name: str, tmp_path: Path) -> None:
         assert same_tensors(model.state_dict(), weights)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", ["vit", "deberta-v3", "switch", "wav2vec2-group-norm"])
 def test_batch_size_changes_nothing(name: str, tmp_path: Path) -> None:
     _, _, base_folder, folders = build(name, tmp_path)
@@ -209,6 +212,7 @@ def test_padding_in_rows_is_no_token(case: str, tmp_path: Path) -> None:
         assert relative_error(stored_tensors(tmp_path / "padded")[key], tensor) < 1e-5, key
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", ["bert", "deberta-v3", "llama", "mamba", "convbert", "xlnet", "longformer"])
 def test_texts_of_unlike_length_are_calibrated_together_where_padding_does_not_show(name: str) -> None:
     model, rows = ARCHITECTURES[name].build(), text_samples(0)
@@ -309,6 +313,7 @@ def sources_only(architecture: Architecture) -> Architecture:
     return replace(architecture, samples=samples)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ["bart", "t5", "whisper"])
 def test_without_targets_an_encoder_decoder_reads_what_it_writes(name: str, tmp_path: Path) -> None:
     architecture = sources_only(ARCHITECTURES[name])

@@ -225,6 +225,7 @@ STOPS = {  # the stage and what is done when it stops, and the parts of stages t
 }
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("stage", "count", "left"), STOPS.values(), ids=STOPS)
 def test_an_interrupted_refining_merge_goes_on_to_the_same_bits(tmp_path, stage, count, left):
     base = LLAMA.build()

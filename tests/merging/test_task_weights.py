@@ -55,6 +55,7 @@ def test_a_weight_in_a_mapping_in_a_recipe_and_in_an_argument_is_one_setting(mod
     assert same(tmp_path / "argument", tmp_path / "mapping") and same(tmp_path / "argument", tmp_path / "recipe")
 
 
+@pytest.mark.cases(5)
 @every_method
 def test_weights_of_one_are_no_weights_and_are_not_recorded(models, tmp_path, method):
     """Any others change every tensor that the experts change, of whatever kind."""
@@ -73,6 +74,7 @@ def test_weights_of_one_are_no_weights_and_are_not_recorded(models, tmp_path, me
     assert "weights" not in yaml.safe_load((tmp_path / "ones" / RECIPE_FILE).read_text())
 
 
+@pytest.mark.cases(8)
 @every_method
 def test_one_expert_is_merged_by_every_method(models, tmp_path, method):
     experts, calibration = {"left": models.experts["left"]}, {"left": text_samples(1)}

@@ -155,6 +155,7 @@ def test_the_documented_examples_give_the_documented_rows(models, tmp_path, exam
     AutoModelForCausalLM.from_pretrained(tmp_path / "m")
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("method", ["esm", "regmean", "ties", "esm++"])
 def test_forced_rows_are_the_sources_by_every_method(models, tmp_path, method):
     """Also after refining, and where samples count how often each model's token is read."""

@@ -57,6 +57,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_every_trained_token_keeps_its_row_and_a_turn_ends(chat, tmp_path, settings):
     merge(chat, tmp_path / "m", **SETTINGS[settings])
@@ -90,6 +91,7 @@ def test_every_trained_token_keeps_its_row_and_a_turn_ends(chat, tmp_path, setti
     assert written.shape[1] == inputs.input_ids.shape[1] + 1 and written[0, -1] == ids["<|end|>"]
 
 
+@pytest.mark.cases(1)
 def test_rows_of_base_tokens_follow_the_rule_of_embeddings(chat, tmp_path):
     """By the formula in float64, with counts and rows by token."""
     weights = {"chat": 0.5, "tools": 2.0}
@@ -109,6 +111,7 @@ def test_rows_of_base_tokens_follow_the_rule_of_embeddings(chat, tmp_path):
     assert relative_error(found, expected) < 1e-4
 
 
+@pytest.mark.cases(1)
 def test_other_tasks_are_no_aim_of_a_single_giver(chat, tmp_path):
     """A setting takes a token's row from one model, also that of a token of the base."""
     names = {"<|end|>": "chat", "film": "tools", "plot": "base"}
@@ -129,6 +132,7 @@ def test_other_tasks_are_no_aim_of_a_single_giver(chat, tmp_path):
     assert all(torch.equal(tensor, again[name]) for name, tensor in stored_tensors(tmp_path / "m").items())
 
 
+@pytest.mark.cases(1)
 def test_the_vocabulary_may_be_that_of_the_base_or_of_a_task(chat, tmp_path):
     merge(chat, tmp_path / "base", method="mean", tokenizer="base", chat_template="chat")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
@@ -142,6 +146,7 @@ def test_the_vocabulary_may_be_that_of_the_base_or_of_a_task(chat, tmp_path):
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.cases(1)
 def test_statistics_are_of_an_experts_own_tokens(chat, tmp_path):
     """They were collected without a thought of this merge, and give what its samples give."""
     samples = {"chat": CALIBRATION["chat"], "tools": ["<tool> film <|end|>"]}
@@ -228,6 +233,7 @@ def test_rows_that_an_expert_has_cut_off_are_the_bases_there(chat, tmp_path):
     assert torch.allclose(found[rows], (base[rows] + tools[rows]) / 2, atol=1e-6)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("settings", ["mean", "regmean", "esm", "refined", "routed"])
 def test_an_adapter_brings_the_rows_that_it_trains(tmp_path, tied, settings):
@@ -284,6 +290,7 @@ def test_a_row_that_one_adapter_alone_trains_is_taken_whole(tmp_path):
     assert torch.equal(found[9:], own[9:]) and not torch.allclose(found[6:9], own[6:9])
 
 
+@pytest.mark.cases(1)
 def test_templates_that_differ_are_refused_until_one_is_named(chat, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(chat / "tools")
     write(chat, "other", other, ["<|end|>", "<tool>"], OTHER_TEMPLATE)
@@ -319,6 +326,7 @@ def test_what_is_wrong_is_named(chat, tmp_path, options, says):
     assert says in str(caught.value) and not (tmp_path / "m").exists()
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     "kind", ["bert", "roberta", "deberta-v3", "bart", "t5", "gpt2", "gemma3", "opt", "llava", "mixtral"]
 )
@@ -346,6 +354,7 @@ def test_all_that_has_a_row_per_token_follows_in_every_architecture(kind, tmp_pa
     assert grown and result.load_model().config.get_text_config().vocab_size == rows + 3
 
 
+@pytest.mark.cases(1)
 def test_a_comparison_takes_experts_of_other_vocabularies(chat, tmp_path):
     rows = {task: [{"text": text, "label": "film"} for text in SENTENCES[:2]] for task in ("chat", "tools")}
     found = compare(

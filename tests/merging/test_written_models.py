@@ -78,6 +78,7 @@ def answers(model):
     return model.eval()(input_ids=ids, **decoder).logits
 
 
+@pytest.mark.cases(1)
 def test_a_kept_adapter_answers_as_the_folded_model(given, tmp_path):
     arguments, model_class = given
     settings = {"method": "regmean", **arguments}
@@ -94,6 +95,7 @@ def test_a_kept_adapter_answers_as_the_folded_model(given, tmp_path):
     assert "`refined/`" in (tmp_path / "kept" / CARD_FILE).read_text()
 
 
+@pytest.mark.cases(2)
 def test_the_default_is_chosen_by_agreement_and_repeated_by_its_recipe(given, tmp_path):
     arguments, _ = given
     result = merge(**arguments, refine=REFINE, output_dir=tmp_path / "first")
@@ -109,6 +111,7 @@ def test_the_default_is_chosen_by_agreement_and_repeated_by_its_recipe(given, tm
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("refine", [False, REFINE], ids=["chosen", "refined"])
 @pytest.mark.parametrize("given", [KINDS["llama"], KINDS["gpt2, tied"]], ids=["llama", "gpt2"], indirect=True)
 def test_the_recipe_of_a_routed_model_names_its_static_method(given, tmp_path, refine):

@@ -121,10 +121,10 @@ def test_an_interval_is_that_of_many_draws_and_always_the_same(generator):
     outputs, labels = classes(generator, 200, 2)
     first, again = (Outcome(resolve_metric("mcc"), outputs, labels).interval for _ in range(2))
     assert first == again
-    draws = torch.randint(200, (2000, 200), generator=generator)
+    draws = torch.randint(200, (400, 200), generator=generator)
     expected = torch.tensor([by_library("mcc", outputs[rows], labels[rows]) for rows in draws], dtype=torch.float64)
     low, high = expected.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    assert first == pytest.approx((low, high), abs=0.03)
+    assert first == pytest.approx((low, high), abs=0.05)
     share = Outcome(resolve_metric("accuracy"), outputs, labels)
     error = (share.score * (1 - share.score) / 200) ** 0.5
     assert share.interval[1] - share.interval[0] == pytest.approx(3.92 * error, rel=0.1)

@@ -58,6 +58,7 @@ def exported(strict: bool):
     return record
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("task", "strict"), [(None, False), (TASKS[1], True)])
 def test_an_exported_model_gives_the_same_on_batches_of_other_shapes(cases, task, strict):
     assert_recorded(loaded(cases["bert"], "discriminant"), exported(strict), cases["bert"], task)

@@ -88,6 +88,7 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.cases(12)
 @routers
 @pytest.mark.parametrize("name", [*ENCODERS, *IMAGES, *DECODERS, *SEQUENCES])
 def test_a_sample_gets_in_a_batch_what_it_gets_alone(load, name, router):
@@ -137,6 +138,7 @@ def generate(model: PeftModel, samples: Samples, **options: Any) -> tuple[Tensor
     return found.sequences[:, -NEW:], found.logits, chosen(decisions)
 
 
+@pytest.mark.cases(12)
 @routers
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "t5", "bart"])
@@ -185,6 +187,7 @@ def test_a_state_keeps_the_route_as_a_cache_does(load, router):
             assert torch.equal(generate(model, [sample], num_beams=2)[0][0], expected)
 
 
+@pytest.mark.cases(3)
 @routers
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3"])
 @torch.no_grad()
@@ -234,6 +237,7 @@ def test_labels_of_masked_tokens_leave_routes_alone(load, router):
     assert chosen(own) == chosen(routes) and torch.equal(found.logits, expected.logits)
 
 
+@pytest.mark.cases(2)
 @routers
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @torch.no_grad()
@@ -315,6 +319,7 @@ def is_cross_attention(module: str) -> bool:
     return any(f"{attention}.{p}" in module for attention in ("EncDecAttention", "encoder_attn") for p in "kv")
 
 
+@pytest.mark.cases(6)
 @routers
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_gradient_checkpointing_trains_the_same(load, name, router):

@@ -38,6 +38,7 @@ routers = pytest.mark.parametrize("router", ROUTERS)
 cases = pytest.fixture(write_cases, scope="module")
 
 
+@pytest.mark.cases(6)
 @kinds
 @routers
 @torch.no_grad()

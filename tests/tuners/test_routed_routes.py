@@ -55,6 +55,7 @@ def way(request, monkeypatch):
     monkeypatch.setattr("hf_esm.tuners.routed.layer.grouping_pays", lambda *_: request.param)
 
 
+@pytest.mark.cases(4)
 @kinds
 @routers
 def test_given_routes_hold_whatever_the_router_says(cases, kind, router, way):
@@ -134,6 +135,7 @@ def test_routes_that_cannot_be_given_are_refused(cases):
     assert torch.equal(logits(model, case), routed)
 
 
+@pytest.mark.cases(3)
 @kinds
 @routers
 @torch.no_grad()
@@ -178,6 +180,7 @@ def test_a_pass_that_breaks_leaves_nothing_behind(cases, router, error):
     assert not routing_state(model).local.frames and routing_state(model).local.records is None
 
 
+@pytest.mark.cases(2)
 @kinds
 @routers
 def test_a_compiled_model_gives_the_same(cases, kind, router):

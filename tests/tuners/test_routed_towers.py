@@ -73,6 +73,7 @@ def test_towers_are_told_by_what_a_model_is_made_of():
     assert towers(clip) == ()
 
 
+@pytest.mark.cases(3)
 @routers
 @names
 @torch.no_grad()
@@ -163,6 +164,7 @@ def test_a_mask_alone_is_nothing_to_read(load, monkeypatch):
     assert "attention_mask" in batch and len(decide(model, batch)) == 1
 
 
+@pytest.mark.cases(1)
 @names
 def test_a_compiled_model_gives_the_same(load, name):
     model = load(name, "discriminant")

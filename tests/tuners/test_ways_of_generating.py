@@ -124,6 +124,7 @@ WAYS = {
 }
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
