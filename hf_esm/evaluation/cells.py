@@ -31,7 +31,7 @@ from .interference import Interference, measure_interference
 CACHE = "cache"
 
 
-CELL_VERSION = 6  # of the cached files and of what their names depend on
+CELL_VERSION = 7  # of the cached files and of what their names depend on
 
 
 # Options of `merge_models` that `compare` does not take: it sets them itself.
@@ -58,7 +58,7 @@ class Cell:
     """One method with one choice of samples, merged and measured.
 
     Attributes:
-        alpha: scale of the merged update.
+        alpha, alpha_default: scale of the merged update, and the method's default; None for a method without α.
         alpha_scores: mean validation score by α, if α was searched.
         outcomes: by task, outcomes of the merged model on the test rows.
         oracle_outcomes: by task, outcomes with the task's expert, for a method whose router decides.
@@ -66,6 +66,7 @@ class Cell:
         memory: growth of the process's resident memory while merging, in bytes.
         size: size of the written weights (static model, experts, heads), in bytes.
         alpha_errors: standard error of each of `alpha_scores`; empty if they are not scores of rows.
+        evaluations: number of merged models that were scored to choose α.
         chosen: name of the method that was chosen, or `"base"`, if the merge chose one.
         choice: what chose it, and how far the next one is behind, as one line; empty where there was one candidate.
     """
@@ -80,6 +81,8 @@ class Cell:
     alpha_errors: dict[float, float] = field(default_factory=dict)
     chosen: str = ""
     choice: str = ""
+    alpha_default: Optional[float] = None
+    evaluations: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         outcomes = {name: _plain_outcomes(getattr(self, name)) for name in ("outcomes", "oracle_outcomes")}
@@ -339,6 +342,8 @@ class CellStore:
             measure = inputs.measurement.merged_outcomes
             cell = Cell(
                 alpha=merged.alpha,
+                alpha_default=merged.alpha_default,
+                evaluations=merged.evaluations,
                 alpha_scores=merged.alpha_scores if merged.chosen_by == "labels" else {},
                 alpha_errors=merged.alpha_errors if merged.chosen_by == "labels" else {},
                 outcomes=measure(target, str(target)),

@@ -44,13 +44,13 @@ def alpha_chart(rows: Sequence[Row], metric: str, higher_is_better: bool, percen
         line.points = [(alpha, sign * score) for alpha, score in sorted(scores.items()) if isfinite(score)]
         errors = row.alpha_errors.get(seed, {})
         line.errors = {a: (y - 1.96 * errors[a], y + 1.96 * errors[a]) for a, y in line.points if a in errors}
-        line.marked = row.alphas.get(seed)
+        line.marked, line.default = row.alphas.get(seed), row.alpha_default
         line.note = "" if line.marked is None else f"α = {line.marked:g}"
     return Chart(
         title="Validation score by α",
         name="alpha",
         caption="Lines: scores that α was chosen by. Bars: 1.96 standard errors, from draws of the rows. Large marks: "
-        f"the chosen α, as in the table. {APART}",
+        f"the chosen α, as in the table. Rings: the default. {APART}",
         xlabel="α, the scale of the merged update",
         ylabel=f"{metric} on validation rows",
         lines=[line for line in lines.values() if line.points],

@@ -168,6 +168,7 @@ def page_of(
     metric: str,
     higher_is_better: bool,
     table: list[list[str]],
+    choices: list[list[str]],
     notes: list[str],
 ) -> str:
     """Return the page.
@@ -184,6 +185,7 @@ def page_of(
         base_interval: of the base's share of the experts' scores.
         metric: name of the metric.
         table: the table of the report; the last `len(rows)` rows are those of the methods.
+        choices: a table of how α was chosen; empty if it was not.
         notes: sentences below the table.
     """
     tasks, styles = list(experts), styles_of([r.label for r in rows], {r.label: r.method["name"] for r in rows})
@@ -202,6 +204,7 @@ def page_of(
             references=table[1 : len(table) - len(rows)],
             body=[(row.label, looks[row.label], cells) for row, cells in zip(rows, table[-len(rows) :], strict=True)],
             notes=notes,
+            choices=choices,
             kept=kept,
             panels=[
                 _panel(task, rows, _references(task, experts, base, intervals), metric, shares, looks)

@@ -151,6 +151,8 @@ def write_report(comparison: Comparison, folder: Path, pictures: str = "usual") 
     sti = comparison.interference.sti
     sti = f"Singular task interference (STI) between the experts: {sti:.3g}, mean over linear maps."
     lines += [sti, ""]
+    if choices := _alpha_cells(comparison.rows):
+        lines += ["## How α was chosen", "", *markdown_table(choices), ""]
     for found in comparison.searches:
         table = [["setting", "found", "importance"]]
         table += [[n, f"{v:.4g}", f"{100 * found.importance.get(n, 0):.0f} %"] for n, v in found.settings.items()]
@@ -170,6 +172,7 @@ def write_report(comparison: Comparison, folder: Path, pictures: str = "usual") 
         metric=comparison.metric,
         higher_is_better=comparison.higher_is_better,
         table=[[_known(cell).replace("**", "") for cell in row] for row in _cells(comparison)],
+        choices=choices,
         notes=[*comparison.how, *comparison.below_base(), sti],
     )
     _write(folder / PAGE, page)
@@ -219,6 +222,26 @@ def _cells(comparison: Comparison) -> list[list[str]]:
         against = "" if row is first else _difference(row)
         table.append([row.label, alphas, *scores, _normalised(row), against, *_costs(row)])
     return table
+
+
+def _alpha_cells(rows: list[Row]) -> list[list[str]]:
+    """The text of a table of how α was chosen, by seed, and what that cost; empty if α was not searched."""
+    known = {str(row.alpha_scores): row for row in reversed(rows)}.values()  # a routed model has two rows
+    table = [
+        [
+            row.label + (f", seed {seed}" if len(row.alpha_scores) > 1 else ""),
+            "–" if row.alpha_default is None else f"{row.alpha_default:g}",
+            f"{row.alphas[seed]:g}",
+            f"{max(scores, key=lambda alpha: scores[alpha]):g}",
+            str(len(scores)),
+            *((str(row.choosing[seed][0]), f"{row.choosing[seed][1]:.1f} s") if seed in row.choosing else ("–", "–")),
+        ]
+        for row in reversed(known)
+        for seed, scores in row.alpha_scores.items()
+        if seed in row.alphas
+    ]
+    head = ["method", "default α", "chosen α", "best α", "α tried", "models scored", "time"]
+    return [head, *table] if table else []
 
 
 def _normalised(row: Row) -> str:

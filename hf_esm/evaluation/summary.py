@@ -37,6 +37,8 @@ class Row:
         size: see `Cell`; the largest over seeds.
         chosen: by seed, the method that was chosen, for one that chooses.
         alpha_errors: by seed, the standard error of each of `alpha_scores`.
+        alpha_default: the default α of the method, or of the chosen one by the first seed.
+        choosing: by seed, the number of merged models that were scored to choose α, and the seconds of that.
     """
 
     label: str
@@ -58,6 +60,8 @@ class Row:
     size: int
     chosen: dict[int, str] = field(default_factory=dict)
     alpha_errors: dict[int, dict[float, float]] = field(default_factory=dict)
+    alpha_default: Optional[float] = None
+    choosing: dict[int, tuple[int, float]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Row({self.label!r}, normalised {self.normalised:.3f}, average {self.average:.3f})"
@@ -186,6 +190,12 @@ def _costs(method: MergeMethod, cells: Mapping[int, Cell]) -> dict[str, Any]:
         "alphas": {seed: cell.alpha for seed, cell in cells.items()} if method.tunable else {},
         "alpha_scores": {seed: cell.alpha_scores for seed, cell in cells.items() if cell.alpha_scores},
         "alpha_errors": {seed: cell.alpha_errors for seed, cell in cells.items() if cell.alpha_errors},
+        "alpha_default": next(iter(cells.values())).alpha_default,
+        "choosing": {
+            seed: (cell.evaluations, cell.seconds.get("choosing", 0.0))
+            for seed, cell in cells.items()
+            if cell.evaluations
+        },
         "seconds": sum(sum(cell.seconds.values()) for cell in cells.values()) / len(cells),
         "memory": max(cell.memory for cell in cells.values()),
         "size": max(cell.size for cell in cells.values()),

@@ -68,13 +68,16 @@ def search_alpha(
     return min(good, key=lambda alpha: (abs(alpha - default), alpha)), dict(sorted(scores.items()))
 
 
-def describe_alpha(alpha: float, scores: Mapping[float, float], default: float) -> str:
-    """Say in one line by what rule α was chosen among the scores by α; empty if it was not searched."""
+def describe_alpha(alpha: float, scores: Mapping[float, float], default: float, within_error: bool) -> str:
+    """Say in one line by what rule α was chosen among the scores by α; empty if it was not searched.
+
+    Args:
+        within_error: whether the rule is that of `search_alpha` for shares of rows, or else the best score.
+    """
     if alpha not in scores:
         return ""
-    best = max(scores, key=lambda one: scores[one])
-    tried = f"alpha {alpha:g} of {len(scores)} tried"
-    if alpha == best:
+    best, tried = max(scores, key=lambda one: scores[one]), f"alpha {alpha:g} of {len(scores)} tried"
+    if not within_error:
         return f"{tried}, the best"
     return f"{tried}: nearest to the default {default:g} within one standard error of the best, {best:g}"
 
@@ -187,6 +190,7 @@ class LabelScore:
 
     Attributes:
         share_of: number of rows that a score is a share of; None if it is none.
+        evaluations: number of models that `scored` has measured.
     """
 
     def __init__(
@@ -199,7 +203,7 @@ class LabelScore:
     ):
         self.plan, self.models = plan, CandidateModels(plan, accelerator.device, whole=callable(score_fn))
         self.labelled, self.score_fn, self.batch_size = labelled, score_fn, options.batch_size
-        self.metric = resolve_metric(options.metric)
+        self.metric, self.evaluations = resolve_metric(options.metric), 0
         share = score_fn is None and self.metric.is_share
         self.share_of = sum(len(data.labels) for data in labelled.values()) if share else None
 
@@ -210,6 +214,7 @@ class LabelScore:
             share: of each task's rows, the first of them; the caller's function always scores the whole model.
         """
         self.models.set_weights(weight)
+        self.evaluations += 1
         if self.score_fn is not None:
             scores = list(self._by_function().values())
             return Scored({}, lambda draws: torch.tensor([sum(scores) / len(scores)]).double())

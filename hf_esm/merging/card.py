@@ -64,6 +64,8 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
         keeps_features=plan.method.needs_features,
         keeps_bodies=plan.method.keeps_bodies,
         alpha=result.scales,
+        alpha_origin=result.alpha_origin,
+        cost=result.cost,
         overrides=[*map(str, plan.overrides), *([str(plan.lines)] if plan.lines else [])],
         choice=result.choice,
         alpha_scores=_alpha_scores(result),
@@ -110,8 +112,8 @@ def _pipeline_tag(base: Checkpoint, adapter: bool) -> Optional[str]:
     return None if found == "other" else found
 
 
-def _alpha_scores(result: MergeResult) -> list[tuple[str, str]]:
-    """Return the cells of a table of the scores by α, with the chosen one in bold; empty if no search was made."""
-    scores = {} if result.standings else result.alpha_scores
-    rows = [(f"{alpha:g}", f"{score:.3f}", alpha == result.alpha) for alpha, score in sorted(scores.items())]
-    return [(f"**{alpha}**", f"**{score}**") if chosen else (alpha, score) for alpha, score, chosen in rows]
+def _alpha_scores(result: MergeResult) -> list[tuple[str, str, str]]:
+    """Return the cells of a table of the scores by α, which names the chosen one and the default; empty if no search
+    was made.
+    """
+    return [(f"{alpha:g}", f"{score:.3f}", result.alpha_mark(alpha)) for alpha, score in result.alpha_scores.items()]

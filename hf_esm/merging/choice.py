@@ -100,6 +100,8 @@ class Chosen:
         by_kind: other scales of some kinds of weights.
         weight: returns the weight of the merged model by canonical name.
         scores: score by α of the chosen method, where α was searched.
+        within_error: whether α is the nearest to the default within a standard error of the best, and not the best.
+        evaluations: number of merged models that were scored.
         errors: standard error of each of `scores`; empty if they are not scores of rows.
         by: what chose: `"labels"`, `"agreement"`, or `"default"` for what the caller named or is the default.
         note: one line for the user about the choice; empty by default.
@@ -131,6 +133,8 @@ class Chosen:
     standings: list[Standing] = field(default_factory=list)
     is_base: bool = False
     measured: Mapping[str, Agreement] = field(default_factory=dict)
+    within_error: bool = False
+    evaluations: int = 0
 
     @property
     def adapter(self) -> Optional[RefinedWeights]:
@@ -186,6 +190,7 @@ def choose(
     chose it. The main process decides. Every process has a judge, if there are answers.
     """
     judge: Optional[Judge] = None
+    labels: Optional[LabelScore] = None
     found: Optional[_Found] = None
     searched = options.searches_alpha or len(candidates) > 1
     with together(accelerator):
@@ -200,7 +205,8 @@ def choose(
             else:
                 found = _Found(0, *_given_scale(candidates[0].method, options))
     measured = found.scored.measured if found is not None and found.scored and found.by == "agreement" else {}
-    found = gather(accelerator, found and replace(found, scored=None))[0]
+    evaluations = sum(scorer.evaluations for scorer in (labels, judge) if scorer is not None)
+    found, evaluations = gather(accelerator, (found and replace(found, scored=None), evaluations))[0]
     candidate = candidates[found.index]
     if found.is_base:
         candidate, found = candidate.without_updates(), replace(found, alpha=0.0, by_kind={})
@@ -218,6 +224,8 @@ def choose(
         standings=found.standings,
         is_base=found.is_base,
         measured={} if found.is_base else measured,
+        within_error=found.within_error,
+        evaluations=evaluations,
     )
 
 
@@ -234,6 +242,7 @@ class _Found:
         note: a line for the user.
         standings: the places of all candidates, if methods are chosen, the best one first.
         is_base: whether the base is better than every candidate.
+        within_error: see `Chosen`.
     """
 
     index: int
@@ -246,6 +255,7 @@ class _Found:
     note: str = ""
     standings: list[Standing] = field(default_factory=list)
     is_base: bool = False
+    within_error: bool = False
 
     def same_as(self, other: "_Found") -> bool:
         """Return whether two choices differ by less than a coarse step of the search."""
@@ -364,7 +374,7 @@ def _by_agreement(candidates: list[Candidate], judge: Judge, options: MergeOptio
     """Choose the candidate, and its α unless that is given, whose model agrees most with the experts."""
     found = _Contest(candidates, judge, options, climb_alpha if len(candidates) == 1 else search_nearby).run()
     note = f"by agreement with the experts, without labels{_why(candidates, found)}"
-    return replace(found, by="agreement", note=note)
+    return replace(found, by="agreement", note=note, within_error=len(candidates) > 1)
 
 
 def _why(candidates: list[Candidate], found: _Found) -> str:
@@ -401,4 +411,5 @@ def _by_labels(
         chosen = "the base" if other.is_base else f"{candidates[other.index].method.name} at {other.scales}"
         same = other.same_as(best)
         note += "; agreement with the experts chooses the same" if same else f"; agreement would choose {chosen}"
-    return replace(best, by="labels", note=note)
+    within_error = len(candidates) > 1 or labels.share_of is not None
+    return replace(best, by="labels", note=note, within_error=within_error)

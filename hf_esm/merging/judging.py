@@ -101,13 +101,14 @@ class Judge:
         answers: answers of every expert on samples of its task.
         base: agreement of the base with every expert, with the task's head.
         weights: by task, how much its agreement counts: the caller's weights of the tasks, 1 on average.
+        evaluations: number of merged models that `scored` has measured.
     """
 
     def __init__(
         self, plan: MergePlan, answers: Mapping[str, ExpertAnswers], accelerator: Accelerator, batch_size: int
     ):
         self.models = CandidateModels(plan, accelerator.device, dtype=None)
-        self.answers, self.batch_size = answers, batch_size
+        self.answers, self.batch_size, self.evaluations = answers, batch_size, 0
         weights = {task: weight for task, weight in zip(plan.experts, plan.weights, strict=True) if task in answers}
         self.weights = {task: weight * len(weights) / sum(weights.values()) for task, weight in weights.items()}
         self.base = self.measure(plan.base.tensor)
@@ -137,6 +138,7 @@ class Judge:
     def scored(self, weight: Callable[[str], Tensor], share: float = 1.0) -> Scored:
         """Return the mean agreement over all tasks of a model, by its weights, on the first share of their samples."""
         rows = first_rows(self.rows, share)
+        self.evaluations += 1
         return self._scored(self.measure(weight, {task: range(count) for task, count in rows.items()}), rows)
 
     def base_scored(self, share: float = 1.0) -> Scored:

@@ -201,6 +201,8 @@ def _write_report(result: MergeResult) -> None:
         "alpha_by_kind": result.alpha_by_kind,
         "alpha_scores": result.alpha_scores,
         "alpha_errors": result.alpha_errors,
+        "alpha_default": result.alpha_default,
+        "evaluations": result.evaluations,
         "chosen_by": result.chosen_by,
         "choice": result.choice,
         "standings": [asdict(place) for place in result.standings],

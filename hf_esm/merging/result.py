@@ -28,6 +28,8 @@ class MergeResult:
         alpha: scale of the merged update.
         alpha_by_kind: other scales of some kinds of weights, if the caller named any.
         alpha_scores: mean score by α, if α was searched: on labelled rows, or agreement with the experts.
+        alpha_default: the default α of the method; None for a method without α.
+        evaluations: number of merged models that were scored to choose method and α, in `seconds["choosing"]`.
         alpha_errors: standard error of each of `alpha_scores`, over draws of the rows or samples; empty if the scores
             are not ones of rows.
         weights: a report for each merged weight, in the order of the base: rule, norms, scales, energy kept.
@@ -58,6 +60,8 @@ class MergeResult:
     refined: dict[int, float] = field(default_factory=dict)
     alpha_by_kind: dict[str, float] = field(default_factory=dict)
     alpha_errors: dict[float, float] = field(default_factory=dict)
+    alpha_default: Optional[float] = None
+    evaluations: int = 0
     standings: list[Standing] = field(default_factory=list)
     _temporary: Any = field(default=None)
 
@@ -103,6 +107,27 @@ class MergeResult:
         return f"{self.alpha:g}" + "".join(f", {kind} {alpha:g}" for kind, alpha in self.alpha_by_kind.items())
 
     @property
+    def alpha_origin(self) -> str:
+        """Where α comes from, in words; empty for a method without α, and where kinds of weights have their own."""
+        if self.alpha_default is None or self.alpha_by_kind:
+            return ""
+        if self.alpha_scores:
+            return f"chosen; the default is {self.alpha_default:g}"
+        return "the default" if self.alpha == self.alpha_default else f"given; the default is {self.alpha_default:g}"
+
+    def alpha_mark(self, alpha: float) -> str:
+        """Whether one of `alpha_scores` is the chosen α, the default, or both, in words."""
+        names = {"chosen": self.alpha, "default": self.alpha_default}
+        return ", ".join(name for name, value in names.items() if value == alpha)
+
+    @property
+    def cost(self) -> str:
+        """What choosing method and α took, in words; empty if nothing was scored for that."""
+        if not self.evaluations:
+            return ""
+        return f"{self.evaluations} merged models scored in {self.seconds.get('choosing', 0):.1f} s"
+
+    @property
     def places(self) -> list[tuple[str, ...]]:
         """`standings` as cells of a table, with the columns `STANDING_COLUMNS`."""
         return [place.cells for place in self.standings]
@@ -113,7 +138,8 @@ class MergeResult:
             f"{count} unchanged" if rule == "unchanged" else f"{count} by {rule}" for rule, count in rules.items()
         ]
         lines = [
-            f"{self.plan.method.name}: {len(self.plan.experts)} experts merged, alpha {self.scales}",
+            f"{self.plan.method.name}: {len(self.plan.experts)} experts merged, alpha {self.scales}"
+            + (f" ({self.alpha_origin})" if self.alpha_origin else ""),
             "  weights  " + ", ".join(counts),
         ]
         if self.plan.lines:
@@ -130,8 +156,11 @@ class MergeResult:
         if self.standings:
             lines += [f"    {line}" for line in plain_table([list(STANDING_COLUMNS), *map(list, self.places)])]
         if self.alpha_scores:
-            curve = ", ".join(f"{alpha:g} {score:.3f}" for alpha, score in self.alpha_scores.items())
-            lines.append(f"  by alpha {curve}; choosing took {self.seconds.get('choosing', 0):.1f} s")
+            marks = {alpha: f" ({mark})" if (mark := self.alpha_mark(alpha)) else "" for alpha in self.alpha_scores}
+            curve = ", ".join(f"{alpha:g} {score:.3f}{marks[alpha]}" for alpha, score in self.alpha_scores.items())
+            lines.append(f"  by alpha {curve}")
+        if self.cost:
+            lines.append(f"  cost     {self.cost}")
         if self.refined:
             first, last = self.refined[0], min(self.refined.values())
             lines.append(f"  refined  divergence from the experts {first:.3f} → {last:.3f} of the base's")

@@ -306,13 +306,16 @@ class MergeRun(PlannedRun):
         overrides = [*self.plan.overrides, Override(match=".", alpha=0.0)] if chosen.is_base else self.plan.overrides
         self.plan = replace(self.plan, method=method, overrides=overrides)
         reports = chosen.candidate.reports
-        rule = describe_alpha(chosen.alpha, chosen.scores, chosen.candidate.method.default_alpha)
+        merged_by = chosen.candidate.method
+        rule = describe_alpha(chosen.alpha, chosen.scores, merged_by.default_alpha, chosen.within_error)
         return MergeResult(
             output_dir=self.folder,
             alpha=chosen.alpha,
             alpha_by_kind=dict(chosen.by_kind),
             alpha_scores=chosen.scores,
             alpha_errors=chosen.errors,
+            alpha_default=merged_by.default_alpha if merged_by.tunable else None,
+            evaluations=chosen.evaluations,
             weights=[reports[name] for name in self.plan.base.names if name in reports],
             seconds=self.seconds,
             warnings=self.warnings,

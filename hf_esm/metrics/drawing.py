@@ -99,6 +99,7 @@ class Line:
         dashes: style of the line, as of `Style`.
         errors: by x, the ends of the interval of y, as far as they are known.
         marked: x of a point that is marked, such as the chosen one; None for none.
+        default: x of a point with a ring around it, such as that of a default; None for none.
         note: what the legend says after the label, such as the x of that point.
         thin: whether it is one of many that a thicker line is the mean of.
     """
@@ -109,6 +110,7 @@ class Line:
     dashes: str = "-"
     errors: dict[float, tuple[float, float]] = field(default_factory=dict)
     marked: Optional[float] = None
+    default: Optional[float] = None
     note: str = ""
     thin: bool = False
 

@@ -205,6 +205,8 @@ def plot_chart(chart: Chart, path: str | os.PathLike) -> Path:
         for x, y in line.points:
             if x in line.errors:
                 axes.plot([x, x], line.errors[x], "_-", lw=0.9, ms=4, **look)
+            if x == line.default:
+                axes.plot([x], [y], "o", ms=12, fillstyle="none", markeredgewidth=1.0, **look)
             if x == line.marked:
                 axes.plot([x], [y], "o", ms=8, markeredgecolor="black", markeredgewidth=1.2, **look)
         axes.update_datalim(line.points)  # which matplotlib does not do for lines that are moved

@@ -128,7 +128,7 @@ def test_flags_override_the_recipe(models, merged, tmp_path, given, changes):
 def test_a_merge_from_a_recipe_or_from_flags_alone(models, merged, tmp_path, capsys):
     assert run("merge", models / "recipe.yaml", "--output-dir", tmp_path / "recipe") == 0
     said = capsys.readouterr().out
-    assert "esm: 2 experts merged, alpha 1\n" in said and f"\n  written  {tmp_path / 'recipe'}\n" in said
+    assert "esm: 2 experts merged, alpha 1 (the default)\n" in said and f"\n  written  {tmp_path / 'recipe'}\n" in said
     flags = ["--base", models / "base", "--set", "gamma=0.3", "--num-samples", 5, "--no-progress"]
     flags += named("expert", {task: models / task for task in "ab"})
     flags += named("calibration", {task: models / f"{task}.jsonl" for task in "ab"})

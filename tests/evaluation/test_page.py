@@ -68,6 +68,8 @@ def row(label, method, value, tasks, **options):
         "routing": {},
         "confusion": [],
         "alpha_scores": {0: {0.2: value - 0.2, 0.4: value, 0.6: value - 0.1, 1.0: value - 0.4}},
+        "alpha_default": 1.0,
+        "choosing": {0: (9, 2.5)},
         "seconds": 3.25,
         "memory": 10**9,
         "size": 2 * 10**9,
@@ -113,7 +115,7 @@ def test_the_page_shows_every_row_and_loads_nothing(report):
     measured, text = report
     page = Page(text)
     for row in measured.rows:
-        (cells,) = [cells for cells in page.rows if cells[0] == row.label and len(cells) > 5]
+        (cells,) = [cells for cells in page.rows if cells[0] == row.label and len(cells) > 9]
         assert f"{100 * row.normalised:.1f} ({100 * row.interval[0]:.1f} to" in cells[6] or row.label == "nothing"
         assert "nan" not in "".join(cells)
     for reference in ("test rows", "the experts", "the base"):
@@ -125,6 +127,18 @@ def test_the_page_shows_every_row_and_loads_nothing(report):
         assert "url(" not in (attributes.get("style") or "")
     assert "@import" not in text and "url(" not in text
     assert "https://" not in text.replace(HOSTILE.replace('"', "&#34;").replace("<", "&lt;").replace(">", "&gt;"), "")
+
+
+def test_how_alpha_was_chosen_and_what_that_cost_is_said(report, tmp_path):
+    measured, text = report
+    head, *cells = Page(text.split("<h2>How α was chosen</h2>")[1].split("<h2>")[0]).rows
+    assert head == ["method", "default α", "chosen α", "best α", "α tried", "models scored", "time"]
+    assert ["esm", "1", "0.4", "0.4", "4", "9", "2.5 s"] in cells
+    assert len(cells) == len({str(row.alpha_scores) for row in measured.rows})  # of a routed model once
+    assert "| esm | 1 | 0.4 | 0.4 | 4 | 9 | 2.5 s |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    curves = text.split("<h3>Validation score by α</h3>")[1].split("</figure>")[0]
+    assert re.findall(r'class="mark chosen" title="esm: (.*?),', curves) == ["0.4"]
+    assert re.findall(r'class="mark default" title="esm: (.*?),', curves) == ["1"]
 
 
 def test_names_of_strangers_are_text_alone(report):

@@ -1,12 +1,13 @@
 """The choice of α: found where the scores peak, and not led astray by what a few rows cannot tell."""
 
+import json
 from functools import partial
 
 import pytest
 import torch
 
 from hf_esm import HfEsmError, merge_models
-from hf_esm.merging.alpha import search_alpha
+from hf_esm.merging.alpha import describe_alpha, search_alpha
 from hf_esm.merging.contest import climb_alpha
 from support.architectures import ARCHITECTURES
 from support.helpers import perturbed, reloaded
@@ -84,6 +85,52 @@ def test_what_is_scored_is_what_is_written(whole, tmp_path):
     found = torch.tensor([list(sums) for sums in seen], dtype=torch.float64)
     expected = torch.tensor([float(weight.float().sum()) for weight in written], dtype=torch.float64)
     assert float((found - expected).abs().amax(1).min()) < 1e-4
+
+
+SCORES = {0.4: 0.5, 0.7: 0.8, 1.0: 0.79}
+
+
+@pytest.mark.parametrize(
+    ("alpha", "within_error", "says"),
+    [
+        (0.7, False, "alpha 0.7 of 3 tried, the best"),
+        (1.0, True, "alpha 1 of 3 tried: nearest to the default 1 within one standard error of the best, 0.7"),
+        (0.7, True, "alpha 0.7 of 3 tried: nearest to the default 1 within one standard error of the best, 0.7"),
+        (0.3, True, ""),
+    ],
+)
+def test_the_rule_is_said_in_one_line(alpha, within_error, says):
+    assert describe_alpha(alpha, SCORES, 1.0, within_error) == says
+
+
+def test_where_alpha_comes_from_is_printed_and_in_the_card_and_the_report(tmp_path):
+    base = ARCHITECTURES["bert"].build(num_hidden_layers=1)
+    experts, seen = {f"t{i}": perturbed(base, 0.05, i) for i in range(2)}, []
+
+    def score(model):
+        seen.append(float(model.encoder.layer[0].output.dense.weight.detach().norm()))
+        return -abs(len(seen) - 3)  # the third of 0.1, 0.4, 0.7, … is the best, whatever the model
+
+    results, cards = {}, {}
+    for name, alpha in {"default": None, "given": 0.5, "chosen": "auto"}.items():
+        options = {"alpha": alpha, "score_fn": score if alpha == "auto" else None, "output_dir": tmp_path / name}
+        results[name] = merge_models(base, experts, method="tsv-m", progress=False, **options)
+        cards[name] = (tmp_path / name / "README.md").read_text()
+    default = results["default"].alpha
+    assert f"alpha {default:g} (the default)\n" in str(results["default"])
+    assert f"α = {default:g} is the default." in cards["default"]
+    assert f"alpha 0.5 (given; the default is {default:g})\n" in str(results["given"])
+    assert f"α = 0.5 is given; the default is {default:g}." in cards["given"]
+    found, report = results["chosen"], json.loads((tmp_path / "chosen" / "merge_report.json").read_text())
+    tried = len(found.alpha_scores)
+    assert found.alpha == 0.7 and found.evaluations == report["evaluations"] == tried < len(seen)
+    assert report["alpha_default"] == default
+    cost = f"{tried} merged models scored in {found.seconds['choosing']:.1f} s"
+    text, card = str(found), cards["chosen"]
+    assert "alpha 0.7 (chosen; the default is 1)\n" in text and f"  cost     {cost}\n" in text
+    assert ", 0.7 0.000 (chosen), " in text and ", 1 -1.000 (default), " in text
+    assert f"That took {cost}." in card and f"alpha 0.7 of {tried} tried, the best" in card
+    assert "| 0.7 | 0.000 | chosen |" in card and "| 1 | -1.000 | default |" in card
 
 
 def test_scores_every_candidate_once():

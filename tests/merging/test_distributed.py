@@ -244,6 +244,6 @@ def test_the_example_and_the_command_line_run_on_two_processes(folder, name):
     result = merge_models(folder / "base", experts, calibration=files, progress=False)
     assert largest_difference(weights(folder / name / "found"), weights(result.output_dir)) < 1e-4
     main, other = ranks(folder, name)
-    assert "esm: 2 experts merged, alpha 1\n" in main["stdout"]
+    assert "esm: 2 experts merged, alpha 1 (the default)\n" in main["stdout"]
     assert other["stdout"] == other["stderr"] == ""
     assert main.get("status", 0) == other.get("status", 0) == 0
