@@ -188,11 +188,10 @@ def test_a_place_that_must_not_be_written_to_is_named(tmp_path, monkeypatch, num
         raise OSError(number, "no", str(tmp_path / ".out.lock"))
 
     monkeypatch.setattr(FileLock, "acquire", fail)
-    with (
-        pytest.raises(HfEsmError, match=f"no permission to write to {tmp_path}. Choose"),
-        staging_folder(tmp_path / "out"),
-    ):
-        pass
+    monkeypatch.chdir(tmp_path)
+    for output in (tmp_path / "out", Path("out")):
+        with pytest.raises(HfEsmError, match=f"no permission to write to {tmp_path}. Choose"), staging_folder(output):
+            pass
 
 
 @pytest.fixture
