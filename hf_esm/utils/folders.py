@@ -67,7 +67,8 @@ def only_user(lock: Path, message: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        raise HfEsmError(f"There is no permission to write to {lock.parent.absolute()}. Choose another place.") from None
+        place = lock.parent.absolute()
+        raise HfEsmError(f"There is no permission to write to {place}. Choose another place.") from None
     try:
         yield
     finally:
