@@ -214,6 +214,6 @@ def _counts(figures: Figures, rows: Sequence[Row]) -> Optional[Chart]:
         caption=f"Merges of the first tasks, in the order {', '.join(figures.experts)}; mean over the tasks of the "
         f"merge. {DRAWS} {APART}",
         xlabel="number of tasks merged",
-        ylabel=f"{SHARE}, mean over tasks",
+        ylabel=SHARE,
         lines=drawn,
     )

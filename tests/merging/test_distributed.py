@@ -65,6 +65,7 @@ def folder(tmp_path_factory):
         "no statistics": arguments(folder, calibration=None, method="tsv-m"),
         "trimmed": arguments(folder, calibration=None, method="ties"),
         "dropped": arguments(folder, calibration=None, method="della"),
+        "solved": arguments(folder, calibration=None, method="wudi"),
         "shards": arguments(folder, calibration=None, method="tsv-m", max_shard_size="20KB"),
         "routed": arguments(folder, method={"name": "esm++", "rank": 4}),
         "learned": arguments(
@@ -84,7 +85,9 @@ def folder(tmp_path_factory):
         merge_models(**{**case, "progress": False, **kept}, output_dir=folder / name / "expected")
     saved = str(folder / "sharded" / "expected statistics")
     cases["same statistics"] = arguments(folder, calibration=saved)
-    merge_models(**cases["same statistics"], output_dir=folder / "same statistics" / "expected")
+    cases["projected"] = arguments(folder, calibration=saved, method="cat")
+    for name in ("same statistics", "projected"):
+        merge_models(**cases[name], output_dir=folder / name / "expected")
     (folder / "cases.json").write_text(json.dumps(cases))
     launch(Path(__file__).parents[1] / "support" / "merge_on_ranks.py", folder)
     return folder
@@ -98,6 +101,7 @@ def ranks(folder, name):
 KEEP = {"keep_adapter": True}
 CASES = {  # relative error of every weight, against one process
     "same statistics": 1e-6,
+    "projected": 1e-6,
     "no statistics": 1e-6,
     "sharded": 1e-4,
     "one sample": 1e-4,
@@ -105,6 +109,7 @@ CASES = {  # relative error of every weight, against one process
     "alpha": 1e-4,
     "trimmed": 1e-6,
     "dropped": 1e-6,
+    "solved": 1e-6,
     "shards": 1e-6,
     "routed": 1e-4,
     "learned": 1e-2,  # Adam's first steps have one length however small a gradient is
