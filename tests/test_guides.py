@@ -40,7 +40,7 @@ def plain(text):
     """The lines of what was printed, without numbers, the width of columns and the order of candidates."""
     lines = [line for line in text.strip().splitlines() if not line.startswith(("  by alpha", "  cost"))]  # left out
     lines = [re.sub(r"-?\d+(\.\d+)?( [kKMG]?B\b)?", "#", line) for line in lines]
-    lines = [re.sub(r"; alpha # of # tried, .*", "", line) for line in lines]  # as is the rule that chose
+    lines = [re.sub(r"; alpha # of # tried.*", "", line) for line in lines]  # as is the rule that chose
     return sorted(re.sub(r"; [\w-]+ is # behind", "; # is # behind", " ".join(line.split())) for line in lines)
 
 

@@ -226,20 +226,24 @@ def _cells(comparison: Comparison) -> list[list[str]]:
 
 def _alpha_cells(rows: list[Row]) -> list[list[str]]:
     """The text of a table of how α was chosen, by seed, and what that cost; empty if α was not searched."""
-    known = {str(row.alpha_scores): row for row in reversed(rows)}.values()  # a routed model has two rows
-    table = [
-        [
-            row.label + (f", seed {seed}" if len(row.alpha_scores) > 1 else ""),
-            "–" if row.alpha_default is None else f"{row.alpha_default:g}",
-            f"{row.alphas[seed]:g}",
-            f"{max(scores, key=lambda alpha: scores[alpha]):g}",
-            str(len(scores)),
-            *((str(row.choosing[seed][0]), f"{row.choosing[seed][1]:.1f} s") if seed in row.choosing else ("–", "–")),
-        ]
-        for row in reversed(known)
-        for seed, scores in row.alpha_scores.items()
-        if seed in row.alphas
-    ]
+    table: list[list[str]] = []
+    seen: list[Any] = [{}]
+    for row in rows:
+        if row.alpha_scores in seen:  # a routed model has a second row
+            continue
+        seen.append(row.alpha_scores)
+        for seed, scores in row.alpha_scores.items():
+            models, seconds = row.choosing.get(seed, (None, 0.0))
+            table.append(
+                [
+                    row.label + (f", seed {seed}" if len(row.alpha_scores) > 1 else ""),
+                    "–" if row.alpha_default is None else f"{row.alpha_default:g}",
+                    f"{row.alphas[seed]:g}" if seed in row.alphas else "–",
+                    f"{max(scores, key=lambda alpha: scores[alpha]):g}",
+                    str(len(scores)),
+                    *(("–", "–") if models is None else (str(models), f"{seconds:.1f} s")),
+                ]
+            )
     head = ["method", "default α", "chosen α", "best α", "α tried", "models scored", "time"]
     return [head, *table] if table else []
 
