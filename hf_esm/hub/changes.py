@@ -1,9 +1,14 @@
-"""Changes of a card that is written already: sections, the name under which it is pushed, other experts."""
+"""Changes of a card that is written already: sections, the name under which it is pushed, other experts; and of the
+recipe beside it.
+"""
 
+import json
 import re
-from collections.abc import Collection
-from typing import Optional
+from collections.abc import Collection, Mapping
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, Optional
 
+import yaml
 from huggingface_hub import ModelCard
 
 from ..utils import markdown_text
@@ -30,6 +35,60 @@ def pushed_card(card: str, repo_id: str) -> str:
         card = card.replace(f'"{earlier[1]}"', f'"{repo_id}"')
     name = repo_id.rpartition("/")[2]
     return re.sub(r"^(model-index:\n- name: ).*$", lambda found: found[1] + name, card, flags=re.MULTILINE)
+
+
+def local_paths(recipe: str) -> dict[str, str]:
+    """The absolute paths of models and files that a recipe names, by the keys that lead to them."""
+    found: dict[str, str] = {}
+
+    def search(value: Any, place: str) -> None:
+        if isinstance(value, Mapping):
+            for key, part in value.items():
+                search(part, place if key == "path" else f"{place}.{key}")
+        elif isinstance(value, list):
+            for part in value:
+                search(part, place)
+        elif isinstance(value, str) and _name_of(value) != value:
+            found[place] = value
+
+    read = yaml.safe_load(recipe)
+    for key in ("base", "experts", "calibration"):
+        search(read.get(key), key)
+    return found
+
+
+def pushed_recipe(recipe: str) -> str:
+    """A recipe without the paths of its owner's machine.
+
+    Models of the Hub keep their ids. Of every other model and every file, the name is left; a comment says so.
+    """
+    if not (paths := local_paths(recipe)):
+        return recipe
+    comments = [" ".join(map(_name_of, line.split(" "))) for line in recipe.splitlines() if line.startswith("#")]
+    comments.append(f"# Not on the Hub, so that only the name is left. Put the path of yours: {', '.join(paths)}.")
+
+    def public(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: public(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [public(part) for part in value]
+        return _name_of(value) if value in paths.values() else value
+
+    text = yaml.safe_dump(public(yaml.safe_load(recipe)), sort_keys=False, allow_unicode=True)
+    return "\n".join([*comments, text])
+
+
+def pushed_report(report: str, recipe: str) -> str:
+    """The report of a merge, as JSON, without the paths that its recipe names."""
+    for path in sorted(local_paths(recipe).values(), key=len, reverse=True):
+        report = report.replace(json.dumps(path, ensure_ascii=False)[1:-1], _name_of(path))
+    return report
+
+
+def _name_of(path: str) -> str:
+    """The name of a file or folder by its absolute path; any other text as it is."""
+    whole = PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+    return PureWindowsPath(path).name if whole else path  # which divides at slashes, too
 
 
 def card_with_experts(

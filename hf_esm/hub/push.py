@@ -18,7 +18,9 @@ from ..checkpoints import (
     EVALUATION_FOLDER,
     HEADS_FOLDER,
     PICTURES_FOLDER,
+    RECIPE_FILE,
     REFINED_FOLDER,
+    REPORT_FILE,
     ROUTED_FOLDER,
     ROUTER_FEATURES,
     SCORES_PICTURE,
@@ -27,9 +29,9 @@ from ..checkpoints import (
     read_settings,
 )
 from ..errors import HfEsmError
-from ..utils import ask_hub, check_known, plain_hub_errors, staging_folder
+from ..utils import ask_hub, check_known, plain_hub_errors, reading, staging_folder
 from .cards import write_adapter_card
-from .changes import pushed_card
+from .changes import pushed_card, pushed_recipe, pushed_report
 from .hashes import read_hashes
 
 
@@ -64,7 +66,8 @@ def push_folder(
 
     Args:
         folder: a folder that a merge wrote. Calibration samples in it are not uploaded. It is not changed: the card
-            that is uploaded says how to load the model from the repository.
+            that is uploaded says how to load the model from the repository, and recipe and report name no folder
+            of this machine.
         repo_id: repository on the Hub, which is created if it does not exist.
         base_model: Hub id of the static model.
         private: whether the repository is to be private.
@@ -120,13 +123,20 @@ def _warn_of_samples(folder: Path, repo_id: str) -> None:
 
 
 def _stage_model(folder: Path, staging: Path, repo_id: str) -> None:
-    """Make `staging` a folder of links to the files in `folder`, with a card that names the repository."""
+    """Make `staging` a folder of links to the files in `folder`, with a card that names the repository, and a recipe
+    and a report without paths of this machine.
+    """
     shutil.copytree(folder, staging, copy_function=_link)
-    card = staging / CARD_FILE
-    if card.is_file():
-        text = pushed_card(card.read_text(encoding="utf-8", errors="surrogateescape"), repo_id)
-        card.unlink()  # a link: the file that it leads to stays as it is
-        card.write_text(text, encoding="utf-8", errors="surrogateescape")
+    changes = {CARD_FILE: partial(pushed_card, repo_id=repo_id), RECIPE_FILE: pushed_recipe}
+    if (folder / RECIPE_FILE).is_file():
+        recipe = (folder / RECIPE_FILE).read_text(encoding="utf-8", errors="surrogateescape")
+        changes[REPORT_FILE] = partial(pushed_report, recipe=recipe)
+    for name, change in changes.items():
+        if (path := staging / name).is_file():
+            with reading(folder / name):
+                text = change(path.read_text(encoding="utf-8", errors="surrogateescape"))
+            path.unlink()  # a link: the file that it leads to stays as it is
+            path.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def _link(source: str, target: str) -> None:

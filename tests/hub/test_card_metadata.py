@@ -1,5 +1,6 @@
 """Cards as the Hub takes them: their metadata, what their snippets load, and what changes with the experts."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from hf_esm import Scores, merge_models, update_card
 from hf_esm.checkpoints import ModelSource
 from hf_esm.hub import licence_metadata, public_name
 from hf_esm.hub.cards import write_adapter_card
-from hf_esm.hub.changes import card_with_experts, pushed_card
+from hf_esm.hub.changes import card_with_experts, pushed_card, pushed_recipe, pushed_report
 from hf_esm.merging.card import write_card
 from hf_esm.metrics.metric import ACCURACY
 from hf_esm.metrics.scores import Outcome
@@ -95,6 +96,32 @@ def test_a_pushed_card_loads_from_the_repository_also_when_it_is_pushed_again(ro
     assert '"me/routed"' not in second and second == pushed_card(card, "you/other")
     named = pushed_card("---\nmodel-index:\n- name: merged\n  results: []\n---\nmodel = 1\n", "you/other")
     assert named == "---\nmodel-index:\n- name: other\n  results: []\n---\nmodel = 1\n"
+
+
+def test_a_pushed_recipe_names_no_folder_of_its_owner(tmp_path):
+    recipe = {
+        "base": {"path": "me/base", "revision": COMMIT},
+        "experts": {"a": str(tmp_path / "my models" / "bert-a"), "b": {"path": r"C:\models\b", "task": "b"}},
+        "calibration": {"a": "calibration/a.safetensors", "b": {"samples": str(tmp_path / "b.jsonl")}},
+        "overrides": [{"match": "/query", "alpha": 0.5}],
+    }
+    note = "# After this merge, 'c' was added, from {} (licence: mit)."
+    text = pushed_recipe(yaml.safe_dump(recipe) + f"\n{note.format(tmp_path / 'c')}\n")
+    assert str(tmp_path) not in text and "C:" not in text
+    assert text.splitlines()[:2] == [
+        note.format("c"),
+        "# Not on the Hub, so that only the name is left. Put the path of yours: experts.a, experts.b, "
+        "calibration.b.samples.",
+    ]
+    recipe["experts"], recipe["calibration"]["b"] = (
+        {"a": "bert-a", "b": {"path": "b", "task": "b"}},
+        {"samples": "b.jsonl"},
+    )
+    assert yaml.safe_load(text) == recipe
+    assert pushed_recipe(text) == text  # when it is pushed again
+    report = json.dumps({"warnings": [f"{tmp_path / 'my models' / 'bert-a'}: its config differs."]})
+    named = yaml.safe_dump({"experts": {"a": str(tmp_path / "my models" / "bert-a")}})
+    assert pushed_report(report, named) == '{"warnings": ["bert-a: its config differs."]}'
 
 
 def outcome(right, count):

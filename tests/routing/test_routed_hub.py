@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 from hf_esm import HfEsmError, RoutedModel, calibrate, evaluate, load_task_model
 from hf_esm.cli.main import main
 from hf_esm.hub import push_folder
+from hf_esm.hub.changes import pushed_recipe, pushed_report
 from support.hub import ABSENT, TOKEN, process
 from support.hub_server import HubServer, Repo
 from support.routed_toys import equal, expert, merge_bert, task_texts
@@ -159,7 +160,11 @@ def test_what_is_pushed_is_the_whole_folder_but_the_samples(hub, online, merged)
     for name in ("me/static", "me/secret"):
         expected = {path: at.read_bytes() for path, at in on_disk.items() if path not in samples}
         expected["README.md"] = expected["README.md"].replace(b'"path/to/this/model"', f'"{name}"'.encode())
+        recipe, report = (expected[file].decode() for file in ("merge_recipe.yaml", "merge_report.json"))
+        expected |= {"merge_recipe.yaml": pushed_recipe(recipe).encode()}
+        expected |= {"merge_report.json": pushed_report(report, recipe).encode()}
         assert files(hub, name) == expected
+        assert not [path for path, content in expected.items() if str(merged.parent).encode() in content]
     assert b'RoutedModel.from_pretrained("me/static")' in files(hub, "me/static")["README.md"]
     assert hub.repos["me/secret"].private
     assert not hub.repos["me/static"].private
