@@ -2,6 +2,7 @@
 
     python -m venv MK && MK/bin/pip install mergekit==0.1.5 torch==2.13.0
     python benchmarks/against_mergekit.py FOLDER --mergekit MK/bin/python [--hidden 512 --layers 4 --experts 3]
+    python benchmarks/against_mergekit.py FOLDER --mergekit MK/bin/python --times-only [--before CHECKOUT --repeat 3]
 
 mergekit has an environment of its own, as its dependencies are not ours. The script makes a Llama of random weights
 and experts of it in FOLDER, and merges them by both programs with equal settings: `density_scope: tensor`, and the
@@ -17,6 +18,10 @@ base's standard deviation.
                and imports: on the clock, and in brackets of one processor
     peak       of its resident memory (`ru_maxrss`, with the mapped pages of the checkpoints)
 
+With `--times-only`, weights are not compared: each of the `--timed` cases is run by each program in turn, `--repeat`
+times, and the table has the minimum and the median of each. `--before` names a checkout of an earlier version of ours,
+which is run, too.
+
 Without `--mergekit`, ours alone is run. FOLDER keeps the table as `table.md`; the models are removed. Linux only.
 """
 
@@ -24,6 +29,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -104,6 +110,15 @@ CASES = [
         per_model={**ONE, "density": 0.5, "epsilon": 0.2},
         draws=True,
     ),
+    Case(
+        "dare_linear",
+        "dare_linear",
+        {"name": "dare", "density": 0.5},
+        {"lambda": 0.3},
+        {**ONE, "density": 0.5},
+        0.3,
+        draws=True,
+    ),
     Case("model_stock", "model_stock", {"name": "model-stock"}),
     Case("slerp", "slerp", {"name": "slerp", "t": 0.3}, {"t": 0.3}, base="expert0", experts=2),
     Case("nuslerp", "nuslerp", {"name": "nuslerp"}, per_model=ONE, experts=2),
@@ -157,6 +172,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=8000)
     parser.add_argument("--update", type=float, default=0.2, help="size of the updates, of the base's weights")
+    parser.add_argument("--times-only", action="store_true", help="do not compare weights")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of every program, with `--times-only`")
+    parser.add_argument("--before", type=Path, help="a checkout of an earlier version of ours")
     parser.add_argument("--merge", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.merge:
@@ -166,10 +184,14 @@ def main() -> None:
     work = args.folder / "models"
     work.mkdir(parents=True)
     try:
-        parameters = write_models(work, args)
+        dtypes = ["bfloat16"] if args.times_only else ["float32", "bfloat16"]
+        parameters = write_models(work, args, dtypes)
         experts = f"{args.experts} experts of {parameters / 1e6:.1f} M parameters"
         print(f"{experts}; one thread of a machine with a load of {os.getloadavg()[0]:.1f}", flush=True)
         programs = {"ours": None} | ({"theirs": args.mergekit} if args.mergekit else {})
+        if args.times_only:
+            write_times(work, args, programs)
+            return
         for dtype in ("float32", "bfloat16"):
             for python in programs.values():
                 run(work, cases, args.experts, dtype, python)
@@ -189,8 +211,31 @@ def main() -> None:
         shutil.rmtree(work)
 
 
-def write_models(work: Path, args: argparse.Namespace) -> int:
-    """Write the base and the experts in float32, and rounded to bfloat16; return the number of parameters."""
+def write_times(work: Path, args: argparse.Namespace, programs: dict[str, Optional[Path]]) -> None:
+    """Run the timed cases by all programs in turn, and write the table of the times."""
+    names = [*(["before"] if args.before else []), *programs]
+    columns = [f"{what}: {name}" for what in ("seconds", "processor", "peak in MB") for name in names]
+    lines = [f"| case | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
+    print("\n".join(lines), flush=True)
+    for case in [case for case in CASES if case.label in args.timed]:
+        runs = defaultdict(list)
+        for _ in range(args.repeat):
+            for name in names:
+                checkout = args.before if name == "before" else None
+                runs[name].append(run(work, [case], args.experts, "bfloat16", programs.get(name), checkout))
+                shutil.rmtree(output(work, case, "bfloat16", "theirs" if name == "theirs" else "ours"))
+        cells = []
+        for i, form in enumerate(("{:.1f}", "{:.1f}", "{:.0f}")):
+            for name in names:
+                values = [found[i] / (1e6 if i == 2 else 1) for found in runs[name]]
+                cells.append(" / ".join(form.format(of(values)) for of in (min, statistics.median)))
+        lines.append(f"| {case.label} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    (args.folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_models(work: Path, args: argparse.Namespace, dtypes: list[str]) -> int:
+    """Write the base and the experts in these dtypes; return the number of parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -206,7 +251,7 @@ def write_models(work: Path, args: argparse.Namespace) -> int:
     model = LlamaForCausalLM(config)
 
     def write(name: str) -> None:
-        for dtype in ("float32", "bfloat16"):
+        for dtype in dtypes:
             rounded = {key: weight.to(getattr(torch, dtype)) for key, weight in model.state_dict().items()}
             model.save_pretrained(work / dtype / name, state_dict=rounded)
             written = work / dtype / name / "config.json"
@@ -227,8 +272,10 @@ def write_models(work: Path, args: argparse.Namespace) -> int:
     return sum(weight.numel() for weight in start.values())
 
 
-def run(work: Path, cases: list[Case], count: int, dtype: str, python: Optional[Path]) -> tuple[float, float, int]:
-    """Merge cases in one new process, of mergekit's Python if it is given, of ours if not.
+def run(
+    work: Path, cases: list[Case], count: int, dtype: str, python: Optional[Path], checkout: Optional[Path] = None
+) -> tuple[float, float, int]:
+    """Merge cases in one new process, of mergekit's Python if it is given, of ours if not (in another checkout).
 
     Returns the seconds on the clock and of one processor, and the peak of the resident memory in bytes.
     """
@@ -242,6 +289,8 @@ def run(work: Path, cases: list[Case], count: int, dtype: str, python: Optional[
         command = [str(python), "-c", DRIVER, str(file)]
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if checkout is not None:
+        environment["PYTHONPATH"] = str(checkout.absolute())
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     said = process.stderr.read()

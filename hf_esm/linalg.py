@@ -7,7 +7,7 @@ that is far smaller: the update of a LoRA expert costs what its rank does. With 
 float32, and leading directions by randomised iteration.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Optional
 
@@ -280,9 +280,37 @@ def working_dtype(tolerance: float) -> torch.dtype:
 
 
 def norm(tensor: Tensor) -> Tensor:
-    """Return the Frobenius norm, summed in float64; piece by piece, since torch copies what it converts."""
-    pieces = tensor.reshape(-1).split(2**17)
-    return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).norm()
+    """Return the Frobenius norm, float64; of large float32 tensors to 1e-8."""
+    flat = tensor.reshape(-1)
+    if flat.dtype == torch.float32 and len(flat) >= 2**20:
+        rows = len(flat) // 1024  # in float32, which is many times faster, short rows are summed without loss
+        parts = torch.linalg.vector_norm(flat[: 1024 * rows].view(rows, 1024), dim=1), flat[1024 * rows :]
+        whole = torch.cat(parts).double().norm()
+        if 1e-10 < whole < 1e18:  # float32 holds the squares
+            return whole
+    return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for (piece,) in pieces(flat)]).norm()
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split tensors of one number of entries alike, into flat pieces that a processor's cache holds.
+
+    Steps on pieces make no copy of a whole tensor, as every conversion of a dtype does. A piece of a contiguous tensor
+    is a view, which can be written to.
+    """
+    return zip(*(tensor.reshape(-1).split(2**17) for tensor in tensors), strict=True)
+
+
+def piecewise(function: Callable[..., Tensor], *tensors: Tensor, out: Optional[Tensor] = None) -> Tensor:
+    """Return what a function of entries makes of tensors of one shape, float32, computed piece by piece.
+
+    Args:
+        function: of flat pieces of the tensors, called from the first piece to the last.
+        out: a contiguous tensor of that shape, which is filled and returned instead of a new one.
+    """
+    result = torch.empty(tensors[0].shape, dtype=torch.float32, device=tensors[0].device) if out is None else out
+    for entries, *parts in pieces(result, *tensors):
+        entries.copy_(function(*parts))
+    return result
 
 
 def _few(rank: int, matrix: Tensor) -> bool:

@@ -216,7 +216,7 @@ def test_merges_are_compared_with_another_program_entry_by_entry(tmp_path, monke
     """mergekit itself is no dependency of the tests: the literal mean stands in for it."""
     script = runpy.run_path(str(SCRIPT.with_name("against_mergekit.py")))["main"].__globals__
 
-    def in_this_process(work, cases, count, dtype, python):
+    def in_this_process(work, cases, count, dtype, python, checkout=None):
         for case in cases:
             job = script["ours" if python is None else "theirs"](work, case, ["expert0", "expert1"], dtype)
             if python is None:
@@ -240,6 +240,12 @@ def test_merges_are_compared_with_another_program_entry_by_entry(tmp_path, monke
     assert float(difference) < 1e-6 and off[0] == off[1] and (seconds, peak) == ("2.5 (1.5)", "3")
     assert float(ties[1]) > 0.1 and ties[5].strip() != "100.00 %"
     assert not (tmp_path / "models").exists() and "2 experts of 0.0 M parameters" in capsys.readouterr().out
+    times = ["--times-only", "--repeat=2", f"--before={tmp_path}", "--timed", "linear"]
+    monkeypatch.setattr(sys, "argv", ["against_mergekit.py", str(tmp_path), "--mergekit=python", *times, *sizes])
+    script["main"]()
+    header, _, row = (tmp_path / "table.md").read_text().splitlines()
+    assert header.split("|")[1:-1][1:4] == [" seconds: before ", " seconds: ours ", " seconds: theirs "]
+    assert row == "| linear |" + 3 * " 2.5 / 2.5 |" + 3 * " 1.5 / 1.5 |" + 3 * " 3 / 3 |"
     assert len({case.label for case in script["CASES"]}) == len(script["CASES"])
     for case in script["CASES"]:
         assert resolve_method(case.ours).most_experts in (None, case.experts)

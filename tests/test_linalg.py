@@ -326,12 +326,13 @@ def test_every_decomposition_works_in_float64(dtype):
 
 
 @seeds
-@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (4, 3, 2), (0, 4), (2, 100_000)])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (4, 3, 2), (0, 4), (2, 100_000), (3, 1_500_001)])
 def test_norms_are_frobenius_norms(seed, shape):
     for scale in (1e-25, 1.0, 1e25):
         tensor = scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         assert norm(tensor).dtype == torch.float64
-        assert float(norm(tensor)) == pytest.approx(float(tensor.double().square().sum().sqrt()), rel=1e-9, abs=0)
+        error = 1e-9 if tensor.numel() < 2**20 else 1e-8
+        assert float(norm(tensor)) == pytest.approx(float(tensor.double().square().sum().sqrt()), rel=error, abs=0)
 
 
 @seeds

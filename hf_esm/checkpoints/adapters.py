@@ -141,7 +141,7 @@ class AdapterCheckpoint(DerivedCheckpoint):
         weight = self._replaced[live] if live in self._replaced else self.base.tensor(source)
         return (weight + self._additions[live](weight)).to(weight.dtype) if live in self._additions else weight
 
-    def update(self, name: str, base: Tensor) -> Tensor:
+    def update(self, name: str, base: Tensor, out: Optional[Tensor] = None) -> Tensor:
         live = self.names[name]
         weight = self._replaced.get(live, base).to(base.device)
         update = weight.float() - base.float()

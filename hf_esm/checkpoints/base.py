@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 
 from ..architecture import LinearMap, canonical_names, embeddings, linear_maps, untie
 from ..errors import HfEsmError
+from ..linalg import piecewise
 from .configs import buildable
 from .quantised import refuse_quantised
 
@@ -135,9 +136,14 @@ class Checkpoint:
         """Read a weight, by its canonical name, in its stored dtype, on the CPU."""
         raise NotImplementedError
 
-    def update(self, name: str, base: Tensor) -> Tensor:
-        """Return the update of a weight: its difference from the base's weight, float32, on the device of `base`."""
-        return self.tensor(name).to(base.device, torch.float32) - base.float()
+    def update(self, name: str, base: Tensor, out: Optional[Tensor] = None) -> Tensor:
+        """Return the update of a weight: its difference from the base's weight, float32, on the device of `base`.
+
+        Args:
+            out: a contiguous tensor of that kind, which may be filled and returned instead of a new one.
+        """
+        tuned = self.tensor(name).to(base.device)
+        return piecewise(lambda one, other: one.float() - other.float(), tuned, base, out=out)
 
     def residual(self, name: str, merged: Tensor) -> Tensor:
         """Return the difference of a weight from that of a merged model, float32, on the device of `merged`; 0 in rows

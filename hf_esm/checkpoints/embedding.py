@@ -72,8 +72,9 @@ class EmbeddingCheckpoint(Checkpoint):
     def tensor(self, name: str) -> Tensor:
         return self.modules.tensors[name] if name in self.modules.tensors else self.body.tensor(name)
 
-    def update(self, name: str, base: Tensor) -> Tensor:
-        return super().update(name, base) if name in self.modules.tensors else self.body.update(name, base)
+    def update(self, name: str, base: Tensor, out: Optional[Tensor] = None) -> Tensor:
+        owner = super() if name in self.modules.tensors else self.body
+        return owner.update(name, base, out)
 
     def residual(self, name: str, merged: Tensor) -> Tensor:
         of_modules = name in self.modules.tensors

@@ -106,7 +106,7 @@ class RoutedTask(DerivedCheckpoint):
     def tensor(self, name: str) -> Tensor:
         return self._exact(name).to(self.dtype(name))
 
-    def update(self, name: str, base: Tensor) -> Tensor:
+    def update(self, name: str, base: Tensor, out: Optional[Tensor] = None) -> Tensor:
         return self._exact(name).to(base.device, torch.float32) - base.float()
 
     def _of_head(self, name: str) -> bool:
@@ -226,10 +226,10 @@ class PartExpert(DerivedCheckpoint):
     def tensor(self, name: str) -> Tensor:
         return self.expert.tensor(self._inner[name]) if name in self._inner else self.base.tensor(name)
 
-    def update(self, name: str, base: Tensor) -> Tensor:
+    def update(self, name: str, base: Tensor, out: Optional[Tensor] = None) -> Tensor:
         if name not in self._inner:
             return torch.zeros_like(base, dtype=torch.float32)
-        return self.expert.update(self._inner[name], base)
+        return self.expert.update(self._inner[name], base, out)
 
     def residual(self, name: str, merged: Tensor) -> Tensor:
         if name not in self._inner:

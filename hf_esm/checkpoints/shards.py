@@ -1,4 +1,4 @@
-"""Safetensors files that are written one tensor at a time, in any order, by one process or several."""
+"""Safetensors files that are read and written one tensor at a time, in any order, by one process or several."""
 
 import json
 import os
@@ -8,9 +8,11 @@ from typing import Any, BinaryIO, Optional
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import HfEsmError
+from ..utils import reading
 
 
 # The dtypes that the safetensors format has, by torch's.
@@ -32,6 +34,61 @@ DTYPE_CODES = {
     torch.float8_e5m2: "F8_E5M2",
     torch.float8_e8m0fnu: "F8_E8M0",
 }
+DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+
+class TensorFile:
+    """Maps tensors of a safetensors file, each by itself, so that its pages are in memory only while the tensor is.
+
+    What `safe_open` returns keeps all pages that were read of the file in memory, until the file is closed.
+
+    Attributes:
+        headers: `(shape, code of the dtype)` of every tensor by its name.
+    """
+
+    def __init__(self, path: Path, title: str):
+        """Read the header.
+
+        Args:
+            path: the file.
+            title: name of the model in messages.
+
+        Raises:
+            DamagedFileError: if the file is missing, or is not one of safetensors.
+        """
+        self.path, self._named = path, f"{title}: {path}"
+        self.headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        with reading(path, self._named):
+            self._state = _state(path)
+            checked = safe_open(path, "pt")
+            for key in sorted(checked.keys()):
+                header = checked.get_slice(key)
+                self.headers[key] = (tuple(header.get_shape()), header.get_dtype())
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                entries = json.loads(file.read(size))
+            self._places = {key: [8 + size + end for end in entries[key]["data_offsets"]] for key in self.headers}
+
+    def read(self, key: str) -> Tensor:
+        """Return a tensor.
+
+        Raises:
+            DamagedFileError: if the file was removed.
+            HfEsmError: if it was changed since its header was read.
+        """
+        (shape, code), (start, end) = self.headers[key], self._places[key]
+        with reading(self.path, self._named):
+            if _state(self.path) != self._state:
+                raise HfEsmError(f"{self._named} was changed while it was being read. Start again.")
+            data = torch.from_file(str(self.path), shared=False, size=self._state[0], dtype=torch.uint8)[start:end]
+        aligned = start % DTYPES[code].itemsize == 0
+        return (data if aligned else data.clone()).view(DTYPES[code]).reshape(shape)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """Return what tells a file from a later one of its name."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
 
 
 class ShardedWriter:

@@ -3,12 +3,12 @@
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any, Optional
+from weakref import WeakValueDictionary
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -20,7 +20,7 @@ from .configs import buildable
 from .conversion import StoredWeights
 from .layout import CONFIG_FILE, PICKLED_WEIGHTS, WEIGHTS_FILE
 from .quantised import ACTIVATION_SCALES, dense_config, dense_dtype, dequantiser, quantisation_name
-from .shards import DTYPE_CODES
+from .shards import DTYPES, TensorFile
 from .written import load_read, load_written
 
 
@@ -83,7 +83,7 @@ class FolderCheckpoint(Checkpoint):
         self.names, self.missing = dict(self._weights.names), list(self._weights.missing)
         needless = ACTIVATION_SCALES if self.quantised else "(?!)"
         self.extra = [key for key in self._weights.extra if not re.search(needless, key)]
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        self._last: tuple[str, MutableMapping[str, Tensor]] = ("", {})
 
     def _stored_weights(self) -> StoredWeights:
         return StoredWeights(self.skeleton, self.files.headers, self.files.meta, self._quantiser)
@@ -131,9 +131,13 @@ class FolderCheckpoint(Checkpoint):
         live = self.names[name]
         group = self._weights.group_of(live)
         last = self._last  # another thread may replace the pair meanwhile
-        if last[0] != group:
-            self._last = last = (group, self._read(group))
-        return last[1][live]
+        weight = last[1].get(live) if last[0] == group else None
+        if weight is None:
+            weights = self._read(group)
+            weight = weights[live]
+            # A weight that was read alone is there as long as a caller holds it.
+            self._last = (group, weights if len(weights) > 1 else WeakValueDictionary(weights))
+        return weight
 
     def _read(self, group: str) -> dict[str, Tensor]:
         """Read a group of weights, and dequantise them if they are quantised."""
@@ -230,13 +234,10 @@ class TensorFiles:
         headers, file_of = {}, {}
         as_saved = not is_file(folder / _INDEX) or "metadata" in _read_index(folder / _INDEX, title)
         for path in paths:
-            with reading(path, f"{title}: {path}"):
-                file = safe_open(path, "pt")
-            for key in sorted(file.keys()):
-                header = file.get_slice(key)
-                headers[key] = (tuple(header.get_shape()), stored_dtype(header.get_dtype(), key, title))
-                file_of[key] = file
-        return cls(headers, lambda key: file_of[key].get_tensor(key), as_saved=as_saved)
+            file = TensorFile(path, title)
+            for key, (shape, code) in file.headers.items():
+                headers[key], file_of[key] = (shape, stored_dtype(code, key, title)), file
+        return cls(headers, lambda key: file_of[key].read(key), as_saved=as_saved)
 
     @classmethod
     def _open_pickle(cls, paths: list[Path], title: str) -> "TensorFiles":
@@ -296,7 +297,6 @@ def _indexed(folder: Path, index: str, title: str) -> list[Path]:
 
 def stored_dtype(code: str, key: str, title: str) -> torch.dtype:
     """Return the dtype that a safetensors file calls by this code."""
-    for dtype, known in DTYPE_CODES.items():
-        if code == known:
-            return dtype
+    if code in DTYPES:
+        return DTYPES[code]
     raise HfEsmError(f"{title}: '{key}' is stored as {code}, which is not read here. Save the model in another dtype.")

@@ -184,7 +184,7 @@ class InVocabulary(Checkpoint):
         """The merged rows that this expert takes part in."""
         return ((self.tokens.rows >= 0) & ~self.given.given).nonzero()[:, 0]
 
-    def update(self, name: str, base: Tensor) -> Tensor:
+    def update(self, name: str, base: Tensor, out: Optional[Tensor] = None) -> Tensor:
         return self._in_own_rows(name, base, self.origin.update)
 
     def residual(self, name: str, merged: Tensor) -> Tensor:

@@ -203,7 +203,7 @@ def choose(
             elif judge is not None and searched:
                 found = _by_agreement(candidates, judge, options)
             else:
-                found = _Found(0, *_given_scale(candidates[0].method, options))
+                found = _Found(0, *given_scale(candidates[0].method, options))
     measured = found.scored.measured if found is not None and found.scored and found.by == "agreement" else {}
     evaluations = sum(scorer.evaluations for scorer in (labels, judge) if scorer is not None)
     found, evaluations = gather(accelerator, (found and replace(found, scored=None), evaluations))[0]
@@ -269,7 +269,7 @@ class _Found:
         return f"alpha {self.alpha:g}" + "".join(f", {kind} {alpha:g}" for kind, alpha in self.by_kind.items())
 
 
-def _given_scale(method: MergeMethod, options: MergeOptions) -> tuple[float, dict[str, float]]:
+def given_scale(method: MergeMethod, options: MergeOptions) -> tuple[float, dict[str, float]]:
     """Return the α that a search starts from, or the only one, and those of kinds of weights."""
     default = method.default_alpha
     alpha = default if options.alpha in (None, "auto") or options.alpha_by_kind else options.alpha
@@ -301,7 +301,7 @@ class _Contest:
         """
         candidates = self.candidates
         if len(candidates) == 1:
-            return self._best_scales(_Found(0, *_given_scale(candidates[0].method, self.options)))
+            return self._best_scales(_Found(0, *given_scale(candidates[0].method, self.options)))
         share = first_share(self.scorer.rows)
         first = [self._first(i, share) for i in range(len(candidates))]
         base = self.scorer.base_scored(share)
@@ -335,7 +335,7 @@ class _Contest:
     def _first(self, index: int, share: float) -> _Found:
         """Return the best α of a few for one candidate, on the first share of the rows."""
         method = self.candidates[index].method
-        alpha, by_kind = _given_scale(method, self.options)
+        alpha, by_kind = given_scale(method, self.options)
         if not method.tunable:
             return self._measured(_Found(index, method.default_alpha), share)
         alphas = first_alphas(alpha, method.largest_alpha) if self.options.alpha in (None, "auto") else [alpha]

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 
-from ..architecture import block_depths, depth_of
+from ..architecture import depth_of
 from ..planning import MergePlan
 from .updates import WeightReport
 
 
-def scale_by_depth(reports: Mapping[str, WeightReport], plan: MergePlan) -> None:
+def scale_by_depth(
+    reports: Mapping[str, WeightReport], plan: MergePlan, depths: Mapping[str, tuple[int, int]]
+) -> None:
     """Set the scale by depth of each report that α scales; see `LinesSettings`.
 
     Weights outside of the blocks have the scale of the first block, as in the published code, which scales heads and
@@ -15,12 +17,12 @@ def scale_by_depth(reports: Mapping[str, WeightReport], plan: MergePlan) -> None
     method without α, keep their scale.
 
     Args:
-        reports: by canonical name, with their scales between layers.
+        reports: by canonical name, with their scales between layers; all of the model's, unless end points are given.
+        depths: see `block_depths`.
     """
     lines = plan.lines
     if lines is None or not plan.method.tunable:
         return
-    depths = block_depths(plan.base.skeleton)
     scaled = {name: report for name, report in reports.items() if report.scaled and plan.rule_of(name).method.tunable}
     smallest = 0.0
     if lines.first is None:

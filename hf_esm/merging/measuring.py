@@ -49,6 +49,7 @@ def updates_merged_by(
 @contextmanager
 def _calibrated(run: MergeRun, base: ModelSpec, experts: Mapping[str, ModelSpec], access: Access) -> Iterator[Inputs]:
     run.open_models(base, experts, access, headers_only=False)
+    run.one_pass = False  # which keeps no updates
     inputs = run.read_inputs()
     run.find_work(inputs)
     with run.workspace():

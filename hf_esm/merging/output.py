@@ -50,9 +50,77 @@ from .generation import merged_generation
 from .result import MergeResult
 
 
-def write_model(
+class ModelWriter:
+    """Writes the weights of a merged model, in any order, into the files that `save_pretrained` would write.
+
+    Weights that are stored together are held until the last of them comes. Each of several processes writes files of
+    its own.
+
+    Attributes:
+        names: canonical names of the weights that belong into the files of this process, in reading order.
+    """
+
+    def __init__(self, folder: Path, base: Checkpoint, options: MergeOptions, rank: int = 0, world_size: int = 1):
+        self.base, self.dtype = base, torch_dtype(options.dtype)
+        extra = base.extra_tensors() if base.extra else {}
+        groups = write_plan(base, self.dtype)
+        planned = {key: tensor for group in groups for key, tensor in group.stored.items()}
+        planned |= {key: torch.empty_like(tensor, device="meta") for key, tensor in extra.items()}
+        size = bytes_of(options.max_shard_size, "max_shard_size")
+        self._files = ShardedWriter(folder, planned, size, rank=rank, world_size=world_size)
+        self._groups = {
+            name: group for group in groups if any(map(self._files.owns, group.stored)) for name in group.names
+        }
+        self._held: dict[str, Tensor] = {}
+        for key in filter(self._files.owns, extra):
+            self._files.write(key, extra[key])
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._groups)
+
+    def first_of(self, name: str) -> str:
+        """Return the first of the weights that a weight is stored with; often itself."""
+        return self._groups[name].names[0]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype that a weight is written in."""
+        return output_dtype(self.base.dtype(name), self.dtype)
+
+    def rounded(self, name: str, weight: Tensor) -> Tensor:
+        """Return a weight in the dtype that it is written in.
+
+        Raises:
+            HfEsmError: if a value is too large for float16.
+        """
+        return written(name, self.base, weight, self.dtype)
+
+    def write(self, name: str, weight: Tensor) -> None:
+        """Write a weight of the merged model, by its canonical name, in its dtype.
+
+        Raises:
+            HfEsmError: if a value is too large for float16.
+        """
+        group = self._groups[name]
+        self._held[name] = self.rounded(name, weight)
+        if self._held.keys() >= set(group.names):
+            tensors = {name: self._held.pop(name) for name in group.names}
+            for key, tensor in to_stored(self.base, tensors).items():
+                if self._files.owns(key):
+                    self._files.write(key, tensor)
+
+    def __enter__(self) -> "ModelWriter":
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        if kind is None:
+            self._files.sync()  # what is published is complete, whatever happens next
+        self._files.__exit__(kind, *rest)
+
+
+def write_weights(
     folder: Path,
-    plan: MergePlan,
+    base: Checkpoint,
     weight: Callable[[str], Tensor],
     options: MergeOptions,
     *,
@@ -62,35 +130,24 @@ def write_model(
 ) -> None:
     """Pass two: write every weight of the base with its scaled update.
 
-    The files are those that `save_pretrained` would write. Each of `world_size` processes writes files of its own.
-
     Args:
         weight: returns the merged model's weight by its canonical name.
 
     Raises:
         HfEsmError: if a value is too large for float16.
     """
-    base, dtype = plan.base, torch_dtype(options.dtype)
-    groups = write_plan(base, dtype)
-    planned = {key: tensor for group in groups for key, tensor in group.stored.items()}
-    extra = base.extra_tensors() if base.extra else {}
-    planned |= {key: torch.empty_like(tensor, device="meta") for key, tensor in extra.items()}
-    with ShardedWriter(
-        folder, planned, bytes_of(options.max_shard_size, "max_shard_size"), rank=rank, world_size=world_size
-    ) as writer:
-        for group in progress([group for group in groups if any(map(writer.owns, group.stored))]):
-            tensors = {name: _written(name, base, weight(name), dtype) for name in group.names}
-            for key, tensor in to_stored(base, tensors).items():
-                if writer.owns(key):
-                    writer.write(key, tensor)
-        for key in filter(writer.owns, extra):
-            writer.write(key, extra[key])
-        writer.sync()  # what is published is complete, whatever happens next
-    if base.modules is not None and rank == 0:
-        base.modules.save(folder, lambda name: _written(name, base, weight(name), dtype))
+    with ModelWriter(folder, base, options, rank, world_size) as writer:
+        for name in progress(writer.names):
+            writer.write(name, weight(name))
 
 
-def _written(name: str, base: Checkpoint, weight: Tensor, dtype: Optional[torch.dtype]) -> Tensor:
+def write_modules(folder: Path, base: Checkpoint, weight: Callable[[str], Tensor], options: MergeOptions) -> None:
+    """Write the modules that follow the body of a Sentence Transformers model, if it is one."""
+    if base.modules is not None:
+        base.modules.save(folder, lambda name: written(name, base, weight(name), torch_dtype(options.dtype)))
+
+
+def written(name: str, base: Checkpoint, weight: Tensor, dtype: Optional[torch.dtype]) -> Tensor:
     """Return a weight in the dtype that it is written in."""
     written = weight.to(output_dtype(base.dtype(name), dtype))
     if written.dtype == torch.float16 and not written.isfinite().all():

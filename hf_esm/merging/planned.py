@@ -1,6 +1,7 @@
 """The steps of a merge before any long work: headers, plan, and what the merge needs of its samples."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Optional
 
@@ -14,13 +15,14 @@ from ..checkpoints import (
     ModelSource,
     ModelSpec,
     find_processors,
+    model_identity,
     open_checkpoint,
     prompt_before,
     resolve_models,
 )
 from ..data import with_prompt
 from ..errors import HfEsmError
-from ..methods import MergeMethod, resolve_method
+from ..methods import MergeMethod, describe_method, resolve_method
 from ..planning import (
     BASE,
     MergeData,
@@ -45,8 +47,9 @@ from ..planning import (
 )
 from ..tuners.routed import check_separable
 from ..utils import bytes_of, main_first, readable
+from ..version import __version__
 from .choice import methods_to_choose_from
-from .expert_statistics import Needs
+from .expert_statistics import Inputs, Needs
 from .generation import merged_generation
 from .session import Session
 
@@ -65,6 +68,7 @@ class PlannedRun(Session):
             `open_models`.
         static_methods: the methods that the static model is merged by, to choose the best; known after `open_models`.
         refining: settings of refining, or None; known after `open_models`.
+        one_pass: whether every weight is merged into the output as soon as it is read; known after `open_models`.
     """
 
     sources: dict[str, ModelSource]
@@ -74,6 +78,7 @@ class PlannedRun(Session):
     automatic: bool
     static_methods: list[MergeMethod]
     refining: Optional[RefineSettings]
+    one_pass: bool
 
     def __init__(
         self,
@@ -137,6 +142,9 @@ class PlannedRun(Session):
         if self.refining:
             self.plan.refining_bytes = refining_bytes(self.plan, self.refining)
             self._leave_out_what_does_not_fit()
+        self.one_pass = self._in_one_pass()
+        if self.one_pass:
+            self.plan.scratch_bytes = 0
         self.plan.passes = self._passes()
         self.stages = self.stages_of(bool(self.needs().agreement and self.data.calibration))
 
@@ -150,7 +158,7 @@ class PlannedRun(Session):
         stages = {
             "reading headers": True,
             "reading samples": True,
-            "checking weights": True,
+            "checking weights": not self.checks_late,
             "calibrating": self.needs().statistics,
             "asking experts": agrees,
             "merging": True,
@@ -285,6 +293,31 @@ class PlannedRun(Session):
             ]
         return warnings
 
+    def _in_one_pass(self) -> bool:
+        """Return whether nothing must be known of the whole merged model before a weight can be written, no samples
+        are run, and there is one process.
+        """
+        lines, modules, needs = self.plan.lines, self.plan.base.modules, self.needs()
+        return not (
+            self.options.output != "model"
+            or self.options.resume_dir is not None
+            or self.searched
+            or self.refining is not None
+            or self.method.routes
+            or len(self.static_methods) > 1
+            or any(method.layer_exponent or method.stacks_shared_inputs for method in self.methods)
+            or (lines is not None and lines.first is None)
+            or (modules is not None and modules.tensors)
+            or needs.statistics
+            or needs.samples
+            or self.accelerator.num_processes > 1
+        )
+
+    @property
+    def checks_late(self) -> bool:
+        """Whether a weight is checked when it is merged, as nothing reads it before."""
+        return self.one_pass and not any(method.reads_whole for method in self.methods)
+
     @property
     def searched(self) -> bool:
         """Whether α is searched because the caller asked for it."""
@@ -311,3 +344,27 @@ class PlannedRun(Session):
             features=self.method.needs_features,
             agreement="halves" if compared or self.refining else "rest" if self.labelled else "",
         )
+
+    def dependencies(self, inputs: Inputs) -> dict[str, Any]:
+        """Return all that work in progress depends on, under the names that errors use."""
+        identities = {name: model_identity(source) for name, source in self.sources.items()}
+        statistics = {
+            t: [asdict(s.provenance), s.keys_of, s.means()] for t, s in inputs.statistics.items() if s is not None
+        }
+        return {
+            "the base": identities.pop("base"),
+            "the experts": identities,
+            "the samples or statistics": [statistics, inputs.samples, inputs.agreement_samples],
+            "the method or its settings": describe_method(self.named),
+            "`refine`": self.refining and asdict(self.refining),
+            "`weights`": self.options.weights,
+            "`lines`": self.plan.lines and asdict(self.plan.lines),
+            "`tokenizer`": self.options.tokenizer,
+            "`overrides`": [override.describe() for override in self.plan.overrides],
+            "`heads`": self.options.heads,
+            "`output`": self.options.output,
+            "`batch_size`": self.options.batch_size,
+            "`seed`": self.options.seed,
+            "the number of processes": self.accelerator.num_processes,
+            "the version of hf_esm": __version__,
+        }

@@ -3,15 +3,16 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, Optional
 
+from ..architecture import block_depths
 from ..calibration import ActivationStatistics, factor_bytes
-from ..checkpoints import REFINED_FOLDER, differing_processors, model_identity
+from ..checkpoints import REFINED_FOLDER, differing_processors
 from ..data import default_prompt_of, with_prompt
 from ..hub import write_hashes
-from ..methods import Mean, MergeMethod, describe_method, weights_cancel
+from ..methods import Mean, MergeMethod, weights_cancel
 from ..planning import (
     MergeData,
     MergePlan,
@@ -23,10 +24,9 @@ from ..planning import (
     merged_processor,
 )
 from ..utils import Work, bytes_of, gather, main_first, publish_folder, together
-from ..version import __version__
 from .alpha import LabelScore, describe_alpha, read_validation
 from .cache import InputCache
-from .choice import Candidate, Chosen, choose
+from .choice import Candidate, Chosen, choose, given_scale
 from .depth import scale_by_depth
 from .expert_statistics import (
     STATISTICS_SAMPLES,
@@ -42,12 +42,13 @@ from .first_rows import first_rows
 from .judging import ask_experts
 from .learning import learn_mask
 from .lora_output import write_lora
-from .output import write_files, write_model
+from .one_pass import OnePass
+from .output import ModelWriter, write_files, write_modules, write_weights
 from .planned import PlannedRun
 from .refined import check_refinable, refine_chosen, too_few_to_refine
 from .result import MergeResult
 from .routed_experts import write_experts
-from .updates import FactoredUpdates, MergedUpdates
+from .updates import FactoredUpdates, MergedUpdates, WrittenUpdates
 from .weights import Worker, merge_weights, scale_layers, whole_updates
 
 
@@ -100,35 +101,13 @@ class MergeRun(PlannedRun):
             HfEsmError: if the work depends on other models, samples or settings.
         """
         with together(self.accelerator):
-            self.work = Work(self.options.resume_dir, self._dependencies(inputs) if self.options.resume_dir else {})
+            self.work = Work(self.options.resume_dir, self.dependencies(inputs) if self.options.resume_dir else {})
             self.work.check()
 
-    def _dependencies(self, inputs: Inputs) -> dict[str, Any]:
-        """Return all that work in progress depends on, under the names that errors use."""
-        identities = {name: model_identity(source) for name, source in self.sources.items()}
-        statistics = {
-            t: [asdict(s.provenance), s.keys_of, s.means()] for t, s in inputs.statistics.items() if s is not None
-        }
-        return {
-            "the base": identities.pop("base"),
-            "the experts": identities,
-            "the samples or statistics": [statistics, inputs.samples, inputs.agreement_samples],
-            "the method or its settings": describe_method(self.named),
-            "`refine`": self.refining and asdict(self.refining),
-            "`weights`": self.options.weights,
-            "`lines`": self.plan.lines and asdict(self.plan.lines),
-            "`tokenizer`": self.options.tokenizer,
-            "`overrides`": [override.describe() for override in self.plan.overrides],
-            "`heads`": self.options.heads,
-            "`output`": self.options.output,
-            "`batch_size`": self.options.batch_size,
-            "`seed`": self.options.seed,
-            "the number of processes": self.accelerator.num_processes,
-            "the version of hf_esm": __version__,
-        }
-
     def check_weights(self) -> None:
-        """Read every weight once, or every factor of a merge in factors, and check that it is finite."""
+        """Read every weight once, or every factor of a merge in factors, and check it, unless one pass does so."""
+        if self.checks_late:
+            return
         with self.stage("checking weights"):
             check = check_factors if self.in_factors else check_values
             check(self.plan, self.progress("Checking weights"))
@@ -208,13 +187,29 @@ class MergeRun(PlannedRun):
         self.refining, self.static_methods = None, self.static_methods[: None if self.labelled else 1]
 
     def merge_weights(self, inputs: Inputs) -> list[Candidate]:
-        """Pass one, by each of the methods: merge every weight of all experts into scratch files."""
+        """Pass one, by each of the methods: merge every weight into scratch files, or in one pass into the output."""
         methods = list(self.static_methods)
         of_tasks = [self.plan.weights, *(self.plan.rule_of(name).weights for name in self.plan.overridden)]
         if len(methods) > 1 and not any(map(weights_cancel, of_tasks)):
             methods.append(Mean())
         with self.stage("merging", joined=False):
+            if self.one_pass:
+                return [self._written(methods[0], inputs)]
             return [self._candidate(method, inputs, alone=len(methods) == 1) for method in methods]
+
+    def _written(self, method: MergeMethod, inputs: Inputs) -> Candidate:
+        """Merge every weight into the output."""
+        plan, statistics = replace(self.plan, method=method), inputs.statistics
+        thresholds, scales = self._prepare(plan, inputs), given_scale(method, self.options)
+        with ModelWriter(self.folder, plan.base, self.options) as writer:
+            merge = OnePass(plan, writer, *scales, self._worker(), thresholds, checked=not self.checks_late)
+            reports = merge.run(statistics, self.progress("Merging"))
+        self.plan.unchanged = plan.unchanged
+        return Candidate(method, WrittenUpdates(plan.base, reports))
+
+    def _worker(self) -> Worker:
+        max_memory = self.options.max_memory and bytes_of(self.options.max_memory, "max_memory")
+        return Worker.of(self.accelerator, max_memory)
 
     def _candidate(self, method: MergeMethod, inputs: Inputs, alone: bool) -> Candidate:
         plan = replace(self.plan, method=method)
@@ -222,13 +217,12 @@ class MergeRun(PlannedRun):
         with together(self.accelerator):
             scratch.mkdir(exist_ok=True)
         thresholds = self._prepare(plan, inputs)
-        max_memory = self.options.max_memory and bytes_of(self.options.max_memory, "max_memory")
         with together(self.accelerator):
             reports = merge_weights(
                 plan,
                 inputs.statistics,
                 scratch,
-                worker=Worker.of(self.accelerator, max_memory),
+                worker=self._worker(),
                 thresholds=thresholds,
                 resumable=self.options.resume_dir is not None,
                 in_factors=self.in_factors,
@@ -238,7 +232,7 @@ class MergeRun(PlannedRun):
         base = plan.base
         matrices = [name for name in reports if name in base.linear or len(base.shape(name)) == 2]
         scale_layers(reports, {name: plan.rule_of(name).method for name in matrices})
-        scale_by_depth(reports, plan)
+        scale_by_depth(reports, plan, block_depths(base.skeleton))
         files = sorted(scratch.glob("updates-*.safetensors"))
         updates = FactoredUpdates(plan, reports, files) if self.in_factors else MergedUpdates(base, reports, files)
         return Candidate(method, updates)
@@ -329,21 +323,23 @@ class MergeRun(PlannedRun):
         )
 
     def write(self, result: MergeResult, inputs: Inputs, chosen: Chosen) -> None:
-        """Pass two: write the merged weights, and all other files of the model."""
+        """Pass two: write the merged weights, unless they are in the output already, and all other files."""
         accelerator = self.accelerator
         if self.options.output == "lora":
             return self._write_lora(result, inputs, chosen)
         with self.stage("writing"):
-            write_model(
-                self.folder,
-                self.plan,
-                chosen.weight,
-                self.options,
-                progress=self.progress("Writing"),
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
-            )
+            if not self.one_pass:
+                write_weights(
+                    self.folder,
+                    self.plan.base,
+                    chosen.weight,
+                    self.options,
+                    progress=self.progress("Writing"),
+                    rank=accelerator.process_index,
+                    world_size=accelerator.num_processes,
+                )
             if accelerator.is_main_process:
+                write_modules(self.folder, self.plan.base, chosen.weight, self.options)
                 if chosen.adapter is not None:
                     chosen.adapter.save_adapter(self.folder / REFINED_FOLDER)
                 refining = self.refining if chosen.refined else None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..architecture import from_matrices, to_matrices
 from ..checkpoints import Checkpoint
+from ..linalg import piecewise
 from ..planning import MergePlan
 from .spans import span_of
 
@@ -65,6 +66,11 @@ class WeightReport:
         return self.layer_scale * (added + factor * scale)
 
 
+def updated(weight: Tensor, update: Tensor, scale: float, out: Optional[Tensor] = None) -> Tensor:
+    """Return a weight of the base with its scaled update, float32, in `out` if that is given."""
+    return piecewise(lambda start, change: torch.add(start.float(), change, alpha=scale), weight, update, out=out)
+
+
 class MergedUpdates:
     """The unscaled merged updates on disk, and the reports of all weights.
 
@@ -88,9 +94,7 @@ class MergedUpdates:
             by_kind: another scale for some kinds of weights.
         """
         weight, update = self.base.tensor(name), self.update(name)
-        if update is None:
-            return weight
-        return torch.add(weight.float(), update, alpha=self.reports[name].scale(alpha, by_kind))
+        return weight if update is None else updated(weight, update, self.reports[name].scale(alpha, by_kind))
 
     def scaled_by(self, alpha: float) -> "MergedUpdates":
         """Return the same updates with one α for every weight, whatever α is asked for later."""
@@ -101,6 +105,16 @@ class MergedUpdates:
     def update(self, name: str) -> Optional[Tensor]:
         """Return the unscaled merged update, float32, as the weight is stored; None if nothing was merged."""
         return self._files[name].get_tensor(name) if name in self._files else None
+
+
+class WrittenUpdates(MergedUpdates):
+    """The reports of a merge in one pass. Its updates are not kept, as its weights are in the output already."""
+
+    def __init__(self, base: Checkpoint, reports: dict[str, WeightReport]):
+        super().__init__(base, reports, [])
+
+    def update(self, name: str) -> Optional[Tensor]:
+        raise RuntimeError(f"{name} was merged in one pass, so that its update is not kept")
 
 
 class FactoredUpdates(MergedUpdates):

@@ -133,11 +133,13 @@ def merge_weights(
             if resumable:
                 writer.sync()  # the journal names only weights that are on the disk
                 journal.append(new, {name: checksum(update) for name, (update, _) in merged.items()})
-    zeros = dict.fromkeys(plan.experts, 0.0)
-    for name in (name for unit in unchanged for name in unit):
-        known = {"kind": plan.weight_kinds.get(name, ""), "update_norms": zeros}
-        reports[name] = WeightReport(plan.base.names[name], "unchanged", 0.0, scaled=False, **known)
-    return reports
+    return reports | {name: report_unchanged(plan, name) for unit in unchanged for name in unit}
+
+
+def report_unchanged(plan: MergePlan, name: str) -> WeightReport:
+    """Return the report of a weight that no expert changes."""
+    known = {"kind": plan.weight_kinds.get(name, ""), "update_norms": dict.fromkeys(plan.experts, 0.0)}
+    return WeightReport(plan.base.names[name], "unchanged", 0.0, scaled=False, **known)
 
 
 def merge_units(plan: MergePlan, statistics: Mapping[str, Optional[ActivationStatistics]]) -> list[list[str]]:
@@ -188,7 +190,7 @@ class UnitMerger:
         return sum(math.prod(self.shape(name)) for name in unit)
 
     def job(self, unit: list[str]) -> Job:
-        """Return the job that merges a unit, whose result is the update and the report of each weight by name."""
+        """Return the job that reads and merges a unit, with the result of `merge`."""
         elements, experts = self.elements(unit), len(self.plan.experts)
         return Job(
             read=partial(self.read, unit),
@@ -207,12 +209,22 @@ class UnitMerger:
 
     def merge(self, unit: list[str], updates: list[list[Tensor]]) -> dict[str, tuple[Tensor, WeightReport]]:
         """Return the merged update and the report of each weight of a unit, by name."""
+        matrices, device = self.matrices(unit, updates)
+        return self.merge_matrices(unit, matrices, device, norms_of(matrices))
+
+    def merge_matrices(
+        self,
+        unit: list[str],
+        matrices: Mapping[str, list[Tensor]],
+        device: Optional[torch.device],
+        norms: dict[str, float],
+    ) -> dict[str, tuple[Tensor, WeightReport]]:
+        """Return the same of matrices on their device (see `matrices`), with the norm of each expert's update."""
         base, linear = self.plan.base, self.plan.base.linear.get(unit[0])
-        matrices, device = self._matrices(unit, updates)
         merged = [self._merge_stack(stack, unit[0]) for stack in self._stacks(unit, matrices, device)]
-        report = self._report(unit, merged, matrices)
+        report = replace(self._report(unit, merged, matrices), update_norms=norms)
         if len(unit) > 1:
-            heights = [weights[0].shape[1 if linear.transposed else 0] for weights in updates]
+            heights = [self.shape(name)[1 if linear.transposed else 0] for name in unit]
             parts = [[part] for part in merged[0].update.split(heights)]
         else:
             parts = [[part.update for part in merged]]
@@ -221,7 +233,7 @@ class UnitMerger:
             for name, own_parts in zip(unit, parts, strict=True)
         }
 
-    def _matrices(
+    def matrices(
         self, unit: list[str], updates: list[list[Tensor]]
     ) -> tuple[dict[str, list[Tensor]], Optional[torch.device]]:
         """Return the matrices of a unit's updates by task, and the device that they are on."""
@@ -232,7 +244,7 @@ class UnitMerger:
 
     def stacks_of(self, name: str) -> Iterator[Stack]:
         """Read one weight of all experts, as the stacks that it is merged as by itself."""
-        return self._stacks([name], *self._matrices([name], self.read([name])))
+        return self._stacks([name], *self.matrices([name], self.read([name])))
 
     def _merge_stack(self, stack: Stack, name: str) -> Merged:
         """Merge one matrix or other parameter by the rule of its kind."""
@@ -281,7 +293,7 @@ class UnitMerger:
         return counted
 
     def _report(self, unit: list[str], merged: list[Merged], matrices: Mapping[str, list[Tensor]]) -> WeightReport:
-        """Return the report of a unit, still without a name."""
+        """Return the report of a unit, still without a name and norms of updates."""
         name = unit[0]
         rule, trained = self.plan.rule_of(name), name in self.plan.base.trained  # α never scales a buffer
         energies = [part.info["energy_kept"] for part in merged if "energy_kept" in part.info]
@@ -294,7 +306,6 @@ class UnitMerger:
             kind=self.plan.weight_kinds.get(name, ""),
             alpha=rule.alpha if trained else None,
             method_alpha=rule.method.default_alpha if rule.overridden else None,
-            update_norms={task: _norm(parts) for task, parts in matrices.items()},
             energy_kept=dict(zip(self.plan.experts, mean_energies, strict=True)) if energies else {},
             magnitudes=self._magnitudes(unit, merged, matrices) if self.plan.lines and trained else (),
         )
@@ -347,6 +358,11 @@ def _matrices(weights: Sequence[Tensor], linear: Any, device: Optional[torch.dev
     """Return the matrices of one weight on a device, or one matrix of several weights, stacked along the output."""
     parts = [to_matrices(weight.to(device), linear) for weight in weights]
     return [torch.cat([part for (part,) in parts])] if len(weights) > 1 else parts[0]
+
+
+def norms_of(matrices: Mapping[str, list[Tensor]]) -> dict[str, float]:
+    """Return the Frobenius norm of each expert's update of a unit, by task."""
+    return {task: _norm(parts) for task, parts in matrices.items()}
 
 
 def _norm(parts: list[Tensor]) -> float:

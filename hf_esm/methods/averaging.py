@@ -4,10 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from ..errors import HfEsmError
-from .stack import Merged, MergeMethod, Stack, mean_update, weights_cancel
+from .stack import Merged, MergeMethod, Stack, mean_update, weighted_sum, weights_cancel
 
 
 @dataclass
@@ -41,4 +39,4 @@ class TaskArithmetic(MergeMethod):
     keeps_span: ClassVar[bool] = True
 
     def merge(self, stack: Stack) -> Merged:
-        return Merged(torch.stack(stack.weighted).sum(0), "sum")
+        return Merged(weighted_sum(stack), "sum")

@@ -47,6 +47,7 @@ class EssentialMerge(MergeMethod):
 
     name: ClassVar[str] = "esm"
     papers: ClassVar[tuple[str, ...]] = ("2602.20208", "2606.19164")
+    decomposes: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = True
     keeps_span: ClassVar[bool] = True
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HfEsmError
+from ..linalg import pieces, piecewise
 from .stack import Merged, MergeMethod, Stack, mean_update, weights_cancel
 
 
@@ -118,13 +119,21 @@ class SLERP(MergeMethod):
         self.check_weights(stack.weights)
         if len(stack.updates) == 1:
             return Merged(stack.updates[0].clone(), self.name)
-        base = stack.base.double()
-        first, second = (base + update.double() for update in stack.updates)
-        cosine = cosine_of(first, second)
+        products = torch.zeros(2, 2, dtype=torch.float64, device=stack.base.device)
+        for base, *updates in pieces(stack.base, *stack.updates):
+            experts = torch.stack(updates).double() + base
+            products += experts @ experts.T
+        lengths = products.diagonal().sqrt()
+        cosine = products[0, 1] / torch.where(lengths > 0, lengths, 1).prod()
         if cosine.abs() > 0.9995:
             cosine = torch.ones_like(cosine)
         ahead, behind = interpolation_shares(cosine, self.point(stack.weights), least_sine=0.0)
-        return Merged((ahead * first + behind * second - base).float(), self.name)
+
+        def merge(base: Tensor, first: Tensor, second: Tensor) -> Tensor:
+            base = base.double()
+            return ahead * (base + first) + behind * (base + second) - base
+
+        return Merged(piecewise(merge, stack.base, *stack.updates), self.name)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import RELATIVE_CUTOFF, largest_eigenpairs, significant
-from .stack import InputStatistics, Merged, MergeMethod, Stack, mean_update
+from .stack import InputStatistics, Merged, MergeMethod, Stack, mean_update, weighted_sum
 
 
 def merge_without_interference(
@@ -73,6 +73,7 @@ class WUDI(MergeMethod):
 
     name: ClassVar[str] = "wudi"
     papers: ClassVar[tuple[str, ...]] = ("2503.08099",)
+    decomposes: ClassVar[bool] = True
 
     solver: str = field(
         default="exact",
@@ -182,6 +183,7 @@ class CAT(MergeMethod):
 
     name: ClassVar[str] = "cat"
     papers: ClassVar[tuple[str, ...]] = ("2505.06977",)
+    decomposes: ClassVar[bool] = True
     default_alpha: ClassVar[float] = 0.3
     needs_statistics: ClassVar[bool] = True
     keeps_span: ClassVar[bool] = True
@@ -212,4 +214,4 @@ class CAT(MergeMethod):
             return Merged(torch.stack(without_conflicts(updates, bases)).sum(0).float(), self.name)
         if stack.updates[0].dim() == 1 and updates:
             return Merged(torch.stack(without_conflicting_entries(updates, self.removed)).sum(0), self.name)
-        return Merged(torch.stack(stack.weighted).sum(0), "sum")
+        return Merged(weighted_sum(stack), "sum")

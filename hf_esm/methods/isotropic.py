@@ -81,6 +81,7 @@ class IsoC(MergeMethod):
 
     name: ClassVar[str] = "iso-c"
     papers: ClassVar[tuple[str, ...]] = ("2502.04959",)
+    decomposes: ClassVar[bool] = True
     default_alpha: ClassVar[float] = 1.5  # the middle of what is good on validation rows of eight text tasks
     keeps_span: ClassVar[bool] = True
 
@@ -101,6 +102,7 @@ class IsoCTS(MergeMethod):
 
     name: ClassVar[str] = "iso-cts"
     papers: ClassVar[tuple[str, ...]] = ("2502.04959",)
+    decomposes: ClassVar[bool] = True
     default_alpha: ClassVar[float] = 2.0  # as above; the papers tune it
     keeps_span: ClassVar[bool] = True
 

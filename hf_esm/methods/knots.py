@@ -41,6 +41,7 @@ class KnOTS(MergeMethod):
 
     name: ClassVar[str] = "knots"
     papers: ClassVar[tuple[str, ...]] = ("2410.19735",)
+    decomposes: ClassVar[bool] = True
     keeps_span: ClassVar[bool] = True
 
     method: str | Mapping[str, Any] = field(
@@ -75,6 +76,11 @@ class KnOTS(MergeMethod):
     def needs_statistics(self) -> bool:
         """Whether linear maps are merged with activation statistics."""
         return self.inner.needs_statistics
+
+    @property
+    def reads_whole(self) -> bool:
+        """Whether the other method needs something of all coordinates."""
+        return self.inner.reads_whole
 
     def check_weights(self, weights: Iterable[float]) -> None:
         """Raise an error if the other method cannot merge with these weights of the tasks, or so many of them."""

@@ -58,6 +58,7 @@ class RegMean(MergeMethod):
 
     name: ClassVar[str] = "regmean"
     papers: ClassVar[tuple[str, ...]] = ("2212.09849",)
+    decomposes: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = True
     keeps_span: ClassVar[bool] = True
 

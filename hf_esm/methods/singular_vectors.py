@@ -64,6 +64,7 @@ class TSVM(MergeMethod):
 
     name: ClassVar[str] = "tsv-m"
     papers: ClassVar[tuple[str, ...]] = ("2412.00081",)
+    decomposes: ClassVar[bool] = True
     keeps_span: ClassVar[bool] = True
 
     tolerance: float = field(default=0.001, metadata=TOLERANCE)
@@ -88,6 +89,7 @@ class TSVC(MergeMethod):
 
     name: ClassVar[str] = "tsv-c"
     papers: ClassVar[tuple[str, ...]] = ("2412.00081",)
+    decomposes: ClassVar[bool] = True
     tunable: ClassVar[bool] = False
     router: ClassVar[str] = "static"
     keeps_bodies: ClassVar[bool] = True

@@ -1,18 +1,23 @@
 """Methods that work entry by entry: most entries of the updates are dropped before the rest is added up."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.nn.functional import hardshrink
 
 from ..errors import HfEsmError
+from ..linalg import pieces, piecewise
 from .stack import Merged, MergeMethod, Stack, WholeUpdates
 
 
+_SAMPLE = 2**16  # entries that bracket a magnitude
 _LOW_BITS = 15  # of the 31 bits of a magnitude, so that both halves index a table of 65,536
 
 # Over which entries a method ranks the magnitudes of an update.
@@ -73,8 +78,27 @@ def _bin_of(counts: Tensor, wanted: int) -> tuple[int, int]:
 
 
 def magnitude_of_rank(tensor: Tensor, rank: int) -> Tensor:
-    """Return the magnitude of one rank among a tensor's entries; rank 1 is the largest."""
-    return tensor.abs().flatten().kthvalue(tensor.numel() - rank + 1).values
+    """Return the magnitude of one rank among a tensor's entries; rank 1 is the largest.
+
+    Exact. Of a large tensor, a sample of the entries brackets the magnitude, so that only what lies in the bracket is
+    put in order.
+    """
+    entries = tensor.flatten()
+    if len(entries) > 4 * _SAMPLE:
+        places = torch.randint(len(entries), (_SAMPLE,), generator=Generator().manual_seed(0)).to(tensor.device)
+        sample = entries[places].abs().sort(descending=True).values
+        expected, error = _SAMPLE * rank / len(entries), 5 * (_SAMPLE * min(rank / len(entries), 0.25)) ** 0.5 + 5
+        most = float(sample[int(expected - error)]) if expected > error else math.inf
+        least = float(sample[int(expected + error)]) if expected + error < _SAMPLE else 0.0
+        above, inside = 0, []
+        for (piece,) in pieces(entries):
+            magnitudes = piece.abs().cpu().numpy()  # which compares and selects faster
+            above += int(np.count_nonzero(magnitudes > most))
+            inside.append(magnitudes[(magnitudes >= least) & (magnitudes <= most)])
+        bracketed = np.concatenate(inside)
+        if above < rank <= above + len(bracketed):
+            return torch.from_numpy(bracketed).kthvalue(len(bracketed) - (rank - above) + 1).values.to(tensor.device)
+    return entries.abs().kthvalue(len(entries) - rank + 1).values
 
 
 # By what a method divides the sum of the entries that agree in sign.
@@ -85,20 +109,27 @@ NORMALIZE: dict[str, Any] = {
 }
 
 
-def elected_mean(updates: Tensor, weights: Iterable[float], normalize: str) -> Tensor:
+def elected_mean(updates: Sequence[Tensor], weights: Sequence[float], normalize: str) -> Tensor:
     """Merge the entries that have the sign of their sum, without zeros.
 
     Args:
-        updates: of the experts (dimension 0), times their weights.
+        updates: of the experts, times their weights.
         weights: of the experts.
         normalize: see `NORMALIZE`.
     """
-    agreeing = updates * (updates.sign() == updates.sum(0).sign())
-    if normalize == "none":
-        return agreeing.sum(0)
-    shares = (agreeing != 0) * _per_expert(weights if normalize == "weights" else [1.0] * len(updates), updates)
-    total = shares.sum(0)
-    return agreeing.sum(0) / torch.where(total == 0, 1, total)
+    signs = torch.zeros_like(updates[0])
+    for update in updates:
+        signs += update
+    signs.sign_()
+    merged, shares = torch.zeros_like(signs), torch.zeros_like(signs)
+    for update, weight in zip(updates, weights, strict=True):
+        agreeing = (update * signs).clamp_min_(0)
+        merged += agreeing
+        if normalize != "none":
+            shares.add_(agreeing.sign_(), alpha=weight if normalize == "weights" else 1.0)
+    merged *= signs
+    # Comparisons that write floats are faster than those that write booleans.
+    return merged if normalize == "none" else merged.div_(shares.add_(torch.eq(shares, 0, out=signs)))
 
 
 def _per_expert(values: Iterable[Any], updates: Tensor) -> Tensor:
@@ -132,20 +163,31 @@ class TIES(MergeMethod):
     density_scope: str = field(default="model", metadata=SCOPE)
     normalize: str = field(default="count", metadata=NORMALIZE)
 
+    @property
+    def reads_whole(self) -> bool:
+        """Whether magnitudes are ranked over the expert's whole update."""
+        return self.density_scope == "model"
+
     def prepare(self, whole: WholeUpdates) -> list[float]:
         """Return, per expert, the smallest magnitude among the entries of the whole update that are kept."""
-        if self.density_scope == "tensor":
+        if not self.reads_whole:
             return []
         return [magnitude_threshold(partial(whole.read, task), self.density) for task in whole.progress(whole.tasks)]
 
     def merge(self, stack: Stack) -> Merged:
-        updates = torch.stack(stack.updates)
-        thresholds = stack.thresholds
-        if self.density_scope == "tensor":
-            rank = max(int(self.density * updates[0].numel()), 1)
-            thresholds = [magnitude_of_rank(update, rank) for update in updates]
-        updates = updates * (updates.abs() >= _per_expert(thresholds, updates)) * _per_expert(stack.weights, updates)
-        return Merged(elected_mean(updates, stack.weights, self.normalize), self.name)
+        thresholds, weights = torch.as_tensor(stack.thresholds, dtype=torch.float32), stack.weights
+        if not self.reads_whole:
+            rank = max(int(self.density * stack.updates[0].numel()), 1)
+            thresholds = torch.stack([magnitude_of_rank(update, rank) for update in stack.updates])
+        below = thresholds.nextafter(torch.zeros_like(thresholds)).tolist()  # the largest magnitudes that are trimmed
+
+        def merge(*updates: Tensor) -> Tensor:
+            trimmed = [hardshrink(update, least) for update, least in zip(updates, below, strict=True)]
+            for update, weight in zip(trimmed, weights, strict=True):
+                update *= weight
+            return elected_mean(trimmed, weights, self.normalize)
+
+        return Merged(piecewise(merge, *stack.updates), self.name)
 
 
 @dataclass
@@ -189,21 +231,31 @@ class Breadcrumbs(MergeMethod):
         dropped = min(int(self.gamma * size), size - kept)
         return [dropped + 1, dropped + kept]
 
+    @property
+    def reads_whole(self) -> bool:
+        """Whether magnitudes are ranked over the expert's whole update."""
+        return self.density_scope == "model"
+
     def prepare(self, whole: WholeUpdates) -> list[Any]:
         """Return, per expert, the largest and the smallest magnitude of the whole update that are kept."""
-        if self.density_scope == "tensor":
+        if not self.reads_whole:
             return []
         return [ranked_magnitudes(partial(whole.read, task), self.ranks) for task in whole.progress(whole.tasks)]
 
     def merge(self, stack: Stack) -> Merged:
-        merged, thresholds = torch.zeros_like(stack.updates[0]), stack.thresholds
-        if self.density_scope == "tensor":
-            ranks = self.ranks(merged.numel())
+        thresholds = stack.thresholds
+        if not self.reads_whole:
+            ranks = self.ranks(stack.updates[0].numel())
             thresholds = [[magnitude_of_rank(update, rank) for rank in ranks] for update in stack.updates]
-        for update, weight, (most, least) in zip(stack.updates, stack.weights, thresholds, strict=True):
-            magnitudes = update.abs()
-            merged += weight * update * ((magnitudes >= least) & (magnitudes <= most))
-        return Merged(merged, self.name)
+
+        def merge(*updates: Tensor) -> Tensor:
+            merged = torch.zeros_like(updates[0])
+            for update, weight, (most, least) in zip(updates, stack.weights, thresholds, strict=True):
+                magnitudes = update.abs()
+                merged += weight * update * ((magnitudes >= least) & (magnitudes <= most))
+            return merged
+
+        return Merged(piecewise(merge, *stack.updates), self.name)
 
 
 @dataclass
@@ -231,26 +283,27 @@ class DARE(MergeMethod):
     drop_seed: int = field(default=0, metadata={"help": "seed of the choice of entries"})
 
     def merge(self, stack: Stack) -> Merged:
-        return Merged(torch.stack(self.drawn(stack)).sum(0), self.name)
+        return Merged(reduce(Tensor.add_, self.drawn(stack)), self.name)
 
-    def drawn(self, stack: Stack) -> list[Tensor]:
-        """Return the weighted updates, with the entries that are drawn scaled up and the others zero."""
-        drawn = []
-        for place, (update, weighted) in enumerate(zip(stack.updates, stack.weighted, strict=True)):
-            share = self.shares(update)
-            uniform = self.uniform(f"{stack.name}/{stack.part}", place, update.shape).to(update.device)
-            drawn.append(weighted * (uniform < share) / share)
-        return drawn
+    def drawn(self, stack: Stack) -> Iterator[Tensor]:
+        """Yield the weighted updates, with the entries that are drawn scaled up and the others zero."""
+        for place, (update, weight) in enumerate(zip(stack.updates, stack.weights, strict=True)):
+            draws = self.draws(f"{stack.name}/{stack.part}", place)
 
-    def shares(self, update: Tensor) -> float | Tensor:
+            def draw(entries: Tensor, share: Tensor, weight: float = weight, draws: Generator = draws) -> Tensor:
+                uniform = torch.rand(entries.shape, generator=draws).to(entries.device)
+                return uniform.lt_(share).mul_(entries).mul_(weight).div_(share)
+
+            yield piecewise(draw, update, self.shares(update))
+
+    def shares(self, update: Tensor) -> Tensor:
         """Return how likely each entry is kept."""
-        return self.density
+        return torch.tensor(self.density, device=update.device).expand_as(update)
 
-    def uniform(self, weight: str, place: int, shape: torch.Size) -> Tensor:
-        """Return random numbers from 0 to 1 for one weight of the expert at `place`; equal on all processes."""
+    def draws(self, weight: str, place: int) -> Generator:
+        """Return the generator of the draws for one weight of the expert at `place`; equal on all processes."""
         key = hashlib.sha256(f"{self.drop_seed}/{place}/{weight}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        return torch.rand(shape, generator=generator)
+        return Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
 
 
 @dataclass
@@ -268,7 +321,11 @@ class DARETIES(DARE):
     normalize: str = field(default="count", metadata=NORMALIZE)
 
     def merge(self, stack: Stack) -> Merged:
-        return Merged(elected_mean(torch.stack(self.drawn(stack)), stack.weights, self.normalize), self.name)
+
+        def merge(*updates: Tensor) -> Tensor:
+            return elected_mean(updates, stack.weights, self.normalize)
+
+        return Merged(piecewise(merge, *self.drawn(stack)), self.name)
 
 
 @dataclass
@@ -317,12 +374,10 @@ class DELLA(DARETIES):
                 f"{2 * min(self.density, 1 - self.density):.6g}."
             )
 
-    def shares(self, update: Tensor) -> float | Tensor:
-        if self.density == 1:
-            return 1.0
+    def shares(self, update: Tensor) -> Tensor:
         rows = update.abs().reshape(len(update) if update.dim() > 1 else 1, -1)
-        if (last := rows.shape[1] - 1) == 0:
-            return self.density
+        if self.density == 1 or (last := rows.shape[1] - 1) == 0:
+            return super().shares(update)
         order = rows.argsort(dim=1, stable=True)
         evenly = torch.linspace(-0.5, 0.5, last + 1, dtype=rows.dtype, device=rows.device).expand_as(rows)
         return self.density + self.epsilon * torch.empty_like(rows).scatter_(1, order, evenly).view_as(update)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HfEsmError
+from ..linalg import piecewise
 from ..utils import check_fields
 
 
@@ -159,6 +160,8 @@ class MergeMethod:
             no scale.
         tolerance: share of the leading directions' energy that may be missed. Above 0, matrices are multiplied in the
             precision that the hardware multiplies fastest.
+        decomposes: whether matrices are decomposed (eigenvectors, singular vectors, least squares), in a time that is
+            cubic in their width; for estimates of the time.
         counts_embeddings: whether embeddings are merged by token counts (`merge_embedding`) instead of by `merge`.
         stacks_shared_inputs: whether linear maps that read one tensor (q, k and v) are merged as one weight.
         keeps_span: whether the merge of updates `Q K_t` of a matrix, with `Q [d_out, s]` of orthonormal columns, is
@@ -188,6 +191,7 @@ class MergeMethod:
     needs_samples: ClassVar[bool] = False
     layer_exponent: ClassVar[float] = 0.0
     tolerance: ClassVar[float] = 0.0
+    decomposes: ClassVar[bool] = False
     counts_embeddings: ClassVar[bool] = True
     stacks_shared_inputs: ClassVar[bool] = False
     keeps_span: ClassVar[bool] = False
@@ -208,7 +212,9 @@ class MergeMethod:
         check_fields(self, self.name)
 
     def merge(self, stack: Stack) -> Merged:
-        """Merge one weight of all experts. The stack's tensors must not be changed."""
+        """Merge one weight of all experts. The stack's updates must not be changed or kept: later weights take their
+        memory.
+        """
         raise NotImplementedError
 
     def check_weights(self, weights: Iterable[float]) -> None:
@@ -230,6 +236,11 @@ class MergeMethod:
         Returns the `thresholds` of every stack, one entry per expert; by default, none.
         """
         return []
+
+    @property
+    def reads_whole(self) -> bool:
+        """Whether `prepare` reads updates of the whole model; by default, if a class has a `prepare` of its own."""
+        return type(self).prepare is not MergeMethod.prepare
 
     @property
     def routes(self) -> bool:
@@ -290,13 +301,25 @@ class MergeMethod:
         return 0
 
 
+def weighted_sum(stack: Stack) -> Tensor:
+    """Return `Σ w_t Δ_t`, float32."""
+
+    def add(*updates: Tensor) -> Tensor:
+        total = stack.weights[0] * updates[0]
+        for update, weight in zip(updates[1:], stack.weights[1:], strict=True):
+            total.add_(update, alpha=weight)
+        return total
+
+    return piecewise(add, *stack.updates)
+
+
 def mean_update(stack: Stack, scaled: bool) -> Merged:
     """Average the experts' updates: the rule of every method for biases, norms and convolutions.
 
     The result is `Σ w_t Δ_t / Σ w_t`, or `Σ w_t Δ_t / T` where the weights cancel (as 1 and -1 do).
     """
     total = len(stack.weights) if weights_cancel(stack.weights) else sum(stack.weights)
-    return Merged(torch.stack(stack.weighted).sum(0) / total, "mean", scaled)
+    return Merged(weighted_sum(stack).div_(total), "mean", scaled)
 
 
 def buffer_stack(stack: Stack) -> Stack:

@@ -5,7 +5,16 @@ Comes in: the caller's arguments, or a recipe. Goes out: a checked `MergePlan`, 
 
 from .arguments import MergeData, check_arguments, check_replaceable, name_experts, task_weights
 from .chat import choose_voice, endless_turns, merged_processor, tokenizer_of
-from .checks import check_disk, check_factors, check_memory, check_values
+from .checks import (
+    check_disk,
+    check_factors,
+    check_finite,
+    check_heads,
+    check_memory,
+    check_values,
+    differs,
+    note_changed,
+)
 from .depth import LinesSettings, resolve_lines
 from .kinship import check_trained
 from .low_rank import check_low_rank
@@ -36,6 +45,8 @@ __all__ = [
     "check_arguments",
     "check_disk",
     "check_factors",
+    "check_finite",
+    "check_heads",
     "check_low_rank",
     "check_memory",
     "check_replaceable",
@@ -44,11 +55,13 @@ __all__ = [
     "choose_voice",
     "convert_mergekit",
     "counted_rows",
+    "differs",
     "endless_turns",
     "load_recipe",
     "merge_bytes",
     "merged_processor",
     "name_experts",
+    "note_changed",
     "plan_merge",
     "plan_vocabulary",
     "read_yaml",

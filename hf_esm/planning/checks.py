@@ -2,7 +2,7 @@
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Optional
 
@@ -79,20 +79,29 @@ def check_values(plan: MergePlan, progress: Callable[[Iterable], Iterable] = ite
     changed: dict[str, set[str]] = {task: set() for task in plan.experts}
     for name in progress(plan.heads.shared):
         weight = plan.base.tensor(name)
-        _check_finite(weight, plan.base, name)
+        check_finite(weight, plan.base, name)
         for task, expert in plan.experts.items():
-            if not expert.changes(name):
-                continue
-            if isinstance(expert.stored, DerivedCheckpoint):
-                update = expert.update(name, weight)
-                _check_finite(update, expert, name)
-                if update.any():
-                    changed[task].add(name)
-            elif not torch.equal(tuned := expert.tensor(name), weight):
-                _check_finite(tuned, expert, name)
+            if expert.changes(name) and differs(expert, name, weight):
                 changed[task].add(name)
-    _note_changed(plan, changed)
-    _check_heads(plan)
+    note_changed(plan, changed)
+    check_heads(plan)
+
+
+def differs(expert: Checkpoint, name: str, weight: torch.Tensor) -> bool:
+    """Return whether an expert's weight differs from that of the base.
+
+    Raises:
+        HfEsmError: if the expert's weight is not finite.
+    """
+    if isinstance(expert.stored, DerivedCheckpoint):
+        update = expert.update(name, weight)
+        check_finite(update, expert, name)
+        return bool(update.any())
+    tuned = expert.tensor(name)
+    if torch.equal(tuned, weight):
+        return False
+    check_finite(tuned, expert, name)
+    return True
 
 
 def check_factors(plan: MergePlan, progress: Callable[[Iterable], Iterable] = iter) -> None:
@@ -107,30 +116,34 @@ def check_factors(plan: MergePlan, progress: Callable[[Iterable], Iterable] = it
         for task, expert in plan.experts.items():
             a, b = expert.factors(name) or (None, None)
             if a is not None:
-                _check_finite(a, expert, name)
-                _check_finite(b, expert, name)
+                check_finite(a, expert, name)
+                check_finite(b, expert, name)
                 if a.any() and b.any():
                     changed[task].add(name)
-    _note_changed(plan, changed)
-    _check_heads(plan)
+    note_changed(plan, changed)
+    check_heads(plan)
 
 
-def _note_changed(plan: MergePlan, changed: dict[str, set[str]]) -> None:
-    """Note in the plan which weights no expert changes; raise an error if an expert changes none."""
+def note_changed(plan: MergePlan, changed: Mapping[str, set[str]]) -> None:
+    """Note in the plan which weights no expert changes; raise an error if an expert changes none.
+
+    Args:
+        changed: by task, names of the weights that the expert changes.
+    """
     for task, names in changed.items():
         if not names and not (plan.vocabulary and task in plan.vocabulary.givers()):
             raise HfEsmError(f"{plan.experts[task].title} equals the base in every merged weight. Leave it out.")
     plan.unchanged = frozenset(plan.heads.shared) - frozenset.union(*map(frozenset, changed.values()))
 
 
-def _check_heads(plan: MergePlan) -> None:
+def check_heads(plan: MergePlan) -> None:
     """Raise an error if a weight that a task keeps is not finite."""
     for task, names in plan.heads.by_task.items():
         for name in names:
-            _check_finite(plan.experts[task].tensor(name), plan.experts[task], name)
+            check_finite(plan.experts[task].tensor(name), plan.experts[task], name)
 
 
-def _check_finite(tensor: torch.Tensor, checkpoint: Checkpoint, name: str) -> None:
+def check_finite(tensor: torch.Tensor, checkpoint: Checkpoint, name: str) -> None:
     """Raise an error unless a weight, or its update, is finite, and so is its norm in float32, if it is trained: every
     method takes products of weights. Buffers may hold the least number there is, as masks do.
     """

@@ -40,7 +40,8 @@ class MergePlan:
         licences: licence of each model, as its card states it.
         output_bytes: size of the merged weights, or of the adapter.
         output: what is written: `"model"`, or `"adapter"`.
-        scratch_bytes: size of the unscaled updates on disk during the merge.
+        scratch_bytes: size of the unscaled updates on disk during the merge; 0 if every weight is written as soon as
+            it is merged.
         memory_bytes: memory for merging: the largest weight, once per expert and for the computation.
         calibration_bytes: memory for calibrating: the largest expert.
         learning_bytes: memory for learning on samples, without the heads; 0 if the method does not learn.
@@ -146,14 +147,15 @@ class MergePlan:
             weighted = f", weight {weight:g}" if weight != 1 else ""
             lines.append(f"  {task}: {expert.source or 'live model'}{commit}, {kind}{labels}{weighted}")
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items() if count)
-        size, scratch = readable(self.output_bytes), readable(self.scratch_bytes)
+        size = readable(self.output_bytes)
+        scratch = f", {readable(self.scratch_bytes)} scratch" if self.scratch_bytes else ""
         lines += [
             "",
             f"  merged     {kinds}",
             *self._quantised(),
             f"  untouched  {len(self.heads.kept_from_base) + len(self.unchanged)} weights of the base",
             "  licences   " + "; ".join(f"{name}: {licence}" for name, licence in self.licences.items()),
-            f"  disk       {size} for the {self.output}, {scratch} scratch",
+            f"  disk       {size} for the {self.output}{scratch}",
             f"  memory     {self._memory()}",
             f"  time       about {readable_duration(self.seconds)} to merge, besides reading and calibrating",
         ]
@@ -255,7 +257,7 @@ def plan_merge(
         kinds=_kinds(base, merged),
         licences=licences,
         **_sizes(base, experts, method, dtype, head_plan.shared, merged),
-        seconds=estimate_seconds(base, merged, list(experts.values())),
+        seconds=0.0,
         warnings=warnings,
         unchanged=unchanged,
         weight_kinds=kinds,
@@ -264,6 +266,9 @@ def plan_merge(
         lines=lines,
     )
     _check_overridden(plan)
+    plan.seconds = estimate_seconds(
+        base, merged, list(experts.values()), lambda name: plan.rule_of(name).method.decomposes
+    )
     return plan
 
 

@@ -3,6 +3,7 @@
 import functools
 import math
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -11,6 +12,8 @@ from ..checkpoints import AdapterCheckpoint, Checkpoint
 
 # Time of an update of low rank, as a share of that of a full one; measured at widths of 1,024 and 4,096.
 _ADAPTER = 0.1
+# Time per entry of an update, in additions of large tensors; measured for `mean` and `ties`.
+_STEPS = 10
 
 
 def merge_bytes(elements: int, tasks: int) -> int:
@@ -23,18 +26,26 @@ def merge_bytes(elements: int, tasks: int) -> int:
     return 4 * elements * (2 * tasks + 6)
 
 
-def estimate_seconds(base: Checkpoint, shared: list[str], experts: list[Checkpoint]) -> float:
-    """Return the seconds that the eigenproblems of all shared matrices take on this machine."""
-    total, tasks = 0.0, len(experts)
+def estimate_seconds(
+    base: Checkpoint, shared: list[str], experts: list[Checkpoint], decomposed: Callable[[str], bool]
+) -> float:
+    """Return the seconds that merging the shared weights takes on this machine: for every entry of every update, and
+    for the eigenproblems of matrices that are decomposed.
+
+    Args:
+        decomposed: whether a weight is merged by a method that decomposes matrices, by its canonical name.
+    """
+    cubes, entries, tasks = 0.0, 0, len(experts)
     share = sum(_ADAPTER if isinstance(expert.stored, AdapterCheckpoint) else 1.0 for expert in experts) / tasks
     for name in shared:
         shape = base.shape(name)
-        if len(shape) >= 2 and (name in base.linear or len(shape) == 2):
+        entries += tasks * math.prod(shape)
+        if len(shape) >= 2 and (name in base.linear or len(shape) == 2) and decomposed(name):
             slices = math.prod(shape[:-2])
-            total += slices * (
+            cubes += slices * (
                 tasks * min(shape[-2:]) ** 3 + sum(side**3 for side in shape[-2:] if side < 4 * min(shape[-2:]))
             )
-    return share * total * _seconds_per_cube()
+    return share * (cubes * _seconds_per_cube() if cubes else 0.0) + entries * _seconds_per_entry()
 
 
 @functools.cache
@@ -45,3 +56,15 @@ def _seconds_per_cube() -> float:
     start = time.perf_counter()
     torch.linalg.eigh(probe + probe.T)
     return (time.perf_counter() - start) / 768**3
+
+
+@functools.cache
+def _seconds_per_entry() -> float:
+    """Return the seconds that an entry of an update takes on this machine by a method without decompositions; timed
+    once.
+    """
+    probe = torch.randn(2**22)
+    probe.add(probe)
+    start = time.perf_counter()
+    probe.add(probe)
+    return _STEPS * (time.perf_counter() - start) / len(probe)

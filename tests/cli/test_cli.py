@@ -467,8 +467,7 @@ def test_a_polite_kill_leaves_nothing_behind(models, tmp_path, monkeypatch, caps
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr("hf_esm.merging.run.check_values", lambda *args: None)
-    monkeypatch.setattr("hf_esm.merging.run.merge_weights", killed)
+    monkeypatch.setattr("hf_esm.merging.one_pass.OnePass.run", killed)
     assert run("merge", models / "recipe.yaml", "--method", "mean", "--output-dir", tmp_path / "out") == 130
     assert "stopped before the output was written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

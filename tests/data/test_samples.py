@@ -10,7 +10,6 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
-import safetensors
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
@@ -22,6 +21,7 @@ from hf_esm import ActivationStatistics, HfEsmError, MergePlan, calibrate, merge
 from hf_esm.checkpoints import FolderCheckpoint, LiveCheckpoint
 from hf_esm.checkpoints.layout import RECIPE_FILE
 from hf_esm.checkpoints.processors import differing_processors, find_processors
+from hf_esm.checkpoints.shards import TensorFile
 from hf_esm.checkpoints.sources import ModelSource
 from hf_esm.data.options import SampleOptions
 from hf_esm.data.rows import read_rows
@@ -507,18 +507,13 @@ def test_a_dry_run_says_what_a_merge_would_be_and_reads_a_few_matrices(models, t
     def refuse(*_):
         pytest.fail("all weights are read")
 
-    class Noted:
-        """A safetensors file that notes which of its tensors are read."""
+    read_tensor = TensorFile.read
 
-        def __init__(self, *arguments):
-            self.file = safetensors.safe_open(*arguments)
-            self.keys, self.get_slice, self.metadata = self.file.keys, self.file.get_slice, self.file.metadata
+    def noted(self, key):
+        read.add(key.removeprefix("bert."))
+        return read_tensor(self, key)
 
-        def get_tensor(self, key):
-            read.add(key.removeprefix("bert."))
-            return self.file.get_tensor(key)
-
-    monkeypatch.setattr("hf_esm.checkpoints.stored.safe_open", Noted)
+    monkeypatch.setattr(TensorFile, "read", noted)
     for checkpoint in (FolderCheckpoint, LiveCheckpoint):
         monkeypatch.setattr(checkpoint, "load_model", refuse)
     monkeypatch.setattr("hf_esm.merging.run.check_values", refuse)

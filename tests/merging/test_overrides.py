@@ -186,7 +186,7 @@ def test_work_of_other_overrides_is_not_resumed(models, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("hf_esm.merging.run.write_model", stop)
+        patched.setattr("hf_esm.merging.run.write_weights", stop)
         with pytest.raises(KeyboardInterrupt):
             merge_models(models / "base", experts, output_dir=tmp_path / "m", **given)
     with pytest.raises(HfEsmError, match="`overrides`"):

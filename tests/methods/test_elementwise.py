@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_esm import METHODS, TIES, HfEsmError
-from hf_esm.methods.sparse import DARETIES, DELLA, SCE, Breadcrumbs, ranked_magnitudes
+from hf_esm.methods.sparse import DARE, DARETIES, DELLA, SCE, Breadcrumbs, magnitude_of_rank, ranked_magnitudes
 from hf_esm.methods.stack import Stack, WholeUpdates
 from support import reference
 from support.problems import relative_error, seeds
@@ -87,11 +87,33 @@ def test_ranks_are_exact_for_equal_and_tiny_numbers(seed):
 
 
 @seeds
+def test_ranks_of_a_large_tensor_are_exact(seed):
+    """More entries than are put in order: a sample brackets the magnitude."""
+    values = torch.randn(500, 900, generator=torch.Generator().manual_seed(seed))
+    mostly_equal = values.bfloat16().float().clamp(-0.5, 0.5)
+    for tensor in (values, mostly_equal, values * (values > 2), torch.zeros_like(values)):
+        ordered = tensor.abs().flatten().sort(descending=True).values
+        for rank in (1, 2, 9_000, 90_000, 449_999, 450_000):
+            assert magnitude_of_rank(tensor, rank) == ordered[rank - 1], rank
+
+
+@seeds
+def test_a_large_weight_is_drawn_as_one(seed):
+    updates, method = updates_of(seed, (500, 300), 2), DARE(0.4, drop_seed=seed)
+    draws = [method.draws("layer.0.up.weight/0", place) for place in range(2)]
+    masks = [torch.rand(update.shape, generator=generator) < 0.4 for update, generator in zip(updates, draws)]
+    assert relative_error(method.merge(stack(updates)).update, reference.dare(updates, masks, 0.4)) < 1e-6
+
+
+@seeds
 @SIZES
 @TASKS
 def test_dare_ties_is_the_formula(seed, size, tasks):
     updates, method = updates_of(seed, size, tasks), DARETIES(0.4, drop_seed=seed)
-    masks = [method.uniform("layer.0.up.weight/0", place, updates[0].shape) < 0.4 for place in range(tasks)]
+    masks = [
+        torch.rand(updates[0].shape, generator=method.draws("layer.0.up.weight/0", place)) < 0.4
+        for place in range(tasks)
+    ]
     expected = reference.disjoint_mean([u * mask / 0.4 for u, mask in zip(weighted(updates), masks)])
     assert relative_error(method.merge(stack(updates, WEIGHTS[:tasks])).update, expected) < 1e-6
     everything = DARETIES(1.0).merge(stack(updates)).update
@@ -106,7 +128,7 @@ def test_della_is_the_formula(seed, size, tasks):
     drawn = []
     for place, update in enumerate(updates):
         shares = reference.della_shares(update, 0.5, 0.8)
-        uniform = method.uniform("layer.0.up.weight/0", place, update.shape)
+        uniform = torch.rand(update.shape, generator=method.draws("layer.0.up.weight/0", place))
         drawn.append(WEIGHTS[place] * update.double() * (uniform < shares) / shares)
         assert relative_error(torch.as_tensor(method.shares(update)).expand(update.shape), shares) < 1e-6
     merged = method.merge(stack(updates, WEIGHTS[:tasks]))

@@ -214,7 +214,9 @@ def test_dare_keeps_the_expected_sum_and_is_the_same_everywhere(seed):
     deltas = list(torch.randn(3, 200, 100, generator=torch.Generator().manual_seed(seed)))
     method = DARE(0.25, drop_seed=seed)
     merged = method.merge(stack(deltas)).update
-    masks = [method.uniform("layer.0.up.weight/0", place, deltas[0].shape) < 0.25 for place in range(3)]
+    masks = [
+        torch.rand(deltas[0].shape, generator=method.draws("layer.0.up.weight/0", place)) < 0.25 for place in range(3)
+    ]
     assert relative_error(merged, reference.dare(deltas, masks, 0.25)) < 1e-6
     assert all(0.23 < float(mask.float().mean()) < 0.27 for mask in masks)
     assert not torch.equal(masks[0], masks[1])

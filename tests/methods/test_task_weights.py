@@ -102,7 +102,9 @@ def test_ties_is_the_formula(seed):
 def test_dare_is_the_formula(seed):
     deltas, _ = random_problem(seed, (9, 20, 16, 4))
     method = DARE(0.4)
-    masks = [method.uniform("layer.0.up.weight/0", place, deltas[0].shape) < 0.4 for place in range(4)]
+    masks = [
+        torch.rand(deltas[0].shape, generator=method.draws("layer.0.up.weight/0", place)) < 0.4 for place in range(4)
+    ]
     merged = method.merge(stack(deltas, WEIGHTS[:4])).update
     assert relative_error(merged, reference.dare(times(deltas, WEIGHTS), masks, 0.4)) < 1e-6
 
