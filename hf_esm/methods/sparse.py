@@ -132,13 +132,6 @@ def elected_mean(updates: Sequence[Tensor], weights: Sequence[float], normalize:
     return merged if normalize == "none" else merged.div_(shares.add_(torch.eq(shares, 0, out=signs)))
 
 
-def _per_expert(values: Iterable[Any], updates: Tensor) -> Tensor:
-    """Return one number per expert, shaped to multiply or compare their stacked updates."""
-    return torch.as_tensor(list(values), dtype=updates.dtype, device=updates.device).view(
-        -1, *[1] * (updates.dim() - 1)
-    )
-
-
 @dataclass
 class TIES(MergeMethod):
     """TIES (arXiv 2306.01708): trim, elect signs, merge.
@@ -418,6 +411,7 @@ class SCE(MergeMethod):
             updates = updates * (variances >= magnitude_of_rank(variances, max(int(self.density * varying), 1)))
         squares = updates.double().square().reshape(len(updates), -1).sum(1)
         shares = squares / squares.sum() if squares.any() else torch.ones_like(squares)
-        agreeing = (updates.sign() == updates.sum(0).sign()) * _per_expert(shares.tolist(), updates)
+        of_experts = shares.to(updates.dtype).view(-1, *[1] * (updates.dim() - 1))
+        agreeing = (updates.sign() == updates.sum(0).sign()) * of_experts
         total = agreeing.sum(0)
         return Merged((updates * agreeing).sum(0) / torch.where(total > 0, total, 1), self.name)
