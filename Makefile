@@ -24,9 +24,17 @@ test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest tests $(WORKERS) -m "not slow and not hub"
 
 # What needs libraries that are used if they are there.
-test-extras: $(VENV)/.installed
+test-extras: $(VENV)/.installed .venv-space/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[extras,lm-eval,quantised,search]"
 	$(BIN)/python -m pytest tests -m extras
+	.venv-space/bin/python -m pytest tests/test_space.py
+
+# Gradio takes no Pillow of today, so that it has an environment of its own.
+.venv-space/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv-space
+	sed '/^pillow==/d' constraints.txt > .venv-space/constraints.txt
+	.venv-space/bin/pip install --quiet --constraint .venv-space/constraints.txt --editable ".[test,space]"
+	touch $@
 
 # With the lower bounds of setup.py, in an environment of their own.
 test-oldest: .venv-oldest/.installed
@@ -60,4 +68,4 @@ quality: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/test_house.py
 
 clean:
-	rm -rf $(VENV) .venv-oldest demo_output site
+	rm -rf $(VENV) .venv-oldest .venv-space demo_output site

@@ -56,6 +56,7 @@ setup(
         "quantised": ["bitsandbytes>=0.46.1", "compressed-tensors>=0.15"],
         "lm-eval": ["lm-eval>=0.4.9"],
         "search": ["optuna>=4", "scikit-learn"],
+        "space": ["gradio>=6"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
         "extras": ["evaluate", "ipykernel", "nbclient", "onnx", "onnxruntime", "onnxscript"],
         "quality": ["pytest", "ruff", "ty", "typos"],
