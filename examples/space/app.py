@@ -98,7 +98,11 @@ def build(model: str) -> gr.Blocks:
         )
         with gr.Row():
             with gr.Column():
-                content = gr.Image(type="pil", image_mode=mode, height=240, label="Picture") if images else gr.Textbox(label="Text", lines=4)
+                content = (
+                    gr.Image(type="pil", image_mode=mode, height=240, label="Picture")
+                    if images
+                    else gr.Textbox(label="Text", lines=4)
+                )
                 second = gr.Textbox(label="Second text, of tasks on pairs", visible=not images and not writes(routed))
                 task = gr.Dropdown(choices, value=choices[0], label="Expert")
                 button = gr.Button("Answer", variant="primary")

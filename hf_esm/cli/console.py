@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -57,6 +57,8 @@ def as_loud_as(command: argparse.Namespace) -> Iterator[None]:
     """Run a command as loud as the user asked: what it prints on the way goes nowhere under `--quiet`, and to standard
     error under `--json`. Otherwise the log says how far the work is.
     """
+    from ..checkpoints import quiet_loading  # only now: the chosen command has loaded it
+
     logger = logging.getLogger("hf_esm")
     before = logger.level
     if command.quiet:
@@ -67,7 +69,7 @@ def as_loud_as(command: argparse.Namespace) -> Iterator[None]:
             if command.quiet:
                 warnings.simplefilter("ignore")
             place = nowhere if command.quiet else sys.stderr if command.json else sys.stdout
-            with redirect_stdout(place):
+            with redirect_stdout(place), quiet_loading() if command.quiet else nullcontext():
                 yield
     finally:
         logger.setLevel(before)

@@ -380,6 +380,8 @@ def test_predict_and_explain_say_what_the_api_says(merged, rows):
         every = json.loads(line)["probabilities"]
         assert every == pytest.approx(expected.probabilities) and sum(every.values()) == pytest.approx(1)
         assert max(every, key=every.get) == expected.label and every[expected.label] == pytest.approx(expected.score)
+    status, out, errors = command("explain", merged, rows["b"], "--quiet", "--batch-size", 5)
+    assert [json.loads(line) for line in out.splitlines()] == said and errors == ""  # no bars of Transformers either
     status, out, _ = command("predict", merged, rows["b"], "--task", "a")
     assert {json.loads(line)["task"] for line in out.splitlines()} == {"a"}
 
