@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import inf, isnan
 from typing import Any, Optional
 
@@ -17,9 +18,7 @@ from ..planning import MergeOptions, MergePlan
 from .contest import COARSE, ERROR_DRAWS, FINE, LARGEST, Scored, first_rows
 
 
-def coarse_grid(largest: float = LARGEST) -> list[float]:
-    """Return 0.1, 0.4, 0.7, … up to a largest α."""
-    return [round(FINE + COARSE * i, 1) for i in range(int((largest - FINE) / COARSE + 1e-6) + 1)]
+MOST = 9  # evaluations of one search
 
 
 def search_alpha(
@@ -30,7 +29,8 @@ def search_alpha(
     rows: Optional[int] = None,
     largest: float = LARGEST,
 ) -> tuple[float, dict[float, float]]:
-    """Search the best α among 0.1, 0.2, …, `largest`: by steps of 0.3 first, and of 0.1 around the best of those.
+    """Search the best α among 0.1, 0.2, …, `largest` in at most nine evaluations: in growing steps from the default to
+    both sides, until the score falls by more than its standard error, then between the best α and its neighbours.
 
     On a few hundred rows a score is uncertain by more than neighbouring values of α differ. If the score is the share
     of `rows` rows that are right, the result is the α nearest to the default whose score is within one standard error
@@ -49,23 +49,44 @@ def search_alpha(
         HfEsmError: if every score is NaN.
     """
     scores: dict[float, float] = {}
+    steps = iter(progress(range(MOST)))
 
-    def number(alpha: float) -> float:
-        return -inf if isnan(value := score(alpha)) else value
+    def measure(alpha: float) -> float:
+        next(steps, None)
+        scores[alpha] = -inf if isnan(value := score(alpha)) else value
+        return scores[alpha]
 
-    coarse = coarse_grid(largest)
-    for alpha in progress(coarse):
-        scores[alpha] = number(alpha)
-    middle = max(coarse, key=lambda alpha: (scores[alpha], -alpha))
-    for alpha in (round(middle + step * FINE, 1) for step in range(-2, 3)):
-        if 0 < alpha <= largest and alpha not in scores:
-            scores[alpha] = number(alpha)
-    best = max(scores.values())
-    if best == -inf:
+    def as_good() -> float:
+        best = max(scores.values())
+        return best - (best * (1 - best) / rows) ** 0.5 if rows and best > -inf else best
+
+    start = round(min(max(default, FINE), largest), 1)
+    measure(start)
+    for side in (-1, 1):
+        alpha, step = start, COARSE
+        while len(scores) < MOST:
+            step = max(step, round(abs(alpha - start), 1))  # 0.3, 0.3, 0.6, 1.2, …
+            alpha = round(min(max(alpha + side * step, FINE), largest), 1)
+            if alpha in scores or measure(alpha) < as_good():
+                break
+    while len(scores) < MOST and (alpha := _between(scores)) is not None:
+        measure(alpha)
+    for _ in steps:  # the bar ends
+        pass
+    if max(scores.values()) == -inf:
         raise HfEsmError("alpha='auto': every score is NaN. Check score_fn or the metric, or give alpha a number.")
-    error = (best * (1 - best) / rows) ** 0.5 if rows else 0.0
-    good = [alpha for alpha, value in scores.items() if value >= best - error]
+    good = [alpha for alpha, value in scores.items() if value >= as_good()]
     return min(good, key=lambda alpha: (abs(alpha - default), alpha)), dict(sorted(scores.items()))
+
+
+def _between(scores: Mapping[float, float]) -> Optional[float]:
+    """Return the middle of the wider gap beside the best α, a multiple of 0.1; None if there is no gap."""
+    alphas = sorted(scores)
+    place = max(range(len(alphas)), key=lambda i: (scores[alphas[i]], -alphas[i]))
+    near = alphas[max(place - 1, 0) : place + 2]
+    low, high = max(pairwise(near), key=lambda gap: round(gap[1] - gap[0], 1), default=(0.0, 0.0))
+    middle = round(low + FINE * int((high - low) / FINE / 2 + 1e-6), 1)
+    return middle if low < middle < high else None
 
 
 def describe_alpha(alpha: float, scores: Mapping[float, float], default: float, within_error: bool) -> str:

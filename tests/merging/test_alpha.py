@@ -42,7 +42,7 @@ def test_the_search_goes_as_far_as_the_method_says(largest):
     for search in (search_alpha, partial(climb_alpha, start=1.0)):
         assert search(lambda alpha: alpha, largest=largest)[0] == largest
         best, scores = search(lambda alpha: -abs(alpha - 0.8 * largest), largest=largest)
-        assert best == pytest.approx(0.8 * largest, abs=0.1) and max(scores) <= largest
+        assert best == pytest.approx(0.8 * largest, abs=0.1 if largest < 5 else 0.25) and max(scores) <= largest
 
 
 def test_a_merge_searches_alpha_as_far_as_its_method_says(tmp_path):
@@ -63,7 +63,7 @@ def test_a_merge_searches_alpha_as_far_as_its_method_says(tmp_path):
 
 def test_a_score_that_is_no_number_is_no_best_and_nothing_but_such_is_refused():
     alpha, _ = search_alpha(lambda a: float("nan") if a < 1.5 else -a)
-    assert alpha == 1.5
+    assert alpha in (1.5, 1.6)
     with pytest.raises(HfEsmError, match="every score is NaN"):
         search_alpha(lambda a: float("nan"))
 
@@ -109,7 +109,7 @@ def test_where_alpha_comes_from_is_printed_and_in_the_card_and_the_report(tmp_pa
 
     def score(model):
         seen.append(float(model.encoder.layer[0].output.dense.weight.detach().norm()))
-        return -abs(len(seen) - 3)  # the third of 0.1, 0.4, 0.7, … is the best, whatever the model
+        return -abs(len(seen) - 3)  # the third of 1, 0.7, 0.4, … is the best, whatever the model
 
     results, cards = {}, {}
     for name, alpha in {"default": None, "given": 0.5, "chosen": "auto"}.items():
@@ -123,18 +123,18 @@ def test_where_alpha_comes_from_is_printed_and_in_the_card_and_the_report(tmp_pa
     assert f"α = 0.5 is given; the default is {default:g}." in cards["given"]
     found, report = results["chosen"], json.loads((tmp_path / "chosen" / "merge_report.json").read_text())
     tried = len(found.alpha_scores)
-    assert found.alpha == 0.7 and found.evaluations == report["evaluations"] == tried < len(seen)
+    assert found.alpha == 0.4 and found.evaluations == report["evaluations"] == tried < len(seen)
     assert report["alpha_default"] == default
     cost = f"{tried} merged models scored in {found.seconds['choosing']:.1f} s"
     text, card = str(found), cards["chosen"]
-    assert "alpha 0.7 (chosen; the default is 1)\n" in text and f"  cost     {cost}\n" in text
-    assert ", 0.7 0.000 (chosen), " in text and ", 1 -1.000 (default), " in text
-    assert f"That took {cost}." in card and f"alpha 0.7 of {tried} tried, the best" in card
-    assert "| 0.7 | 0.000 | chosen |" in card and "| 1 | -1.000 | default |" in card
+    assert "alpha 0.4 (chosen; the default is 1)\n" in text and f"  cost     {cost}\n" in text
+    assert " 0.4 0.000 (chosen), " in text and ", 1 -2.000 (default), " in text
+    assert f"That took {cost}." in card and f"alpha 0.4 of {tried} tried, the best" in card
+    assert "| 0.4 | 0.000 | chosen |" in card and "| 1 | -2.000 | default |" in card
 
 
 def test_scores_every_candidate_once():
     seen = []
     _, scores = search_alpha(lambda a: seen.append(a) or -abs(a - 1))
-    assert len(seen) == len(set(seen)) == len(scores) < 20
+    assert len(seen) == len(set(seen)) == len(scores) <= 9
     assert min(seen) > 0 and max(seen) <= 3.0
