@@ -65,7 +65,7 @@ def write_card(folder: Path, result: MergeResult, sources: Mapping[str, ModelSou
         keeps_bodies=plan.method.keeps_bodies,
         alpha=result.scales,
         alpha_origin=result.alpha_origin,
-        cost=result.cost,
+        evaluations=result.evaluations,
         overrides=[*map(str, plan.overrides), *([str(plan.lines)] if plan.lines else [])],
         choice=result.choice,
         alpha_scores=_alpha_scores(result),
