@@ -94,19 +94,20 @@ def test_a_merge_ends_with_what_to_do_next(folder, said, tmp_path):
     assert f"hf-esm evaluate {tmp_path / 'merged'} --data a=ROWS" in following
 
 
-STAGES = {  # of some merges, after their weights were checked
+STAGES = {  # of some merges, after their samples were read
+    # in one pass, which checks each weight when it is merged
     "mean": ({"method": "mean"}, ["merging", "writing", "publishing"]),
     "esm++": (
         {"method": "esm++", "num_samples": 4},
-        ["calibrating", "merging", "writing", "adding experts", "publishing"],
+        ["checking weights", "calibrating", "merging", "writing", "adding experts", "publishing"],
     ),
     "agreement": (
         {"method": "tsv-m", "alpha": "auto"},
-        ["asking experts", "merging", "choosing", "measuring agreement", "writing", "publishing"],
+        ["checking weights", "asking experts", "merging", "choosing", "measuring agreement", "writing", "publishing"],
     ),
     "labels": (
         {"method": "tsv-m", "alpha": "auto", "validation": {"a": "a.jsonl", "b": "b.jsonl"}},
-        ["merging", "choosing", "scoring", "writing", "publishing"],
+        ["checking weights", "merging", "choosing", "scoring", "writing", "publishing"],
     ),
 }
 
@@ -118,7 +119,7 @@ def test_a_merge_says_which_stage_of_how_many_it_is_at(folder, tmp_path, monkeyp
         settings = {**settings, "calibration": {"a": "a.jsonl", "b": "b.jsonl"}}
     with caplog.at_level(logging.INFO, "hf_esm"):
         merge_models("base", {"a": "a", "b": "b"}, output_dir=tmp_path / "out", **settings)
-    stages = ["reading headers", "reading samples", "checking weights", *after]
+    stages = ["reading headers", "reading samples", *after]
     numbered = [f"stage {i} of {len(stages)}: {name}" for i, name in enumerate(stages, start=1)]
     assert [r.message for r in caplog.records if r.levelno == logging.INFO] == [stages[0], *numbered[1:]]
 
