@@ -9,18 +9,22 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from ...errors import HfEsmError
+from ...utils import is_offloaded
 from ..base import AdapterLayer, recorded
 from .config import RoutedExpertsConfig
 from .frames import Frame, RoutingState
 from .pooling import pool, sample_rows
+from .ready import FOLDED_BYTES, Folded, Kept, folds, make_ready, state_of
 from .routes import (
     Decision,
     Decisions,
     Named,
+    Ready,
     Route,
     discriminate,
     encoder_vote,
     forced_route,
+    listed,
     nearest_prototype,
     project,
 )
@@ -123,9 +127,8 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
-            return result
+            return self.base_layer(x, *args, **kwargs)
         frame = self._frame()
         if frame is None:
             self.state.load()
@@ -139,16 +142,72 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         rows = sample_rows(x, frame.batch)
         if rows is None or (self.reads_once and self.name in frame.read):
             with self.in_place():
-                return self._add_to_all(result, x)
+                return self._add_to_all(self.base_layer(x, *args, **kwargs), x)
         frame.read.add(self.name)
+        added: list[tuple[str, Route, Optional[Ready]]] = []
         with self.in_place():
             for adapter in self.active_adapters:
                 if adapter in self.configs:
                     self.ensure_loaded(adapter)
                     route = self._route(adapter, frame, rows, x)
                     if route is not None and adapter in self.routed_experts_A:
-                        result = self._add_experts(result, adapter, rows, route)
+                        added.append((adapter, route, self._ready(adapter, route, frame, rows)))
+            if len(added) == 1 and not (args or kwargs) and folds(self.base_layer, x):
+                folded = self._folded(*added[0], rows)
+                if folded is not None:
+                    return folded.run(self.base_layer, x)
+            result = self.base_layer(x, *args, **kwargs)
+            for adapter, route, ready in added:
+                if ready is None:
+                    result = self._add_experts(result, adapter, rows, route)
+                else:
+                    result = self._kept(adapter, route, ready, rows, result.dtype).experts.add(result, rows)
         return result
+
+    def _ready(self, adapter: str, route: Route, frame: Frame, rows: Tensor) -> Optional[Ready]:
+        """Return what layers keep of the experts of a route; None if later passes of the request may have another
+        route, if experts need gradients, or if what is kept may be larger than all experts together.
+        """
+        if recorded() or is_offloaded(self.routed_experts_A):
+            return None
+        tensors = rows, self.routed_experts_A[adapter], self.routed_experts_B[adapter], *self.base_layer.parameters()
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return None
+        forced, ready = self.state.local.forced, None
+        if isinstance(forced, Named):
+            ready = forced.ready
+        elif frame.cache is not None and getattr(frame.decisions.get(adapter), "route", None) is route:
+            decision = frame.decisions[adapter]  # one for all modules, by a discriminant router
+            ready = decision.ready = decision.ready or Ready()
+        return ready if ready and (ready.shared(adapter, route) or rows.shape[1] == 1) else None
+
+    def _kept(self, adapter: str, route: Route, ready: Ready, rows: Tensor, dtype: torch.dtype) -> Kept:
+        """Return the experts of a route as they are kept for the request."""
+        a, b = self.routed_experts_A[adapter], self.routed_experts_B[adapter]
+        key, state = (self.name, adapter, len(rows), dtype), state_of(a, b, *self.base_layer.parameters())
+        kept = ready.layers.get(key)
+        if kept is None or kept.state != state:
+            route = route if ready.shared(adapter, route) else route.for_batch(len(rows))
+            kept = ready.layers[key] = Kept(make_ready(a, b, route.to(rows.device), dtype), state)
+        return kept
+
+    def _folded(self, adapter: str, route: Route, ready: Optional[Ready], rows: Tensor) -> Optional[Folded]:
+        """Return the weight with the experts in it, if all samples get the same ones; None where that does not pay.
+
+        It pays for many tokens, and is kept from the second pass of a request on, while there is room.
+        """
+        if ready is None or not ready.shared(adapter, route):
+            return None
+        kept, (height, width) = (
+            self._kept(adapter, route, ready, rows, rows.dtype),
+            (self.out_features, self.in_features),
+        )
+        kept.passes += 1
+        if kept.folded is None and kept.passes > 1 and ready.folded_bytes + 4 * height * width <= FOLDED_BYTES:
+            ready.folded_bytes += 4 * height * width
+            kept.folded = Folded(self.base_layer, kept.experts)
+        many = rows.shape[0] * rows.shape[1] * (height + width) > height * width
+        return Folded(self.base_layer, kept.experts) if kept.folded is None and many else kept.folded
 
     def _frame(self) -> Optional[Frame]:
         """The frame of this pass; in a projection behind a tower, the frame of the tower."""
@@ -176,10 +235,10 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         if grouping_pays(experts, a, b, rows.shape[1]):
             return result + add_by_expert(rows, a, b, experts, weights).reshape(result.shape)
         added = result.reshape(*rows.shape[:2], -1)
-        for nth, expert in enumerate(_listed(experts).unbind(1)):
+        for nth, expert in enumerate(listed(experts).unbind(1)):
             hidden = torch.bmm(rows, a[expert].to(rows.dtype).mT)
             if weights is not None:
-                hidden = hidden * _listed(weights)[:, nth, None, None].to(hidden.dtype)
+                hidden = hidden * listed(weights)[:, nth, None, None].to(hidden.dtype)
             added = torch.baddbmm(added, hidden, b[expert].to(rows.dtype).mT)
         return added.reshape(result.shape).to(result.dtype)
 
@@ -281,8 +340,8 @@ def add_by_expert(rows: Tensor, a: Tensor, b: Tensor, experts: Tensor, weights: 
     """
     added = rows.new_zeros(*rows.shape[:2], b.shape[1])
     for expert in experts.unique().tolist():
-        chosen = _listed(experts) == expert
-        shares = (chosen if weights is None else chosen * _listed(weights)).sum(1)
+        chosen = listed(experts) == expert
+        shares = (chosen if weights is None else chosen * listed(weights)).sum(1)
         samples = shares.nonzero()[:, 0]
         hidden = rows[samples] @ a[expert].to(rows.dtype).mT
         if weights is not None:
@@ -290,8 +349,3 @@ def add_by_expert(rows: Tensor, a: Tensor, b: Tensor, experts: Tensor, weights: 
         hidden = (hidden @ b[expert].to(rows.dtype).mT).to(added.dtype)  # autocast may use another dtype
         added.index_add_(0, samples, hidden)
     return added
-
-
-def _listed(part: Tensor) -> Tensor:
-    """The experts or weights of a route as `[B, k]`."""
-    return part if part.dim() == 2 else part[:, None]

@@ -1,7 +1,7 @@
 """Routes of a batch: which experts each sample gets, as a router decides or as the caller names them."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -39,6 +39,33 @@ class Route(NamedTuple):
         return Route(*(None if part is None else part.to(device) for part in self))
 
 
+class Ready:
+    """What layers keep of the experts of one route, for later passes of the same request; copies are empty.
+
+    Attributes:
+        layers: by module, adapter, number of samples and dtype.
+        folded_bytes: size of the weights that experts are folded into.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[tuple, Any] = {}
+        self.folded_bytes = 0
+        self._shared: dict[tuple[str, int], bool] = {}
+
+    def shared(self, adapter: str, route: Route) -> bool:
+        """Return whether all samples of a route get the same experts."""
+        key = adapter, len(route.experts)
+        if key not in self._shared:
+            self._shared[key] = all(part is None or torch.equal(part, part[:1].expand_as(part)) for part in route)
+        return self._shared[key]
+
+    def __deepcopy__(self, memo: dict) -> "Ready":
+        return Ready()
+
+    def __reduce__(self) -> Any:
+        return Ready, ()
+
+
 @dataclass
 class Decision:
     """A router's decision on a batch.
@@ -50,12 +77,14 @@ class Decision:
             sample counts as belonging to none of the tasks. None if the router has no threshold.
         before: names of the modules that ran before the decision. They add no expert, neither to the input that was
             decided on nor to any later one.
+        ready: what layers keep of the experts, from the first pass that does.
     """
 
     route: Route
     probabilities: Tensor
     distance: Optional[Tensor] = None
     before: frozenset[str] = frozenset()
+    ready: Optional[Ready] = field(default=None, repr=False, compare=False)
 
 
 class Decisions(NamedTuple):
@@ -75,15 +104,17 @@ class Named(NamedTuple):
         names: one task for all samples, or a list with one task per sample.
         routes: the same tasks as a route, by the tasks of each adapter; a single name gives a route of one sample.
             The tensors are made once, so that code is not compiled again for other names.
+        ready: what layers keep of the experts.
     """
 
     names: str | list[str]
     routes: dict[tuple[str, ...], Optional[Route]]
+    ready: Ready
 
     @classmethod
     def of(cls, names: str | list[str], adapters: Iterable[Sequence[str]]) -> "Named":
         listed = [names] if isinstance(names, str) else names
-        return cls(names, {tuple(tasks): _route_of(listed, tasks) for tasks in adapters})
+        return cls(names, {tuple(tasks): _route_of(listed, tasks) for tasks in adapters}, Ready())
 
 
 def _route_of(names: list[str], tasks: Sequence[str]) -> Optional[Route]:
@@ -111,7 +142,7 @@ def forced_route(
         return None
     route = route.to(device)
     if isinstance(forced, Named) and isinstance(forced.names, str):
-        return route.for_batch(batch)
+        return route
     if route.experts.shape[0] != batch and not repeats:
         raise HfEsmError(f"Routes of {len(route.experts)} samples do not fit a batch of {batch}. {ONE_PER_SAMPLE}")
     return route.for_batch(batch)
@@ -178,3 +209,8 @@ def encoder_vote(adapter: str, decisions: dict[Any, Decision]) -> Optional[Decis
         shares = torch.stack([vote.to(votes[0].device) for vote in votes]).mean(0)
         decisions[key] = Decision(Route(shares.argmax(-1)), shares)
     return decisions[key]
+
+
+def listed(part: Tensor) -> Tensor:
+    """Return the experts or weights of a route as `[B, k]`."""
+    return part if part.dim() == 2 else part[:, None]
