@@ -9,7 +9,7 @@ from torch import nn
 
 
 def _hooks(module: nn.Module) -> list[AlignDevicesHook]:
-    hook = getattr(module, "_hf_hook", None)
+    hook = vars(module).get("_hf_hook")
     hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     return [found for found in hooks if isinstance(found, AlignDevicesHook)]
 

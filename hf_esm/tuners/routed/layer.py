@@ -1,6 +1,6 @@
 """A linear map with the low-rank experts of all tasks on it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -14,7 +14,7 @@ from ..base import AdapterLayer, recorded
 from .config import RoutedExpertsConfig
 from .frames import Frame, RoutingState
 from .pooling import pool, sample_rows
-from .ready import FOLDED_BYTES, Folded, Kept, folds, make_ready, state_of
+from .ready import Kept, state_of
 from .routes import (
     Decision,
     Decisions,
@@ -144,70 +144,57 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
             with self.in_place():
                 return self._add_to_all(self.base_layer(x, *args, **kwargs), x)
         frame.read.add(self.name)
-        added: list[tuple[str, Route, Optional[Ready]]] = []
+        ready = None if args or kwargs else self._ready(frame)
+        signature = None if ready is None else self._signature(frame, x)
+        if ready is not None and (kept := ready.layers.get(self.name)) is not None and kept.signature == signature:
+            return kept.run(self.base_layer, x, rows, ready)
         with self.in_place():
-            for adapter in self.active_adapters:
-                if adapter in self.configs:
-                    self.ensure_loaded(adapter)
-                    route = self._route(adapter, frame, rows, x)
-                    if route is not None and adapter in self.routed_experts_A:
-                        added.append((adapter, route, self._ready(adapter, route, frame, rows)))
-            if len(added) == 1 and not (args or kwargs) and folds(self.base_layer, x):
-                folded = self._folded(*added[0], rows)
-                if folded is not None:
-                    return folded.run(self.base_layer, x)
+            added = list(self._routes(frame, rows, x))
+            if ready is not None and len(added) == 1:
+                adapter, route = added[0]
+                if ready.shared(adapter, route) or rows.shape[1] == 1:  # else as much as all samples may be kept
+                    a, b = self.routed_experts_A[adapter], self.routed_experts_B[adapter]
+                    kept = ready.layers[self.name] = Kept(signature, self.base_layer, x, a, b, route)
+                    return kept.run(self.base_layer, x, rows, ready)
             result = self.base_layer(x, *args, **kwargs)
-            for adapter, route, ready in added:
-                if ready is None:
-                    result = self._add_experts(result, adapter, rows, route)
-                else:
-                    result = self._kept(adapter, route, ready, rows, result.dtype).experts.add(result, rows)
+            for adapter, route in added:
+                result = self._add_experts(result, adapter, rows, route)
         return result
 
-    def _ready(self, adapter: str, route: Route, frame: Frame, rows: Tensor) -> Optional[Ready]:
-        """Return what layers keep of the experts of a route; None if later passes of the request may have another
-        route, if experts need gradients, or if what is kept may be larger than all experts together.
-        """
-        if recorded() or is_offloaded(self.routed_experts_A):
+    def _routes(self, frame: Frame, rows: Tensor, x: Tensor) -> Iterator[tuple[str, Route]]:
+        """The active adapters that add experts here, with their routes."""
+        for adapter in self.active_adapters:
+            if adapter in self.configs:
+                self.ensure_loaded(adapter)
+                route = self._route(adapter, frame, rows, x)
+                if route is not None and adapter in self.routed_experts_A:
+                    yield adapter, route
+
+    def _ready(self, frame: Frame) -> Optional[Ready]:
+        """What layers keep for later passes of this request, which have the same route; None if that is nothing."""
+        forced = self.state.local.forced
+        if (
+            recorded()
+            or torch.is_grad_enabled()
+            or len(self.active_adapters) > 1
+            or is_offloaded(self.routed_experts_A)
+        ):
             return None
-        tensors = rows, self.routed_experts_A[adapter], self.routed_experts_B[adapter], *self.base_layer.parameters()
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return None
-        forced, ready = self.state.local.forced, None
         if isinstance(forced, Named):
-            ready = forced.ready
-        elif frame.cache is not None and getattr(frame.decisions.get(adapter), "route", None) is route:
-            decision = frame.decisions[adapter]  # one for all modules, by a discriminant router
-            ready = decision.ready = decision.ready or Ready()
-        return ready if ready and (ready.shared(adapter, route) or rows.shape[1] == 1) else None
-
-    def _kept(self, adapter: str, route: Route, ready: Ready, rows: Tensor, dtype: torch.dtype) -> Kept:
-        """Return the experts of a route as they are kept for the request."""
-        a, b = self.routed_experts_A[adapter], self.routed_experts_B[adapter]
-        key, state = (self.name, adapter, len(rows), dtype), state_of(a, b, *self.base_layer.parameters())
-        kept = ready.layers.get(key)
-        if kept is None or kept.state != state:
-            route = route if ready.shared(adapter, route) else route.for_batch(len(rows))
-            kept = ready.layers[key] = Kept(make_ready(a, b, route.to(rows.device), dtype), state)
-        return kept
-
-    def _folded(self, adapter: str, route: Route, ready: Optional[Ready], rows: Tensor) -> Optional[Folded]:
-        """Return the weight with the experts in it, if all samples get the same ones; None where that does not pay.
-
-        It pays for many tokens, and is kept from the second pass of a request on, while there is room.
-        """
-        if ready is None or not ready.shared(adapter, route):
+            return forced.ready
+        decision = frame.decisions.get(self.active_adapters[0])  # of a router that decides for all modules
+        if decision is None or frame.cache is None or not (forced is None or isinstance(forced, Decisions)):
             return None
-        kept, (height, width) = (
-            self._kept(adapter, route, ready, rows, rows.dtype),
-            (self.out_features, self.in_features),
-        )
-        kept.passes += 1
-        if kept.folded is None and kept.passes > 1 and ready.folded_bytes + 4 * height * width <= FOLDED_BYTES:
-            ready.folded_bytes += 4 * height * width
-            kept.folded = Folded(self.base_layer, kept.experts)
-        many = rows.shape[0] * rows.shape[1] * (height + width) > height * width
-        return Folded(self.base_layer, kept.experts) if kept.folded is None and many else kept.folded
+        decision.ready = decision.ready or Ready()
+        return decision.ready
+
+    def _signature(self, frame: Frame, x: Tensor) -> tuple:
+        """What the sum of a linear map and its experts depends on, beside the route and the numbers in the input."""
+        base, adapters = self.base_layer, self.active_adapters
+        experts = [e._parameters.get(a) for e in (self.routed_experts_A, self.routed_experts_B) for a in adapters]
+        looked_at = bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
+        shape = (*x.shape[:-1], frame.batch, x.dtype, x.device, torch.is_autocast_enabled(x.device.type))
+        return *shape, *adapters, looked_at, *state_of(*experts, *base._parameters.values())
 
     def _frame(self) -> Optional[Frame]:
         """The frame of this pass; in a projection behind a tower, the frame of the tower."""

@@ -1,5 +1,6 @@
-"""Experts of a route made ready for later passes of a request: their factors gathered, or folded into a weight."""
+"""Experts of a route made ready for later passes of a request: factors gathered, or folded into a private weight."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Optional
 
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ...utils import is_offloaded
-from .routes import Route, listed
+from .routes import Ready, Route, listed
 
 
 # Bytes of weights that one request may copy to fold experts into them.
@@ -83,42 +84,60 @@ class Grouped:
         return flat.view_as(result)
 
 
-class Folded:
-    """A private copy of a linear map's weight with the experts in it that all samples get.
-
-    Attributes:
-        weight: `W + Σ w_t B_t A_t` `[d_out, d_in]`.
-    """
-
-    def __init__(self, base: nn.Module, experts: Gathered):
-        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
-        self.weight = torch.addmm(weight.detach(), experts.up[0].T, experts.down[0])
-
-    def run(self, base: nn.Module, x: Tensor) -> Tensor:
-        """Return `x W'ᵀ + b`, with the bias of the linear map."""
-        return F.linear(x, self.weight, base.bias)
-
-
-@dataclass
 class Kept:
-    """The experts that a layer adds in one request.
+    """What one layer keeps in one request: the experts that its samples get, or a private weight with them in it.
+
+    A weight is made where all samples get the same experts: for a pass of many tokens, and to be kept from the second
+    pass of one kind on.
 
     Attributes:
-        experts: their factors.
-        state: of the tensors that they were made from.
-        passes: number of passes that used them.
-        folded: the weight with the experts in it, if it is kept.
+        signature: of the passes that it is for.
+        folded: `W + Σ w_t B_t A_t` `[d_out, d_in]`, if it is kept.
     """
 
-    experts: Gathered | Grouped
-    state: tuple
-    passes: int = 0
-    folded: Optional[Folded] = None
+    def __init__(self, signature: tuple, base: nn.Module, x: Tensor, a: Tensor, b: Tensor, route: Route):
+        self.signature, self.factors, self.route = signature, (a, b), route
+        self.experts: Optional[Gathered | Grouped] = None
+        self.foldable = folds(base, x)
+        self.folded: Optional[Tensor] = None
+        self.passes = 0
+
+    def run(self, base: nn.Module, x: Tensor, rows: Tensor, ready: Ready) -> Tensor:
+        """Return `x Wᵀ + bias + Σ w_t (x A_tᵀ) B_tᵀ`, where the rows are the input as `[B, L, d_in]`."""
+        self.passes += 1
+        weight = self._fold(base, rows, ready) if self.foldable and self.folded is None else self.folded
+        if weight is not None:
+            return F.linear(x, weight, base.bias)
+        result = base(x)
+        return self._experts(rows, result.dtype).add(result, rows)
+
+    def _experts(self, rows: Tensor, dtype: torch.dtype) -> Gathered | Grouped:
+        if self.experts is None:
+            route = self.route if len(self.route.experts) == 1 else self.route.for_batch(len(rows))
+            self.experts = make_ready(*self.factors, route.to(rows.device), dtype)
+        return self.experts
+
+    def _fold(self, base: nn.Module, rows: Tensor, ready: Ready) -> Optional[Tensor]:
+        """Return the weight with the experts in it, if that is worth its products, or room to keep it."""
+        experts, (height, width) = self._experts(rows, rows.dtype), (self.factors[1].shape[1], rows.shape[-1])
+        self.foldable = isinstance(experts, Gathered) and len(experts.down) == 1
+        keep = self.passes > 1 and ready.folded_bytes + 4 * height * width <= FOLDED_BYTES
+        if not self.foldable or not (keep or rows.shape[:2].numel() * (height + width) > height * width):
+            return None
+        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+        weight = torch.addmm(weight.detach(), experts.up[0].T, experts.down[0])
+        if keep:
+            self.folded = weight
+            ready.folded_bytes += weight.nbytes
+        return weight
 
 
-def state_of(*tensors: Tensor) -> tuple:
-    """Return what changes when one of the tensors is replaced, or changed in place."""
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+def state_of(*tensors: Optional[Tensor]) -> Iterator[int]:
+    """Yield numbers that change when one of the tensors is replaced, or changed in place."""
+    for tensor in tensors:
+        if tensor is not None:
+            yield tensor.data_ptr()
+            yield 0 if tensor.is_inference() else tensor._version
 
 
 def make_ready(a: Tensor, b: Tensor, route: Route, dtype: torch.dtype) -> Gathered | Grouped:

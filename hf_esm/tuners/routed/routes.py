@@ -43,12 +43,12 @@ class Ready:
     """What layers keep of the experts of one route, for later passes of the same request; copies are empty.
 
     Attributes:
-        layers: by module, adapter, number of samples and dtype.
+        layers: by module.
         folded_bytes: size of the weights that experts are folded into.
     """
 
     def __init__(self) -> None:
-        self.layers: dict[tuple, Any] = {}
+        self.layers: dict[str, Any] = {}
         self.folded_bytes = 0
         self._shared: dict[tuple[str, int], bool] = {}
 
