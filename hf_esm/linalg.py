@@ -300,6 +300,7 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.reshape(-1).split(2**17) for tensor in tensors), strict=True)
 
 
+@torch.no_grad()
 def piecewise(function: Callable[..., Tensor], *tensors: Tensor, out: Optional[Tensor] = None) -> Tensor:
     """Return what a function of entries makes of tensors of one shape, float32, computed piece by piece.
 

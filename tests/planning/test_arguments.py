@@ -661,7 +661,7 @@ given, stages = json.loads(sys.argv[1]), []
 
 def kill(stage, done, total):
     stages.append(stage)
-    if stage == "Writing" and done > total / 2:
+    if stage == "Merging" and done > total / 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
 for overwrite in (False, True):

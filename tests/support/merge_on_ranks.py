@@ -36,12 +36,19 @@ def watch(event: str, arguments: tuple) -> None:
         touched.add(os.path.relpath(arguments[0], FOLDER))
 
 
+class Terminal(io.StringIO):
+    """Where progress is shown as bars."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @contextlib.contextmanager
-def recorded(name: str):
+def recorded(name: str, stream: type[io.StringIO] = io.StringIO):
     """Write down what the block said, did and returned, on this rank."""
     touched.clear()
     record: dict = {}
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(stream()) as err:
         yield record
     record |= {"touched": sorted(touched), "stdout": out.getvalue(), "stderr": err.getvalue()}
     (FOLDER / f"{name}-{RANK}.json").write_text(json.dumps(record))
@@ -71,7 +78,7 @@ def broken(*arguments, **named):
 sys.addaudithook(watch)
 cases = json.loads((FOLDER / "cases.json").read_text())
 for name, arguments in cases.items():
-    with recorded(name) as record:
+    with recorded(name, Terminal) as record:
         calls: list = []
         result = merge_models(
             **arguments, output_dir=FOLDER / name / "found", callback=lambda *call, calls=calls: calls.append(call)
