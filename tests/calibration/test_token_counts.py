@@ -100,6 +100,7 @@ def test_a_shared_embedding_is_read_by_encoder_and_decoder(name, batch_size):
     assert torch.equal(found, counted(tokens_of(samples) + written, VOCABULARY))
 
 
+@pytest.mark.cases(16)
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_counts_do_not_depend_on_the_batches(name):
     samples = ARCHITECTURES[name].samples(5)

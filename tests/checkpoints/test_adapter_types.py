@@ -86,6 +86,7 @@ def unloaded(base: str, adapter: str) -> dict[str, torch.Tensor]:
     return model.merge_and_unload(safe_merge=True).state_dict()
 
 
+@pytest.mark.cases(20)
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_type_is_merged_as_peft_merges_it_or_refused_in_a_sentence(kind, base, tmp_path):
     adapter = adapter_of(kind, base, tmp_path / "adapter")

@@ -152,6 +152,7 @@ def rewrite(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.mark.cases(8)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT, on tied weights and on configs that it cannot look up
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_an_adapter_merges_as_the_model_that_peft_makes_of_it(case, tmp_path):

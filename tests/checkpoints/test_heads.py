@@ -132,6 +132,7 @@ def in_modules(name: str, modules: set[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bodies_merge_and_heads_stay(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]

@@ -181,6 +181,7 @@ TIED_ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize("name", [*ADAPTERS, *TIED_ADAPTERS])
 def test_an_adapter_over_a_tied_base_is_the_model_that_was_trained(name, tmp_path):
     """The model with the adapter on it, not that of `merge_and_unload`, which changes both weights at once."""

@@ -116,6 +116,7 @@ MERGES = {  # flags beside the recipe, and what they change in its arguments
 }
 
 
+@pytest.mark.cases(5)
 @pytest.mark.slow
 @pytest.mark.parametrize(("given", "changes"), MERGES.values(), ids=MERGES)
 def test_flags_override_the_recipe(models, merged, tmp_path, given, changes):

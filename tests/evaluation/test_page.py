@@ -219,6 +219,7 @@ document.title = JSON.stringify({wide, touching, names, sorted, back: getCompute
 </script></body>"""
 
 
+@pytest.mark.cases(2)
 @pytest.mark.extras
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("dark", [False, True])

@@ -193,6 +193,7 @@ def test_refining_by_default_is_left_out_with_a_warning_where_samples_are_few(fo
     assert any("not chosen by agreement" in warning for warning in single.warnings)
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("refine", [None, False, {"steps": 2, "components": 4}], ids=["default", "off", "settings"])
 @pytest.mark.parametrize("kind", ["rows", "both", "beside the weights", "kept", "file"])
 def test_the_recipe_repeats_a_merge_whose_samples_were_split(folder, tmp_path, kind, refine):

@@ -122,6 +122,7 @@ EXPERTS = {
 }
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize(
     ("kinds", "mask"), [*((name, "relaxed") for name in EXPERTS), ("two", "expected"), ("eight", "expected")]
 )
@@ -175,6 +176,7 @@ def prompts(seed, count=4):
     return [{"input_ids": torch.randint(3, 60, (n,), generator=generator)} for n in range(3, 3 + count)]
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(("kind", "decoder"), WRITERS.values(), ids=WRITERS)
 @pytest.mark.parametrize("method", ["layer-wise", "task arithmetic", "adamerging"])
 def test_models_that_write_learn_at_the_first_token_of_an_answer(kind, decoder, method):
@@ -239,6 +241,7 @@ def test_rates_and_batches_are_those_of_the_papers_family(kind):
     assert (method.learning_rate, method.batch_size, method.inner_rate) == (1e-2, 3, 0.1 if kind else 1.0)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", ["concrete-task-arithmetic", "concrete-adamerging"])
 def test_without_a_step_the_merge_is_task_arithmetic(models, name):
     nothing = {"steps": 0} | ({"coefficient_steps": 0} if "ada" in name else {})

@@ -70,6 +70,7 @@ def logits(model):
     return model.eval()(torch.tensor([[5, 9, 12, 7, 3], [6, 6, 15, 18, 8]])).logits
 
 
+@pytest.mark.cases(7)
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_without_a_rank_the_adapter_over_the_base_is_the_whole_merged_model(models, method, tmp_path):
@@ -90,6 +91,7 @@ def test_without_a_rank_the_adapter_over_the_base_is_the_whole_merged_model(mode
     assert not list(folder.glob("model*.safetensors")) and not (folder / "config.json").exists()
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("calibrated", [True, False])
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_a_lower_rank_is_the_optimum_of_eckart_and_young(models, rank, calibrated, tmp_path):
@@ -149,6 +151,7 @@ def test_directions_that_no_input_tells_apart_come_by_their_size():
     assert error == 0
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "auto"])
 def test_a_merge_in_factors_reads_no_weight_of_the_base(models, method, tmp_path, monkeypatch):
     statistics = tmp_path / "statistics"

@@ -51,6 +51,7 @@ MERGES = {  # the arguments; how many readings of the experts are spared
 }
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize(("options", "spared"), MERGES.values(), ids=MERGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_pass_writes_the_bytes_of_two(models, options, spared, dtype, tmp_path, monkeypatch):

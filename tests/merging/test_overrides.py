@@ -61,6 +61,7 @@ def parts(models, tensors, match):
     return selected, tensors.keys() - selected
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("method", SINGLE)
 def test_each_weight_is_what_its_own_rule_makes_of_it(models, merged, method):
     """By every method as an override, with weights and α, beside another method."""

@@ -113,6 +113,7 @@ def save_adapter(kind, base, folder):
     return folder
 
 
+@pytest.mark.cases(10)
 @pytest.mark.parametrize("method", ["mean", "regmean"])
 def test_with_a_lora_adapter_the_merge_is_that_of_the_dequantised_folders(method, kind, models, tmp_path):
     dense = {name: dense_copy(kind, models[name], tmp_path / name) for name in ("base", "law")}

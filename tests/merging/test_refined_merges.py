@@ -145,6 +145,7 @@ def merges(request, tmp_path_factory):
     return Merges(request.param, folder, folded, kept, **seen)
 
 
+@pytest.mark.cases(2)
 def test_gates_bring_the_model_nearer_to_the_experts_on_samples_that_they_did_not_learn_from(merges):
     for task in TASKS:
         parts = (samples_of(task, 3, 32)[:SEEN], merges.learn[task].samples, merges.held_back[task].samples)

@@ -212,6 +212,7 @@ SETTINGS = {
 CASES = [(kind, "defaults") for kind in CALIBRATIONS] + [("texts", name) for name in SETTINGS if name != "defaults"]
 
 
+@pytest.mark.cases(5)
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "settings"), CASES)
 def test_the_recipe_that_a_merge_writes_repeats_it(models, tmp_path, monkeypatch, kind, settings):

@@ -235,6 +235,7 @@ def test_a_corrupt_download_is_downloaded_again(hub, online, merged):
     assert same(online(answers, name), answers(merged))
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("asked", ["POST .*/repos/create", "PUT .*/lfs/"])
 def test_a_push_whose_connection_breaks_is_one_clear_error(hub, online, merged, asked):
     hub.faults[asked] = ["drop"] * 1000
