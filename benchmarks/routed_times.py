@@ -4,10 +4,11 @@
     python benchmarks/routed_times.py ROUTED_MODEL --before /elsewhere [--rounds 9]
 
 ROUTED_MODEL is a folder that `merge_models(…, method="esm++")` wrote, which both versions can load. A process of each
-version loads it. They take turns: in every round each runs the same batch as the static model, with the router
-deciding, and with a task named; as one forward pass, and, of a model that writes, over 32 generated tokens at batch 1
-and 8. Every time is divided by that of the static model of the same version in the same round; the table has the
-minimum, median and maximum of the ratios, and the median time itself of the static model, in milliseconds.
+version loads it. They take turns: in every round each runs the same batch by the static model, which is loaded without
+the adapter, by the routed model with the router deciding, and with a task named; as one forward pass, and, of a model
+that writes, over 32 generated tokens at batch 1 and 8. Every time is divided by that of the static model of the same
+version in the same round; the table has the minimum, median and maximum of the ratios, and the median time itself of
+the static model, in milliseconds.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,23 +75,20 @@ def work(args: argparse.Namespace) -> None:
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     model = RoutedModel.from_pretrained(args.model)
-    static = model.model.get_base_model()
+    static = type(model.model.get_base_model()).from_pretrained(args.model).eval()
     ids = torch.randint(5, static.config.vocab_size, (8, args.length))
 
-    def run(kind: str, batch: int) -> Any:
+    def run(kind: str, batch: int, way: str) -> Any:
         inputs = {"input_ids": ids[:batch], "attention_mask": torch.ones_like(ids[:batch])}
         if kind == "forward":
-            return model.model(**inputs)
+            return (static if way == "static" else model.model)(**inputs)
         settings = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
-        return model.generate(**inputs, **settings)
+        return (static if way == "static" else model).generate(**inputs, **settings)
 
     def timed(kind: str, batch: int, way: str) -> float:
         began = time.perf_counter()
-        if way == "decided":
-            run(kind, batch)
-        else:
-            with model.route("static" if way == "static" else model.tasks[0]):
-                run(kind, batch)
+        with model.route(model.tasks[0]) if way == "named" else nullcontext():
+            run(kind, batch, way)
         return time.perf_counter() - began
 
     kinds = ["forward", *(["decoding"] if static.can_generate() else [])]

@@ -61,7 +61,7 @@ def test_a_folded_weight_is_the_formula(seed, base):
     _, rows, a, b, experts, weights = problem(seed, 1, 4, 2)
     with torch.no_grad():
         torch.nn.init.normal_(base.weight)
-        kept, ready = Kept((), base, rows, a, b, Route(experts, weights)), Ready()
+        kept, ready = Kept([], base, rows, a, b, Route(experts, weights)), Ready()
         for _ in range(2):
             found = kept.run(base, rows, rows, ready)
             assert relative_error(found, literal(base(rows), rows, a, b, experts, weights)) < 1e-6

@@ -9,12 +9,11 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from ...errors import HfEsmError
-from ...utils import is_offloaded
 from ..base import AdapterLayer, recorded
 from .config import RoutedExpertsConfig
 from .frames import Frame, RoutingState
 from .pooling import pool, sample_rows
-from .ready import Kept, state_of
+from .ready import Kept
 from .routes import (
     Decision,
     Decisions,
@@ -147,7 +146,7 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         ready = None if args or kwargs else self._ready(frame)
         signature = None if ready is None else self._signature(frame, x)
         if ready is not None and (kept := ready.layers.get(self.name)) is not None and kept.signature == signature:
-            return kept.run(self.base_layer, x, rows, ready)
+            return kept.run(self._modules["base_layer"], x, rows, ready)
         with self.in_place():
             added = list(self._routes(frame, rows, x))
             if ready is not None and len(added) == 1:
@@ -172,13 +171,8 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
 
     def _ready(self, frame: Frame) -> Optional[Ready]:
         """What layers keep for later passes of this request, which have the same route; None if that is nothing."""
-        forced = self.state.local.forced
-        if (
-            recorded()
-            or torch.is_grad_enabled()
-            or len(self.active_adapters) > 1
-            or is_offloaded(self.routed_experts_A)
-        ):
+        forced, experts = self.state.local.forced, self._modules["routed_experts_A"]
+        if torch.is_grad_enabled() or recorded() or "_hf_hook" in vars(experts) or len(self.active_adapters) > 1:
             return None
         if isinstance(forced, Named):
             return forced.ready
@@ -188,13 +182,18 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         decision.ready = decision.ready or Ready()
         return decision.ready
 
-    def _signature(self, frame: Frame, x: Tensor) -> tuple:
+    def _signature(self, frame: Frame, x: Tensor) -> list[Any]:
         """What the sum of a linear map and its experts depends on, beside the route and the numbers in the input."""
-        base, adapters = self.base_layer, self.active_adapters
-        experts = [e._parameters.get(a) for e in (self.routed_experts_A, self.routed_experts_B) for a in adapters]
+        modules = self._modules  # looking modules up as attributes takes longer than a small product
+        base = modules["base_layer"]
         looked_at = bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
-        shape = (*x.shape[:-1], frame.batch, x.dtype, x.device, torch.is_autocast_enabled(x.device.type))
-        return *shape, *adapters, looked_at, *state_of(*experts, *base._parameters.values())
+        found = [x.shape, x.dtype, frame.batch, torch.is_autocast_enabled(x.device.type), looked_at]
+        found += self.active_adapters
+        for module in (base, modules["routed_experts_A"], modules["routed_experts_B"]):
+            for tensor in module._parameters.values():
+                if tensor is not None:
+                    found += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        return found
 
     def _frame(self) -> Optional[Frame]:
         """The frame of this pass; in a projection behind a tower, the frame of the tower."""

@@ -1,6 +1,5 @@
 """Experts of a route made ready for later passes of a request: factors gathered, or folded into a private weight."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Optional
 
@@ -95,7 +94,7 @@ class Kept:
         folded: `W + Σ w_t B_t A_t` `[d_out, d_in]`, if it is kept.
     """
 
-    def __init__(self, signature: tuple, base: nn.Module, x: Tensor, a: Tensor, b: Tensor, route: Route):
+    def __init__(self, signature: list, base: nn.Module, x: Tensor, a: Tensor, b: Tensor, route: Route):
         self.signature, self.factors, self.route = signature, (a, b), route
         self.experts: Optional[Gathered | Grouped] = None
         self.foldable = folds(base, x)
@@ -130,14 +129,6 @@ class Kept:
             self.folded = weight
             ready.folded_bytes += weight.nbytes
         return weight
-
-
-def state_of(*tensors: Optional[Tensor]) -> Iterator[int]:
-    """Yield numbers that change when one of the tensors is replaced, or changed in place."""
-    for tensor in tensors:
-        if tensor is not None:
-            yield tensor.data_ptr()
-            yield 0 if tensor.is_inference() else tensor._version
 
 
 def make_ready(a: Tensor, b: Tensor, route: Route, dtype: torch.dtype) -> Gathered | Grouped:
