@@ -34,10 +34,13 @@ def check_present(routed: "RoutedModel") -> PeftModel:
         HfEsmError: if its adapter was deleted or unloaded.
     """
     model = routed.model
-    present = {name for m in model.modules() if isinstance(m, RoutedExpertsLayer) for name in m.configs}
-    if routed.adapter in present:  # an adapter on top shares PEFT's table, and takes its namesake along
+
+    def is_on(adapter: str) -> bool:
+        return any(isinstance(m, RoutedExpertsLayer) and adapter in m.configs for m in model.modules())
+
+    if is_on(routed.adapter):  # an adapter on top shares PEFT's table, and takes its namesake along
         model.peft_config.setdefault(routed.adapter, routed.config)
-    if model.active_adapter not in present:
+    if not is_on(model.active_adapter):
         raise HfEsmError(
             f"The routed adapter was deleted or unloaded from this {type(routed).__name__}. Load the model again: "
             f"`RoutedModel.from_pretrained('{routed.folder}')`."

@@ -15,6 +15,9 @@ from ..errors import HfEsmError
 from ..utils import check_task_names, device_of, in_place, is_offloaded
 
 
+_NOTHING = nullcontext()
+
+
 def check_tasks(tasks: Any) -> None:
     """Raise unless the tasks of an adapter are a list of different names, each of which can name a file."""
     if not isinstance(tasks, (list, tuple)) or not tasks or len(set(map(str, tasks))) < len(tasks):
@@ -68,8 +71,9 @@ class AdapterLayer(BaseTunerLayer):
 
     def in_place(self) -> AbstractContextManager[None]:
         """Within this context, the adapters' tensors can be read, also where Accelerate offloads them."""
-        parts = [getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)]
-        return in_place(*parts) if any(is_offloaded(part) for part in parts) else nullcontext()
+        parts = [self._modules[name] for name in (*self.adapter_layer_names, *self.other_param_names)]
+        hooked = [part for part in parts if "_hf_hook" in vars(part)]  # in every pass: it must take no time
+        return in_place(*hooked) if any(map(is_offloaded, hooked)) else _NOTHING
 
     def ensure_loaded(self, adapter: str) -> None:
         """Refuse an adapter whose file lacks tensors, about which PEFT only warns. Checks each adapter once.

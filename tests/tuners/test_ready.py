@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_esm.tuners.routed.layer import RoutedExpertsLinear
 from hf_esm.tuners.routed.model import route, routing_state
-from hf_esm.tuners.routed.ready import Gathered, Grouped, Kept, make_ready
+from hf_esm.tuners.routed.ready import Conditions, Gathered, Grouped, Kept, make_ready
 from hf_esm.tuners.routed.routes import Ready, Route
 from support.architectures import ARCHITECTURES
 from support.problems import relative_error, seeds
@@ -43,16 +43,74 @@ def problem(seed, samples, tokens, k, count=5):
 @seeds
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("samples", [1, 3, 40])
-@pytest.mark.parametrize("form", [Gathered, Grouped, None])
+@pytest.mark.parametrize("form", [Gathered.of, Gathered.of_all, Grouped.of, None])
 def test_ready_experts_are_the_formula(seed, samples, k, form):
     """Also where an expert is named twice, or every weight is 0."""
     result, rows, a, b, experts, weights = problem(seed, samples, 1, k)
     for shares in (weights, torch.zeros_like(weights)):
         if form:
-            ready = form.of(a, b, experts, shares, torch.float32)
+            ready = form(a, b, experts, shares, torch.float32)
         else:
             ready = make_ready(a, b, Route(experts, shares), torch.float32)
         assert relative_error(ready.add(result, rows), literal(result, rows, a, b, experts, shares)) < 1e-6
+
+
+def layer_modules(base):
+    def experts():
+        return torch.nn.ParameterDict({"a": torch.ones(2, 2)})
+
+    return {"base_layer": base, "routed_experts_A": experts(), "routed_experts_B": experts()}
+
+
+def conditions(base, x):
+    return Conditions(layer_modules(base), ["a"], len(x), x)
+
+
+def replace_expert(modules):
+    modules["routed_experts_B"]["a"] = torch.nn.Parameter(torch.ones(2, 2))
+
+
+CHANGES = {
+    "another linear map": lambda modules: modules.update(base_layer=torch.nn.Linear(7, 9)),
+    "another weight": lambda modules: setattr(modules["base_layer"], "weight", torch.nn.Parameter(torch.ones(9, 7))),
+    "other data": lambda modules: setattr(modules["base_layer"].weight, "data", torch.ones(9, 7)),
+    "other numbers": lambda modules: modules["base_layer"].bias.mul_(2),
+    "no bias": lambda modules: setattr(modules["base_layer"], "bias", None),
+    "another expert": replace_expert,
+    "other numbers in an expert": lambda modules: modules["routed_experts_A"]["a"].mul_(2),
+    "a hook": lambda modules: modules["base_layer"].register_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_every_change_of_a_layer_is_noticed(change):
+    x = torch.ones(2, 3, 7)
+    modules = layer_modules(torch.nn.Linear(7, 9))
+    found = Conditions(modules, ["a"], 2, x)
+    assert found.hold(modules, ["a"], 2, torch.zeros(2, 3, 7))
+    CHANGES[change](modules)
+    assert not found.hold(modules, ["a"], 2, x)
+
+
+@torch.no_grad()
+def test_every_change_of_a_call_is_noticed():
+    x = torch.ones(2, 3, 7)
+    modules = layer_modules(torch.nn.Linear(7, 9))
+    found = Conditions(modules, ["a"], 2, x)
+    assert not found.hold(modules, ["b"], 2, x)
+    assert not found.hold(modules, ["a"], 1, x)
+    assert not found.hold(modules, ["a"], 2, x[:, :1])
+    assert not found.hold(modules, ["a"], 2, x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not found.hold(modules, ["a"], 2, x)
+
+
+@torch.inference_mode()
+def test_conditions_hold_for_tensors_that_count_no_changes():
+    x = torch.ones(2, 3, 7)
+    modules = layer_modules(torch.nn.Linear(7, 9))
+    assert Conditions(modules, ["a"], 2, x).hold(modules, ["a"], 2, x)
 
 
 @seeds
@@ -61,9 +119,9 @@ def test_a_folded_weight_is_the_formula(seed, base):
     _, rows, a, b, experts, weights = problem(seed, 1, 4, 2)
     with torch.no_grad():
         torch.nn.init.normal_(base.weight)
-        kept, ready = Kept([], base, rows, a, b, Route(experts, weights)), Ready()
+        kept, ready = Kept(conditions(base, rows), a, b, Route(experts, weights)), Ready()
         for _ in range(2):
-            found = kept.run(base, rows, rows, ready)
+            found = kept.run(rows, rows, ready)
             assert relative_error(found, literal(base(rows), rows, a, b, experts, weights)) < 1e-6
         assert kept.folded is not None and ready.folded_bytes == kept.folded.nbytes == 4 * 7 * 9
 
@@ -75,10 +133,19 @@ def test_experts_are_kept_in_the_form_that_reads_least():
         return make_ready(a, b, Route(torch.tensor(experts), weights), dtype)
 
     assert len(form([2] * 8).down) == 1  # what all samples get
-    assert len(form([2, 2], weights=torch.tensor([1.0, 0.5])).down) == 2
-    assert isinstance(form([1, 2, 1, 2]), Gathered)
-    assert isinstance(form([1, 2, 1, 2, 1]), Grouped)
-    assert isinstance(form([1, 2, 1, 2, 1], torch.float16), Gathered)
+    assert form([2, 2], weights=torch.tensor([1.0, 0.5])).shares[:, 0].tolist() == [1, 0.5]
+    assert len(form([1, 2, 3, 4]).down) == 4  # those of each sample
+    assert form([1, 2, 1, 2]).shares.shape == (4, 2 * a.shape[1])  # those of all samples, with shares
+    assert isinstance(form([1, 2] * 20), Grouped)
+    assert form([1, 2] * 20, torch.float16).shares is None
+
+
+def test_experts_of_weight_0_are_left_out_where_all_samples_get_the_same():
+    *_, a, b, _, _ = problem(0, 1, 1, 1)
+    ready = make_ready(a, b, Route(torch.tensor([[2, 4]] * 3), torch.tensor([[0.5, 0.0]] * 3)), torch.float32)
+    assert torch.equal(ready.down, a[2:3]) and torch.equal(ready.up, b[2:3].mT / 2)
+    ready = make_ready(a, b, Route(torch.tensor([2])), torch.float32)
+    assert ready.down.data_ptr() == a[2].data_ptr() and ready.up.data_ptr() == b[2].data_ptr()  # nothing is copied
 
 
 @pytest.fixture(params=["llama", "gpt2"])

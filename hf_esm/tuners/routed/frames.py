@@ -199,8 +199,6 @@ class OpenFrame:
             cache=cache,
             module=model,
         )
-        if frame.mask is None and not recorded():
-            frame.mask = mask_of_padding(model.config, inputs.get("input_ids"))
         if frame.mask is not None and hasattr(model, "_get_feature_vector_attention_mask"):
             frame.mask = SoundMask(frame.mask, model)
         if parent is not None and (cache is None or parent.cache is cache or parent.cache is None):
@@ -219,6 +217,8 @@ class OpenFrame:
                 frame.prompt = _prompt_of_length(inputs, local.prompt_length)
             elif self.answers:
                 frame.prompt = _prompt(inputs)
+        if frame.mask is None and not frame.decoding and not recorded():
+            frame.mask = mask_of_padding(model.config, inputs.get("input_ids"))
         frames.append(frame)
 
     def _prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:

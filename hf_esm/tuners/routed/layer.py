@@ -13,7 +13,7 @@ from ..base import AdapterLayer, recorded
 from .config import RoutedExpertsConfig
 from .frames import Frame, RoutingState
 from .pooling import pool, sample_rows
-from .ready import Kept
+from .ready import Conditions, Kept, add_to_all
 from .routes import (
     Decision,
     Decisions,
@@ -144,17 +144,19 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
                 return self._add_to_all(self.base_layer(x, *args, **kwargs), x)
         frame.read.add(self.name)
         ready = None if args or kwargs else self._ready(frame)
-        signature = None if ready is None else self._signature(frame, x)
-        if ready is not None and (kept := ready.layers.get(self.name)) is not None and kept.signature == signature:
-            return kept.run(self._modules["base_layer"], x, rows, ready)
+        modules, active = self._modules, self._active_adapter  # attributes of modules take longer than a small product
+        kept = None if ready is None else ready.layers.get(self.name)
+        if kept is not None and kept.conditions.hold(modules, active, frame.batch, x):
+            return kept.run(x, rows, ready)
         with self.in_place():
             added = list(self._routes(frame, rows, x))
             if ready is not None and len(added) == 1:
                 adapter, route = added[0]
                 if ready.shared(adapter, route) or rows.shape[1] == 1:  # else as much as all samples may be kept
-                    a, b = self.routed_experts_A[adapter], self.routed_experts_B[adapter]
-                    kept = ready.layers[self.name] = Kept(signature, self.base_layer, x, a, b, route)
-                    return kept.run(self.base_layer, x, rows, ready)
+                    conditions = Conditions(modules, active, frame.batch, x)
+                    kept = Kept(conditions, self.routed_experts_A[adapter], self.routed_experts_B[adapter], route)
+                    ready.layers[self.name] = kept
+                    return kept.run(x, rows, ready)
             result = self.base_layer(x, *args, **kwargs)
             for adapter, route in added:
                 result = self._add_experts(result, adapter, rows, route)
@@ -182,19 +184,6 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
         decision.ready = decision.ready or Ready()
         return decision.ready
 
-    def _signature(self, frame: Frame, x: Tensor) -> list[Any]:
-        """What the sum of a linear map and its experts depends on, beside the route and the numbers in the input."""
-        modules = self._modules  # looking modules up as attributes takes longer than a small product
-        base = modules["base_layer"]
-        looked_at = bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
-        found = [x.shape, x.dtype, frame.batch, torch.is_autocast_enabled(x.device.type), looked_at]
-        found += self.active_adapters
-        for module in (base, modules["routed_experts_A"], modules["routed_experts_B"]):
-            for tensor in module._parameters.values():
-                if tensor is not None:
-                    found += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-        return found
-
     def _frame(self) -> Optional[Frame]:
         """The frame of this pass; in a projection behind a tower, the frame of the tower."""
         local = self.state.local
@@ -217,7 +206,10 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
 
     def _add_experts(self, result: Tensor, adapter: str, rows: Tensor, route: Route) -> Tensor:
         a, b = self.routed_experts_A[adapter], self.routed_experts_B[adapter]
-        rows, (experts, weights) = rows.to(result.dtype), route.for_batch(rows.shape[0]).to(rows.device)
+        rows = rows.to(result.dtype)
+        if len(route.experts) == 1 and rows.device.type == "cpu" and not recorded():
+            return add_to_all(result, rows, a, b, route)
+        experts, weights = route.for_batch(rows.shape[0]).to(rows.device)
         if grouping_pays(experts, a, b, rows.shape[1]):
             return result + add_by_expert(rows, a, b, experts, weights).reshape(result.shape)
         added = result.reshape(*rows.shape[:2], -1)
