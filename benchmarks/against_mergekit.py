@@ -16,7 +16,7 @@ base's standard deviation.
                of the float32 run, of its norm (mergekit computes in bfloat16, we in float32, rounded once)
     seconds    of the `--timed` cases in bfloat16, a new process for each and each program in turn, with Python's start
                and imports: on the clock, and in brackets of one processor
-    peak       of its resident memory (`ru_maxrss`, with the mapped pages of the checkpoints)
+    peak       of its resident memory (`VmHWM`, with the mapped pages of the checkpoints)
 
 With `--times-only`, weights are not compared: each of the `--timed` cases is run by each program in turn, `--repeat`
 times, and the table has the minimum and the median of each. `--before` names a checkout of an earlier version of ours,
@@ -152,6 +152,10 @@ options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
 for config, out in json.load(open(sys.argv[1])):
     run_merge(MergeConfiguration.model_validate(config), out, options=options)
 """
+# At the end of both programs. What a parent counts of a child includes the parent's own size at its start.
+PEAK = """
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
 HEADER = (
     "| case | difference, float32 | not the base's: ours | theirs | norm: ours / theirs | equal, bfloat16 "
     "| off float32: ours | theirs | seconds: ours | theirs | peak in MB: ours | theirs |"
@@ -286,19 +290,19 @@ def run(
     if python is None:
         command = [sys.executable, __file__, str(work), "--merge", str(file)]
     else:
-        command = [str(python), "-c", DRIVER, str(file)]
+        command = [str(python), "-c", DRIVER + PEAK, str(file)]
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if checkout is not None:
         environment["PYTHONPATH"] = str(checkout.absolute())
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    said = process.stderr.read()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    said = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{command[0]} failed:\n{said[-3000:]}")
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss
+    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, 1024 * int(said.split()[-1])
 
 
 def ours(work: Path, case: Case, experts: list[str], dtype: str) -> dict[str, Any]:
@@ -321,6 +325,7 @@ def merge_ours(jobs: list[dict[str, Any]]) -> None:
     for job in jobs:
         tunable = METHODS[job["method"]["name"]]().tunable
         merge_models(**{**job, "alpha": job["alpha"] if tunable else None})
+    exec(PEAK)
 
 
 def theirs(work: Path, case: Case, experts: list[str], dtype: str) -> tuple[dict[str, Any], str]:

@@ -69,6 +69,8 @@ def _request(arguments: argparse.Namespace) -> dict[str, Any]:
         request["base"] = plain_or_yaml(arguments.base, "--base")
     for name in ("allow_pickle", "trust_remote_code"):
         request[name] = getattr(arguments, name) or request.get(name, False)
+    if hasattr(arguments, "progress"):  # under --quiet
+        request["progress"] = arguments.progress
     return {**request, **options_of(arguments, SampleOptions)}
 
 

@@ -45,7 +45,7 @@ from ..metrics import (
     run,
 )
 from ..routing import RoutedModel, routes_by_block
-from ..utils import check_known, default_accelerator, did_you_mean
+from ..utils import check_known, default_accelerator, did_you_mean, tracked
 
 
 ROUTES = ("routed", "oracle", "static")
@@ -68,6 +68,7 @@ def evaluate(
     token: Optional[str | bool] = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    progress: bool = True,
 ) -> Scores:
     """Score a merged model on the rows of each task, with the head of that task.
 
@@ -100,6 +101,7 @@ def evaluate(
         token: access token for the Hub; by default the one that `hf auth login` stored.
         allow_pickle: read `.bin` checkpoints, which can run code.
         trust_remote_code: run code that comes with a model.
+        progress: show progress, task by task: bars on a terminal or in a notebook, elsewhere lines in the log.
 
     Returns:
         Scores by task, with their intervals and numbers of rows. Print them for a table, which names the tasks on
@@ -123,7 +125,7 @@ def evaluate(
         data = metric.tasks
     _check_arguments(model, data, experts, route, batch_size)
     access = Access(token, allow_pickle, trust_remote_code)
-    measurement = Measurement(data or {}, metric, options, access, processor, batch_size)
+    measurement = Measurement(data or {}, metric, options, access, processor, batch_size, progress)
     folder = whole_folder(model, str(model), token=token)
     outcomes = measurement.merged_outcomes(folder, str(model), route)
     expert_outcomes = measurement.expert_outcomes(experts, base, fallback=folder)
@@ -171,6 +173,7 @@ class Measurement:
         access: how models are opened.
         processor: tokenizer or processor for all models; None takes the one in each model's folder.
         batch_size: number of samples per batch.
+        progress: whether to show how many tasks are scored.
     """
 
     data: Mapping[str, DataSpec]
@@ -179,6 +182,7 @@ class Measurement:
     access: Access
     processor: Any = None
     batch_size: int = 32
+    progress: bool = False
 
     def merged_outcomes(self, folder: Path, title: str, route: str = "routed") -> dict[str, Outcome]:
         """Outcomes of a merged model on every task, each with the task's head.
@@ -194,7 +198,7 @@ class Measurement:
             return self._routed_outcomes(folder, route, processor)
         has_heads = (folder / HEADS_FOLDER).is_dir()
         outcomes = {}
-        for task in self.data:
+        for task in tracked(self.data, "Scoring the model", self.progress):
             model = self._with_head(folder, task) if has_heads else _load_model(folder, title, None, self.access)
             outcomes[task] = self._outcome(model, task, processor)
         return outcomes
@@ -210,7 +214,7 @@ class Measurement:
             fallback: folder whose processor is used if neither the expert nor the base has one.
         """
         outcomes = {}
-        for task, spec in experts.items():
+        for task, spec in tracked(experts.items(), "Scoring the experts", self.progress):
             sources = [resolve_source(spec, f"expert '{task}'", self.access)]
             sources += [resolve_source(base, "base", self.access)] if base is not None else []
             processor = self.processor or first_processor(sources, self.access.trust_remote_code)
@@ -236,7 +240,8 @@ class Measurement:
             models = repeat(opened.load_model(), len(self.data))
         else:
             return {}
-        return {task: self._outcome(model, task, processor) for task, model in zip(self.data, models, strict=True)}
+        tasks = tracked(self.data, "Scoring the base", self.progress)
+        return {task: self._outcome(model, task, processor) for task, model in zip(tasks, models, strict=True)}
 
     def routes_by_block(self, folder: Path) -> dict[str, dict[str, list[float]]]:
         """See `routing.routes_by_block`: of the rows of every task, by a routed model."""
@@ -253,7 +258,7 @@ class Measurement:
         if route == "routed" and not routed.config.decides:
             route = "oracle"
         outcomes = {}
-        for task in self.data:
+        for task in tracked(self.data, "Scoring the model", self.progress):
             forced = {"oracle": task, "static": "static"}.get(route)
             by_harness = isinstance(self.metric, HarnessMetric)
             # A task of the harness may be that of no expert; models that write have no heads of their own.

@@ -27,10 +27,10 @@ _EVALUATED = ("test", "num_test", "route")
 
 
 # Options of a merge that other commands read, too. `compare` takes all of them, and says which have no effect there.
-_RUN = ("max_length", "columns", "batch_size", "allow_pickle", "trust_remote_code")
+_RUN = ("max_length", "columns", "batch_size", "allow_pickle", "trust_remote_code", "progress")
 
 
-_CALIBRATED = ("num_samples", "statistics_samples", "seed", "max_memory", "progress", "statistics_dir")
+_CALIBRATED = ("num_samples", "statistics_samples", "seed", "max_memory", "statistics_dir")
 
 
 _WRITTEN_ONLY = ("recipe_version", "hf_esm_version")

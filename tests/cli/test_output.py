@@ -133,3 +133,15 @@ def test_lines_say_how_much_is_left(caplog, monkeypatch):
     caplog.clear()
     monkeypatch.setattr(progress.time, "monotonic", lambda: 0.0)
     assert list(tracked(range(3), "merging", shown=False)) == [0, 1, 2] and not caplog.messages
+
+
+def test_scoring_says_how_far_it_is(folder, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("hf_esm.evaluation.evaluator.tracked", lambda i, name, on: shown.append((name, on)) or i)
+    run("merge", folder / "recipe.yaml", "--output-dir", tmp_path / "merged")
+    words = "evaluate", tmp_path / "merged", "--data", f"a={folder / 'a.jsonl'}", "--expert", f"a={folder / 'a'}"
+    models = ["the model", "the experts", "the base"]
+    for flags, on in (((), True), (("--quiet",), False)):
+        assert run(*words, "--base", folder / "base", *flags) == 0
+        assert shown == [(f"Scoring {model}", on) for model in models]
+        shown.clear()
