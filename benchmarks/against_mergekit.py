@@ -14,8 +14,8 @@ base's standard deviation.
                compared
     bfloat16   the same models rounded: the share of entries that are equal; and how far the merged update is from that
                of the float32 run, of its norm (mergekit computes in bfloat16, we in float32, rounded once)
-    seconds    of the `--timed` cases in bfloat16, a new process for each and each program in turn, with Python's start
-               and imports: on the clock, and in brackets of one processor
+    seconds    of the `--timed` cases in bfloat16, by the command lines, a new process for each and each program in
+               turn, with Python's start and imports: on the clock, and in brackets of one processor
     peak       of its resident memory (`VmHWM`, with the mapped pages of the checkpoints)
 
 With `--times-only`, weights are not compared: each of the `--timed` cases is run by each program in turn, `--repeat`
@@ -42,6 +42,8 @@ from typing import Any, Optional
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from hf_esm.methods import resolve_method
 
 
 @dataclass
@@ -142,8 +144,16 @@ CASES = [
 ]
 
 
-# Runs in mergekit's Python: a file of configurations and output folders.
-DRIVER = """
+# Run in each program's Python, with a file: of recipes, and of configurations and output folders.
+OURS = """
+import json, sys
+from hf_esm.cli import main
+for recipe in json.load(open(sys.argv[1])):
+    sys.argv = ["hf-esm", "merge", recipe, "--quiet"]
+    if status := main():
+        sys.exit(status)
+"""
+THEIRS = """
 import json, sys
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
@@ -179,11 +189,7 @@ def main() -> None:
     parser.add_argument("--times-only", action="store_true", help="do not compare weights")
     parser.add_argument("--repeat", type=int, default=1, help="runs of every program, with `--times-only`")
     parser.add_argument("--before", type=Path, help="a checkout of an earlier version of ours")
-    parser.add_argument("--merge", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.merge:
-        merge_ours(json.loads(args.merge.read_text()))
-        return
     cases = [case for case in CASES if not args.cases or case.label in args.cases]
     work = args.folder / "models"
     work.mkdir(parents=True)
@@ -288,9 +294,9 @@ def run(
     file = work / "jobs.json"
     file.write_text(json.dumps(jobs))
     if python is None:
-        command = [sys.executable, __file__, str(work), "--merge", str(file)]
+        command = [sys.executable, "-c", OURS + PEAK, str(file)]
     else:
-        command = [str(python), "-c", DRIVER + PEAK, str(file)]
+        command = [str(python), "-c", THEIRS + PEAK, str(file)]
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if checkout is not None:
@@ -305,27 +311,21 @@ def run(
     return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, 1024 * int(said.split()[-1])
 
 
-def ours(work: Path, case: Case, experts: list[str], dtype: str) -> dict[str, Any]:
-    """Return the arguments of `merge_models`."""
-    return {
+def ours(work: Path, case: Case, experts: list[str], dtype: str) -> str:
+    """Write our recipe, and return its file."""
+    recipe = {
         "base": str(work / dtype / "base"),
         "experts": {name: str(work / dtype / name) for name in experts},
         "method": case.ours,
-        "alpha": case.alpha,
         # Without this, embeddings are merged by token counts, or without samples by the mean.
         "overrides": [{"kind": "embedding", "method": case.ours, "alpha": case.alpha}],
         "output_dir": str(output(work, case, dtype, "ours")),
-        "progress": False,
     }
-
-
-def merge_ours(jobs: list[dict[str, Any]]) -> None:
-    from hf_esm import METHODS, merge_models
-
-    for job in jobs:
-        tunable = METHODS[job["method"]["name"]]().tunable
-        merge_models(**{**job, "alpha": job["alpha"] if tunable else None})
-    exec(PEAK)
+    if resolve_method(case.ours).tunable:
+        recipe["alpha"] = case.alpha
+    file = work / f"{case.label.replace(' ', '-')}.yaml"
+    file.write_text(json.dumps(recipe))
+    return str(file)
 
 
 def theirs(work: Path, case: Case, experts: list[str], dtype: str) -> tuple[dict[str, Any], str]:

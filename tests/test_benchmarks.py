@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from hf_esm import RoutedModel, merge_models
+from hf_esm.cli import main as command_line
 from hf_esm.methods import resolve_method
 from hf_esm.tuners.routed import Decisions, decide, route
 from support.routed_toys import task_texts, tuned
@@ -220,7 +221,7 @@ def test_merges_are_compared_with_another_program_entry_by_entry(tmp_path, monke
         for case in cases:
             job = script["ours" if python is None else "theirs"](work, case, ["expert0", "expert1"], dtype)
             if python is None:
-                script["merge_ours"]([job])
+                assert command_line(["merge", job, "--quiet"]) == 0
                 continue
             config, out = job
             models = [dict(script["tensors"](Path(model["model"]))) for model in config["models"]]

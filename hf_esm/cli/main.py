@@ -1,11 +1,12 @@
 """From the words of a command to an exit status."""
 
+import gc
 import logging
 import signal
 import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Optional
 
 from ..errors import HfEsmError
@@ -27,7 +28,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """
     _print_anything()
     try:
-        command = parse(arguments)
+        with _importing() if arguments is None else nullcontext():
+            command = parse(arguments)
     finally:
         end_output()  # of `--help`
     _prepare_output(command.flags)
@@ -49,6 +51,17 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             return _fail(f"{place}{error.strerror or error}\n(--traceback shows where)", 1)
         return _fail(f"internal error ({type(error).__name__}: {error})\n(--traceback shows where)", 1)
     return 0
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Do not look for garbage among what a command imports, all of which stays: that takes a quarter of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _print_anything() -> None:

@@ -1,10 +1,12 @@
 """The command line, in this process: what every command does, says and refuses."""
 
+import gc
 import importlib.metadata
 import json
 import os
 import shutil
 import signal
+import sys
 import time
 from dataclasses import fields, is_dataclass
 
@@ -551,3 +553,13 @@ def test_flags_that_take_several_may_be_repeated():
     assert found.methods == ["esm", "tsv-m", "mean"]
     assert found.seeds == [0, 1]
     assert found.columns == ["text=a", "label=b"]
+
+
+@pytest.mark.parametrize("words", [None, ["methods"]], ids=["of the process", "of a caller"])
+def test_what_the_process_imports_for_its_command_is_never_looked_through(monkeypatch, capsys, words):
+    """In a process of a caller, garbage is the caller's."""
+    frozen = []
+    monkeypatch.setattr(sys, "argv", ["hf-esm", "methods"])
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    assert main(words) == 0 and gc.isenabled()
+    assert frozen == ([False] if words is None else [])
