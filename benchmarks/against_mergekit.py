@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="a checkout of an earlier version of ours")
     args = parser.parse_args()
     cases = [case for case in CASES if not args.cases or case.label in args.cases]
-    work = args.folder / "models"
+    work = args.folder.absolute() / "models"
     work.mkdir(parents=True)
     try:
         dtypes = ["bfloat16"] if args.times_only else ["float32", "bfloat16"]
@@ -296,12 +296,14 @@ def run(
     if python is None:
         command = [sys.executable, "-c", OURS + PEAK, str(file)]
     else:
-        command = [str(python), "-c", THEIRS + PEAK, str(file)]
+        command = [str(python.absolute()), "-c", THEIRS + PEAK, str(file)]
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if checkout is not None:
-        environment["PYTHONPATH"] = str(checkout.absolute())
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if python is None:
+        environment["PYTHONPATH"] = str((checkout or Path(__file__).parents[1]).absolute())
+    process = subprocess.Popen(
+        command, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert process.stdout is not None
     said = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)

@@ -14,6 +14,9 @@ Under "floor" the table has the same ratio, from what the routed model computes 
 multiplications of its linear maps, for decoding their bytes, and those of the experts that the samples get. Experts
 that all samples share may be added to private weights, which are then all that is read.
 
+`--peft` adds PEFT's mixed batches (`adapter_names`) over the same static model, with the experts exported as LoRA
+adapters, beside ours; both are given a task per sample, in turn over the tasks.
+
 `--prompts` names a text file with a prompt a line; short ones are repeated. Without it the tokens are random.
 """
 
@@ -23,14 +26,15 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 
 HERE = Path(__file__).resolve().parents[1]
-ROUTES = ("static", "decided", "named")
 
 
 def main() -> None:
@@ -41,6 +45,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="tokens of each sample")
     parser.add_argument("--tokens", type=int, default=32, help="tokens to generate")
     parser.add_argument("--prompts", type=Path, help="text file with a prompt a line")
+    parser.add_argument("--peft", action="store_true", help="also PEFT's mixed batches")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -63,6 +68,7 @@ def start(args: argparse.Namespace, code: Path) -> subprocess.Popen:
     """A process that runs one round for every line that it reads, with the package at `code`."""
     command = [sys.executable, __file__, str(args.model), "--worker", *("--length", str(args.length))]
     command += ["--tokens", str(args.tokens), *(["--prompts", str(args.prompts)] if args.prompts else [])]
+    command += ["--peft"] if args.peft else []
     environment = {**os.environ, "PYTHONPATH": str(code)}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -91,29 +97,53 @@ def work(args: argparse.Namespace) -> None:
         lines = [tokenizer(line)["input_ids"] for line in args.prompts.read_text().splitlines() if line.strip()]
         ids = torch.tensor([(lines[i % len(lines)] * args.length)[: args.length] for i in range(8)])
 
-    def run(kind: str, batch: int, way: str) -> Any:
-        inputs = {"input_ids": ids[:batch], "attention_mask": torch.ones_like(ids[:batch])}
-        if kind == "forward":
-            return (static if way == "static" else model.model)(**inputs)
+    def run(kind: str, batch: int, model: Any, **options: Any) -> float:
+        inputs = {"input_ids": ids[:batch], "attention_mask": torch.ones_like(ids[:batch]), **options}
         settings = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False}
-        return (static if way == "static" else model).generate(**inputs, **settings)
-
-    def timed(kind: str, batch: int, way: str) -> float:
         began = time.perf_counter()
-        with model.route(model.tasks[0]) if way == "named" else nullcontext():
-            run(kind, batch, way)
+        model(**inputs) if kind == "forward" else model.generate(**inputs, **settings)
         return time.perf_counter() - began
 
+    def routed(kind: str, batch: int, tasks: Any = None) -> float:
+        began = time.perf_counter()
+        with nullcontext() if tasks is None else model.route(tasks):
+            run(kind, batch, model.model if kind == "forward" else model)
+        return time.perf_counter() - began
+
+    each = [model.tasks[i % len(model.tasks)] for i in range(len(ids))]
+    ways: dict[str, Callable[[str, int], float]] = {
+        "static": lambda kind, batch: run(kind, batch, static),
+        "decided": routed,
+        "named": lambda kind, batch: routed(kind, batch, model.tasks[0]),
+    }
+    if args.peft:
+        mixed = mixed_adapters(model, args.model)
+        ways["each named"] = lambda kind, batch: routed(kind, batch, each[:batch])
+        ways["PEFT, each named"] = lambda kind, batch: run(kind, batch, mixed, adapter_names=each[:batch])
     kinds = ["forward", *(["decoding"] if static.can_generate() else [])]
 
     @torch.no_grad()
     def turn() -> dict[str, float]:
-        return {f"{k}, batch {b}/{way}": timed(k, b, way) for k in kinds for b in (1, 8) for way in ROUTES}
+        return {f"{k}, batch {b}/{way}": ways[way](k, b) for k in kinds for b in (1, 8) for way in ways}
 
     turn()
     print(json.dumps({f"{k}, batch {b}": floors(model.model, ids[:b], k) for k in kinds for b in (1, 8)}), flush=True)
     for _ in sys.stdin:
         print(json.dumps(turn()), flush=True)
+
+
+def mixed_adapters(model: Any, folder: Path) -> Any:
+    """The static model in `folder` with the experts as LoRA adapters."""
+    from peft import PeftModel
+
+    static = type(model.model.get_base_model()).from_pretrained(folder).eval()
+    with tempfile.TemporaryDirectory() as scratch:
+        files = {task: str(path) for task, path in model.export_lora(Path(scratch) / "lora", heads=False).items()}
+        first, *others = files
+        mixed = PeftModel.from_pretrained(static, files[first], adapter_name=first)
+        for task in others:
+            mixed.load_adapter(files[task], adapter_name=task)
+    return mixed.eval()
 
 
 def floors(model: Any, ids: Any, kind: str) -> list[float]:
@@ -141,16 +171,19 @@ def floors(model: Any, ids: Any, kind: str) -> list[float]:
 
 def table(rounds: dict[str, list[dict[str, float]]], least: dict[str, list[float]]) -> list[str]:
     """Markdown rows: by what was run and version, the ratios to the static model."""
-    lines = [
-        "| | version | static, ms | decided / static | floor | named / static | floor |",
-        "|---|---|--:" + 4 * "|--:" + "|",
-    ]
-    for run in dict.fromkeys(key.partition("/")[0] for key in next(iter(rounds.values()))[0]):
+    first = next(iter(rounds.values()))[0]
+    ways = dict.fromkeys(key.partition("/")[2] for key in first)
+    columns = [f"{way} / static" + (" | floor" if way in ("decided", "named") else "") for way in list(ways)[1:]]
+    lines = [f"| | version | static, ms | {' | '.join(columns)} |"]
+    lines.append("|---|---|" + "--:|" * (lines[0].count("|") - 3))
+    for run in dict.fromkeys(key.partition("/")[0] for key in first):
         for name, turns in rounds.items():
             cells = [f"{1000 * statistics.median(turn[f'{run}/static'] for turn in turns):.1f}"]
-            for way, floor in zip(ROUTES[1:], least[run], strict=True):
+            floor = dict(zip(("decided", "named"), least[run], strict=True))
+            for way in list(ways)[1:]:
                 ratios = sorted(turn[f"{run}/{way}"] / turn[f"{run}/static"] for turn in turns)
-                cells += [f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})", f"{floor:.2f}"]
+                cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+                cells += [f"{floor[way]:.2f}"] if way in floor else []
             lines.append(f"| {run} | {name} | {' | '.join(cells)} |")
     return lines
 

@@ -44,7 +44,7 @@ sys.path[:0] = sys.argv[2:]
 from support.faults import quiet
 from support.kills import WRITERS, try_kills
 with quiet():
-    drawn = random.Random(int(sys.argv[1])).sample(sorted(WRITERS), len(WRITERS) // 2)  # another half in every run
+    drawn = random.Random(int(sys.argv[1])).sample(sorted(WRITERS), len(WRITERS) // 3)  # another third in every run
     faults = try_kills({"folder": 200} | {name: 1 for name in drawn if name != "folder"}, int(sys.argv[1]))
 assert not faults, "\\n".join(faults)
 """

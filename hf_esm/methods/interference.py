@@ -178,7 +178,8 @@ class CAT(MergeMethod):
     Deviations from the paper: Gram matrices are means over a task's tokens, so that a task with longer texts does not
     count for more. The scales of norms, whose inputs are in no statistics, are masked by the rule of shifts. What is
     removed per task depends on no other removal, as in the paper, but the projections follow each other in the order
-    of the tasks. The defaults are not the paper's, but the best of a few on validation rows of language tasks.
+    of the tasks. What is left of an update keeps its size; a port of the authors' code brings it back to the norm of
+    the whole update. The defaults are not the paper's, but the best of a few on validation rows of language tasks.
     """
 
     name: ClassVar[str] = "cat"

@@ -216,6 +216,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(hub, online, merged):
     assert len([r for r in hub.log if r.method == "GET" and r.path.endswith("adapter_model.safetensors")]) == 3
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("fault", "message"), [("503", "503"), ("drop", "disconnected")])
 def test_a_hub_that_fails_for_good_is_one_clear_error(hub, online, merged, fault, message):
     name = twin(hub, f"fails-{fault}")

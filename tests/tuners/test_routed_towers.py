@@ -14,8 +14,8 @@ from transformers import AlignConfig, AlignModel
 from hf_esm import HfEsmError, RoutedModel, calibrate, merge_models
 from hf_esm.architecture import tower_of, towers
 from hf_esm.tuners.routed.model import decide, recording, route
-from support.architectures import ARCHITECTURES, ENCODER, captioned_images
-from support.helpers import Samples
+from support.architectures import ARCHITECTURES, CLIP, ENCODER, captioned_images, image_samples
+from support.helpers import Architecture, Samples
 from support.routed import ROUTERS, TASKS, chosen, padded, rebuilt, recorded, save_adapter, shares, task_samples
 from support.routed_toys import tuned
 
@@ -368,3 +368,19 @@ def test_a_tower_of_convolutions_has_nothing_to_route(tmp_path):
     assert [said.likeliest for said in routed.explain(rows["a"][:2])] == ["a", "a"]
     with pytest.raises(HfEsmError, match="the router does not read pixel_values"):
         routed.explain([{"pixel_values": rows["a"][0]["pixel_values"]}])
+
+
+@routers
+@torch.no_grad()
+def test_an_image_classifier_made_of_one_tower_is_routed_by_sample(router, tmp_path):
+    """Its config names a text tower, too, which it has not."""
+    architecture = Architecture("CLIPForImageClassification", CLIP, image_samples)
+    base = rebuilt(architecture)
+    save_adapter(base, architecture, tmp_path / "adapter", router)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    images = torch.stack([task_samples(architecture, task, 3)[0]["pixel_values"] for task in TASKS])
+    together = model(pixel_values=images).logits
+    for image, expected in zip(images, together, strict=True):
+        torch.testing.assert_close(model(pixel_values=image[None]).logits[0], expected, rtol=1e-4, atol=1e-5)
+    with route(model, "static"):
+        assert not torch.allclose(model(pixel_values=images).logits, together, atol=1e-4)

@@ -1,5 +1,6 @@
 """Whether the samples of a batch can be told apart in a model's layers."""
 
+import inspect
 from typing import Optional
 
 from torch import nn
@@ -27,7 +28,8 @@ def inseparable(model: nn.Module) -> Optional[str]:
         if type(module).__name__.endswith("ForMultipleChoice"):
             return f"A {type(module).__name__} reads several texts for each sample"
         parts = {} if towers(module) else module.config.sub_configs
-        if "text_config" in parts and len(parts) > 1:
+        reads_text = "input_ids" in inspect.signature(module.forward).parameters  # not so CLIP's image classifier
+        if reads_text and "text_config" in parts and len(parts) > 1:
             return f"A {type(module).__name__} reads text with any number of other inputs"
         if module.config.model_type in _TOKENS_FIRST:
             return f"The layers of a {type(module).__name__} read tokens first, then samples"
