@@ -306,12 +306,13 @@ def piecewise(function: Callable[..., Tensor], *tensors: Tensor, out: Optional[T
 
     Args:
         function: of flat pieces of the tensors, called from the first piece to the last.
-        out: a contiguous tensor of that shape, which is filled and returned instead of a new one.
+        out: a tensor of that shape, which is filled and returned instead of a new one if it is contiguous.
     """
-    result = torch.empty(tensors[0].shape, dtype=torch.float32, device=tensors[0].device) if out is None else out
-    for entries, *parts in pieces(result, *tensors):
+    if out is None or not out.is_contiguous():  # of another tensor, pieces are copies
+        out = torch.empty(tensors[0].shape, dtype=torch.float32, device=tensors[0].device)
+    for entries, *parts in pieces(out, *tensors):
         entries.copy_(function(*parts))
-    return result
+    return out
 
 
 def _few(rank: int, matrix: Tensor) -> bool:

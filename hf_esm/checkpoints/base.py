@@ -140,7 +140,7 @@ class Checkpoint:
         """Return the update of a weight: its difference from the base's weight, float32, on the device of `base`.
 
         Args:
-            out: a contiguous tensor of that kind, which may be filled and returned instead of a new one.
+            out: a tensor of that kind, which may be filled and returned instead of a new one.
         """
         tuned = self.tensor(name).to(base.device)
         return piecewise(lambda one, other: one.float() - other.float(), tuned, base, out=out)

@@ -79,11 +79,11 @@ class Scored:
         """Return whether the score is higher than that of another model on the same rows."""
         return self.score > other.on(self.rows)
 
-    def as_good_as(self, best: "Scored") -> bool:
-        """Return whether the score is at most one standard error behind that of another model on the same rows."""
+    def as_good_as(self, best: "Scored", errors: float = 1.0) -> bool:
+        """Return whether the score is at most so many standard errors behind that of another model on the same rows."""
         known = self.differences(best)
         error = float(known.std()) if len(known) > 1 else 0.0
-        return self.score == best.on(self.rows) or best.on(self.rows) - self.score <= error
+        return self.score == best.on(self.rows) or best.on(self.rows) - self.score <= errors * error
 
 
 STANDING_COLUMNS = ("candidate", "at", "score", "rows", "behind (95 %)")
@@ -143,10 +143,10 @@ def first_alphas(default: float, largest: float) -> list[float]:
 
 def finalists(scored: Sequence[Scored]) -> list[int]:
     """Return the indices of the two candidates that are scored on all rows: the best ones, of which the first
-    candidate is one if it is as good as the best.
+    candidate is one if it is at most two standard errors behind the best, as one of few rows may be by chance.
     """
     order = sorted(range(len(scored)), key=lambda i: -scored[i].score)
-    kept = [0] if scored[0].as_good_as(scored[order[0]]) else []
+    kept = [0] if scored[0].as_good_as(scored[order[0]], errors=2.0) else []
     return sorted([*kept, *(i for i in order if i not in kept)][:FINALISTS])
 
 

@@ -1,11 +1,13 @@
 """Merges in one pass: the bytes and reports of two passes, late checks, and what is merged so."""
 
+import copy
 import re
 import shutil
 from dataclasses import asdict
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_esm import HfEsmError, merge_models
@@ -13,7 +15,7 @@ from hf_esm.checkpoints.layout import WEIGHTS_FILE
 from hf_esm.checkpoints.shards import TensorFile
 from support.architectures import ARCHITECTURES
 from support.helpers import perturbed, text_samples
-from support.tiny import assert_refused
+from support.tiny import LLAMA, assert_refused
 
 
 TASKS = ("law", "code")
@@ -160,3 +162,24 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
     path.unlink()
     with pytest.raises(HfEsmError, match="is missing"):
         file.read("a")
+
+
+def test_weights_that_are_stored_by_columns_merge_as_others_do(tmp_path):
+    """As Transformers dequantises those of GPT-2, and some live models have them; here under an adapter."""
+    base = LLAMA.build().to(torch.bfloat16)
+    adapted = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj", "up_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "lora")
+    turned = copy.deepcopy(base)
+    for parameter in turned.parameters():
+        parameter.data = parameter.data.T.contiguous().T if parameter.dim() == 2 else parameter.data
+    assert not turned.model.layers[0].mlp.up_proj.weight.is_contiguous()
+    merged = []
+    for name, model in {"rows": base, "columns": turned}.items():
+        merge_models(model, {"a": tmp_path / "lora"}, method="mean", progress=False, output_dir=tmp_path / name)
+        merged.append(load_file(tmp_path / name / WEIGHTS_FILE))
+    assert all(torch.equal(weight, merged[0][name]) for name, weight in merged[1].items())
+    expected = PeftModel.from_pretrained(base.float(), tmp_path / "lora").merge_and_unload().state_dict()
+    assert all(torch.equal(weight, expected[name].to(torch.bfloat16)) for name, weight in merged[1].items())
