@@ -80,7 +80,7 @@ class Scored:
         return self.score > other.on(self.rows)
 
     def as_good_as(self, best: "Scored", errors: float = 1.0) -> bool:
-        """Return whether the score is at most so many standard errors behind that of another model on the same rows."""
+        """Return whether the score is at most so many standard errors behind that of another on the same rows."""
         known = self.differences(best)
         error = float(known.std()) if len(known) > 1 else 0.0
         return self.score == best.on(self.rows) or best.on(self.rows) - self.score <= errors * error
