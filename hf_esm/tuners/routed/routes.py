@@ -116,6 +116,11 @@ class Named(NamedTuple):
         listed = [names] if isinstance(names, str) else names
         return cls(names, {tuple(tasks): _route_of(listed, tasks) for tasks in adapters}, Ready())
 
+    @property
+    def is_static(self) -> bool:
+        """Whether no adapter adds an expert to any sample."""
+        return not any(self.routes.values())
+
 
 def _route_of(names: list[str], tasks: Sequence[str]) -> Optional[Route]:
     """The route to named tasks over one adapter's `tasks`. `"static"`, and tasks of other adapters, add no expert."""
