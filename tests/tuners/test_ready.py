@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_esm.tuners.routed.layer import RoutedExpertsLinear
 from hf_esm.tuners.routed.model import route, routing_state
-from hf_esm.tuners.routed.ready import Conditions, Gathered, Grouped, Kept, make_ready
+from hf_esm.tuners.routed.ready import Conditions, Gathered, Grouped, Kept, add_to_all, make_ready
 from hf_esm.tuners.routed.routes import Ready, Route
 from support.architectures import ARCHITECTURES
 from support.problems import relative_error, seeds
@@ -269,3 +269,25 @@ def test_experts_that_are_trained_are_not_made_ready(cases, prompts):
             model(prompts).logits.sum().backward()
         assert not routing_state(model).local.forced.ready.layers
     assert layers(model)[-1].routed_experts_A["discriminant"].grad.any()
+
+
+def test_weights_of_a_route_can_be_learned(model, prompts):
+    """Also with one sample, whose route is otherwise read as numbers."""
+    weights = torch.tensor([[0.7, 0.3]], requires_grad=True)
+    with route(model, Route(torch.tensor([[0, 1]]), weights)):
+        model(prompts[:1]).logits.square().mean().backward()
+    assert (weights.grad != 0).all()
+
+
+@seeds
+@torch.no_grad()
+def test_experts_of_one_route_are_added_to_all_samples(seed):
+    result, rows, a, b, experts, _ = problem(seed, 3, 4, 2)
+    weights = torch.tensor([[0.75, 0.0]])
+    one = Route(experts[:1], weights)
+    expected = literal(result, rows, a, b, experts[:1].expand(3, 2), weights.expand(3, 2))
+    assert relative_error(add_to_all(result, rows, a, b, one), expected) < 1e-6
+    expected = literal(result, rows, a, b, experts[:1, :1].expand(3, 1), torch.ones(3, 1))
+    assert relative_error(add_to_all(result, rows, a, b, Route(experts[0, :1])), expected) < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        assert add_to_all(result, rows, a, b, one).dtype == result.dtype

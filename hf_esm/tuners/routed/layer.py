@@ -210,7 +210,8 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
     def _add_experts(self, result: Tensor, adapter: str, rows: Tensor, route: Route) -> Tensor:
         a, b = self.routed_experts_A[adapter], self.routed_experts_B[adapter]
         rows = rows.to(result.dtype)
-        if not recorded() and len(route.experts) == 1 and rows.device.type == "cpu":
+        learned = route.weights is not None and route.weights.requires_grad
+        if not recorded() and len(route.experts) == 1 and rows.device.type == "cpu" and not learned:
             return add_to_all(result, rows, a, b, route)
         experts, weights = route.for_batch(rows.shape[0]).to(rows.device)
         if grouping_pays(experts, a, b, rows.shape[1]):

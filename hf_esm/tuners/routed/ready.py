@@ -209,7 +209,7 @@ def add_to_all(result: Tensor, rows: Tensor, a: Tensor, b: Tensor, route: Route)
     for expert, weight in zip(route.experts.flatten().tolist(), weights, strict=True):
         if weight:
             flat = torch.addmm(flat, rows @ a[expert].to(rows.dtype).T, b[expert].to(rows.dtype).T, alpha=weight)
-    return flat.view_as(result)
+    return flat.view_as(result).to(result.dtype)
 
 
 def make_ready(a: Tensor, b: Tensor, route: Route, dtype: torch.dtype) -> Gathered | Grouped:
