@@ -137,10 +137,10 @@ class RoutedExpertsLinear(nn.Module, RoutedExpertsLayer):
                 "or name the task: `with route(model, task)`. To checkpoint activations, call "
                 "`activation_checkpointing_enable` of Transformers."
             )
-        forced = self.state.local.forced
+        frame, forced = frame or Frame(x.shape[0]), self.state.local.forced
         if isinstance(forced, Named) and forced.is_static:
+            frame.read.add(self.name)
             return self.base_layer(x, *args, **kwargs)
-        frame = frame or Frame(x.shape[0])
         rows = sample_rows(x, frame.batch)
         if rows is None or (self.reads_once and self.name in frame.read):
             with self.in_place():
